@@ -1,0 +1,23 @@
+"""gradsurgery: a PyTorch optimizer that keeps the gradients of several objectives apart and combines them by a rule.
+
+Example:
+    >>> import torch, gradsurgery as gs
+    >>> model = torch.nn.Linear(2, 1)
+    >>> optimizer = gs.GRU(torch.optim.AdamW(model.parameters(), lr=1e-2))
+    >>> retain, forget = torch.randn(8, 2), torch.randn(8, 2)
+    >>> with optimizer.objective("retain"):
+    ...     model(retain).square().mean().backward()
+    >>> with optimizer.objective("forget"):
+    ...     (-model(forget).square().mean()).backward()
+    >>> optimizer.step()
+    >>> optimizer.zero_grad()
+    >>> optimizer.record.applied
+    True
+"""
+
+from gradsurgery import gram, losses, rules
+from gradsurgery.optimizer import GRU, GradientSurgery
+from gradsurgery.record import Record
+
+__version__ = "0.1.0"
+__all__ = ["GRU", "GradientSurgery", "Record", "__version__", "gram", "losses", "rules"]

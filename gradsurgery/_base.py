@@ -1,0 +1,112 @@
+"""Being a torch.optim.Optimizer around another one: everything that is the base's own, by delegation."""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer whose parameter groups, state and defaults are those of ``base``.
+
+    `torch.optim.Optimizer.__init__` is not called: it would build groups and state of its own. As properties they stay the base's
+    through ``load_state_dict`` and ``add_param_group``, and schedulers, GradScaler and Lightning see the real ones.
+    """
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        _check(base)
+        self._base = base
+        self._restart()
+
+    def _restart(self) -> None:
+        """Everything that neither a copy nor a pickle takes along."""
+        for name in _HOOKS:
+            self.__dict__[name] = OrderedDict()
+        self._warned_capturable_if_run_uncaptured = True
+        self._patch_step_function()
+
+    @property
+    def base(self) -> torch.optim.Optimizer:
+        """The wrapped optimizer."""
+        return self._base
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The base's parameter groups."""
+        return self._base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self._base.param_groups = value
+
+    @property
+    def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The base's state."""
+        return self._base.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self._base.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The base's defaults."""
+        return self._base.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self._base.defaults = value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group to the base; its rows and averages start with the next objective."""
+        self._base.add_param_group(param_group)
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._base!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A scheduler leaves a "step" bound to this object here, which in a copy would step the original.
+        return {key: value for key, value in self.__dict__.items() if key not in ("step", *_HOOKS)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._restart()
+
+
+def local_bytes(parameters: Sequence[Tensor], itemsize: int | None = None) -> int:
+    """Bytes on this rank of one tensor per trainable parameter, in its own type or one of ``itemsize`` bytes."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    local = [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in trained]
+    return sum(tensor.numel() * (itemsize or tensor.element_size()) for tensor in local)
+
+
+def _check(base: object) -> None:
+    if not isinstance(base, torch.optim.Optimizer) or isinstance(base, Wrapper):
+        found = base.__name__ if isinstance(base, type) else type(base).__name__
+        raise TypeError(
+            "base: expected a constructed torch.optim.Optimizer, such as torch.optim.AdamW(model.parameters()), "
+            f"found {found}"
+        )
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"base: expected an optimizer that steps with the gradients it finds, found {type(base).__name__}, which "
+            "evaluates the loss again through a closure; use a first-order optimizer such as SGD or AdamW"
+        )

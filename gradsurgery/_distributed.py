@@ -1,0 +1,161 @@
+"""What surgery must know of torch.distributed: DDP's reducer, wrappers to refuse, and whether the ranks hold the same rows."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gradsurgery.gram import dtensor_type
+
+if TYPE_CHECKING:
+    from torch.nn.parallel import DistributedDataParallel
+
+# Enough for the warm-up of every wrapper (DDP rebuilds its buckets after the first step), and free afterwards.
+_CHECKED_STEPS = 3
+# Ranks hold bit-equal rows when reduced; a row that was not reduced differs in its first digits.
+_AGREEMENT = 1e-6
+
+
+def active() -> bool:
+    """Whether several processes train together."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+class Ranks:
+    """The wrappers around these parameters, found once, and the check that all ranks hold the same rows."""
+
+    def __init__(self) -> None:
+        self._modules: list[weakref.ref[DistributedDataParallel]] | None = None
+        self._left = _CHECKED_STEPS
+
+    def modules(self, parameters: Sequence[Tensor]) -> list[DistributedDataParallel]:
+        """Every DDP module that holds one of the parameters.
+
+        The wrapper holds the parameters and not the other way round, so the only way there is to look through the live objects: once.
+
+        Raises:
+            RuntimeError: If one of the parameters is managed by FSDP1.
+        """
+        if not active():
+            return []
+        found = (
+            []
+            if self._modules is None
+            else [module for reference in self._modules if (module := reference()) is not None]
+        )
+        if self._modules is None or len(found) < len(self._modules):
+            found = _wrappers(parameters)
+            self._modules = [weakref.ref(module) for module in found]
+        return found
+
+    def synchronising(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether the backward pass that just ended was reduced: False inside DDP's no_sync()."""
+        return all(module.require_backward_grad_sync for module in self.modules(parameters))
+
+    def prepare(self, loss: Tensor, parameters: Sequence[Tensor]) -> None:
+        """Make DDP reduce the coming backward pass: its reducer is armed by a forward pass, once, and reduces one backward only."""
+        for module in self.modules(parameters):
+            if module.static_graph:
+                raise RuntimeError(
+                    "join: expected DistributedDataParallel(static_graph=False), found static_graph=True, whose reducer allows one backward "
+                    "pass a forward pass; drop static_graph, or run forward and backward of each objective in its own context"
+                )
+            if module.require_backward_grad_sync:
+                # Inside a backward pass grad mode is off, and the reducer would then record nothing.
+                with torch.enable_grad():
+                    module.reducer._rebuild_buckets()
+                    module.reducer.prepare_for_backward([loss] if module.find_unused_parameters else [])
+
+    def agree_on(self, problem: str | None, parameters: Sequence[Tensor]) -> None:
+        """Raise on every rank if one rank found a problem, before any of them waits for another in a collective.
+
+        Raises:
+            RuntimeError: This rank's problem, or the news of another's.
+        """
+        if self._left > 0 and active() and (group := self._group(parameters)) is not None:
+            flags = _gather(torch.tensor([problem is not None], dtype=torch.float64), parameters, group[0])
+            if problem is None and bool(flags.any()):
+                failed = flags.flatten().nonzero().flatten().tolist()
+                raise RuntimeError(
+                    f"combine: expected every rank to hold all rows, found ranks {failed} without; see their message"
+                )
+        if problem is not None:
+            raise RuntimeError(problem)
+
+    def check(self, gram: Tensor, parameters: Sequence[Tensor]) -> None:
+        """On the first steps, compare the Gram matrix across ranks.
+
+        Raises:
+            RuntimeError: On every rank, if it differs: at least one row was not reduced.
+        """
+        if self._left <= 0 or not active() or (group := self._group(parameters)) is None:
+            return
+        self._left -= 1
+        grams = _gather(gram, parameters, group[0]).to(gram.device)
+        lengths = grams.diagonal(dim1=-2, dim2=-1).sqrt()
+        differ = (grams - grams[:1]).abs() > _AGREEMENT * (lengths[..., :, None] * lengths[..., None, :]).amax(0)
+        # A non-finite matrix is the business of the step, which leaves NaN in .grad or raises.
+        if bool(differ.any() & grams.isfinite().all()):
+            raise RuntimeError(
+                "rows differ across ranks: expected every rank to hold the same reduced gradients, found different Gram matrices. Under DDP "
+                "only the backward pass after a forward pass is reduced: run forward and backward of one objective before the forward of "
+                "the next, or use join; without DDP or FSDP2 reduce the gradients inside each objective's context"
+            )
+
+    def _group(self, parameters: Sequence[Tensor]) -> tuple[Any] | None:
+        """The processes that must agree, in a tuple (None stands for all of them); None where they cannot be told."""
+        modules = self.modules(parameters)
+        if modules:
+            return (modules[0].process_group,)
+        DTensor = dtensor_type()
+        sizes = {p.device_mesh.size() for p in parameters if DTensor is not None and isinstance(p, DTensor)}
+        return (None,) if sizes <= {torch.distributed.get_world_size()} else None
+
+
+def refuse(base: object, parameters: Sequence[Tensor]) -> None:
+    """Refuse engines that own gradients and steps.
+
+    Raises:
+        RuntimeError: If DeepSpeed manages the parameters or the optimizer.
+    """
+    if type(base).__module__.startswith("deepspeed") or any(
+        hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping") for parameter in parameters
+    ):
+        raise RuntimeError(
+            "GradientSurgery: expected parameters whose .grad PyTorch owns, found DeepSpeed's, which reduces, frees and steps gradients by "
+            "itself; train with DDP or FSDP2 (fully_shard) instead"
+        )
+
+
+def _wrappers(parameters: Sequence[Tensor]) -> list[DistributedDataParallel]:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.nn.parallel import DistributedDataParallel
+
+    ours = {id(parameter) for parameter in parameters}
+    # type() and not isinstance(): the latter runs code of lazy proxies among the live objects.
+    wrappers = [
+        found
+        for found in gc.get_objects()
+        if issubclass(type(found), (DistributedDataParallel, FullyShardedDataParallel))
+    ]
+    wrappers = [wrapper for wrapper in wrappers if any(id(parameter) in ours for parameter in wrapper.parameters())]
+    if any(isinstance(wrapper, FullyShardedDataParallel) for wrapper in wrappers):
+        raise RuntimeError(
+            "GradientSurgery: expected plain, DDP or FSDP2 parameters, found a FullyShardedDataParallel (FSDP1) wrapper, which does not "
+            "support several backward passes a step; use torch.distributed.fsdp.fully_shard"
+        )
+    return [wrapper for wrapper in wrappers if isinstance(wrapper, DistributedDataParallel)]
+
+
+def _gather(values: Tensor, parameters: Sequence[Tensor], group: Any) -> Tensor:
+    """One tensor of every rank, stacked. Through the parameters' device, because NCCL knows no other."""
+    values = values.to(parameters[0].device)
+    gathered = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(gathered, values.contiguous(), group=group)
+    return torch.stack(gathered)

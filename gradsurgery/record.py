@@ -1,0 +1,57 @@
+"""What happened in one step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one step measured and decided. Tensors stay on the parameters' device until somebody reads them.
+
+    Everything is in unscaled units, whatever the loss scale of the step was.
+
+    Attributes:
+        objectives: The K names, in the order of the rows.
+        gram: Gram matrix the rule saw, float64 ``[K, K]`` in the global scope, ``[S, K, K]`` in one of S blocks.
+        coefficients: ``[K]`` or ``[S, K]`` after ``max_norm``: the update is ``sum_k coefficients[k] * row_k``, plus, where an objective
+            has both an EMA and an entry in ``add``, that multiple of its current row.
+        predicted_change: ``[K]``: minus the inner product of each row with the update, the first-order change of each objective per
+            unit of learning rate under plain gradient descent (in the optimizer's metric, where the Gram matrix is).
+        update_norm: Norm of the update, 0-dim, in the metric of the Gram matrix.
+        blocks: Names of the S blocks, or None in the global scope.
+        applied: Whether a step with this update happened (a GradScaler may skip it).
+        actual_change: ``[K - 1]``: inner product of each protected row with the parameter change that the base optimizer really made,
+            its first-order change of that objective. Only with ``guard="measure"`` or ``"update"``, and after the step.
+        unguarded_change: ``[K - 1]``: the same before the guard corrected the change. Only with ``guard="update"``.
+    """
+
+    objectives: tuple[str, ...]
+    gram: Tensor
+    coefficients: Tensor
+    predicted_change: Tensor
+    update_norm: Tensor
+    blocks: tuple[str, ...] | None = None
+    applied: bool = False
+    actual_change: Tensor | None = None
+    unguarded_change: Tensor | None = None
+
+    @property
+    def norms(self) -> Tensor:
+        """Length of each row, ``[K]`` or ``[S, K]``."""
+        return self.gram.diagonal(dim1=-2, dim2=-1).sqrt()
+
+    @property
+    def cosines(self) -> Tensor:
+        """Cosine of every pair of rows, ``[K, K]`` or ``[S, K, K]``; 0 where a row is 0."""
+        norms = self.norms
+        lengths = norms[..., :, None] * norms[..., None, :]
+        return torch.where(lengths == 0.0, 0.0, self.gram / torch.where(lengths == 0.0, 1.0, lengths))
+
+    @property
+    def conflict(self) -> bool:
+        """Whether the first row conflicts with a protected one, ``<row_0, row_k> < 0``, in any block. Reading it waits for the device."""
+        return bool((self.gram[..., 0, 1:] < 0.0).any())
