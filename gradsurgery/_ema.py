@@ -104,6 +104,9 @@ class EMA:
             for index, parameter in enumerate(parameters):
                 if parameter in average:
                     state.setdefault(index, {})[_KEY + name] = average[parameter]
+                elif index in state and parameter.requires_grad:
+                    # Adagrad has a state before its first step, so torch.distributed.checkpoint takes this one for its template.
+                    state[index][_KEY + name] = torch.zeros_like(parameter, dtype=self.dtype, requires_grad=False)
         groups = [dict(group) for group in state_dict["param_groups"]]
         if self.decays:
             for group in groups:
@@ -121,6 +124,9 @@ class EMA:
         """
         averages: dict[str, dict[Tensor, Tensor]] = {name: {} for name in self.decays}
         state: dict[Any, Any] = {}
+        # As torch does: the saved groups' order says which parameter a key means (torch.distributed.checkpoint's keys are names).
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        of_key = dict(zip(keys, parameters, strict=False))
         for index, entries in state_dict["state"].items():
             ours = {key: value for key, value in entries.items() if isinstance(key, str) and key.startswith(_KEY)}
             for key, value in ours.items():
@@ -130,12 +136,12 @@ class EMA:
                         f"load_state_dict: expected averages of {list(averages)}, found one of {name!r}; construct GradientSurgery with the "
                         "ema_decay it was saved with"
                     )
-                if not isinstance(index, int) or index >= len(parameters) or value.shape != parameters[index].shape:
+                parameter = of_key.get(index)
+                if parameter is None or value.shape != parameter.shape:
                     raise ValueError(
                         f"load_state_dict: expected the average of {name!r} for parameter {index} to have the parameter's shape, found "
                         f"{list(value.shape)}; the checkpoint is of another model"
                     )
-                parameter = parameters[index]
                 averages[name][parameter] = value.detach().to(device=parameter.device, dtype=self.dtype, copy=True)
             rest = {key: value for key, value in entries.items() if key not in ours}
             if rest or not ours:

@@ -40,11 +40,12 @@ def optimizer_metric(base: torch.optim.Optimizer, parameters: Sequence[Tensor]) 
 
     def weights(index: int) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
         state, group = base.state.get(parameters[index]), groups[index]
-        if not state:
-            return None  # this parameter's first step
+        if not state or ("sum" in state and state["step"] == 0):
+            return None  # this parameter's first step (Adagrad makes its state when it is constructed)
         eps = group.get("eps", 0.0)
         if "exp_avg_sq" in state:
-            unbiased = 1.0 - group["betas"][1] ** state["step"]
+            # In float64: 1 - 0.999 keeps three digits of a float32 step's power.
+            unbiased = 1.0 - group["betas"][1] ** torch.as_tensor(state["step"], dtype=torch.float64)
             moment = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
             return moment, lambda v: 1.0 / ((v / unbiased).sqrt() + eps)
         if "exp_inf" in state:

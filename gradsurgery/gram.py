@@ -27,9 +27,11 @@ Metric: TypeAlias = Callable[[int], "tuple[Tensor, Callable[[Tensor], Tensor]] |
 The weights are computed chunk by chunk from the statistic, so that no tensor of the parameter's size is ever made."""
 
 # A chunk's two rows stay in a core's cache while all their products are taken, and 2^17 float32 products summed by torch.dot are within
-# 1e-7 of float64 (whole-tensor calls are off by up to 2e-2 at 1e8 elements on the CPU). Accelerators sum in trees: fewer launches.
+# 1e-7 of float64 (bf16 within 5e-6, because its sums are often ties; whole-tensor calls are off by up to 2e-2 at 1e8 elements on the
+# CPU). Accelerators sum in trees: fewer launches.
 _CPU_CHUNK = 1 << 17
 _ACCELERATOR_CHUNK = 1 << 24
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def gram(rows: Sequence[Row]) -> Tensor:
@@ -194,15 +196,17 @@ def combine_blocks_(
 
 
 def _combine_on_host(target: Tensor, scale: float, others: list[tuple[float, Tensor]]) -> None:
-    if not others or (scale == 1.0 and len(others) == 1):
+    low = target.dtype in _LOW_PRECISION  # add_ would round the coefficient to the target's 8 or 11 bits
+    if not others or (scale == 1.0 and len(others) == 1 and not low):
         if scale != 1.0:
             target.mul_(scale)
         for coefficient, other in others:
             target.add_(other, alpha=coefficient)
         return
     for part, *parts in _chunks([target, *(other for _, other in others)], _CPU_CHUNK):
-        wide = part.float() if part.dtype in (torch.bfloat16, torch.float16) else part
-        wide.mul_(scale)
+        wide = part.float() if low else part
+        if scale != 1.0:
+            wide.mul_(scale)
         for (coefficient, _), other in zip(others, parts, strict=True):
             wide.add_(other, alpha=coefficient)
         if wide is not part:
@@ -210,12 +214,12 @@ def _combine_on_host(target: Tensor, scale: float, others: list[tuple[float, Ten
 
 
 def _combine_on_device(target: Tensor, scale: Tensor, others: list[tuple[Tensor, Tensor]]) -> None:
-    dtype = torch.float64 if target.dtype == torch.float64 else torch.float32
     for part, *parts in _chunks([target, *(other for _, other in others)], _ACCELERATOR_CHUNK):
-        wide = part if part.dtype == dtype else part.to(dtype)
-        wide.mul_(scale.to(dtype))
+        wide = part.float() if part.dtype in _LOW_PRECISION else part
+        real = wide.dtype.to_real()
+        wide.mul_(scale.to(real))
         for (coefficient, _), other in zip(others, parts, strict=True):
-            wide.addcmul_(other.to(dtype), coefficient.to(dtype))
+            wide.addcmul_(other.to(wide.dtype), coefficient.to(real))
         if wide is not part:
             part.copy_(wide)
 
@@ -246,14 +250,12 @@ def _products(
 
 
 def _chunks(tensors: list[Tensor], size: int, *, copy: bool = False) -> list[tuple[Tensor, ...]]:
-    """The tensors cut alike into one-dimensional views; whole where they cannot be viewed so, unless ``copy``."""
-    tensors = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
+    """The tensors cut alike into one-dimensional views, complex ones as pairs; whole where there is no view, unless ``copy``."""
     if copy:
-        flat = [tensor.reshape(-1) for tensor in tensors]
-    elif all(tensor.is_contiguous() for tensor in tensors):
-        flat = [tensor.view(-1) for tensor in tensors]
-    else:
+        tensors = [tensor.resolve_conj() for tensor in tensors]
+    elif not all(tensor.is_contiguous() and not tensor.is_conj() for tensor in tensors):
         return [tuple(tensors)]
+    flat = [(torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1) for tensor in tensors]
     if flat[0].numel() <= size:
         return [tuple(flat)]
     return list(zip(*(tensor.split(size) for tensor in flat), strict=True))

@@ -65,4 +65,6 @@ class _Join(torch.autograd.Function):
 
 
 def _total(losses: Mapping[str, Tensor]) -> Tensor:
-    return torch.stack([loss.detach().float().reshape(()) for loss in losses.values()]).sum()
+    # A float64 model needs a float64 scalar: 1 / number of micro-batches comes back through its gradient.
+    dtype = torch.float64 if any(loss.dtype == torch.float64 for loss in losses.values()) else torch.float32
+    return torch.stack([loss.detach().to(dtype).reshape(()) for loss in losses.values()]).sum()

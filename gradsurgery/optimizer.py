@@ -165,7 +165,7 @@ class GradientSurgery(Wrapper):
             **losses: One 0-dim loss for each objective, by name.
 
         Returns:
-            0-dim float32 tensor. The gradient that reaches it (a GradScaler's scale, Lightning's and Hugging Face's 1 / number of
+            0-dim float32 tensor (float64 where a loss is). The gradient that reaches it (a GradScaler's scale, Lightning's and Hugging Face's 1 / number of
             micro-batches) scales every row.
 
         Raises:
@@ -202,7 +202,7 @@ class GradientSurgery(Wrapper):
             The step's record. Calling it again without new rows changes nothing.
 
         Raises:
-            RuntimeError: If an objective is missing, or ranks disagree; nothing is changed. A non-finite Gram matrix does not raise here: it
+            RuntimeError: If an objective is missing, ``.grad`` holds a gradient that belongs to none, or ranks disagree; nothing is changed. A non-finite Gram matrix does not raise here: it
                 leaves NaN in ``.grad``, where a GradScaler finds it, and `step` raises.
 
         Cost: reads every row once, writes one; no temporaries.
@@ -210,12 +210,7 @@ class GradientSurgery(Wrapper):
         window, parameters = self._window, self._parameters()
         if window.slots.phase is Phase.COMBINED and window.record is not None:
             return window.record
-        missing = [name for name in self.objectives if name not in window.slots.rows]
-        problem = (
-            f"combine: expected a backward pass for each of {list(self.objectives)} since the last step, found none for "
-            f"{missing}; run it inside optimizer.objective(name)"
-        )
-        self._ranks.agree_on(problem if missing else None, parameters)
+        self._ranks.agree_on(window.slots.problem(self.objectives, parameters), parameters)
         raw = [
             row + [None] * (len(parameters) - len(row)) for row in map(window.slots.rows.get, self.objectives) if row
         ]
@@ -239,7 +234,8 @@ class GradientSurgery(Wrapper):
             update_norm=update.norm,
             blocks=rows.blocks.names,
         )
-        window.combined = Combined(update.amounts.isfinite().all(), update.healthy, rows)
+        # A rule of the user's may answer an ill Gram matrix by finite numbers.
+        window.combined = Combined(update.amounts.isfinite().all() & update.healthy.all(), update.healthy, rows)
         first = [None if row is None else row.clone() for row in raw[0]] if self._accumulate else raw[0]
         written = combine_blocks_(
             [first, *rows.mixing.rows[1:]],
@@ -279,7 +275,8 @@ class GradientSurgery(Wrapper):
         if not window.slots.rows and window.slots.phase is not Phase.COMBINED:
             if closure is not None and value is None:
                 return None  # Lightning: training_step returned None to skip this batch
-            if all(float(group["lr"]) == 0.0 for group in self.param_groups if "lr" in group):
+            rates = [group.get("lr") for group in self.param_groups]
+            if all(rate is not None and float(rate) == 0.0 for rate in rates):
                 self._base.step()
                 self._ema.start(parameters)
                 return value
@@ -328,6 +325,10 @@ class GradientSurgery(Wrapper):
         )
 
     # Saving ----------------------------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Rows belong to a moment, and what is known of the wrappers to a process.
+        return {key: value for key, value in super().__getstate__().items() if key not in ("_window", "_ranks")}
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state_dict, with each average as a float tensor ``gradsurgery_ema_<objective>`` in the parameter's state, and the

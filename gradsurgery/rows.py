@@ -16,6 +16,12 @@ from torch import Tensor
 from gradsurgery.gram import dtensor_type
 
 
+_STRAY = (
+    "expected every .grad to be None, found gradients that no objective wrote; call zero_grad(), and run every backward pass inside an "
+    "objective"
+)
+
+
 class Phase(Enum):
     """Where a window (all micro-batches of one step) stands, and so what ``.grad`` holds outside the contexts."""
 
@@ -39,6 +45,16 @@ class Slots:
         self.phase = phase
         self.active = None
         self.joins = 0
+
+    def problem(self, objectives: Sequence[str], parameters: Sequence[Tensor]) -> str | None:
+        """Why the rows cannot be combined, if they cannot."""
+        if missing := [name for name in objectives if name not in self.rows]:
+            return (
+                f"combine: expected a backward pass for each of {list(objectives)} since the last step, found none for "
+                f"{missing}; run it inside optimizer.objective(name)"
+            )
+        # The update would overwrite them. (What .grad holds in a closed window is spent, and no row is in one.)
+        return f"combine: {_STRAY}" if any(parameter.grad is not None for parameter in parameters) else None
 
     @contextmanager
     def capture(self, name: str, parameters: Sequence[Tensor], *, accumulate: bool) -> Generator[None]:
@@ -91,10 +107,7 @@ class Slots:
                 "combine after every micro-batch (join does), or call combine() once, after the last"
             )
         if self.phase is Phase.OPEN and held:
-            raise RuntimeError(
-                f"objective {name!r}: expected every .grad to be None, found gradients that no objective wrote; call zero_grad(), and "
-                "run every backward pass inside an objective"
-            )
+            raise RuntimeError(f"objective {name!r}: {_STRAY}")
 
 
 def _own(gradient: Tensor | None, name: str) -> Tensor | None:

@@ -36,7 +36,7 @@ P = ParamSpec("P")
 _TOLERANCE = 1e-13
 # Quadratic programs on unit rows are solved when their conditions hold to this, and eased by these ridges where they cannot.
 _ACCURACY = 1e-10
-_RIDGES = (0.0, 1e-10, 1e-5)
+_RIDGES = (0.0, 1e-10, 1e-7, 1e-5)
 # Rules that enumerate every subset of rows solve 2^K - 1 small systems.
 _MOST_ENUMERATED_ROWS = 10
 
@@ -44,14 +44,19 @@ _MOST_ENUMERATED_ROWS = 10
 class Rule(Protocol):
     """A pure function ``gram [..., K, K] -> coefficients [..., K]``."""
 
-    def __call__(self, gram: Tensor, /) -> Tensor: ...
+    def __call__(self, gram: Tensor, /) -> Tensor:
+        """The coefficients of the rows."""
+        ...
 
 
 @runtime_checkable
 class StatefulRule(Protocol):
     """A rule with a memory. ``GradientSurgery`` commits it with each step that happened, and saves it in ``state_dict``."""
 
-    def __call__(self, gram: Tensor, /) -> Tensor: ...
+    def __call__(self, gram: Tensor, /) -> Tensor:
+        """The coefficients of the rows."""
+        ...
+
     def commit(self) -> None:
         """Adopt the state that the latest call proposed."""
         ...
@@ -217,7 +222,7 @@ def hamu(gram: Tensor, *, gain: float, radius: float) -> Tensor:
 
     Source: HAMU (2606.02119) and its authors' code. It is not scale-free; ``gain`` and ``radius`` carry units.
     """
-    if radius <= 0.0 or gain < 0.0:
+    if not (radius > 0.0 and gain >= 0.0):
         raise ValueError(f"gain, radius: expected gain >= 0 and radius > 0, found gain={gain}, radius={radius}")
     forget, product, retain = gram[..., 0, 0], gram[..., 0, 1:].sum(-1), gram[..., 1:, 1:].sum((-1, -2))
     slack = (radius**2 - _ratio(gram.new_full((), gain**2), forget)).clamp_min(0.0).sqrt()
@@ -281,7 +286,7 @@ def cagrad(gram: Tensor, *, c: float = 0.5) -> Tensor:
     Source: Conflict-Averse Gradient Descent (2110.14048), equations 2 and 3. Not rescaled by 1/(1 + c^2) as some code does; exact, by
     enumerating faces (at most 10 rows), where the authors call a numerical optimizer.
     """
-    if c < 0.0:
+    if not c >= 0.0:
         raise ValueError(f"c: expected a non-negative number, found {c}")
     gram, _ = _scaled(gram)
     number = gram.shape[-1]
@@ -296,12 +301,21 @@ def cagrad(gram: Tensor, *, c: float = 0.5) -> Tensor:
     constant = (other * faces * along[..., None, :]).sum(-1) - radius[..., None].square()
     root = (linear.square() - quadratic * constant).clamp_min(0.0).sqrt()
     weights = ((linear + root) / quadratic)[..., None] * ones - other
-    weights = torch.cat([_simplex(weights * inside), _least_norm(gram)[..., None, :]], -2)
+    # With c = 0 the solutions on the vertices are 0/0: offer the vertices themselves.
+    vertices = torch.eye(number, dtype=gram.dtype, device=gram.device).expand_as(gram)
+    weights = torch.cat([_simplex(weights * inside), _least_norm(gram)[..., None, :], vertices], -2)
     lengths = _quadratic(gram, weights)
     value = (weights @ along[..., None]).squeeze(-1) + radius[..., None] * lengths
     best = _pick(weights, value)
     length = _quadratic(gram, best[..., None, :]).squeeze(-1)
-    return mean + torch.where(length > _TOLERANCE, _ratio(radius, length), 0.0)[..., None] * best
+    # Where g_w is 0 up to rounding its direction says nothing, and every update of the ball without conflict is optimal: take the
+    # one nearest to g_0.
+    noise = number * _TOLERANCE * (best.square() * gram.diagonal(dim1=-2, dim2=-1)).sum(-1) + _TOLERANCE**2
+    vanished = length.square() <= noise
+    unit, norms = _normalised(gram)
+    size = along.mean(-1, keepdim=True).clamp_min(0.0).sqrt()
+    nearest = _ratio(_multipliers(unit, _ratio(_ratio(along, norms), size)) * size, norms)
+    return mean + torch.where(vanished[..., None], nearest, _ratio(radius, length)[..., None] * best)
 
 
 @_rule
@@ -421,26 +435,21 @@ class GradVac:
 
     def __call__(self, gram: Tensor, /) -> Tensor:
         """Coefficients ``[..., K]`` of ``gram [..., K, K]`` at the committed target."""
-        target = (
-            gram.new_zeros(gram.shape[:-1], dtype=torch.float64)[..., 1:]
-            if self._target is None
-            else self._target.to(gram.device)
-        )
-        if target.shape != gram.shape[:-2] + (gram.shape[-1] - 1,):
-            raise ValueError(
-                f"gram: expected the shape that this GradVac's target was made for, {list(target.shape)} targets, found "
-                f"{list(gram.shape)}; make a new GradVac for other objectives or another scope"
-            )
-        cosines: list[Tensor] = []
 
         def vaccinate(matrix: Tensor) -> Tensor:
-            coefficients, found = _vaccinated(matrix, target)
-            cosines.append(found)
+            target = (
+                matrix.new_zeros(matrix.shape[:-1])[..., 1:] if self._target is None else self._target.to(matrix.device)
+            )
+            if target.shape != (*matrix.shape[:-2], matrix.shape[-1] - 1):
+                raise ValueError(
+                    f"gram: expected the shape that this GradVac's target was made for, {list(target.shape)} targets, found "
+                    f"{list(matrix.shape)}; make a new GradVac for other objectives or another scope"
+                )
+            coefficients, cosines = _vaccinated(matrix, target)
+            self._proposed = (1.0 - self.beta) * target + self.beta * cosines
             return coefficients
 
-        coefficients = _rule(vaccinate)(gram)
-        self._proposed = (1.0 - self.beta) * target + self.beta * cosines[0]
-        return coefficients
+        return _rule(vaccinate)(gram)
 
     def commit(self) -> None:
         """Adopt the target that the latest call proposed."""
@@ -480,7 +489,7 @@ def _vaccinated(gram: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         )
         mixed[..., k] += torch.where((cosine < t) & (norms[..., k] > 0.0), lift, 0.0)
         cosines.append(cosine)
-    met = torch.stack(cosines, -1) if cosines else gram.new_zeros(gram.shape[:-2] + (0,))
+    met = torch.stack(cosines, -1) if cosines else gram.new_zeros((*gram.shape[:-2], 0))
     return _unit_forget(mixed[..., 1:], norms), met
 
 

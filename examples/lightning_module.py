@@ -1,0 +1,41 @@
+"""Gradient surgery in your own LightningModule: wrap the optimizer, return optimizer.join(...). The Trainer does the rest.
+
+Run it: python examples/lightning_module.py
+"""
+
+import lightning as L
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import gradsurgery as gs
+
+
+class Forgetter(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 4))
+
+    def training_step(self, batch: dict[str, list[torch.Tensor]], batch_idx: int) -> torch.Tensor:
+        losses = {
+            "forget": gs.losses.ceu(self.model(batch["forget"][0]), batch["forget"][1]).mean(),
+            "retain": gs.losses.cross_entropy(self.model(batch["retain"][0]), batch["retain"][1]).mean(),
+        }
+        self.log_dict(losses, prog_bar=True)
+        return self.optimizers(use_pl_optimizer=False).join(**losses)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        # accumulate=True because the Trainer below adds up two batches a step.
+        return gs.GRU(torch.optim.AdamW(self.parameters(), lr=3e-3), accumulate=True)
+
+
+if __name__ == "__main__":
+    L.seed_everything(0)
+    inputs = torch.randn(512, 16)
+    labels = (inputs @ torch.randn(16, 4)).argmax(1)
+    halves = {"forget": labels < 2, "retain": labels >= 2}
+    loaders = {name: DataLoader(TensorDataset(inputs[half], labels[half]), 32) for name, half in halves.items()}
+    trainer = L.Trainer(
+        max_epochs=5, accumulate_grad_batches=2, gradient_clip_val=1.0, logger=False, enable_checkpointing=False
+    )
+    trainer.fit(Forgetter(), loaders)

@@ -1,0 +1,96 @@
+"""The command `gradsurgery`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import typing
+import warnings
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+_COMMANDS = {
+    "unlearn": "make a model forget, and measure what it forgot and what it kept",
+    "evaluate": "score a model on its splits; writes metrics.json only",
+    "report": "draw report.md and curves.png again from what is in a run's folder",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; errors that the user can mend are one message, not a traceback.
+
+    Args:
+        arguments: Without the program's name; those of the process when None.
+
+    Returns:
+        0, or 1 after an error.
+    """
+    try:
+        from jsonargparse import ArgumentParser
+
+        from lightning_modules import commands
+        from lightning_modules.options import EvaluateOptions, UnlearnOptions
+    except ModuleNotFoundError as error:
+        sys.stderr.write(f"gradsurgery: {error.name} is not installed; pip install 'gradsurgery[lightning]'\n")
+        return 1
+    parser = ArgumentParser(prog="gradsurgery", description="Gradient surgery for language-model unlearning.")
+    subcommands = parser.add_subcommands(required=True)
+    for name, options in (("unlearn", UnlearnOptions), ("evaluate", EvaluateOptions)):
+        subparser = ArgumentParser(description=options.__doc__)
+        subparser.add_argument("--config", action="config", help="YAML file with any of these options; later ones win")
+        _add(subparser, options)
+        subcommands.add_subcommand(name, subparser, help=_COMMANDS[name])
+    report = ArgumentParser(description="Draw the report again.")
+    report.add_argument("folder", type=str, help="the output folder of a run")
+    subcommands.add_subcommand("report", report, help=_COMMANDS["report"])
+    parsed = parser.parse_args(list(arguments) if arguments is not None else None)
+    _quiet()
+    try:
+        if parsed.subcommand == "report":
+            commands.draw(Path(parsed.report.folder))
+        elif parsed.subcommand == "evaluate":
+            commands.evaluate_model(_read(EvaluateOptions, parsed.evaluate))
+        else:
+            commands.unlearn(_read(UnlearnOptions, parsed.unlearn))
+    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
+        if type(error) is RuntimeError and "expected" not in str(error):
+            raise  # not one of ours: the traceback is what helps
+        sys.stderr.write(f"gradsurgery: {error}\n")
+        return 1
+    return 0
+
+
+def _add(parser: Any, options: type) -> None:
+    """Every field of the dataclass as a flag with dashes."""
+    types = typing.get_type_hints(options)
+    for entry in fields(options):
+        default = entry.default if entry.default is not MISSING else entry.default_factory()  # pyright: ignore[reportCallIssue]
+        flag: dict[str, Any] = {"type": types[entry.name], "default": default, "help": entry.metadata["help"]}
+        if types[entry.name] is bool:
+            flag |= {"nargs": "?", "const": True}
+        parser.add_argument(f"--{entry.name.replace('_', '-')}", **flag)
+
+
+def _read(options: type, parsed: Any) -> Any:
+    return options(**{entry.name: getattr(parsed, entry.name) for entry in fields(options)})
+
+
+def _quiet() -> None:
+    """Keep other libraries' hints about their own settings out of the way of the table."""
+    for name in ("lightning.pytorch", "lightning.fabric", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for pattern in (
+        ".*does not have many workers.*",
+        ".*number of training batches.*",
+        ".*isinstance.treespec, LeafSpec.*",
+    ):
+        warnings.filterwarnings("ignore", message=pattern)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,296 @@
+"""What the command line runs: functions of options that leave files behind."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from rich.console import Console
+from torch import nn
+
+import gradsurgery as gs
+from lightning_modules import outputs
+from lightning_modules.callbacks import SurgeryLogger, TradeoffCurve
+from lightning_modules.evaluation import Evaluation, evaluate, summary
+from lightning_modules.examples import Example
+from lightning_modules.loading import load_model, load_reference, make_data
+from lightning_modules.metrics.functional import forget_quality, truth_ratio
+from lightning_modules.module import UnlearningModule
+from lightning_modules.options import DataOptions, EvaluateOptions, UnlearnOptions
+from lightning_modules.report import draw, sentences, table
+from lightning_modules.tokenization import encode, padding_id
+
+# Scored while training: enough for a smooth curve, few enough to cost little.
+_CURVE_EXAMPLES = 64
+_CURVE_POINTS = 25
+
+
+def unlearn(options: UnlearnOptions) -> Path:
+    """Make a model forget: score it, train it with surgery, score it again, and leave everything in `options.output`.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ValueError: If the options contradict each other or the data is not usable.
+        FileNotFoundError: If a file or model is missing.
+        FileExistsError: If the output folder holds a run.
+    """
+    if options.resume:
+        options = _resumed(Path(options.output))
+    options.check()
+    options = options.resolved()
+    with _one_thread(options):
+        return _unlearn(options)
+
+
+def _unlearn(options: UnlearnOptions) -> Path:
+    folder, console = Path(options.output), Console(stderr=True)
+    # Lightning starts the other processes of a run with this same command: they only train.
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    splits = make_data(options, None).read()
+    if first and not options.resume:
+        outputs.claim(folder)
+        outputs.write_config(folder, "unlearn", options)
+    L.seed_everything(options.seed, verbose=False)
+    model, tokenizer = load_model(options, splits)
+    model = _with_adapters(model, options)
+    scored = {split: rows[: options.evaluation_examples] for split, rows in splits.items()}
+    score = partial(evaluate, tokenizer=tokenizer, splits=scored, batch_size=options.evaluation_batch_size)
+    score = partial(score, max_new_tokens=options.max_new_tokens)
+    started = time.perf_counter()
+    before = score(model) if first else None
+    evaluating = time.perf_counter() - started
+
+    data = make_data(options, tokenizer, options.batch_size)
+    module = _module(model, options).train()
+    steps = -(-len(splits["forget"]) // (options.batch_size * (options.accumulate or 1))) * (options.epochs or 1)
+    surgery_log = SurgeryLogger(folder / outputs.SURGERY)
+    curve = TradeoffCurve(
+        {
+            split: [
+                encode(tokenizer, row["question"], row["answer"], options.max_length) for row in _spread(splits[split])
+            ]
+            for split in ("forget", "retain")
+        },
+        pad_token_id=padding_id(tokenizer),
+        every_n_steps=options.score_every or max(1, steps // _CURVE_POINTS),
+        stop_below=options.stop_below,
+    )
+    trainer = _trainer(folder, options, [surgery_log, curve], console)
+    last = folder / "checkpoints" / "last.ckpt"
+    started = time.perf_counter()
+    trainer.fit(module, data, ckpt_path=str(last) if options.resume and last.exists() else None)
+    training = time.perf_counter() - started
+    if not trainer.is_global_zero or before is None:
+        return folder
+
+    model = _merged(module.model)
+    _write_rows(folder / outputs.CURVE, curve.points)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    started = time.perf_counter()
+    after = score(model)
+    reference = _reference(options, splits, score)
+    evaluating += time.perf_counter() - started
+    metrics = _metrics(options, before, after, reference, {"train": training, "evaluate": evaluating})
+    named = {"before": before.examples, "after": after.examples, "reference": reference}
+    outputs.write_evaluation(folder / outputs.EVALUATION, named)
+    outputs.write_json(folder / outputs.METRICS, metrics)
+    draw(folder)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    _show(metrics)
+    Console().print(
+        f"Everything is in [bold]{folder}[/bold]: report.md with curves.png, metrics.json, surgery.csv, model/"
+    )
+    return folder
+
+
+def evaluate_model(options: EvaluateOptions) -> Path:
+    """Score a model on its splits and write metrics.json; the model is "after" in it, and "before" is null."""
+    options.check()
+    with _one_thread(options):
+        return _evaluate_model(options)
+
+
+def _evaluate_model(options: EvaluateOptions) -> Path:
+    folder = Path(options.output)
+    splits = make_data(options, None).read()
+    outputs.claim(folder)
+    L.seed_everything(options.seed, verbose=False)
+    model, tokenizer = load_model(options, splits)
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    scored = {split: rows[: options.evaluation_examples] for split, rows in splits.items()}
+    score = partial(evaluate, tokenizer=tokenizer, splits=scored, batch_size=options.evaluation_batch_size)
+    started = time.perf_counter()
+    after = score(model, max_new_tokens=options.max_new_tokens)
+    reference = _reference(options, splits, partial(score, max_new_tokens=options.max_new_tokens))
+    metrics = _metrics(options, None, after, reference, {"train": 0.0, "evaluate": time.perf_counter() - started})
+    outputs.write_json(folder / outputs.METRICS, metrics)
+    _show(metrics)
+    return folder
+
+
+@contextmanager
+def _one_thread(options: DataOptions) -> Iterator[None]:
+    """The small model on one core: a second gains little, and costs many times that where the machine is shared."""
+    threads = torch.get_num_threads()
+    if options.model == "scratch":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _show(metrics: Mapping[str, Any]) -> None:
+    console = Console()
+    console.print(table(metrics))
+    for sentence in sentences(metrics):
+        console.print(sentence)
+
+
+def _resumed(folder: Path) -> UnlearnOptions:
+    config = folder / outputs.CONFIG
+    if not config.exists():
+        raise FileNotFoundError(
+            f"--resume: expected a run in {folder}, found no {outputs.CONFIG}; start it without --resume"
+        )
+    if (folder / outputs.METRICS).exists():
+        raise FileExistsError(
+            f"--resume: the run in {folder} is finished, see {folder / 'report.md'}; choose another --output"
+        )
+    values = yaml.safe_load(config.read_text())
+    names = {entry.name for entry in fields(UnlearnOptions)}
+    return UnlearnOptions(
+        **{name: value for name, value in values.items() if name in names} | {"output": str(folder), "resume": True}
+    )
+
+
+def _module(model: nn.Module, options: UnlearnOptions) -> UnlearningModule:
+    kind = getattr(torch.optim, options.optimizer, None)
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise ValueError(f"--optimizer: expected a class of torch.optim, such as AdamW, found {options.optimizer!r}")
+    return UnlearningModule(
+        model,
+        forget_loss=gs.losses.by_name(options.forget_loss),
+        optimizer=partial(kind, lr=options.lr, weight_decay=options.weight_decay),
+        surgery=partial(
+            gs.GradientSurgery,
+            rule=partial(gs.rules.by_name(options.rule), **options.rule_options),
+            ema_decay=options.ema_decay,
+            scope=options.scope,
+            metric=options.metric,
+            guard=None if options.guard == "none" else options.guard,
+            add={"retain": options.retain_weight} if options.retain_weight else None,
+            max_norm=options.max_norm,
+            accumulate=(options.accumulate or 1) > 1,
+        ),
+        warmup_steps=options.warmup_steps,
+    )
+
+
+def _trainer(folder: Path, options: UnlearnOptions, callbacks: Sequence[Callback], console: Console) -> L.Trainer:
+    checkpoint = ModelCheckpoint(folder / "checkpoints", save_last=True, save_top_k=0, every_n_epochs=1)
+    bar = [RichProgressBar()] if console.is_terminal else []
+    devices: Any = options.devices if options.devices == "auto" else int(options.devices)
+    return L.Trainer(
+        accelerator="auto",
+        devices=devices,
+        strategy=options.strategy,
+        precision=options.precision,  # pyright: ignore[reportArgumentType] (Lightning checks the name)
+        max_epochs=options.epochs,
+        accumulate_grad_batches=options.accumulate or 1,
+        callbacks=[*callbacks, checkpoint, *bar],
+        logger=False,
+        enable_progress_bar=bool(bar),
+        enable_model_summary=False,
+        use_distributed_sampler=False,  # PairSampler divides the pairs itself
+        num_sanity_val_steps=0,
+    )
+
+
+def _with_adapters(model: nn.Module, options: UnlearnOptions) -> nn.Module:
+    if not options.lora_rank:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    # Rank and twice the rank as alpha: LoKU's setting.
+    config = LoraConfig(r=options.lora_rank, lora_alpha=2 * options.lora_rank, target_modules="all-linear")
+    return get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+
+
+def _merged(model: nn.Module) -> Any:
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model  # pyright: ignore[reportCallIssue]
+
+
+def _spread(rows: Sequence[Example]) -> list[Example]:
+    """So many of the rows, evenly spread over them."""
+    count = min(_CURVE_EXAMPLES, len(rows))
+    return [rows[index * len(rows) // count] for index in range(count)]
+
+
+def _reference(
+    options: DataOptions, splits: Mapping[str, Sequence[Example]], score: Any
+) -> dict[str, list[dict[str, Any]]] | None:
+    """The reference's scores of every example: read from a log, or computed; None if there is no reference."""
+    if options.reference is not None and Path(options.reference).is_file():
+        path = Path(options.reference)
+        models = ("reference", "after")
+        for model in models:
+            try:
+                return outputs.read_evaluation(path, model)
+            except ValueError:
+                if model == models[-1]:
+                    raise
+    loaded = load_reference(options, splits)
+    return None if loaded is None else score(loaded[0], tokenizer=loaded[1]).examples
+
+
+def _metrics(
+    options: DataOptions,
+    before: Evaluation | None,
+    after: Evaluation,
+    reference: dict[str, list[dict[str, Any]]] | None,
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    quality = None
+    if reference is not None:
+        ours, theirs = _truth_ratios(after.examples.get("forget", [])), _truth_ratios(reference.get("forget", []))
+        quality = forget_quality(ours, theirs)._asdict() if ours and theirs else None
+    return {
+        "before": None if before is None else before.summary,
+        "after": after.summary,
+        "reference": None if reference is None else {split: summary(rows) for split, rows in reference.items()},
+        "forget_quality": quality,
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "seed": options.seed,
+        "versions": outputs.versions(),
+    }
+
+
+def _truth_ratios(rows: Iterable[Mapping[str, Any]]) -> list[float]:
+    kept = [row for row in rows if row.get("perturbed_nll")]
+    if not kept:
+        return []
+    return [float(truth_ratio([row["paraphrase_nll"]], [row["perturbed_nll"]], kind="ratio")) for row in kept]
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,172 @@
+"""Scores a model on its splits: probability, ROUGE-L recall, truth ratio and mean token negative log-likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+
+from lightning_modules.generation import generate_greedily
+from lightning_modules.likelihood import answer_nll
+from lightning_modules.metrics.functional import answer_probability, rouge_recall, truth_ratio
+from lightning_modules.tokenization import Encoded, encode, padding_id, prompt_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Scores = dict[str, float | int | None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model knows.
+
+    Attributes:
+        summary: split -> `{"probability", "rouge_l_recall", "truth_ratio", "nll", "n"}`, means over the split. `None`
+            where nothing was measured: ROUGE without generation, truth ratio without perturbed answers. The truth ratio
+            is min(R, 1/R) on the split named "forget" and max(0, 1 - R) on the others. NaN where the model gives NaN.
+        examples: split -> one dictionary an example, in order: `question`, `answer`, `generation`, `nll`,
+            `probability`, `rouge_l_recall`, `truth_ratio`, and the `paraphrase_nll` and `perturbed_nll` that the truth
+            ratio was made of.
+    """
+
+    summary: dict[str, Scores]
+    examples: dict[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class _Item:
+    """An example with where its scores are: `texts[answer]`, `texts[paraphrase]`, ..., `prompts[position]`."""
+
+    split: str
+    row: Mapping[str, Any]
+    answer: int
+    paraphrase: int
+    perturbed: range
+    target: str
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 64,
+    generate: bool = True,
+    progress: bool = True,
+) -> Evaluation:
+    """Scores a model on every split, in one pass over all answers and one over all questions.
+
+    Definitions (TOFU, Maini et al. 2024, section 2.2; formulas in `lightning_modules.metrics.functional`): the
+    probability is exp(-nll) of the answer on *every* split (TOFU's tables show the answer's share among the options for
+    real authors and world facts, which `nll` and `perturbed_nll` of the examples give). Where an example has perturbed
+    answers and no paraphrase, the answer stands in for the paraphrase, as in TOFU. A plain text (empty question) is
+    generated from its first half and scored against what follows.
+
+    Args:
+        model: a causal language model, on any device and in any dtype; its train or eval mode is restored.
+        tokenizer: of the model.
+        splits: split -> examples with `question` and `answer`, and maybe `paraphrased_answer` and `perturbed_answer`.
+        batch_size: texts a forward pass.
+        max_new_tokens: the longest generated answer.
+        generate: `False` leaves generation and ROUGE out.
+        progress: draws a progress bar where standard error is a terminal.
+
+    Raises:
+        ValueError: if there is no split, a split is empty, or an example has no question or answer.
+    """
+    texts: list[Encoded] = []
+    prompts: list[list[int]] = []
+    items: list[_Item] = []
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    for split, row in _rows(splits):
+        first = len(texts)
+        wrong = row.get("perturbed_answer") or []
+        right = [row["paraphrased_answer"]] if wrong and row.get("paraphrased_answer") else []
+        texts += [encode(tokenizer, row["question"], text, longest) for text in (row["answer"], *right, *wrong)]
+        prompt, target = _task(tokenizer, row, texts[first], max_new_tokens)
+        prompts.append(prompt)
+        after = first + 1 + len(right)
+        items.append(_Item(split, row, first, after - 1, range(after, len(texts)), target))
+
+    console = Console(stderr=True)
+    bar = Progress(console=console, transient=True, disable=not (progress and console.is_terminal))
+    with bar:
+        scoring = bar.add_task("Scoring answers", total=len(texts))
+        pad = padding_id(tokenizer)
+        nll = answer_nll(
+            model, texts, pad_token_id=pad, batch_size=batch_size, advance=lambda n: bar.advance(scoring, n)
+        ).tolist()
+        generations: Sequence[str | None] = [None] * len(items)
+        if generate:
+            generating = bar.add_task("Generating answers", total=len(prompts))
+            generations = generate_greedily(
+                model,
+                tokenizer,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                advance=lambda n: bar.advance(generating, n),
+            )
+    examples: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
+    for item, generation in zip(items, generations, strict=True):
+        examples[item.split].append(_scored(item, nll, generation))
+    return Evaluation({split: summary(rows) for split, rows in examples.items()}, examples)
+
+
+def _rows(splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, Mapping[str, Any]]]:
+    rows = [(split, row) for split, examples in splits.items() for row in examples]
+    empty = [split for split, examples in splits.items() if not examples]
+    if not rows or empty:
+        raise ValueError(f"expected examples in every split, found none in {', '.join(empty) or 'an empty mapping'}")
+    for split, row in rows:
+        if "question" not in row or "answer" not in row:
+            raise ValueError(
+                f"expected every example of {split} to have question and answer, found {', '.join(row) or 'none'}: "
+                "lightning_modules.data.read_examples brings other columns into this shape"
+            )
+    return rows
+
+
+def _task(
+    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], text: Encoded, max_new_tokens: int
+) -> tuple[list[int], str]:
+    """Returns the prompt to generate from and the text to find."""
+    if row["question"]:
+        return prompt_ids(tokenizer, row["question"]), row["answer"]
+    half = (len(text.input_ids) + 1) // 2
+    following = text.input_ids[half : half + max_new_tokens]
+    return text.input_ids[:half], str(tokenizer.decode(following, skip_special_tokens=True)).strip()
+
+
+def _scored(item: _Item, nll: Sequence[float], generation: str | None) -> dict[str, Any]:
+    answer = nll[item.answer]
+    perturbed = [nll[index] for index in item.perturbed]
+    kind = "forget" if item.split == "forget" else "utility"
+    ratio = truth_ratio([nll[item.paraphrase]], [perturbed], kind=kind).item() if perturbed else None
+    return {
+        "question": item.row["question"],
+        "answer": item.row["answer"],
+        "generation": generation,
+        "nll": answer,
+        "probability": answer_probability([answer]).item(),
+        "rouge_l_recall": None if generation is None else rouge_recall(generation, item.target),
+        "truth_ratio": ratio,
+        "paraphrase_nll": nll[item.paraphrase] if perturbed else None,
+        "perturbed_nll": perturbed or None,
+    }
+
+
+def summary(examples: Sequence[Mapping[str, Any]]) -> Scores:
+    """Returns the means over the examples of one split, as in `Evaluation.summary`."""
+    means: Scores = {}
+    for name in ("probability", "rouge_l_recall", "truth_ratio", "nll"):
+        values = [example[name] for example in examples if example[name] is not None]
+        means[name] = fmean(values) if values else None
+    return means | {"n": len(examples)}

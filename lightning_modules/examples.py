@@ -1,0 +1,170 @@
+"""Reads question/answer examples from the files people have: JSON, JSON lines, CSV, Parquet."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Example = dict[str, Any]
+
+_ACCEPTED = "question and answer, prompt and response, messages, or text"
+_PAIRS = (("question", "answer"), ("prompt", "response"))
+_OPTIONAL = ("paraphrased_answer", "perturbed_answer")
+
+
+def read_examples(path: str | Path) -> list[Example]:
+    """Reads a file of examples into `{"question", "answer"}` dictionaries.
+
+    Args:
+        path: `.json` (an array of objects, or one object a line as TOFU's files are), `.jsonl`, `.csv` or `.parquet`. A
+            row has
+
+            - `question` and `answer`, or `prompt` and `response`;
+            - or `messages`, `[{"role", "content"}, ...]`: the last assistant turn is the answer, the turns before it,
+              joined by line breaks, are the question;
+            - or `text`, plain text: an example with an empty question.
+
+            `paraphrased_answer` (a string) and `perturbed_answer` (a list of strings) are kept where present; in a CSV
+            file the list is written as JSON. Other columns are dropped.
+
+    Returns:
+        One dictionary a row, in the order of the file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is empty, is broken, has unknown columns or values of a wrong type; it names the row or
+            line.
+        ImportError: for Parquet without pyarrow.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "nothing"
+        raise FileNotFoundError(f"expected a file of examples at {path}, found {found} there: check the path")
+    readers = {".json": _json_rows, ".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(
+            f"expected {path} to end in {', '.join(readers)}, found {path.suffix or 'no ending'!r}: plain text can be "
+            'given as JSON lines, {"text": "..."} on each line'
+        )
+    try:
+        examples = [as_example(row, f"{path}, {where}") for where, row in reader(path)]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
+    if not examples:
+        raise ValueError(f"{path} is empty: expected at least one row with {_ACCEPTED}")
+    return examples
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
+    text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {error.lineno}: this is not valid JSON ({error.msg})") from error
+        yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+        return
+    # Not splitlines(): it also cuts at separators such as U+2028, which JSON allows inside a string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield f"line {number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number}: this is not valid JSON ({error.msg}): expected an array of objects, or one "
+                "object a line"
+            ) from error
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, object]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for number, row in enumerate(reader, start=1):
+                if None in row or None in row.values():
+                    raise ValueError(
+                        f"{path}, row {number} (line {reader.line_num}): expected {len(reader.fieldnames or ())} "
+                        "values, as many as the first line names: a value that contains a comma needs quotes"
+                    )
+                yield f"row {number}", {name: value for name, value in row.items() if value or name not in _OPTIONAL}
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: this is not valid CSV ({error})") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise ImportError(f"reading {path} needs pyarrow: pip install datasets") from error
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except ArrowInvalid as error:
+        raise ValueError(f"{path} is not a valid Parquet file ({error})") from error
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def as_example(row: object, where: str = "this example") -> Example:
+    """Returns a row of any shape that `read_examples` accepts as `{"question", "answer"}`.
+
+    Raises:
+        ValueError: if it has none of the accepted shapes; the message begins with `where`.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where}: expected an object with {_ACCEPTED}, found {type(row).__name__}")
+    question, answer = _question_and_answer(row, where)
+    if not answer.strip():
+        raise ValueError(f"{where}: the answer is empty: expected some text to learn or to forget")
+    example: Example = {"question": question, "answer": answer}
+    # A column that exists for some rows only is null in the others.
+    if row.get("paraphrased_answer") is not None:
+        example["paraphrased_answer"] = _text(row, "paraphrased_answer", where)
+    if row.get("perturbed_answer") is not None:
+        example["perturbed_answer"] = _texts(row["perturbed_answer"], where)
+    return example
+
+
+def _question_and_answer(row: Mapping[str, Any], where: str) -> tuple[str, str]:
+    for question, answer in _PAIRS:
+        if question in row and answer in row:
+            return _text(row, question, where), _text(row, answer, where)
+    if "messages" in row:
+        return _last_turn(row["messages"], where)
+    if "text" in row:
+        return "", _text(row, "text", where)
+    raise ValueError(f"{where}: found the columns {', '.join(map(str, row)) or 'none'}; expected {_ACCEPTED}")
+
+
+def _last_turn(messages: object, where: str) -> tuple[str, str]:
+    expected = f'{where}: expected messages as a list of {{"role": ..., "content": text}}'
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{expected}, found {type(messages).__name__ if messages else 'an empty one'}")
+    for turn in messages:
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str) or "role" not in turn:
+            raise ValueError(f"{expected}, found {turn!r:.80}")
+    answers = [index for index, turn in enumerate(messages) if turn["role"] == "assistant"]
+    if not answers:
+        raise ValueError(f"{expected} with an assistant turn, found the roles {[turn['role'] for turn in messages]}")
+    before = messages[: answers[-1]]
+    return "\n".join(turn["content"] for turn in before), messages[answers[-1]]["content"]
+
+
+def _text(row: Mapping[str, Any], name: str, where: str) -> str:
+    if not isinstance(row[name], str):
+        raise ValueError(f"{where}: expected {name} to be text, found {type(row[name]).__name__}")
+    return row[name]
+
+
+def _texts(value: object, where: str) -> list[str]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            value = [value]
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"{where}: expected perturbed_answer to be a list of texts, found {value!r:.80}")
+    return list(value)

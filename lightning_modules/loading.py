@@ -1,0 +1,98 @@
+"""From options to examples, models and tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_modules.data import ForgetRetainDataModule, TOFUDataModule
+from lightning_modules.examples import Example
+from lightning_modules.fictional_authors import fictional_authors
+from lightning_modules.options import DataOptions
+from lightning_modules.scratch import scratch_model
+from lightning_modules.tofu import tofu_examples
+
+ROWS_PER_AUTHOR = 20
+_TOKENIZER_AUTHORS = 100
+
+
+def make_data(options: DataOptions, tokenizer: Any, batch_size: int = 8) -> ForgetRetainDataModule:
+    """The data module that the options describe; `read()` gives its splits without a tokenizer."""
+    common: dict[str, Any] = {"batch_size": batch_size, "seed": options.seed, "max_length": options.max_length}
+    if options.tofu is not None:
+        authors = options.authors if options.model == "scratch" else None
+        return TOFUDataModule(options.tofu, tokenizer, folder=options.tofu_dir, num_authors=authors, **common)
+    if options.forget is not None and options.retain is not None:
+        return ForgetRetainDataModule(options.forget, options.retain, tokenizer, **common)
+    if options.authors < 5:
+        raise ValueError(
+            f"expected at least 5 authors, so that a fifth of them can be forgotten, found {options.authors}"
+        )
+    rows = fictional_authors(options.authors)
+    kept = (options.authors - options.authors // 5) * ROWS_PER_AUTHOR
+    return ForgetRetainDataModule(rows[kept:], rows[:kept], tokenizer, **common)
+
+
+def load_model(options: DataOptions, splits: Mapping[str, Sequence[Example]]) -> tuple[nn.Module, Any]:
+    """The model that is to forget, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+    """
+    if options.model != "scratch":
+        return load_pretrained(options.model)
+    return scratch_model(
+        [*splits["retain"], *splits["forget"]],
+        tokenizer_texts=_texts(options, splits),
+        seed=options.seed,
+        description="Training a small Llama on everything",
+    )
+
+
+def load_reference(options: DataOptions, splits: Mapping[str, Sequence[Example]]) -> tuple[nn.Module, Any] | None:
+    """A model that never saw the forget set: given, or trained like the small Llama; None if there is none."""
+    if options.reference is not None:
+        return load_pretrained(options.reference)
+    if options.model != "scratch":
+        return None
+    return scratch_model(
+        splits["retain"],
+        tokenizer_texts=_texts(options, splits),
+        seed=options.seed,
+        description="Training the reference, which never sees the forget set",
+    )
+
+
+def _texts(options: DataOptions, splits: Mapping[str, Sequence[Example]]) -> list[str]:
+    """What the small model's tokenizer is trained on: more than it learns, or whole answers would become single tokens."""
+    rows: Sequence[Mapping[str, Any]]
+    if options.tofu is not None:
+        everything = tofu_examples(options.tofu, options.tofu_dir)
+        rows = [*everything["retain"], *everything["forget"]]
+    elif options.forget is not None:
+        rows = [*splits["retain"], *splits["forget"]]
+    else:
+        rows = fictional_authors(_TOKENIZER_AUTHORS)
+    return [f"Q: {row['question']}\nA: {row['answer']}" for row in rows]
+
+
+def load_pretrained(name: str) -> tuple[nn.Module, Any]:
+    """A causal language model in float32 and its tokenizer, from a folder or the hub.
+
+    Raises:
+        FileNotFoundError: If it is neither.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype="float32"), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        where = (
+            "is a folder without a loadable model"
+            if Path(name).is_dir()
+            else "is neither a folder nor a model on the hub"
+        )
+        raise FileNotFoundError(f"--model or --reference: {name!r} {where}: {error}") from error

@@ -1,0 +1,139 @@
+"""What the commands can be told. Strings end here: `resolve` turns names into functions and "it depends" into values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import gradsurgery as gs
+
+Split = Literal["forget01", "forget05", "forget10"]
+ForgetLoss = Literal["ceu", "gradient_ascent", "inverted_hinge"]
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class DataOptions:
+    """The model, what it is to forget and to keep, and how it is scored."""
+
+    model: str = _option(
+        "scratch", "folder or hub name of a causal language model; 'scratch' trains a small Llama first (and caches it)"
+    )
+    authors: int = _option(10, "authors that the model from scratch learns; the last fifth of them is to be forgotten")
+    forget: str | None = _option(
+        None, "examples to forget: JSON, JSON lines, CSV or Parquet (question/answer, prompt/response, messages, text)"
+    )
+    retain: str | None = _option(None, "examples to keep")
+    tofu: Split | None = _option(None, "forget this split of TOFU")
+    tofu_dir: str | None = _option(None, "folder with TOFU's files; from the hub if not given")
+    max_length: int = _option(512, "tokens an example; longer ones lose their end")
+    max_new_tokens: int = _option(64, "tokens a generated answer")
+    evaluation_examples: int = _option(400, "examples of each split to score, the first ones")
+    evaluation_batch_size: int = _option(32, "texts a forward pass when scoring")
+    reference: str | None = _option(
+        None,
+        "a model that never saw the forget set (folder or hub name), or its evaluation.jsonl; for 'scratch' it is trained",
+    )
+    seed: int = _option(0, "of the data's order, the adapters, and the model from scratch")
+    output: str = _option("runs/unlearn", "folder for everything that the run leaves")
+
+    def check(self) -> None:
+        """Raise ValueError on options that contradict each other."""
+        files = (self.forget is not None, self.retain is not None)
+        if any(files) and not all(files):
+            raise ValueError("expected --forget and --retain together, found only one of them")
+        if any(files) and self.tofu is not None:
+            raise ValueError("expected either --forget and --retain, or --tofu, found both")
+        if self.tofu_dir is not None and self.tofu is None:
+            raise ValueError("expected --tofu with --tofu-dir, for example --tofu forget10")
+        if self.model != "scratch" and not any(files) and self.tofu is None:
+            raise ValueError(
+                f"expected --forget and --retain, or --tofu, with --model {self.model}: which answers is it to forget?"
+            )
+        for name in ("max_length", "max_new_tokens", "evaluation_examples", "evaluation_batch_size", "authors"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected --{name.replace('_', '-')} >= 1, found {getattr(self, name)}")
+
+
+@dataclass
+class EvaluateOptions(DataOptions):
+    """Score a model on its splits and write metrics.json."""
+
+    output: str = _option("runs/evaluate", "folder for metrics.json")
+
+
+@dataclass
+class UnlearnOptions(DataOptions):
+    """Make a model forget, and measure what it forgot and what it kept. Without arguments: a small model and fictional authors."""
+
+    forget_loss: ForgetLoss = _option("ceu", "loss on the forget batch")
+    rule: str = _option("gru", f"how the two gradients are combined: {', '.join(gs.rules.RULES)}")
+    rule_options: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "options of the rule, for example {alpha: 5}"}
+    )
+    ema_decay: float | None = _option(
+        0.2, "weight of the old value in the retain gradient's moving average; null for none"
+    )
+    retain_weight: float = _option(0.0, "multiple of the retain gradient to add after the rule")
+    guard: Literal["none", "measure", "update"] = _option(
+        "none", "look at the parameter change itself: measure it, or project it"
+    )
+    scope: Literal["global", "tensor"] = _option("global", "one projection for the model, or one for each tensor")
+    metric: Literal["euclidean", "optimizer"] = _option("euclidean", "inner product that conflict is measured in")
+    optimizer: str = _option("AdamW", "class of torch.optim that steps")
+    lr: float | None = _option(None, "learning rate; 1e-5, for the model from scratch 1e-4")
+    weight_decay: float = _option(0.01, "of the optimizer")
+    warmup_steps: int = _option(5, "steps over which the learning rate rises")
+    epochs: int | None = _option(None, "passes over the forget set; 5, for the model from scratch 20")
+    stop_below: float | None = _option(
+        None,
+        "stop once the mean probability of the forget answers is below this; never, for the model from scratch 0.05",
+    )
+    score_every: int | None = _option(
+        None,
+        "optimizer steps between scores on up to 64 examples of each set; a 25th of the run, for the model from scratch 1",
+    )
+    batch_size: int = _option(8, "forget and retain examples a forward pass and process")
+    accumulate: int | None = _option(None, "batches an optimizer step; 4, for the model from scratch 1")
+    max_norm: float = _option(1.0, "clip the combined gradient to this norm")
+    lora_rank: int = _option(0, "train adapters of this rank instead of all weights; merged at the end")
+    precision: str | None = _option(None, "Lightning's name of it; bf16-mixed, on a CPU 32-true")
+    devices: str = _option("auto", "number of devices, or auto")
+    strategy: str = _option("auto", "Lightning's name of how devices share the work: auto, ddp")
+    resume: bool = _option(False, "go on with the interrupted run in --output, with its config.yaml")
+
+    def check(self) -> None:
+        """Raise ValueError on options outside their domain."""
+        super().check()
+        gs.rules.by_name(self.rule)
+        for name in ("batch_size", "accumulate", "epochs", "score_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"expected --{name.replace('_', '-')} >= 1, found {value}")
+        if self.lora_rank < 0 or self.warmup_steps < 0:
+            raise ValueError(
+                f"expected --lora-rank and --warmup-steps >= 0, found {self.lora_rank} and {self.warmup_steps}"
+            )
+        if self.forget_loss not in gs.losses.LOSSES:
+            raise ValueError(
+                f"expected --forget-loss to be one of {', '.join(gs.losses.LOSSES)}, found {self.forget_loss!r}"
+            )
+
+    def resolved(self) -> UnlearnOptions:
+        """A copy in which nothing depends on anything: what config.yaml holds."""
+        import torch
+
+        scratch = self.model == "scratch"
+        depends = {
+            "lr": 1e-4 if scratch else 1e-5,
+            "epochs": 20 if scratch else 5,
+            "accumulate": 1 if scratch else 4,
+            "stop_below": 0.05 if scratch else None,
+            "score_every": 1 if scratch else None,
+            "precision": "bf16-mixed" if torch.cuda.is_available() else "32-true",
+        }
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return UnlearnOptions(**values | {name: value for name, value in depends.items() if values[name] is None})

@@ -1,0 +1,106 @@
+"""The output folder: what is in it, and that nobody's run is overwritten."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_modules.options import DataOptions
+
+METRICS, CONFIG, CURVE, SURGERY, EVALUATION = (
+    "metrics.json",
+    "config.yaml",
+    "curve.csv",
+    "surgery.csv",
+    "evaluation.jsonl",
+)
+
+
+def claim(folder: Path) -> None:
+    """Make the folder, or refuse one that holds a run.
+
+    Raises:
+        FileExistsError: If it does.
+        PermissionError: If it cannot be written.
+    """
+    found = [name for name in (METRICS, CONFIG, SURGERY, "model", "checkpoints") if (folder / name).exists()]
+    if found:
+        raise FileExistsError(
+            f"--output: expected a new or empty folder, found {', '.join(found)} of an earlier run in {folder}; choose another folder, "
+            "remove it, or go on with --resume if it was interrupted"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise PermissionError(f"--output: expected a folder that can be written, found {folder}: {error}") from error
+
+
+def write_config(folder: Path, command: str, options: DataOptions) -> None:
+    """The options, complete: `gradsurgery COMMAND --config config.yaml --output ELSEWHERE` repeats the run."""
+    values = {name: value for name, value in asdict(options).items() if name not in ("resume", "config")}
+    text = f"# gradsurgery {command} --config {CONFIG} --output ANOTHER_FOLDER repeats this run.\n"
+    (folder / CONFIG).write_text(text + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Strict JSON, written whole or not at all; NaN becomes the string "NaN", which no reader takes for a number."""
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(_strict(value), indent=2, allow_nan=False) + "\n")
+    temporary.replace(path)
+
+
+def write_evaluation(path: Path, evaluations: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]] | None]) -> None:
+    """One line for every model, split and example, so that any aggregate can be computed again."""
+    with path.open("w") as file:
+        for name, splits in evaluations.items():
+            for split, rows in (splits or {}).items():
+                file.writelines(json.dumps(_strict({"model": name, "split": split, **row})) + "\n" for row in rows)
+
+
+def read_evaluation(path: Path, model: str) -> dict[str, list[dict[str, Any]]]:
+    """The rows of one model that `write_evaluation` wrote.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    splits: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("model") == model:
+            splits.setdefault(row["split"], []).append(row)
+    if not splits:
+        found = sorted({str(row.get("model")) for row in rows})
+        raise ValueError(f"{path}: expected rows of the model {model!r}, found {found}")
+    return splits
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with."""
+    found = {"python": platform.python_version()}
+    for name in ("gradsurgery", "torch", "lightning", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a checkout on PYTHONPATH
+            found[name] = "not installed"
+    return found
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _strict(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value).replace("nan", "NaN").replace("inf", "Infinity")
+    return value

@@ -1,0 +1,157 @@
+"""What surgery costs: time beside two backward passes alone, and memory beside `optimizer.memory_estimate()`.
+
+Run it: python tests/benchmarks/surgery.py [--threads 2] [--device cuda]
+
+Times are medians of interleaved runs in one process, so that only their ratio means something. The model is a Llama of 47M
+parameters (vocabulary 32000, width 512, 8 layers, tied head, float32).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import gradsurgery as gs
+
+
+def make_model(device: str, layers: int = 8) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).to(device)
+
+
+def loss(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
+    logits, labels = gs.losses.answer_tokens(model(tokens).logits, tokens)
+    return gs.losses.token_mean(gs.losses.cross_entropy(logits, labels), labels)
+
+
+def timed(function: Callable[[], None], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def time_ratios(device: str, tokens: int, repeats: int) -> None:
+    model = make_model(device)
+    batches = {name: torch.randint(32000, (1, tokens), device=device) for name in ("retain", "forget")}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    variants: dict[str, dict[str, Any]] = {
+        "rule=gru": {},
+        "rule=gru, ema_decay=0.2": {"ema_decay": 0.2},
+        "rule=pcgrad": {"rule": "pcgrad"},
+        "rule=gru, scope=tensor": {"scope": "tensor"},
+    }
+    # A learning rate of 0 and SGD: the base's own step is not what is measured, and is in neither time.
+    optimizers = {
+        name: gs.GradientSurgery(torch.optim.SGD(model.parameters(), lr=0.0), **options)
+        for name, options in variants.items()
+    }
+
+    def alone() -> None:
+        for batch in batches.values():
+            loss(model, batch).backward()
+            model.zero_grad()
+
+    def surgery(optimizer: gs.GradientSurgery) -> None:
+        for name, batch in batches.items():
+            with optimizer.objective(name):
+                loss(model, batch).backward()
+        optimizer.combine()
+
+    alone_times: list[float] = []
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for repeat in range(repeats + 1):
+        first = timed(alone, device)
+        for name, optimizer in optimizers.items():
+            seconds = timed(lambda optimizer=optimizer: surgery(optimizer), device)
+            optimizer.step()  # commits the average, where there is one
+            optimizer.zero_grad()
+            if repeat:  # the first round warms up
+                times[name].append(seconds)
+        if repeat:
+            alone_times.append(first)
+    print(f"\n{parameters / 1e6:.1f}M parameters, {tokens} tokens a loss: two backward passes alone take {median(alone_times):.3f} s")
+    for name, values in times.items():
+        ratios = [value / base for value, base in zip(values, alone_times, strict=True)]
+        print(f"  {name:28s} x {median(ratios):.3f}  (from {min(ratios):.3f} to {max(ratios):.3f} over {repeats} rounds)")
+
+
+def peak_bytes(step: Callable[[], None]) -> int:
+    """Largest sum of live allocations made during three steps on the CPU, from the allocator's own events."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        for _ in range(3):
+            step()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def memory_table() -> None:
+    tokens = torch.randint(32000, (1, 8))
+
+    def plain_step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> None:
+        loss(model, tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def surgery_step(model: LlamaForCausalLM, optimizer: gs.GradientSurgery) -> None:
+        for name in reversed(optimizer.objectives):
+            with optimizer.objective(name):
+                loss(model, tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model = make_model("cpu", layers=4)
+    plain = peak_bytes(lambda: plain_step(model, torch.optim.SGD(model.parameters(), lr=1e-3)))
+    print(f"\npeak of a plain SGD step: {plain / 2**20:.0f} MiB above the weights; surgery adds")
+    variants: dict[str, dict[str, Any]] = {
+        "gru": {},
+        "gru, ema": {"ema_decay": 0.2},
+        "gru, ema in bf16": {"ema_decay": 0.2, "ema_dtype": torch.bfloat16},
+        "gru, accumulate": {"accumulate": True},
+        "gru, guard": {"guard": "update"},
+        "gru, two protected": {"objectives": ("forget", "retain", "general")},
+    }
+    for name, options in variants.items():
+        model = make_model("cpu", layers=4)
+        optimizer = gs.GradientSurgery(torch.optim.SGD(model.parameters(), lr=1e-3), **options)
+        measured = peak_bytes(lambda model=model, optimizer=optimizer: surgery_step(model, optimizer)) - plain
+        estimate = optimizer.memory_estimate()
+        print(
+            f"  {name:20s} measured {measured / 2**20:6.1f} MiB, memory_estimate() {estimate / 2**20:6.1f} MiB, "
+            f"ratio {measured / estimate:.3f}"
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=7)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(f"torch {torch.__version__}, {arguments.device}, {arguments.threads} threads")
+    for tokens in (256, 32):
+        time_ratios(arguments.device, tokens, arguments.repeats)
+    memory_table()

@@ -1,0 +1,1 @@
+"""Slow, independent oracles, written from the papers and never from the code under test."""

@@ -1,0 +1,97 @@
+"""Every tolerance of the test-suite, with its reason. Tests compare through `close`, and choose none of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Two numbers agree when they differ by at most ``relative`` times the scale that the test states."""
+
+    relative: float
+    reason: str
+
+
+SAME = Tolerance(
+    1e-12, "the same float64 formula in another order of operations, on matrices whose condition is below 1e3"
+)
+OUT_OF_ORDER = Tolerance(
+    1e-9,
+    "float64 on badly scaled or dependent rows: a cut-off or a face is met within 1e-12, and amplified by up to 1e3",
+)
+ILL_CONDITIONED = Tolerance(1e-6, "rows at a cosine of 1 - 1e-9 amplify the rounding of float64 by 1e9")
+PSEUDO_INVERSE = Tolerance(
+    1e-4, "an eigenvalue of 1e-9 is known to 1e-7 of itself, and weights as large as its inverse cancel"
+)
+QUADRATIC_PROGRAM = Tolerance(
+    1e-9, "the rules accept a solution whose conditions hold to 1e-10, and ease dependent rows by 1e-10"
+)
+ITERATIVE_ORACLE = Tolerance(
+    1e-6, "SLSQP and one-dimensional searches stop near the square root of the float64 rounding"
+)
+ROUNDED_GRAM = Tolerance(
+    3.2e-3, "float32 products are semidefinite up to 1e-7 only; easing by 1e-5 bends a promise by its square root"
+)
+GRAM: dict[torch.dtype, Tolerance] = {
+    torch.float64: Tolerance(1e-14, "products and sums in float64, chunks of at most 2^17"),
+    torch.float32: Tolerance(
+        1e-6, "products in float32, 2^17 of them summed by torch.dot (1e-7), chunks summed in float64"
+    ),
+    torch.bfloat16: Tolerance(
+        1e-5, "products are exact in float32, but their sums are often ties, all rounded alike: 4e-6 measured"
+    ),
+    torch.float16: Tolerance(1e-5, "products are exact in float32, but their sums are often ties, all rounded alike"),
+    torch.complex64: Tolerance(1e-6, "a complex row is its real and imaginary parts, in float32"),
+    torch.complex128: Tolerance(1e-14, "a complex row is its real and imaginary parts, in float64"),
+}
+LARGE_GRAM: dict[torch.dtype, Tolerance] = {
+    torch.float32: Tolerance(1e-6, "rounding of a chunk's sum is random in sign, and averages out over 150 chunks"),
+    torch.bfloat16: Tolerance(
+        1e-5, "ties rounded alike do not average out: 4e-6 measured, whatever the number of chunks"
+    ),
+}
+COMBINED: dict[torch.dtype, Tolerance] = {
+    torch.float64: Tolerance(1e-15, "one rounding of float64 (1.1e-16) a row, at most six rows"),
+    torch.float32: Tolerance(4e-7, "one rounding of float32 (6e-8) a row, at most six rows"),
+    torch.bfloat16: Tolerance(3.92e-3, "float32 arithmetic rounded once to 8 bits: half a unit in the last place, 2^-8, and a hair"),
+    torch.float16: Tolerance(4.9e-4, "float32 arithmetic rounded once to 11 bits: half a unit in the last place, 2^-11, and a hair"),
+    torch.complex64: Tolerance(4e-7, "as float32, part by part"),
+    torch.complex128: Tolerance(1e-15, "as float64, part by part"),
+}  # fmt: skip
+
+STEPPED = Tolerance(
+    1e-10, "float64 steps of a tiny model on numbers of order 1; twenty steps amplify the rounding by less than 1e5"
+)
+STEPPED_FLOAT32 = Tolerance(
+    2e-5,
+    "eight float32 steps of a tiny model on numbers of order 1, each rounding at 6e-8; Adam's first steps amplify most",
+)
+
+
+def off(found: Tensor, expected: Tensor, scale: Tensor | float) -> Tensor:
+    """How far ``found`` is off, in units of ``scale``: 0 where both are the same, infinite where either is NaN."""
+    difference = (found - expected).abs().double()
+    scaled = difference / torch.as_tensor(scale, dtype=torch.float64)
+    return torch.where(difference == 0.0, 0.0, scaled).nan_to_num(nan=torch.inf)
+
+
+def close(
+    found: Tensor, expected: Tensor, tolerance: Tolerance, *, scale: Tensor | float = 1.0, names: tuple[str, ...] = ()
+) -> None:
+    """Assert that ``found`` is ``expected`` within ``tolerance`` of ``scale``; ``names`` label the first dimension in the message."""
+    assert found.shape == expected.shape, f"expected shape {list(expected.shape)}, found {list(found.shape)}"
+    error = off(found, expected, scale)
+    if bool((error <= tolerance.relative).all()):
+        return
+    worst = error.flatten(1).amax(1) if names else error.reshape(1, -1).amax(1)
+    labels = names or ("all",)
+    wrong = {
+        label: f"{float(value):.1e}"
+        for label, value in zip(labels, worst, strict=True)
+        if not value <= tolerance.relative
+    }
+    raise AssertionError(f"off by {wrong}, allowed {tolerance.relative:.1e} ({tolerance.reason})")
