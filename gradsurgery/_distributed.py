@@ -72,18 +72,25 @@ class Ranks:
                     module.reducer._rebuild_buckets()
                     module.reducer.prepare_for_backward([loss] if module.find_unused_parameters else [])
 
-    def agree_on(self, problem: str | None, parameters: Sequence[Tensor]) -> None:
-        """Raise on every rank if one rank found a problem, before any of them waits for another in a collective.
+    def agree(self, doing: int, problem: str | None, parameters: Sequence[Tensor]) -> None:
+        """On the first steps, make sure that every rank is about to do the same, before any of them waits for another in a collective.
+
+        Args:
+            doing: A number for what this rank is about to do: enter an objective, or combine.
+            problem: Why it cannot, if it cannot.
+            parameters: The parameters.
 
         Raises:
-            RuntimeError: This rank's problem, or the news of another's.
+            RuntimeError: This rank's problem, or the news that another rank is elsewhere. Every rank raises then.
         """
         if self._left > 0 and active() and (group := self._group(parameters)) is not None:
-            flags = _gather(torch.tensor([problem is not None], dtype=torch.float64), parameters, group[0])
-            if problem is None and bool(flags.any()):
-                failed = flags.flatten().nonzero().flatten().tolist()
+            mine = -1 if problem else doing
+            found = _gather(torch.tensor(mine, dtype=torch.float64), parameters, group[0])
+            others = (found != mine).nonzero().flatten().tolist()
+            if problem is None and others:
                 raise RuntimeError(
-                    f"combine: expected every rank to hold all rows, found ranks {failed} without; see their message"
+                    f"objectives differ across ranks: expected every rank to run the same objectives in the same order, found ranks {others} "
+                    "elsewhere or refused; every rank must enter every objective as often as the others"
                 )
         if problem is not None:
             raise RuntimeError(problem)

@@ -85,7 +85,8 @@ class EMA:
                 if parameter in average:
                     combine_([[average[parameter]], [gradient]], torch.stack([torch.full_like(share, decay), share]))
                 elif gradient is not None:
-                    first = gradient.to(self.dtype)
+                    # FSDP2's gradients are views of one buffer, and a DTensor that is one can be neither copied nor freed alone.
+                    first = gradient.to(self.dtype, copy=hasattr(gradient, "to_local"))
                     combine_([[first]], share[None])
                     average[parameter] = first
         self.steps += 1

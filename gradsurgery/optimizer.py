@@ -151,11 +151,19 @@ class GradientSurgery(Wrapper):
 
         Raises:
             ValueError: If there is no such objective.
-            RuntimeError: If the row cannot be trusted (see `gradsurgery.rows.Slots.capture`); everything else is untouched.
+            RuntimeError: If the row cannot be trusted (see `gradsurgery.rows.Slots.capture`), or ranks enter different objectives;
+                everything else is untouched.
         """
         if name not in self.objectives:
             raise ValueError(f"objective: expected one of {list(self.objectives)}, found {name!r}")
-        return self._window.slots.capture(name, self._parameters(), accumulate=self._accumulate)
+        parameters = self._parameters()
+
+        def agree(problem: str | None) -> None:
+            # Inside DDP's no_sync() no rank waits for another, and each may have its own number of micro-batches.
+            if problem is not None or self._ranks.synchronising(parameters):
+                self._ranks.agree(self.objectives.index(name), problem, parameters)
+
+        return self._window.slots.capture(name, parameters, accumulate=self._accumulate, agree=agree)
 
     def join(self, *, retain_graph: bool = False, **losses: Tensor) -> Tensor:
         """One scalar, the sum of the losses, whose single ``backward()`` captures every row and combines them.
@@ -165,8 +173,8 @@ class GradientSurgery(Wrapper):
             **losses: One 0-dim loss for each objective, by name.
 
         Returns:
-            0-dim float32 tensor (float64 where a loss is). The gradient that reaches it (a GradScaler's scale, Lightning's and Hugging Face's 1 / number of
-            micro-batches) scales every row.
+            0-dim float32 tensor (float64 where a loss is). The gradient that reaches it (a GradScaler's scale, Lightning's and
+            Hugging Face's 1 / number of micro-batches) scales every row.
 
         Raises:
             ValueError: If an objective is missing or unknown, or a loss is not a single number.
@@ -202,15 +210,16 @@ class GradientSurgery(Wrapper):
             The step's record. Calling it again without new rows changes nothing.
 
         Raises:
-            RuntimeError: If an objective is missing, ``.grad`` holds a gradient that belongs to none, or ranks disagree; nothing is changed. A non-finite Gram matrix does not raise here: it
-                leaves NaN in ``.grad``, where a GradScaler finds it, and `step` raises.
+            RuntimeError: If an objective is missing, ``.grad`` holds a gradient that belongs to none, or ranks disagree; nothing is
+                changed. A non-finite Gram matrix does not raise here: it leaves NaN in ``.grad``, where a GradScaler finds it, and
+                `step` raises.
 
         Cost: reads every row once, writes one; no temporaries.
         """
         window, parameters = self._window, self._parameters()
         if window.slots.phase is Phase.COMBINED and window.record is not None:
             return window.record
-        self._ranks.agree_on(window.slots.problem(self.objectives, parameters), parameters)
+        self._ranks.agree(len(self.objectives), window.slots.combining(self.objectives, parameters), parameters)
         raw = [
             row + [None] * (len(parameters) - len(row)) for row in map(window.slots.rows.get, self.objectives) if row
         ]
@@ -234,8 +243,7 @@ class GradientSurgery(Wrapper):
             update_norm=update.norm,
             blocks=rows.blocks.names,
         )
-        # A rule of the user's may answer an ill Gram matrix by finite numbers.
-        window.combined = Combined(update.amounts.isfinite().all() & update.healthy.all(), update.healthy, rows)
+        window.combined = Combined(update.amounts.isfinite().all(), update.healthy, rows)
         first = [None if row is None else row.clone() for row in raw[0]] if self._accumulate else raw[0]
         written = combine_blocks_(
             [first, *rows.mixing.rows[1:]],
@@ -280,10 +288,11 @@ class GradientSurgery(Wrapper):
                 self._base.step()
                 self._ema.start(parameters)
                 return value
-            raise RuntimeError(
+            problem = (
                 f"step: expected a backward pass for each of {list(self.objectives)} since the last step, found none; run them inside "
                 "optimizer.objective(name), or call backward() on optimizer.join(...)"
             )
+            self._ranks.agree(len(self.objectives), problem, parameters)
         record = self.combine()
         combined = window.combined
         if combined is None:

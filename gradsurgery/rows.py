@@ -7,7 +7,7 @@ FSDP2, gradient checkpointing, compiled graphs, tied weights) does to the row wh
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 
@@ -46,31 +46,24 @@ class Slots:
         self.active = None
         self.joins = 0
 
-    def problem(self, objectives: Sequence[str], parameters: Sequence[Tensor]) -> str | None:
-        """Why the rows cannot be combined, if they cannot."""
-        if missing := [name for name in objectives if name not in self.rows]:
-            return (
-                f"combine: expected a backward pass for each of {list(objectives)} since the last step, found none for "
-                f"{missing}; run it inside optimizer.objective(name)"
-            )
-        # The update would overwrite them. (What .grad holds in a closed window is spent, and no row is in one.)
-        return f"combine: {_STRAY}" if any(parameter.grad is not None for parameter in parameters) else None
-
     @contextmanager
-    def capture(self, name: str, parameters: Sequence[Tensor], *, accumulate: bool) -> Generator[None]:
+    def capture(
+        self, name: str, parameters: Sequence[Tensor], *, accumulate: bool, agree: Callable[[str | None], None]
+    ) -> Generator[None]:
         """Let the backward passes inside write, or add to, the row called ``name``.
 
         Args:
             name: The objective.
             parameters: Every parameter, in the rows' order.
             accumulate: Whether a row may grow after it was combined (the caller kept it).
+            agree: Called first, with the problem if there is one; it raises then, on every rank.
 
         Raises:
             RuntimeError: If objectives are nested; if ``.grad`` holds a gradient that belongs to no objective; if the rows were combined
                 and not yet stepped, without ``accumulate``; if no parameter got a gradient; if a gradient is sparse. Every slot is
                 then empty and ``.grad`` None, parameters untouched.
         """
-        self._admit(name, parameters, accumulate=accumulate)
+        agree(self._entering(name, parameters, accumulate=accumulate))
         slot = self.rows.get(name, [])
         slot += [None] * (len(parameters) - len(slot))  # a parameter group was added since
         for parameter, gradient in zip(parameters, slot, strict=True):
@@ -92,9 +85,10 @@ class Slots:
             for parameter in parameters:
                 parameter.grad = None
 
-    def _admit(self, name: str, parameters: Sequence[Tensor], *, accumulate: bool) -> None:
+    def _entering(self, name: str, parameters: Sequence[Tensor], *, accumulate: bool) -> str | None:
+        """Why this objective cannot be entered now, if it cannot."""
         if self.active is not None:
-            raise RuntimeError(
+            return (
                 f"objective {name!r}: expected to be entered outside any other, found inside {self.active!r}; a backward pass belongs to "
                 "one objective, so leave the first context before entering the next"
             )
@@ -102,12 +96,21 @@ class Slots:
         if self.phase is Phase.COMBINED and not held:
             self.clear()  # model.zero_grad() after a step that a GradScaler skipped: these rows were spent
         if self.phase is Phase.COMBINED and not accumulate:
-            raise RuntimeError(
+            return (
                 f"objective {name!r}: entered after the rows were combined and before step(); pass accumulate=True to GradientSurgery to "
                 "combine after every micro-batch (join does), or call combine() once, after the last"
             )
-        if self.phase is Phase.OPEN and held:
-            raise RuntimeError(f"objective {name!r}: {_STRAY}")
+        return f"objective {name!r}: {_STRAY}" if self.phase is Phase.OPEN and held else None
+
+    def combining(self, objectives: Sequence[str], parameters: Sequence[Tensor]) -> str | None:
+        """Why the rows cannot be combined now, if they cannot."""
+        if missing := [name for name in objectives if name not in self.rows]:
+            return (
+                f"combine: expected a backward pass for each of {list(objectives)} since the last step, found none for "
+                f"{missing}; run it inside optimizer.objective(name)"
+            )
+        # The update would overwrite them.
+        return f"combine: {_STRAY}" if any(parameter.grad is not None for parameter in parameters) else None
 
 
 def _own(gradient: Tensor | None, name: str) -> Tensor | None:
@@ -122,8 +125,9 @@ def _own(gradient: Tensor | None, name: str) -> Tensor | None:
     DTensor = dtensor_type()
     if DTensor is not None and isinstance(gradient, DTensor):
         return gradient
-    # DDP's gradient_as_bucket_view=True hands out views of buckets that the next backward pass overwrites.
-    shared = gradient.untyped_storage().nbytes() > gradient.numel() * gradient.element_size()
+    # DDP's gradient_as_bucket_view=True hands out views of buckets that the next backward pass overwrites. A bucket may be as large as its
+    # only parameter, so that its size alone does not tell.
+    shared = gradient._is_view() or gradient.untyped_storage().nbytes() > gradient.numel() * gradient.element_size()
     return gradient.clone() if shared else gradient
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 import typing
 import warnings
 from collections.abc import Sequence
@@ -54,12 +55,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             commands.evaluate_model(_read(EvaluateOptions, parsed.evaluate))
         else:
             commands.unlearn(_read(UnlearnOptions, parsed.unlearn))
-    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
-        if type(error) is RuntimeError and "expected" not in str(error):
-            raise  # not one of ours: the traceback is what helps
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
+        sys.stderr.write("gradsurgery: interrupted; the same command with --resume goes on from the last finished epoch\n")
+        return 130
+    except Exception as error:
+        if not _ours(error):
+            raise
         sys.stderr.write(f"gradsurgery: {error}\n")
         return 1
     return 0
+
+
+def _ours(error: Exception) -> bool:
+    """Whether our own code raised it, in a sentence that says what to do; of any other the traceback is what helps."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return raised_in.parent.name in ("gradsurgery", "lightning_modules", "losses", "metrics")
 
 
 def _add(parser: Any, options: type) -> None:

@@ -181,13 +181,10 @@ def _resumed(folder: Path) -> UnlearnOptions:
 
 
 def _module(model: nn.Module, options: UnlearnOptions) -> UnlearningModule:
-    kind = getattr(torch.optim, options.optimizer, None)
-    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-        raise ValueError(f"--optimizer: expected a class of torch.optim, such as AdamW, found {options.optimizer!r}")
     return UnlearningModule(
         model,
         forget_loss=gs.losses.by_name(options.forget_loss),
-        optimizer=partial(kind, lr=options.lr, weight_decay=options.weight_decay),
+        optimizer=partial(options.optimizer_class(), lr=options.lr, weight_decay=options.weight_decay),
         surgery=partial(
             gs.GradientSurgery,
             rule=partial(gs.rules.by_name(options.rule), **options.rule_options),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
+
+import torch
 
 import gradsurgery as gs
 
@@ -109,6 +112,7 @@ class UnlearnOptions(DataOptions):
         """Raise ValueError on options outside their domain."""
         super().check()
         gs.rules.by_name(self.rule)
+        self.optimizer_class()
         for name in ("batch_size", "accumulate", "epochs", "score_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -122,10 +126,21 @@ class UnlearnOptions(DataOptions):
                 f"expected --forget-loss to be one of {', '.join(gs.losses.LOSSES)}, found {self.forget_loss!r}"
             )
 
+    def optimizer_class(self) -> type[torch.optim.Optimizer]:
+        """The class called `optimizer`.
+
+        Raises:
+            ValueError: If torch.optim has none of this name with a learning rate and weight decay.
+        """
+        kind = getattr(torch.optim, self.optimizer, None)
+        if not (isinstance(kind, type) and {"lr", "weight_decay"} <= set(inspect.signature(kind).parameters)):
+            raise ValueError(
+                f"--optimizer: expected a class of torch.optim with lr and weight_decay, such as AdamW, found {self.optimizer!r}"
+            )
+        return kind
+
     def resolved(self) -> UnlearnOptions:
         """A copy in which nothing depends on anything: what config.yaml holds."""
-        import torch
-
         scratch = self.model == "scratch"
         depends = {
             "lr": 1e-4 if scratch else 1e-5,

@@ -135,7 +135,11 @@ class _LogOdds(torch.autograd.Function):
         others = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32, copy=True)
         index = labels[:, None]
         own = others.gather(1, index)
-        total = others.scatter_(1, index, -torch.inf).logsumexp(1, keepdim=True)
+        largest = others.scatter_(1, index, -torch.inf).amax(1, keepdim=True)
+        # Differences to the largest logit are exact, and small: logits of 1e4 would leave a logsumexp with three decimals.
+        others.sub_(largest)
+        own = own - largest
+        total = others.exp().sum(1, keepdim=True).log_()
         ctx.save_for_backward(others, total, index)
         ctx.dtype = logits.dtype
         return (own - total).squeeze(1)

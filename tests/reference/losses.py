@@ -1,0 +1,51 @@
+"""The losses as their papers write them, in float64, with gradients by autograd: slow, obvious, and only for small vocabularies."""
+
+from __future__ import annotations
+
+import mpmath
+import torch
+from torch import Tensor
+
+
+def cross_entropy(logits: Tensor, label: int) -> Tensor:
+    return -torch.log_softmax(logits, -1)[label]
+
+
+def gradient_ascent(logits: Tensor, label: int) -> Tensor:
+    return torch.log_softmax(logits, -1)[label]
+
+
+def ceu(logits: Tensor, label: int) -> Tensor:
+    """Cross-entropy against the detached softmax without the label, less that softmax's entropy (a constant)."""
+    with torch.no_grad():
+        target = torch.softmax(logits.index_fill(0, torch.tensor([label]), -torch.inf), -1)
+        entropy = -torch.xlogy(target, target).sum()
+    return -(target * torch.log_softmax(logits, -1)).sum() - entropy
+
+
+def inverted_hinge(logits: Tensor, label: int) -> Tensor:
+    probabilities = torch.softmax(logits, -1)
+    return 1 + probabilities[label] - probabilities.index_fill(0, torch.tensor([label]), -torch.inf).max()
+
+
+def exact(name: str, logits: list[float], label: int) -> tuple[float, list[float]]:
+    """Value and gradient with 250 digits, for tokens where float64 itself rounds everything away."""
+    with mpmath.workdps(250):
+        z = [mpmath.mpf(value) for value in logits]
+        total = mpmath.fsum(mpmath.exp(value) for value in z)
+        p = [mpmath.exp(value) / total for value in z]
+        y, rest = label, 1 - p[label]
+        if name == "ceu":
+            value = -mpmath.log(rest)
+            row = [p[y] if i == y else -p[i] * p[y] / rest for i in range(len(z))]
+        elif name == "inverted_hinge":
+            v = max((i for i in range(len(z)) if i != y), key=lambda i: p[i])
+            value = 1 + p[y] - p[v]
+            row = [p[i] * (p[v] - p[y]) for i in range(len(z))]
+            row[y] = p[y] * (1 - p[y] + p[v])
+            row[v] = -p[v] * (1 - p[v] + p[y])
+        else:
+            sign = 1 if name == "cross_entropy" else -1
+            value = -sign * mpmath.log(p[y])
+            row = [sign * (p[i] - (i == y)) for i in range(len(z))]
+        return float(value), [float(entry) for entry in row]

@@ -1,0 +1,178 @@
+"""Every loss per token against its textbook form: value, gradient, and where ordinary arithmetic breaks down."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import gradsurgery as gs
+from tests.reference import losses as reference
+from tests.tolerances import LOSS
+
+NAMES = list(gs.losses.LOSSES)
+VOCABULARY = 17
+
+
+def batch(margin: float | None = None, offset: float = 0.0, n: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Float64 logits and labels; the label's logit `margin` above the largest other one."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(n, VOCABULARY, generator=generator, dtype=torch.float64)
+    labels = torch.randint(VOCABULARY, (n,), generator=generator)
+    if margin is not None:
+        others = logits.scatter(1, labels[:, None], -torch.inf).amax(1, keepdim=True)
+        logits.scatter_(1, labels[:, None], others + margin)
+    return logits + offset, labels
+
+
+CASES = {
+    "ordinary": {},
+    "forgotten": {"margin": -30.0},
+    "long forgotten": {"margin": -80.0},
+    "nearly certain": {"margin": 18.0},
+    "certain": {"margin": 200.0},
+    "all large": {"offset": 1e4},
+    "all very negative": {"offset": -1e4},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", NAMES)
+def test_value_and_gradient_equal_the_textbook_to_the_last_digits(name: str, case: str, dtype: torch.dtype) -> None:
+    logits, labels = batch(**CASES[case])
+    if dtype == torch.float16 and "offset" in CASES[case]:
+        pytest.skip("1e4 and its neighbours are 8 apart in float16")
+    logits = logits.to(dtype).requires_grad_()
+    values = gs.losses.LOSSES[name](logits, labels)
+    weights = torch.linspace(-1, 2, len(labels), dtype=values.dtype)
+    (values * weights).sum().backward()
+    tolerance = LOSS[dtype].relative
+    assert logits.grad is not None
+    assert logits.grad.dtype == dtype
+    for row, label, value, gradient, weight in zip(
+        logits.tolist(), labels.tolist(), values.tolist(), logits.grad.double(), weights.tolist(), strict=True
+    ):
+        expected, expected_row = reference.exact(name, row, label)
+        # The value is computed in at least float32; a relative error: a vanishing loss has right digits too. The inverted hinge is a
+        # difference of numbers near 1, so its error is absolute.
+        size = 1.0 if name == "inverted_hinge" else abs(expected)
+        assert abs(value - expected) <= LOSS[torch.float64 if dtype == torch.float64 else torch.float32].relative * max(size, 1e-37)
+        wanted = torch.tensor(expected_row, dtype=torch.float64) * weight
+        smallest = torch.finfo(dtype).smallest_normal * tolerance + torch.finfo(dtype).tiny
+        assert (gradient - wanted).norm() <= tolerance * wanted.norm() + smallest
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autograd_of_the_textbook_form_agrees(name: str) -> None:
+    logits, labels = batch(seed=3)
+    logits.requires_grad_()
+    gs.losses.LOSSES[name](logits, labels).sum().backward()
+    for index, label in enumerate(labels.tolist()):
+        row = logits.detach()[index].clone().requires_grad_()
+        value = getattr(reference, name)(row, label)
+        value.backward()
+        torch.testing.assert_close(logits.grad[index], row.grad, rtol=LOSS[torch.float64].relative, atol=1e-14)
+        torch.testing.assert_close(gs.losses.LOSSES[name](logits, labels)[index], value, rtol=LOSS[torch.float64].relative, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradcheck(name: str) -> None:
+    logits, labels = batch(seed=4)
+    assert torch.autograd.gradcheck(lambda z: gs.losses.LOSSES[name](z, labels), logits.requires_grad_())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_second_backward_through_a_retained_graph_gives_the_same(name: str) -> None:
+    logits, labels = batch(seed=5)
+    loss = gs.losses.LOSSES[name](logits.requires_grad_(), labels).sum()
+    first = torch.autograd.grad(loss, logits, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(loss, logits)[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ignored_tokens_give_zero_and_no_gradient(name: str) -> None:
+    logits, labels = batch(seed=6)
+    labels[1:3] = -100
+    logits[2] = torch.nan  # padding may hold anything
+    logits.requires_grad_()
+    values = gs.losses.LOSSES[name](logits, labels)
+    assert values[1] == 0
+    values[[0, 1, 3, 4]].sum().backward()
+    assert (logits.grad[1] == 0).all()
+    assert (logits.grad[[0, 3, 4]].abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("gathered", [True, False])
+def test_an_all_masked_batch_gives_a_zero_loss_with_a_zero_gradient(name: str, gathered: bool) -> None:
+    logits = torch.randn(2, 4, VOCABULARY, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    labels = torch.full((2, 4), -100)
+    tokens = gs.losses.answer_tokens(logits, labels) if gathered else (logits.flatten(0, 1), labels.flatten())
+    loss = gs.losses.token_mean(gs.losses.LOSSES[name](*tokens), tokens[1])
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_a_nan_in_a_token_that_counts_is_not_hidden() -> None:
+    logits, labels = batch()
+    logits[0, 0] = torch.nan
+    for name in NAMES:
+        assert gs.losses.LOSSES[name](logits, labels)[0].isnan()
+
+
+def test_ceu_is_bounded_where_ascent_is_not() -> None:
+    logits, labels = batch(margin=-25.0)
+    logits.requires_grad_()
+    gs.losses.ceu(logits, labels).sum().backward()
+    assert logits.grad.abs().sum() < 1e-8
+    logits.grad = None
+    gs.losses.gradient_ascent(logits, labels).sum().backward()
+    assert logits.grad.abs().sum() > 1.9 * len(labels)
+
+
+def test_answer_tokens_shifts_masks_and_skips_the_first_of_each_answer() -> None:
+    logits = torch.arange(2 * 6 * 3.0).view(2, 6, 3)
+    labels = torch.tensor([[-100, -100, 5, 6, 7, -100], [-100, 3, 4, -100, 8, 9]])  # the second has two spans
+    kept, tokens = gs.losses.answer_tokens(logits, labels)
+    assert tokens.tolist() == [5, 6, 7, 3, 4, 8, 9]
+    assert torch.equal(kept, torch.stack([logits[0, 1], logits[0, 2], logits[0, 3], logits[1, 0], logits[1, 1], logits[1, 3], logits[1, 4]]))
+    assert gs.losses.answer_tokens(logits, labels, skip_first=1)[1].tolist() == [6, 7, 4, 8, 9]
+    assert gs.losses.answer_tokens(logits, labels, skip_first=9)[1].tolist() == []
+
+
+def test_answer_tokens_counts_skipped_tokens_before_the_shift() -> None:
+    labels = torch.tensor([[4, 5, 6]])  # the label at position 0 is an answer token that nothing predicts
+    assert gs.losses.answer_tokens(torch.zeros(1, 3, 9), labels, skip_first=1)[1].tolist() == [5, 6]
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_answer_tokens_do_not_depend_on_the_side_of_the_padding(padding: str) -> None:
+    core, pad = [-100, 7, 8, 9], [-100, -100]
+    labels = torch.tensor([pad + core if padding == "left" else core + pad])
+    assert gs.losses.answer_tokens(torch.zeros(1, 6, 12), labels, skip_first=1)[1].tolist() == [8, 9]
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "error"),
+    [
+        (torch.zeros(3), torch.zeros(3, dtype=torch.long), ValueError),
+        (torch.zeros(3, 4), torch.zeros(2, dtype=torch.long), ValueError),
+        (torch.zeros(3, 1), torch.zeros(3, dtype=torch.long), ValueError),
+        (torch.zeros(3, 4), torch.zeros(3), TypeError),
+    ],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_shapes_and_types_are_refused(name: str, logits: Tensor, labels: Tensor, error: type[Exception]) -> None:
+    with pytest.raises(error, match="expected"):
+        gs.losses.LOSSES[name](logits, labels)
+
+
+def test_wrong_answer_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\[B, T\]"):
+        gs.losses.answer_tokens(torch.zeros(2, 3, 4), torch.zeros(2, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match="skip_first"):
+        gs.losses.answer_tokens(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.long), skip_first=-1)
+    with pytest.raises(ValueError, match="ceu"):
+        gs.losses.by_name("ceuu")
