@@ -22,11 +22,12 @@ class Forgetter(L.LightningModule):
             "retain": gs.losses.cross_entropy(self.model(batch["retain"][0]), batch["retain"][1]).mean(),
         }
         self.log_dict(losses, prog_bar=True)
-        return self.optimizers(use_pl_optimizer=False).join(**losses)
+        return self.surgery.join(**losses)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         # accumulate=True because the Trainer below adds up two batches a step.
-        return gs.GRU(torch.optim.AdamW(self.parameters(), lr=3e-3), accumulate=True)
+        self.surgery = gs.GRU(torch.optim.AdamW(self.parameters(), lr=3e-3), accumulate=True)
+        return self.surgery
 
 
 if __name__ == "__main__":

@@ -40,4 +40,5 @@ for _ in range(60):
         loss(to_forget, gs.losses.ceu).backward()
     optimizer.step()
 print("unlearned:", accuracy())
-print(f"last step: cosine {optimizer.record.cosines[0, 1]:+.2f}, coefficients {optimizer.record.coefficients.tolist()}")
+if record := optimizer.record:
+    print(f"last step: cosine {record.cosines[0, 1]:+.2f}, coefficients {record.coefficients.tolist()}")

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsurgery.gram import local_tensor
+
 _HOOKS = (
     "_optimizer_step_pre_hooks",
     "_optimizer_step_post_hooks",
@@ -45,25 +47,25 @@ class Wrapper(torch.optim.Optimizer):
         return self._base
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base's parameter groups."""
         return self._base.param_groups
 
     @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
+    def param_groups(self, value: list[dict[str, Any]]) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self._base.param_groups = value
 
     @property
-    def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def state(self) -> Any:
         """The base's state."""
         return self._base.state
 
     @state.setter
-    def state(self, value: Any) -> None:
+    def state(self, value: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self._base.state = value
 
     @property
-    def defaults(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def defaults(self) -> dict[str, Any]:
         """The base's defaults."""
         return self._base.defaults
 
@@ -93,7 +95,7 @@ class Wrapper(torch.optim.Optimizer):
 def local_bytes(parameters: Sequence[Tensor], itemsize: int | None = None) -> int:
     """Bytes on this rank of one tensor per trainable parameter, in its own type or one of ``itemsize`` bytes."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    local = [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in trained]
+    local = [local_tensor(parameter) for parameter in trained]
     return sum(tensor.numel() * (itemsize or tensor.element_size()) for tensor in local)
 
 

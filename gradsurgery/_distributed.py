@@ -63,8 +63,8 @@ class Ranks:
         for module in self.modules(parameters):
             if module.static_graph:
                 raise RuntimeError(
-                    "join: expected DistributedDataParallel(static_graph=False), found static_graph=True, whose reducer allows one backward "
-                    "pass a forward pass; drop static_graph, or run forward and backward of each objective in its own context"
+                    "join: expected DistributedDataParallel(static_graph=False), found static_graph=True, whose reducer allows one "
+                    "backward pass a forward pass; drop static_graph, or run forward and backward of each objective in its own context"
                 )
             if module.require_backward_grad_sync:
                 # Inside a backward pass grad mode is off, and the reducer would then record nothing.
@@ -89,8 +89,8 @@ class Ranks:
             others = (found != mine).nonzero().flatten().tolist()
             if problem is None and others:
                 raise RuntimeError(
-                    f"objectives differ across ranks: expected every rank to run the same objectives in the same order, found ranks {others} "
-                    "elsewhere or refused; every rank must enter every objective as often as the others"
+                    "objectives differ across ranks: expected every rank to run the same objectives in the same order, found ranks "
+                    f"{others} elsewhere or refused; every rank must enter every objective as often as the others"
                 )
         if problem is not None:
             raise RuntimeError(problem)
@@ -110,9 +110,9 @@ class Ranks:
         # A non-finite matrix is the business of the step, which leaves NaN in .grad or raises.
         if bool(differ.any() & grams.isfinite().all()):
             raise RuntimeError(
-                "rows differ across ranks: expected every rank to hold the same reduced gradients, found different Gram matrices. Under DDP "
-                "only the backward pass after a forward pass is reduced: run forward and backward of one objective before the forward of "
-                "the next, or use join; without DDP or FSDP2 reduce the gradients inside each objective's context"
+                "rows differ across ranks: expected every rank to hold the same reduced gradients, found different Gram matrices. Under "
+                "DDP only the backward pass after a forward pass is reduced: run forward and backward of one objective before the forward "
+                "of the next, or use join; without DDP or FSDP2 reduce the gradients inside each objective's context"
             )
 
     def _group(self, parameters: Sequence[Tensor]) -> tuple[Any] | None:

@@ -117,8 +117,9 @@ class EMA:
     def split(
         self, state_dict: Mapping[str, Any], parameters: Sequence[Tensor]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The base's part of a state_dict, and ours, checked. The base must not see the averages: it would cast them to the
-        parameters' type.
+        """The base's part of a state_dict, and ours, checked.
+
+        The base must not see the averages: it would cast them to the parameters' type.
 
         Raises:
             ValueError: If an average does not fit.
@@ -134,8 +135,8 @@ class EMA:
                 name = key.removeprefix(_KEY)
                 if name not in averages:
                     raise ValueError(
-                        f"load_state_dict: expected averages of {list(averages)}, found one of {name!r}; construct GradientSurgery with the "
-                        "ema_decay it was saved with"
+                        f"load_state_dict: expected averages of {list(averages)}, found one of {name!r}; construct GradientSurgery with "
+                        "the ema_decay it was saved with"
                     )
                 parameter = of_key.get(index)
                 if parameter is None or value.shape != parameter.shape:

@@ -101,7 +101,7 @@ def block_gram(
             continue
         weights = None if metric is None else metric(index)
         if weights is not None:
-            weights = (_local_tensor(weights[0]), weights[1])
+            weights = (local_tensor(weights[0]), weights[1])
         block = 0 if blocks is None else blocks[index]
         for i, j, product in _products(local, weights):
             entry = (block * num_rows + i) * num_rows + j
@@ -115,7 +115,10 @@ def block_gram(
         part = torch.zeros_like(total)
         for found in by_device.values():
             values = torch.stack([product for _, product in found]).to(device)
-            part.index_add_(0, torch.tensor([entry for entry, _ in found], device=device), values)
+            entries = torch.tensor([entry for entry, _ in found])
+            if device.type == "cuda":
+                entries = entries.pin_memory()  # from pageable memory the copy would wait for the stream
+            part.index_add_(0, entries.to(device, non_blocking=True), values)
         if sharding is not None:
             mesh, dimensions = sharding
             for dimension in dimensions:
@@ -292,7 +295,8 @@ def _local_parts(example: Tensor, tensors: list[Tensor | None], index: int) -> t
     return (mesh, tuple(d for d, placement in enumerate(placements) if placement.is_shard())), local
 
 
-def _local_tensor(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
     DTensor = dtensor_type()
     return tensor.to_local() if DTensor is not None and isinstance(tensor, DTensor) else tensor
 
@@ -304,7 +308,7 @@ def dtensor_type() -> type[DTensor] | None:
 
 def _first_device(rows: Sequence[Row], like: Sequence[Tensor] | None) -> torch.device:
     candidates = like if like is not None else [tensor for row in rows for tensor in row if tensor is not None]
-    return _local_tensor(candidates[0]).device if candidates else torch.device("cpu")
+    return local_tensor(candidates[0]).device if candidates else torch.device("cpu")
 
 
 def _checked(rows: Sequence[Row]) -> tuple[int, int]:

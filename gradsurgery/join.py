@@ -50,7 +50,7 @@ class _Join(torch.autograd.Function):
     """The losses are no inputs of the function: autograd would hand them one shared backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, backward: Backward, losses: dict[str, Tensor], anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, backward: Backward, losses: dict[str, Tensor], _anchor: Tensor) -> Tensor:
         ctx.inner, ctx.losses = backward, losses
         return _total(losses)
 

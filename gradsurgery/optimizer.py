@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -165,7 +165,12 @@ class GradientSurgery(Wrapper):
 
         return self._window.slots.capture(name, parameters, accumulate=self._accumulate, agree=agree)
 
-    def join(self, *, retain_graph: bool = False, **losses: Tensor) -> Tensor:
+    # Two signatures, so that a type checker does not take the values of join(**losses) for retain_graph.
+    @overload
+    def join(self, **losses: Tensor) -> Tensor: ...
+    @overload
+    def join(self, *, retain_graph: bool, **losses: Tensor) -> Tensor: ...
+    def join(self, *, retain_graph: Any = False, **losses: Tensor) -> Tensor:
         """One scalar, the sum of the losses, whose single ``backward()`` captures every row and combines them.
 
         Args:
@@ -340,8 +345,10 @@ class GradientSurgery(Wrapper):
         return {key: value for key, value in super().__getstate__().items() if key not in ("_window", "_ranks")}
 
     def state_dict(self) -> dict[str, Any]:
-        """The base's state_dict, with each average as a float tensor ``gradsurgery_ema_<objective>`` in the parameter's state, and the
-        number of steps behind it (and a stateful rule's numbers) in the parameter groups, where every checkpoint format keeps them.
+        """The base's state_dict with the averages in it.
+
+        Each is a float tensor ``gradsurgery_ema_<objective>`` in the parameter's state. The number of steps behind them, and a stateful
+        rule's numbers, are in the parameter groups, where every checkpoint format keeps them.
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
@@ -400,4 +407,5 @@ class GRU(GradientSurgery):
     """
 
     def __init__(self, base: torch.optim.Optimizer, **options: Any) -> None:
-        super().__init__(base, **{"rule": rules.gru, "ema_decay": 0.2, **options})
+        defaults: dict[str, Any] = {"rule": rules.gru, "ema_decay": 0.2}
+        super().__init__(base, **defaults | options)

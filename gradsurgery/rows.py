@@ -15,7 +15,6 @@ from torch import Tensor
 
 from gradsurgery.gram import dtensor_type
 
-
 _STRAY = (
     "expected every .grad to be None, found gradients that no objective wrote; call zero_grad(), and run every backward pass inside an "
     "objective"

@@ -23,22 +23,17 @@ Example:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-P = ParamSpec("P")
+from gradsurgery._algebra import normalised, norms_of, pinv, ratio, rule, scaled, unit_forget, vaccinated, with_first
+from gradsurgery._programs import ACCURACY, TOLERANCE, faces_of, least_norm, lengths_of, multipliers_of, pick, simplex
+from gradsurgery.stateful import GradVac, StatefulRule
 
-# Below this share of the rows' lengths a product is rounding noise of the float64 Gram matrix.
-_TOLERANCE = 1e-13
-# Quadratic programs on unit rows are solved when their conditions hold to this, and eased by these ridges where they cannot.
-_ACCURACY = 1e-10
-_RIDGES = (0.0, 1e-10, 1e-7, 1e-5)
-# Rules that enumerate every subset of rows solve 2^K - 1 small systems.
-_MOST_ENUMERATED_ROWS = 10
+__all__ = ["RULES", "GradVac", "Rule", "StatefulRule", "by_name"]
 
 
 class Rule(Protocol):
@@ -49,59 +44,18 @@ class Rule(Protocol):
         ...
 
 
-@runtime_checkable
-class StatefulRule(Protocol):
-    """A rule with a memory. ``GradientSurgery`` commits it with each step that happened, and saves it in ``state_dict``."""
-
-    def __call__(self, gram: Tensor, /) -> Tensor:
-        """The coefficients of the rows."""
-        ...
-
-    def commit(self) -> None:
-        """Adopt the state that the latest call proposed."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """The committed state: plain numbers and lists."""
-        ...
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        ...
-
-
-def _rule(function: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Concatenate[Tensor, P], Tensor]:
-    """Check the matrix, compute in float64, and answer a non-finite matrix by NaN (its place is taken by the identity meanwhile)."""
-
-    @functools.wraps(function)
-    def wrapped(gram: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
-        if gram.dim() < 2 or gram.shape[-1] != gram.shape[-2] or gram.shape[-1] == 0:
-            raise ValueError(f"gram: expected [..., K, K] with K >= 1, found {list(gram.shape)}")
-        if not gram.is_floating_point():
-            raise TypeError(f"gram: expected a real floating-point matrix, found {gram.dtype}")
-        gram = gram.detach().double()
-        finite = gram.isfinite().all(-1).all(-1)
-        # torch.where and not an if: a branch on a tensor would make the device wait for the host.
-        gram = torch.where(
-            finite[..., None, None], gram, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        )
-        return torch.where(finite[..., None], function(gram, *args, **kwargs), torch.nan)
-
-    return wrapped
-
-
 # ---------------------------------------------------------------------------------------------------------------------------------
 # Fixed weights
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
-@_rule
+@rule
 def sum(gram: Tensor) -> Tensor:
     """Add all rows: c = (1, ..., 1), plain training on the sum of the losses."""
     return gram.new_ones(gram.shape[:-1])
 
 
-@_rule
+@rule
 def gradient_difference(gram: Tensor, *, gamma: float = 1.0, alpha: float = 1.0) -> Tensor:
     """GradDiff, the weighted sum: c = (gamma, alpha, ..., alpha). ``alpha=0`` is the forget row alone.
 
@@ -117,7 +71,7 @@ def gradient_difference(gram: Tensor, *, gamma: float = 1.0, alpha: float = 1.0)
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
-@_rule
+@rule
 def gru(gram: Tensor) -> Tensor:
     r"""GRU: the update nearest to f that conflicts with no protected row.
 
@@ -134,7 +88,7 @@ def gru(gram: Tensor) -> Tensor:
     return _rectified(gram, 0.0)
 
 
-@_rule
+@rule
 def gem(gram: Tensor, *, margin: float = 0.0) -> Tensor:
     r"""GEM: as `gru` with :math:`\langle u, r_k\rangle \ge` ``margin``, in the units of the Gram matrix.
 
@@ -145,7 +99,7 @@ def gem(gram: Tensor, *, margin: float = 0.0) -> Tensor:
     return _rectified(gram, margin)
 
 
-@_rule
+@rule
 def a_gem(gram: Tensor) -> Tensor:
     """A-GEM: `gru` against the mean of the protected rows only, c = (1, b, ..., b)/(K-1) with b = max(0, -<f, mean r>)/|mean r|^2.
 
@@ -156,11 +110,11 @@ def a_gem(gram: Tensor) -> Tensor:
     if others == 0:
         return torch.ones_like(gram[..., 0])
     product, square = gram[..., 0, 1:].mean(-1), gram[..., 1:, 1:].mean((-1, -2))
-    shared = _ratio((-product).clamp_min(0.0), square) / others
-    return _with_first(torch.ones_like(product), shared[..., None].expand(*shared.shape, others))
+    shared = ratio((-product).clamp_min(0.0), square) / others
+    return with_first(torch.ones_like(product), shared[..., None].expand(*shared.shape, others))
 
 
-@_rule
+@rule
 def cos_clip(gram: Tensor, *, floor: float = -0.5) -> Tensor:
     """GRU's ``cos_clip`` option: `gru` with each cosine of f and r_k taken as at least ``floor``.
 
@@ -171,22 +125,22 @@ def cos_clip(gram: Tensor, *, floor: float = -0.5) -> Tensor:
     """
     if not -1.0 <= floor <= 0.0:
         raise ValueError(f"floor: expected a cosine in [-1, 0], found {floor}")
-    unit, norms = _normalised(gram)
-    return _unit_forget(_multipliers(unit[..., 1:, 1:], unit[..., 0, 1:].clamp_min(floor)), norms)
+    unit, norms = normalised(gram)
+    return unit_forget(multipliers_of(unit[..., 1:, 1:], unit[..., 0, 1:].clamp_min(floor)), norms)
 
 
-@_rule
+@rule
 def gu(gram: Tensor) -> Tensor:
     """GU: remove from f its whole component in the span of the protected rows, b = -M^+ q (one row: -c/R), synergy included.
 
     Source: Geometric-disentanglement Unlearning (2511.17100), which takes the Gram matrix in the optimizer's metric
     (``metric="optimizer"`` here).
     """
-    unit, norms = _normalised(gram)
-    return _unit_forget(-(_pinv(unit[..., 1:, 1:]) @ unit[..., 1:, :1]).squeeze(-1), norms)
+    unit, norms = normalised(gram)
+    return unit_forget(-(pinv(unit[..., 1:, 1:]) @ unit[..., 1:, :1]).squeeze(-1), norms)
 
 
-@_rule
+@rule
 def gradvac(gram: Tensor, *, target: float = 0.0) -> Tensor:
     r"""GradVac, one-sided and stateless: raise the cosine of f with each protected row to at least ``target``, in index order.
 
@@ -197,20 +151,20 @@ def gradvac(gram: Tensor, *, target: float = 0.0) -> Tensor:
 
     Source: Gradient Vaccine (2010.05874), equation 3; there every task is adjusted towards every other, in random order.
     """
-    return _vaccinated(gram, gram.new_full((gram.shape[-1] - 1,), _checked_target(target)))[0]
+    return vaccinated(gram, gram.new_full((gram.shape[-1] - 1,), _checked_target(target)))[0]
 
 
-@_rule
+@rule
 def blur(gram: Tensor, *, gamma: float = 1.0) -> Tensor:
     """BLUR, forgetting first: u = r + (gamma - c/F) f with r the sum of the protected rows, so that <u, f> = gamma F always.
 
     Source: BLUR (2506.08164), the bi-level update of its authors' code. A zero forget row leaves u = r.
     """
     product = gram[..., 0, 1:].sum(-1)
-    return _with_first(gamma - _ratio(product, gram[..., 0, 0]), torch.ones_like(gram[..., 0, 1:]))
+    return with_first(gamma - ratio(product, gram[..., 0, 0]), torch.ones_like(gram[..., 0, 1:]))
 
 
-@_rule
+@rule
 def hamu(gram: Tensor, *, gain: float, radius: float) -> Tensor:
     r"""HAMU-Q: the step of length at most ``radius`` that gains ``gain`` on forgetting at the least cost to retention.
 
@@ -218,26 +172,27 @@ def hamu(gram: Tensor, *, gain: float, radius: float) -> Tensor:
 
     with r the sum of the protected rows: (0, radius/sqrt(R)) where the pure retain step already forgets enough; otherwise
     a = gain/F - s c/(F n), b = s/n, s^2 = radius^2 - gain^2/F, n^2 = R - c^2/F. A gain out of reach (gain > radius sqrt(F)) gives the
-    step of that length along f. The answer is a displacement: use it with plain SGD of learning rate 1.
+    step of that length along f, a zero forget row the retain step. The answer is a displacement: use it with plain SGD of learning rate 1.
 
     Source: HAMU (2606.02119) and its authors' code. It is not scale-free; ``gain`` and ``radius`` carry units.
     """
     if not (radius > 0.0 and gain >= 0.0):
         raise ValueError(f"gain, radius: expected gain >= 0 and radius > 0, found gain={gain}, radius={radius}")
     forget, product, retain = gram[..., 0, 0], gram[..., 0, 1:].sum(-1), gram[..., 1:, 1:].sum((-1, -2))
-    slack = (radius**2 - _ratio(gram.new_full((), gain**2), forget)).clamp_min(0.0).sqrt()
-    across = (retain - _ratio(product.square(), forget)).clamp_min(0.0)
-    sideways = torch.where(across > _TOLERANCE * retain, _ratio(slack, across.sqrt()), 0.0)
-    first = _ratio(gain - sideways * product, forget)
+    slack = (radius**2 - ratio(gram.new_full((), gain**2), forget)).clamp_min(0.0).sqrt()
+    across = (retain - ratio(product.square(), forget)).clamp_min(0.0)
+    sideways = torch.where(across > TOLERANCE * retain, ratio(slack, across.sqrt()), 0.0)
+    first = ratio(gain - sideways * product, forget)
     enough = (product * radius >= gain * retain.sqrt()) & (retain > 0.0)
     unreachable = gain > radius * forget.sqrt()
     only_forget, only_retain = (
-        _ratio(gram.new_full((), radius), forget.sqrt()),
-        _ratio(gram.new_full((), radius), retain.sqrt()),
+        ratio(gram.new_full((), radius), forget.sqrt()),
+        ratio(gram.new_full((), radius), retain.sqrt()),
     )
+    enough = enough | (forget == 0.0)  # nothing can be gained on forgetting: what is left is retention
     first = torch.where(enough, 0.0, torch.where(unreachable, only_forget, first))
     second = torch.where(enough, only_retain, torch.where(unreachable, 0.0, sideways))
-    return _with_first(first, second[..., None].expand_as(gram[..., 0, 1:]))
+    return with_first(first, second[..., None].expand_as(gram[..., 0, 1:]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -245,7 +200,7 @@ def hamu(gram: Tensor, *, gain: float, radius: float) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
-@_rule
+@rule
 def pcgrad(gram: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     """PCGrad, the symmetric sum: project every row off every other one it conflicts with, one after another, and add up.
 
@@ -261,21 +216,21 @@ def pcgrad(gram: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         for j in order:
             if j != i:
                 product = (mixed[..., i, :] * gram[..., :, j]).sum(-1)
-                mixed[..., i, j] -= _ratio(product.clamp_max(0.0), gram[..., j, j])
+                mixed[..., i, j] -= ratio(product.clamp_max(0.0), gram[..., j, j])
     return mixed.sum(-2)
 
 
-@_rule
+@rule
 def mgda(gram: Tensor) -> Tensor:
     """MGDA: the convex combination of least norm, min_w w^T G w over the simplex. Identical rows share their weight.
 
     Source: Multiple-Gradient Descent Algorithm (Desideri, 2012); exact, by enumerating faces (at most 10 rows), where the usual code
     runs Frank-Wolfe. It stalls where a protected row is near zero.
     """
-    return _least_norm(_scaled(gram)[0])
+    return least_norm(scaled(gram)[0])
 
 
-@_rule
+@rule
 def cagrad(gram: Tensor, *, c: float = 0.5) -> Tensor:
     r"""CAGrad: the update that helps the worst-off row most, within ``c`` times the mean's length of the mean row g_0.
 
@@ -288,12 +243,12 @@ def cagrad(gram: Tensor, *, c: float = 0.5) -> Tensor:
     """
     if not c >= 0.0:
         raise ValueError(f"c: expected a non-negative number, found {c}")
-    gram, _ = _scaled(gram)
+    gram, _ = scaled(gram)
     number = gram.shape[-1]
     mean = gram.new_full((number,), 1.0 / number)
     along = gram.mean(-1)  # <row_k, g_0>
     radius = c * (along.mean(-1)).clamp_min(0.0).sqrt()
-    faces, inside, matrix = _faces(gram)
+    faces, inside, matrix = faces_of(gram)
     # On a face the stationary point is x = mu G^-1 1 - G^-1 <row, g_0> with mu such that |g_x| = c |g_0|, and w = x / sum(x).
     right = torch.stack([faces.expand_as(matrix[..., 0]), faces * along[..., None, :]], -1)
     ones, other = torch.linalg.solve_ex(matrix, right)[0].unbind(-1)
@@ -303,22 +258,22 @@ def cagrad(gram: Tensor, *, c: float = 0.5) -> Tensor:
     weights = ((linear + root) / quadratic)[..., None] * ones - other
     # With c = 0 the solutions on the vertices are 0/0: offer the vertices themselves.
     vertices = torch.eye(number, dtype=gram.dtype, device=gram.device).expand_as(gram)
-    weights = torch.cat([_simplex(weights * inside), _least_norm(gram)[..., None, :], vertices], -2)
-    lengths = _quadratic(gram, weights)
+    weights = torch.cat([simplex(weights * inside), least_norm(gram)[..., None, :], vertices], -2)
+    lengths = lengths_of(gram, weights)
     value = (weights @ along[..., None]).squeeze(-1) + radius[..., None] * lengths
-    best = _pick(weights, value)
-    length = _quadratic(gram, best[..., None, :]).squeeze(-1)
+    best = pick(weights, value)
+    length = lengths_of(gram, best[..., None, :]).squeeze(-1)
     # Where g_w is 0 up to rounding its direction says nothing, and every update of the ball without conflict is optimal: take the
     # one nearest to g_0.
-    noise = number * _TOLERANCE * (best.square() * gram.diagonal(dim1=-2, dim2=-1)).sum(-1) + _TOLERANCE**2
+    noise = number * TOLERANCE * (best.square() * gram.diagonal(dim1=-2, dim2=-1)).sum(-1) + TOLERANCE**2
     vanished = length.square() <= noise
-    unit, norms = _normalised(gram)
+    unit, norms = normalised(gram)
     size = along.mean(-1, keepdim=True).clamp_min(0.0).sqrt()
-    nearest = _ratio(_multipliers(unit, _ratio(_ratio(along, norms), size)) * size, norms)
-    return mean + torch.where(vanished[..., None], nearest, _ratio(radius, length)[..., None] * best)
+    nearest = ratio(multipliers_of(unit, ratio(ratio(along, norms), size)) * size, norms)
+    return mean + torch.where(vanished[..., None], nearest, ratio(radius, length)[..., None] * best)
 
 
-@_rule
+@rule
 def imtl_g(gram: Tensor) -> Tensor:
     """IMTL-G: equal projections of the update on every row's direction, coefficients adding up to 1; zero rows get 0.
 
@@ -327,24 +282,24 @@ def imtl_g(gram: Tensor) -> Tensor:
     Source: Towards Impartial Multi-task Learning (ICLR 2021), section 3.1. Where no such update exists but 0 (unit rows adding up to
     0) the coefficients are those of equal unit weights.
     """
-    unit, norms = _normalised(gram)
+    unit, norms = normalised(gram)
     there = (norms > 0.0).to(gram.dtype)
-    weights = (_pinv(unit) @ there[..., None]).squeeze(-1)
-    weights = torch.where(weights.sum(-1, keepdim=True).abs() > _TOLERANCE, weights, there)
-    weights = _ratio(weights, norms / norms.amax(-1, keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny))
-    return _ratio(weights, weights.sum(-1, keepdim=True))
+    weights = (pinv(unit) @ there[..., None]).squeeze(-1)
+    weights = torch.where(weights.sum(-1, keepdim=True).abs() > TOLERANCE, weights, there)
+    weights = ratio(weights, norms / norms.amax(-1, keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny))
+    return ratio(weights, weights.sum(-1, keepdim=True))
 
 
-@_rule
+@rule
 def ngdiff(gram: Tensor) -> Tensor:
     """NGDiff: the sum of the unit rows, c_k = 1/|row_k| (0 for a zero row).
 
     Source: Normalized Gradient Difference (2410.22086), whose g_F is -f here; its automatic learning rate is the scheduler's business.
     """
-    return _ratio(torch.ones_like(gram[..., 0]), _norms(gram))
+    return ratio(torch.ones_like(gram[..., 0]), norms_of(gram))
 
 
-@_rule
+@rule
 def nash_mtl(gram: Tensor) -> Tensor:
     """Nash-MTL: the bargaining solution, coefficients with G c = 1/c. Two rows: (1/sqrt(F), 1/sqrt(R))/sqrt(1 + cos).
 
@@ -352,22 +307,22 @@ def nash_mtl(gram: Tensor) -> Tensor:
     min 1/2 c^T G c - sum log c, is solved by damped Newton steps; the authors alternate convex approximations and clip the result.
     Opposite rows have no bargain: the coefficients grow without bound. Zero rows get 0.
     """
-    unit, norms = _normalised(gram)
+    unit, norms = normalised(gram)
     number = gram.shape[-1]
     identity = torch.eye(number, dtype=gram.dtype, device=gram.device)
     unit = unit + identity * (norms == 0.0)[..., None]
     if number == 2:
-        return _ratio((1.0 + unit[..., 0, 1]).clamp_min(0.0).rsqrt()[..., None].expand_as(norms), norms)
+        return ratio((1.0 + unit[..., 0, 1]).clamp_min(0.0).rsqrt()[..., None].expand_as(norms), norms)
     x = torch.ones_like(norms)
     for _ in range(64):  # damped phase gains at least a constant a step, then digits double
         gradient = (unit @ x[..., None]).squeeze(-1) - 1.0 / x
         step = torch.linalg.solve_ex(unit + identity / x.square()[..., None], gradient)[0]
         decrement = (gradient * step).sum(-1, keepdim=True).clamp_min(0.0).sqrt()
         x = x - step / (1.0 + decrement)
-    return _ratio(x, norms)
+    return ratio(x, norms)
 
 
-@_rule
+@rule
 def aligned_mtl(gram: Tensor) -> Tensor:
     """Aligned-MTL: rotate and rescale the rows to an orthogonal system of equal lengths, and take the mean (w = 1/K).
 
@@ -375,7 +330,7 @@ def aligned_mtl(gram: Tensor) -> Tensor:
 
     Source: Independent Component Alignment (2305.19000), algorithm 1, scale "min".
     """
-    gram, _ = _scaled(gram)
+    gram, _ = scaled(gram)
     number = gram.shape[-1]
     values, vectors = torch.linalg.eigh(gram)
     kept = values > number * torch.finfo(gram.dtype).eps * values[..., -1:]
@@ -384,276 +339,39 @@ def aligned_mtl(gram: Tensor) -> Tensor:
     return (vectors @ (inverse_root * vectors.mean(-2))[..., None]).squeeze(-1)
 
 
-@_rule
+@rule
 def upgrad(gram: Tensor) -> Tensor:
     """UPGrad: project every row onto the cone that conflicts with no row, and take the mean.
 
     Two rows: half of `pcgrad`. Source: Jacobian Descent (2406.16232), section 3; solved exactly, without TorchJD's regularisation.
     """
     number = gram.shape[-1]
-    unit, norms = _normalised(gram)
-    multipliers = _multipliers(unit[..., None, :, :].expand(*unit.shape[:-2], number, number, number), unit)
+    unit, norms = normalised(gram)
+    multipliers = multipliers_of(unit[..., None, :, :].expand(*unit.shape[:-2], number, number, number), unit)
     # Row i of the projections, in units of |row_i|: row_i + sum_k multipliers[i, k] unit_k.
     lifted = multipliers * norms[..., :, None]
-    return (1.0 + _ratio(lifted.sum(-2), norms)) / number
+    return (1.0 + ratio(lifted.sum(-2), norms)) / number
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# A rule with a memory
-# ---------------------------------------------------------------------------------------------------------------------------------
-
-
-class GradVac:
-    """GradVac with its moving target: each protected row's target follows the cosines seen, t <- (1 - beta) t + beta cos, from 0.
-
-    A call proposes the new target; `commit` (the optimizer's, with each step that happened) adopts it. One target a protected row, or
-    one a block and row where the scope has several blocks.
-
-    Source: Gradient Vaccine (2010.05874), equations 3 and 4; the paper's beta is 1e-2, LibMTL's 0.5.
-
-    Args:
-        beta: Weight of the newest cosine, in [0, 1].
-
-    Raises:
-        ValueError: If ``beta`` is outside [0, 1].
-
-    Example:
-        >>> rule = GradVac(beta=0.5)
-        >>> rule(torch.tensor([[1.0, 0.6], [0.6, 1.0]], dtype=torch.float64))
-        tensor([1., 0.], dtype=torch.float64)
-        >>> rule.commit()
-        >>> rule.state_dict()
-        {'target': [0.3]}
-    """
-
-    def __init__(self, beta: float = 1e-2) -> None:
-        if not 0.0 <= beta <= 1.0:
-            raise ValueError(f"beta: expected a weight in [0, 1], found {beta}")
-        self.beta = beta
-        self._target: Tensor | None = None
-        self._proposed: Tensor | None = None
-
-    def __call__(self, gram: Tensor, /) -> Tensor:
-        """Coefficients ``[..., K]`` of ``gram [..., K, K]`` at the committed target."""
-
-        def vaccinate(matrix: Tensor) -> Tensor:
-            target = (
-                matrix.new_zeros(matrix.shape[:-1])[..., 1:] if self._target is None else self._target.to(matrix.device)
-            )
-            if target.shape != (*matrix.shape[:-2], matrix.shape[-1] - 1):
-                raise ValueError(
-                    f"gram: expected the shape that this GradVac's target was made for, {list(target.shape)} targets, found "
-                    f"{list(matrix.shape)}; make a new GradVac for other objectives or another scope"
-                )
-            coefficients, cosines = _vaccinated(matrix, target)
-            self._proposed = (1.0 - self.beta) * target + self.beta * cosines
-            return coefficients
-
-        return _rule(vaccinate)(gram)
-
-    def commit(self) -> None:
-        """Adopt the target that the latest call proposed."""
-        self._target, self._proposed = self._target if self._proposed is None else self._proposed, None
-
-    def state_dict(self) -> dict[str, Any]:
-        """The committed target as (nested) lists of numbers; None before the first step."""
-        return {"target": None if self._target is None else self._target.tolist()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a target."""
-        target = state_dict["target"]
-        self._target = None if target is None else torch.tensor(target, dtype=torch.float64)
-        self._proposed = None
+def _rectified(gram: Tensor, margin: float) -> Tensor:
+    unit, norms = normalised(gram)
+    if margin == 0.0:
+        return unit_forget(multipliers_of(unit[..., 1:, 1:], unit[..., 0, 1:]), norms)
+    # With a margin the problem has a unit: work with unit protected rows and the forget row as it is.
+    required = ratio(torch.full_like(norms[..., 1:], margin), norms[..., 1:])
+    wanted = unit[..., 0, 1:] * norms[..., :1] - required
+    size = wanted.abs().amax(-1, keepdim=True) if wanted.shape[-1] else wanted
+    multipliers = multipliers_of(unit[..., 1:, 1:], ratio(wanted, size)) * size
+    # Only a margin can be infeasible, and the last ridge would then answer with a broken promise.
+    slack = (unit[..., 1:, 1:] @ multipliers[..., None]).squeeze(-1) + wanted
+    kept = (slack >= -0.01 * required.abs() - ACCURACY * size).all(-1, keepdim=True)
+    return with_first(torch.ones_like(norms[..., 0]), torch.where(kept, ratio(multipliers, norms[..., 1:]), torch.nan))
 
 
 def _checked_target(target: float) -> float:
     if not -1.0 < target < 1.0:
         raise ValueError(f"target: expected a cosine in (-1, 1), found {target}")
     return target
-
-
-def _vaccinated(gram: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """GradVac's coefficients for targets ``[..., K-1]``, and the cosines ``[..., K-1]`` that it met on the way."""
-    unit, norms = _normalised(gram)
-    mixed = torch.zeros_like(norms)
-    mixed[..., 0] = 1.0
-    cosines: list[Tensor] = []
-    for k in range(1, gram.shape[-1]):
-        length = (mixed * (unit @ mixed[..., None]).squeeze(-1)).sum(-1).clamp_min(0.0).sqrt()
-        cosine = _ratio((unit[..., k, :] * mixed).sum(-1), length).clamp(-1.0, 1.0)
-        t = target[..., k - 1]
-        lift = (
-            length
-            * (t * (1.0 - cosine.square()).sqrt() - cosine * (1.0 - t.square()).sqrt())
-            / (1.0 - t.square()).sqrt()
-        )
-        mixed[..., k] += torch.where((cosine < t) & (norms[..., k] > 0.0), lift, 0.0)
-        cosines.append(cosine)
-    met = torch.stack(cosines, -1) if cosines else gram.new_zeros((*gram.shape[:-2], 0))
-    return _unit_forget(mixed[..., 1:], norms), met
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# Small pieces
-# ---------------------------------------------------------------------------------------------------------------------------------
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Numerator / denominator, and 0 where the denominator is 0."""
-    zero = denominator == 0.0
-    return torch.where(zero, 0.0, numerator / torch.where(zero, 1.0, denominator))
-
-
-def _norms(gram: Tensor) -> Tensor:
-    return gram.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
-
-
-def _normalised(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """The cosines ``[..., K, K]`` (0 for a zero row, its own diagonal included) and the norms ``[..., K]``."""
-    norms = _norms(gram)
-    inverse = _ratio(torch.ones_like(norms), norms)
-    return gram * inverse[..., :, None] * inverse[..., None, :], norms
-
-
-def _scaled(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrix divided by its trace, so that rules without a unit of their own work from 1e-150 to 1e150, and the trace."""
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    return _ratio(gram, trace.expand_as(gram)), trace
-
-
-def _with_first(first: Tensor, others: Tensor) -> Tensor:
-    return torch.cat([first[..., None], others], -1)
-
-
-def _unit_forget(multipliers: Tensor, norms: Tensor) -> Tensor:
-    """Coefficients (1, b) from multipliers ``[..., K-1]`` of unit protected rows in units of the forget row's norm."""
-    return _with_first(torch.ones_like(norms[..., 0]), _ratio(multipliers * norms[..., :1], norms[..., 1:]))
-
-
-def _rectified(gram: Tensor, margin: float) -> Tensor:
-    unit, norms = _normalised(gram)
-    if margin == 0.0:
-        return _unit_forget(_multipliers(unit[..., 1:, 1:], unit[..., 0, 1:]), norms)
-    # With a margin the problem has a unit: work with unit protected rows and the forget row as it is.
-    required = _ratio(torch.full_like(norms[..., 1:], margin), norms[..., 1:])
-    wanted = unit[..., 0, 1:] * norms[..., :1] - required
-    size = wanted.abs().amax(-1, keepdim=True) if wanted.shape[-1] else wanted
-    multipliers = _multipliers(unit[..., 1:, 1:], _ratio(wanted, size)) * size
-    # Only a margin can be infeasible, and the last ridge would then answer with a broken promise.
-    slack = (unit[..., 1:, 1:] @ multipliers[..., None]).squeeze(-1) + wanted
-    kept = (slack >= -0.01 * required.abs() - _ACCURACY * size).all(-1, keepdim=True)
-    return _with_first(
-        torch.ones_like(norms[..., 0]), torch.where(kept, _ratio(multipliers, norms[..., 1:]), torch.nan)
-    )
-
-
-def _multipliers(matrix: Tensor, products: Tensor) -> Tensor:
-    r"""The multipliers of min |u - f|^2 s.t. <u, r_k> >= 0: :math:`\lambda \ge 0,\ M\lambda + q \ge 0,\ \lambda^T(M\lambda + q) = 0`.
-
-    For the Gram matrix M ``[..., m, m]`` of unit rows (or zero rows) and q ``[..., m]``: exact where the conditions can be met to
-    `_ACCURACY`. Nearly dependent rows, whose M is semidefinite only up to the rounding of its products (1e-7 where the rows are float32),
-    take the least of `_RIDGES` that lets them; <u, r_k> is then at least -sqrt(ridge) |f| |r_k|.
-    """
-    m = products.shape[-1]
-    if m == 0:
-        return products
-    if m == 1:
-        return (-products).clamp_min(0.0) / torch.where(matrix[..., 0] > 0.0, matrix[..., 0], 1.0)
-    identity = torch.eye(m, dtype=matrix.dtype, device=matrix.device)
-    # All ridges at once, because on an accelerator a larger batch costs nothing and a question to the host does.
-    matrices = torch.stack([matrix + ridge * identity for ridge in _RIDGES])
-    found = _active_set(matrices, products.expand(len(_RIDGES), *products.shape))
-    slack = (matrices @ found[..., None]).squeeze(-1) + products
-    solved = (torch.minimum(found, slack).abs() <= _ACCURACY * (1.0 + found.amax(-1, keepdim=True))).all(
-        -1, keepdim=True
-    )
-    answer = torch.full_like(products, torch.nan)
-    for ridge in reversed(range(len(_RIDGES))):
-        answer = torch.where(solved[ridge], found[ridge], answer)
-    return answer
-
-
-def _active_set(matrix: Tensor, products: Tensor) -> Tensor:
-    """Lawson and Hanson's active-set method on the Gram matrix: it ends after finitely many exact solves where M is definite.
-
-    A fixed number of rounds with masks instead of a loop until done keeps the host out of it.
-    """
-    m = products.shape[-1]
-    numbers = torch.arange(m, device=matrix.device)
-    identity = torch.eye(m, dtype=matrix.dtype, device=matrix.device)
-    x, active = torch.zeros_like(products), torch.zeros_like(products, dtype=torch.bool)
-    for _ in range(5 * m + 5):
-        both = active[..., :, None] & active[..., None, :]
-        goal = torch.linalg.solve_ex(torch.where(both, matrix, identity), torch.where(active, -products, 0.0))[0]
-        blocked = active & (goal <= 0.0)
-        stuck = blocked.any(-1, keepdim=True)
-        # Walk towards the goal as far as every multiplier stays >= 0, and let go of those that reached 0 ...
-        share = torch.where(blocked, x / (x - goal).clamp_min(torch.finfo(x.dtype).tiny), torch.inf).amin(
-            -1, keepdim=True
-        )
-        x = torch.where(stuck, x + share.clamp_max(1.0).nan_to_num(0.0) * (goal - x), goal)
-        released = stuck & blocked & (x <= _TOLERANCE)
-        # ... or, having arrived, take in the constraint violated most.
-        slack = (matrix @ x[..., None]).squeeze(-1) + products
-        violated = torch.where(active, torch.inf, slack)
-        worst = violated.argmin(-1, keepdim=True) == numbers
-        taken = ~stuck & worst & (violated < -_TOLERANCE)
-        active = (active & ~released) | taken
-        x = torch.where(active, x, 0.0)
-    return x
-
-
-def _pinv(matrix: Tensor) -> Tensor:
-    return torch.linalg.pinv(matrix, hermitian=True, rtol=matrix.shape[-1] * 1e-14) if matrix.shape[-1] else matrix
-
-
-def _faces(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Every face of the simplex as a mask ``[2^K - 1, K]``, twice, and G restricted to it ``[..., 2^K - 1, K, K]`` (1 elsewhere)."""
-    number = gram.shape[-1]
-    if number > _MOST_ENUMERATED_ROWS:
-        raise ValueError(
-            f"gram: this rule enumerates subsets of at most {_MOST_ENUMERATED_ROWS} rows, found {number}; use upgrad"
-        )
-    subsets = torch.arange(2**number - 1, 0, -1, device=gram.device)
-    faces = (subsets[:, None] >> torch.arange(number, device=gram.device) & 1).to(gram.dtype)
-    faces = faces[faces.sum(-1).argsort(descending=True, stable=True)]
-    both = faces[:, :, None] * faces[:, None, :]
-    identity = torch.eye(number, dtype=gram.dtype, device=gram.device)
-    return faces, faces, both * gram[..., None, :, :] + identity * (1.0 - faces)[:, :, None]
-
-
-def _simplex(weights: Tensor) -> Tensor:
-    """Candidates that are weights of the simplex up to rounding, scaled to sum 1; NaN in place of the others."""
-    total = weights.sum(-1, keepdim=True)
-    weights = weights / total
-    good = weights.isfinite().all(-1, keepdim=True) & (weights >= -1e-9).all(-1, keepdim=True)
-    weights = weights.clamp_min(0.0)
-    return torch.where(good, weights / weights.sum(-1, keepdim=True), torch.nan)
-
-
-def _quadratic(gram: Tensor, weights: Tensor) -> Tensor:
-    """|g_w| for weights ``[..., n, K]``: ``[..., n]``."""
-    return ((weights @ gram) * weights).sum(-1).clamp_min(0.0).sqrt()
-
-
-def _pick(weights: Tensor, value: Tensor) -> Tensor:
-    """The weights of least value; of equal ones the largest face, so that identical rows are treated alike."""
-    value = torch.where(value.isnan(), torch.inf, value)
-    least = value.amin(-1, keepdim=True)
-    first = (value <= least + 1e-12 * (1.0 + least.abs())).to(torch.uint8).argmax(-1)
-    return torch.take_along_dim(weights, first[..., None, None], -2).squeeze(-2)
-
-
-def _least_norm(gram: Tensor) -> Tensor:
-    """The weights of the simplex with the smallest |g_w|: on each face the bordered system [[G, 1], [1, 0]], and the best face."""
-    faces, _, matrix = _faces(gram)
-    number = gram.shape[-1]
-    border = faces.expand(*matrix.shape[:-1])
-    top = torch.cat([matrix, border[..., None]], -1)
-    bottom = torch.cat([border, torch.zeros_like(border[..., :1])], -1)[..., None, :]
-    bordered = torch.cat([top, bottom], -2)
-    weights = _simplex(torch.linalg.pinv(bordered, hermitian=True, rtol=1e-12)[..., :number, number] * faces)
-    return _pick(weights, _quadratic(gram, weights))
 
 
 RULES: dict[str, Callable[..., Tensor]] = {

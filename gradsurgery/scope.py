@@ -44,6 +44,6 @@ def blocks(scope: Scope, param_groups: Sequence[Mapping[str, Any]]) -> Blocks:
             "scope: a function of the parameter's name needs names, and the base optimizer has none; build it from "
             "model.named_parameters()"
         )
-    keys = [scope(name) for name in names]
+    keys = [scope(str(name)) for name in names]
     order = {key: index for index, key in enumerate(dict.fromkeys(keys))}
     return Blocks([order[key] for key in keys], len(order), tuple(str(key) for key in order))

@@ -6,9 +6,9 @@ import csv
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ def _evaluate_model(options: EvaluateOptions) -> Path:
 
 
 @contextmanager
-def _one_thread(options: DataOptions) -> Iterator[None]:
+def _one_thread(options: DataOptions) -> Generator[None]:
     """The small model on one core: a second gains little, and costs many times that where the machine is shared."""
     threads = torch.get_num_threads()
     if options.model == "scratch":
@@ -173,11 +173,10 @@ def _resumed(folder: Path) -> UnlearnOptions:
         raise FileExistsError(
             f"--resume: the run in {folder} is finished, see {folder / 'report.md'}; choose another --output"
         )
-    values = yaml.safe_load(config.read_text())
+    values: dict[str, Any] = yaml.safe_load(config.read_text())
     names = {entry.name for entry in fields(UnlearnOptions)}
-    return UnlearnOptions(
-        **{name: value for name, value in values.items() if name in names} | {"output": str(folder), "resume": True}
-    )
+    known = {name: value for name, value in values.items() if name in names}
+    return replace(UnlearnOptions(**known), output=str(folder), resume=True)
 
 
 def _module(model: nn.Module, options: UnlearnOptions) -> UnlearningModule:

@@ -2,7 +2,7 @@ r"""The mean negative log-likelihood per answer token: the number that probabili
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,7 +56,7 @@ def answer_nll(
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Generator[None]:
     """Turns dropout and gradients off, and restores the mode of every submodule afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

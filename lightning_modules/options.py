@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -87,7 +88,7 @@ class UnlearnOptions(DataOptions):
     scope: Literal["global", "tensor"] = _option("global", "one projection for the model, or one for each tensor")
     metric: Literal["euclidean", "optimizer"] = _option("euclidean", "inner product that conflict is measured in")
     optimizer: str = _option("AdamW", "class of torch.optim that steps")
-    lr: float | None = _option(None, "learning rate; 1e-5, for the model from scratch 1e-4")
+    lr: float | None = _option(None, "learning rate; 1e-5, for the model from scratch 5e-5")
     weight_decay: float = _option(0.01, "of the optimizer")
     warmup_steps: int = _option(5, "steps over which the learning rate rises")
     epochs: int | None = _option(None, "passes over the forget set; 5, for the model from scratch 20")
@@ -126,7 +127,7 @@ class UnlearnOptions(DataOptions):
                 f"expected --forget-loss to be one of {', '.join(gs.losses.LOSSES)}, found {self.forget_loss!r}"
             )
 
-    def optimizer_class(self) -> type[torch.optim.Optimizer]:
+    def optimizer_class(self) -> Callable[..., torch.optim.Optimizer]:
         """The class called `optimizer`.
 
         Raises:
@@ -142,13 +143,12 @@ class UnlearnOptions(DataOptions):
     def resolved(self) -> UnlearnOptions:
         """A copy in which nothing depends on anything: what config.yaml holds."""
         scratch = self.model == "scratch"
-        depends = {
-            "lr": 1e-4 if scratch else 1e-5,
+        depends: dict[str, Any] = {
+            "lr": 5e-5 if scratch else 1e-5,
             "epochs": 20 if scratch else 5,
             "accumulate": 1 if scratch else 4,
             "stop_below": 0.05 if scratch else None,
             "score_every": 1 if scratch else None,
             "precision": "bf16-mixed" if torch.cuda.is_available() else "32-true",
         }
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return UnlearnOptions(**values | {name: value for name, value in depends.items() if values[name] is None})
+        return replace(self, **{name: value for name, value in depends.items() if getattr(self, name) is None})

@@ -72,10 +72,12 @@ def _process(rank: int, folder: str, scenario: Callable[..., None], arguments: S
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1")
     try:
         timeout = timedelta(seconds=COLLECTIVE_TIMEOUT)
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timeout)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timeout
+        )
         scenario(rank, *arguments)
         dist.barrier()
-    except BaseException:  # noqa: BLE001 (pytest's outcomes are no Exceptions, and a traceback must leave the process)
+    except BaseException:  # pytest's outcomes are no Exceptions, and a traceback must leave the process
         (Path(folder) / f"failure{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
     finally:
         (Path(folder) / f"done{rank}").touch()
@@ -107,7 +109,9 @@ def of_rank(rank: int, objectives: Sequence[str] = TWO) -> Losses:
     return losses
 
 
-def whole(model: nn.Module, step: int, micro_batches: int = 1, objectives: Sequence[str] = TWO) -> list[dict[str, Tensor]]:
+def whole(
+    model: nn.Module, step: int, micro_batches: int = 1, objectives: Sequence[str] = TWO
+) -> list[dict[str, Tensor]]:
     """Every rank's share, for the oracle."""
     return [of_rank(rank, objectives)(model, step, micro) for micro in range(micro_batches) for rank in range(WORLD)]
 
@@ -148,7 +152,9 @@ def ddp_contexts(rank: int, wrapper: dict[str, Any]) -> None:
     model, plain = mlp(), mlp()
     wrapped = DistributedDataParallel(model, **wrapper)
     optimizer = surgeon(model, objectives=FOUR, ema_decay=0.5)
-    reference = training.Surgery(plain, BASES["AdamW"](plain.parameters()), FOUR, ema_decay=dict.fromkeys(FOUR[1:], 0.5))
+    reference = training.Surgery(
+        plain, BASES["AdamW"](plain.parameters()), FOUR, ema_decay=dict.fromkeys(FOUR[1:], 0.5)
+    )
     for step in range(STEPS):
         for index, name in enumerate(FOUR):
             inputs, labels = batch(index, step, rank)
@@ -170,7 +176,9 @@ def ddp_forward_forward(rank: int, wrapper: dict[str, Any]) -> None:
     for name, loss in of_rank(rank)(wrapped, 0, 0).items():
         with optimizer.objective(name):
             loss.backward()
-    with raises_everywhere("rows differ across ranks: .* run forward and backward of one objective before the forward of the next"):
+    with raises_everywhere(
+        "rows differ across ranks: .* run forward and backward of one objective before the forward of the next"
+    ):
         optimizer.step()
     assert torch.equal(values(model), before)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -183,7 +191,9 @@ def ddp_join(rank: int, wrapper: dict[str, Any]) -> None:
     model, plain = mlp(), mlp()
     wrapped = DistributedDataParallel(model, **wrapper)
     optimizer = surgeon(model, objectives=FOUR, ema_decay=0.5)
-    reference = training.Surgery(plain, BASES["AdamW"](plain.parameters()), FOUR, ema_decay=dict.fromkeys(FOUR[1:], 0.5))
+    reference = training.Surgery(
+        plain, BASES["AdamW"](plain.parameters()), FOUR, ema_decay=dict.fromkeys(FOUR[1:], 0.5)
+    )
     for step in range(STEPS):
         joined(wrapped, optimizer, of_rank(rank, FOUR), [step])
         reference.step(whole(plain, step, objectives=FOUR))
@@ -381,7 +391,9 @@ def fsdp1(rank: int) -> None:
     model = mlp()
     wrapped = Wrapper(model)
     optimizer = surgeon(model)
-    with raises_everywhere(r"found a FullyShardedDataParallel \(FSDP1\) wrapper.*use torch.distributed.fsdp.fully_shard"):
+    with raises_everywhere(
+        r"found a FullyShardedDataParallel \(FSDP1\) wrapper.*use torch.distributed.fsdp.fully_shard"
+    ):
         joined(model, optimizer, of_rank(0), [0])
     assert wrapped is not None
 
@@ -426,7 +438,11 @@ FSDP_VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"guard": True, "ema_decay": dict.fromkeys(FOUR[1:], 0.5)},
         "AdamW",
     ),
-    "tensor, max_norm": ({"scope": "tensor", "max_norm": 0.3}, {"block": lambda name: name, "max_norm": 0.3}, "momentum"),
+    "tensor, max_norm": (
+        {"scope": "tensor", "max_norm": 0.3},
+        {"block": lambda name: name, "max_norm": 0.3},
+        "momentum",
+    ),
     "callable, guard": ({"scope": layer, "guard": "update"}, {"block": layer, "guard": True}, "AdamW"),
     "metric, add": (
         {"metric": "optimizer", "add": {"retain": 0.5}},
@@ -459,7 +475,9 @@ def fsdp_without_sync(rank: int, front_end: str) -> None:
     joined(model, optimizer, of_rank(rank), [0])
     model.set_requires_gradient_sync(False)
     before = gathered(model)
-    with raises_everywhere("under FSDP2 this means that gradient sync is off.*leave set_requires_gradient_sync at True"):
+    with raises_everywhere(
+        "under FSDP2 this means that gradient sync is off.*leave set_requires_gradient_sync at True"
+    ):
         (joined if front_end == "join" else contexts)(model, optimizer, of_rank(rank), [1])
     assert torch.equal(gathered(model), before)
 
@@ -468,7 +486,9 @@ def fsdp_checkpoint(rank: int, full: bool) -> None:
     """A state_dict in whole tensors or in shards, back into a fresh model and on: as if nothing had happened."""
     settings = StateDictOptions(full_state_dict=full, broadcast_from_rank0=full)
     model, resumed = sharded(), sharded()
-    optimizer, again = (surgeon(each, objectives=FOUR, ema_decay={"retain": 0.5, "style": 0.9}) for each in (model, resumed))
+    optimizer, again = (
+        surgeon(each, objectives=FOUR, ema_decay={"retain": 0.5, "style": 0.9}) for each in (model, resumed)
+    )
     joined(model, optimizer, of_rank(rank, FOUR), range(3))
     state_dict = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=settings))
     if full and rank == 0:

@@ -137,7 +137,9 @@ def snapshot(model: nn.Module, optimizer: GradientSurgery) -> list[tuple[str, Te
 
     state_dict = optimizer.state_dict()
     collect("state", state_dict["state"])
-    collect("group", {i: {k: v for k, v in g.items() if k != "params"} for i, g in enumerate(state_dict["param_groups"])})
+    collect(
+        "group", {i: {k: v for k, v in g.items() if k != "params"} for i, g in enumerate(state_dict["param_groups"])}
+    )
     for name, parameter in model.named_parameters():
         collect(name, parameter)
         if parameter.grad is not None and not parameter.grad.is_sparse:
@@ -149,7 +151,9 @@ def assert_same(found: Sequence[tuple[str, Tensor]], expected: Sequence[tuple[st
     """Bit for bit, NaN equal to NaN."""
     ours, theirs = dict(found), dict(expected)
     assert ours.keys() == theirs.keys(), f"only in one: {sorted(ours.keys() ^ theirs.keys())}"
-    differing = [path for path, value in ours.items() if value.dtype != theirs[path].dtype or not equal(value, theirs[path])]
+    differing = [
+        path for path, value in ours.items() if value.dtype != theirs[path].dtype or not equal(value, theirs[path])
+    ]
     assert not differing, f"changed: {differing}"
 
 

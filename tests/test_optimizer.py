@@ -42,10 +42,14 @@ VARIANTS = {
     "SGD": Variant("SGD"),
     "sum": Variant(options={"rule": "sum"}, meaning={"rule": "sum"}),
     "GRU": Variant(kind=gs.GRU, meaning={"ema_decay": {"retain": 0.2}}),
-    "GRU class with options": Variant(kind=gs.GRU, options={"ema_decay": None, "add": {"retain": 0.5}}, meaning={"add": {"retain": 0.5}}),
+    "GRU class with options": Variant(
+        kind=gs.GRU, options={"ema_decay": None, "add": {"retain": 0.5}}, meaning={"add": {"retain": 0.5}}
+    ),
     "ema": Variant("momentum", options={"ema_decay": 0.7}, meaning={"ema_decay": {"retain": 0.7}}),
     "several": Variant(objectives=FOUR),
-    "several, ema": Variant(objectives=FOUR, options={"ema_decay": 0.5}, meaning={"ema_decay": dict.fromkeys(FOUR[1:], 0.5)}),
+    "several, ema": Variant(
+        objectives=FOUR, options={"ema_decay": 0.5}, meaning={"ema_decay": dict.fromkeys(FOUR[1:], 0.5)}
+    ),
     "several, ema by name": Variant(objectives=FOUR, options={"ema_decay": DECAYS}, meaning={"ema_decay": DECAYS}),
     "add": Variant(options={"add": {"retain": 0.5}}, meaning={"add": {"retain": 0.5}}),
     "add, ema": Variant(
@@ -58,6 +62,11 @@ VARIANTS = {
         "momentum",
         options={"max_norm": 0.3, "add": {"retain": 1.0}, "ema_decay": 0.5},
         meaning={"max_norm": 0.3, "add": {"retain": 1.0}, "ema_decay": {"retain": 0.5}},
+    ),
+    "max_norm, add": Variant(
+        "momentum",
+        options={"max_norm": 0.3, "add": {"retain": 1.0}},
+        meaning={"max_norm": 0.3, "add": {"retain": 1.0}},
     ),
     "tensor": Variant(options={"scope": "tensor"}, meaning={"block": lambda name: name}),
     "tensor, several, ema, max_norm": Variant(
@@ -80,13 +89,20 @@ VARIANTS = {
     "guard, several, ema": Variant(
         "AdamW", FOUR, options={"guard": "update", "ema_decay": DECAYS}, meaning={"guard": True, "ema_decay": DECAYS}
     ),
-    "guard, tensor": Variant("Adagrad", options={"guard": "update", "scope": "tensor"}, meaning={"guard": True, "block": lambda n: n}),
+    "guard, tensor": Variant(
+        "Adagrad", options={"guard": "update", "scope": "tensor"}, meaning={"guard": True, "block": lambda n: n}
+    ),
     "guard measures": Variant(options={"guard": "measure"}),
 }
 
 
 def make(variant: Variant, model: nn.Module, **further: Any) -> gs.GradientSurgery:
-    options: dict[str, Any] = {"objectives": variant.objectives, "ema_dtype": torch.float64, **variant.options, **further}
+    options: dict[str, Any] = {
+        "objectives": variant.objectives,
+        "ema_dtype": torch.float64,
+        **variant.options,
+        **further,
+    }
     return variant.kind(BASES[variant.base](model.named_parameters()), **options)
 
 
@@ -190,7 +206,9 @@ def test_combine_writes_what_step_then_uses_and_is_idempotent() -> None:
             loss.backward()
     assert all(parameter.grad is None for parameter in model.parameters())
     record = optimizer.combine()
-    update = training.Surgery(plain, torch.optim.SGD(plain.parameters(), lr=0.1), TWO).step([losses(plain, 1, 0)]).update
+    update = (
+        training.Surgery(plain, torch.optim.SGD(plain.parameters(), lr=0.1), TWO).step([losses(plain, 1, 0)]).update
+    )
     found = training.flat([p.grad for p in model.parameters()], list(model.parameters()))
     close(found, update, STEPPED)
     assert optimizer.combine() is record
@@ -217,7 +235,9 @@ def test_what_is_done_to_grad_between_combine_and_step_counts() -> None:
 # The record ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["several, ema", "add", "max_norm", "tensor", "callable", "guard, several, ema", "guard measures"])
+@pytest.mark.parametrize(
+    "name", ["several, ema", "add", "max_norm, add", "tensor", "callable", "guard, several, ema", "guard measures"]
+)
 def test_the_record_tells_what_happened(name: str) -> None:
     variant = VARIANTS[name]
     losses = classification(variant.objectives)
@@ -298,7 +318,9 @@ def test_the_guard_lets_no_step_raise_a_protected_objective(base: str, ema_decay
         averages, found = torch.zeros(3, 43, dtype=torch.float64), []
         for step in range(20):
             now = losses(model, step, 0)
-            rows = torch.stack([training.flat(training.gradient(now[name], parameters), parameters) for name in FOUR[1:]])
+            rows = torch.stack(
+                [training.flat(training.gradient(now[name], parameters), parameters) for name in FOUR[1:]]
+            )
             decay = ema_decay or 0.0
             averages = decay * averages + (1.0 - decay) * rows
             protected = averages / (1.0 - decay ** (step + 1))
@@ -309,7 +331,9 @@ def test_the_guard_lets_no_step_raise_a_protected_objective(base: str, ema_decay
         return torch.stack(found).max()
 
     assert worst("update") <= STEPPED.relative
-    assert worst("measure") > 1e-3, "without the guard the base raises a protected objective, or this test means nothing"
+    assert worst("measure") > 1e-3, (
+        "without the guard the base raises a protected objective, or this test means nothing"
+    )
 
 
 def test_the_guard_leaves_a_harmless_change_alone() -> None:
@@ -371,11 +395,29 @@ def test_a_parameter_gets_a_gradient_only_where_an_objective_reached_it() -> Non
     assert without == {"frozen.weight", "frozen.bias", "neither.weight", "neither.bias"}
 
 
+@pytest.mark.parametrize("name", ["several, ema by name", "guard, several, ema"])
+def test_the_average_of_a_layer_that_is_frozen_mid_run_takes_no_part(name: str) -> None:
+    """The step cannot move that layer, so its average must not tilt what is done to the others."""
+    variant = VARIANTS[name]
+    losses = classification(variant.objectives)
+    model, plain = mlp(), mlp()
+    optimizer, reference = make(variant, model), oracle(variant, plain)
+    for step in range(STEPS):
+        for layers in (model, plain):
+            layers[0].requires_grad_(step < 3 or step > 5)
+        contexts(model, optimizer, losses, [step])
+        expected = reference.step([losses(plain, step, 0)])
+        close(values(model), values(plain), STEPPED)
+        close(taken(optimizer).gram, expected.gram[0], STEPPED)
+
+
 def test_an_average_lives_on_where_this_steps_row_has_no_gradient() -> None:
     """A head that the retain loss uses in step 0 only, and the forget loss always: its average decays, it does not vanish."""
     weight = nn.Parameter(torch.tensor([1.0, 1.0], dtype=torch.float64))
     other = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
-    optimizer = gs.GradientSurgery(torch.optim.SGD([weight, other], lr=0.0, momentum=0.0), ema_decay=0.5, ema_dtype=torch.float64)
+    optimizer = gs.GradientSurgery(
+        torch.optim.SGD([weight, other], lr=0.0, momentum=0.0), ema_decay=0.5, ema_dtype=torch.float64
+    )
     for step in range(3):
         retain = weight[0] + other[0] if step == 0 else other[0] * 1.0
         optimizer.join(forget=weight[1] - weight[0], retain=retain).backward()
@@ -442,7 +484,9 @@ def test_checkpointed_and_compiled_models_take_the_same_steps(wrapper: str, fron
     model, plain = mlp(), mlp()
     # The compiler must see the optimizer neither in the forward nor in the backward pass.
     wrapped: nn.Module = (
-        torch.compile(model, backend="aot_eager") if wrapper == "compiled" else Checkpointed(model, reentrant=wrapper == "reentrant")
+        torch.compile(model, backend="aot_eager")
+        if wrapper == "compiled"
+        else Checkpointed(model, reentrant=wrapper == "reentrant")
     )
     variant = VARIANTS["GRU"]
     FRONT_ENDS[front_end](wrapped, make(variant, model), losses, range(4))
@@ -501,8 +545,12 @@ def test_parameter_groups_with_their_own_learning_rates_and_added_in_mid_run() -
     def groups(model: nn.Sequential) -> list[dict[str, Any]]:
         return [{"params": list(model[0].parameters()), "lr": 0.05}]
 
-    optimizer = gs.GradientSurgery(torch.optim.SGD(groups(model), lr=0.1, momentum=0.9), ema_decay=0.5, ema_dtype=torch.float64)
-    reference = training.Surgery(plain, torch.optim.SGD(groups(plain), lr=0.1, momentum=0.9), TWO, ema_decay={"retain": 0.5})
+    optimizer = gs.GradientSurgery(
+        torch.optim.SGD(groups(model), lr=0.1, momentum=0.9), ema_decay=0.5, ema_dtype=torch.float64
+    )
+    reference = training.Surgery(
+        plain, torch.optim.SGD(groups(plain), lr=0.1, momentum=0.9), TWO, ema_decay={"retain": 0.5}
+    )
     for part in (model[2], plain[2]):
         part.requires_grad_(False)
     for step in range(STEPS):
@@ -664,7 +712,13 @@ def test_rows_are_freed_as_soon_as_nobody_reads_them(
 
 @pytest.mark.parametrize(
     ("options", "rows"),
-    [({}, 1), ({"ema_decay": 0.5}, 2), ({"guard": "update"}, 2), ({"accumulate": True, "ema_decay": 0.5}, 3), ({"objectives": FOUR}, 3)],
+    [
+        ({}, 1),
+        ({"ema_decay": 0.5}, 2),
+        ({"guard": "update"}, 2),
+        ({"accumulate": True, "ema_decay": 0.5}, 3),
+        ({"objectives": FOUR}, 3),
+    ],
 )
 def test_memory_estimate_counts_what_surgery_adds(options: dict[str, Any], rows: int) -> None:
     model = Wide()

@@ -121,9 +121,13 @@ def with_overflow(objective: str) -> Losses:
 
 @pytest.mark.parametrize("zero", ["optimizer", "model"])
 @pytest.mark.parametrize("front_end", ["contexts", "join"])
-@pytest.mark.parametrize("options", [{"ema_decay": 0.7}, {"rule": "sum"}, {"ema_decay": 0.7, "accumulate": True, "scope": "tensor"}])
+@pytest.mark.parametrize(
+    "options", [{"ema_decay": 0.7}, {"rule": "sum"}, {"ema_decay": 0.7, "accumulate": True, "scope": "tensor"}]
+)
 @pytest.mark.parametrize("objective", TWO)
-def test_an_overflow_skips_the_step_and_halves_the_scale(objective: str, options: dict[str, Any], front_end: str, zero: str) -> None:
+def test_an_overflow_skips_the_step_and_halves_the_scale(
+    objective: str, options: dict[str, Any], front_end: str, zero: str
+) -> None:
     losses = with_overflow(objective)
     model, plain = mlp(dtype=torch.float32), mlp(dtype=torch.float32)
     optimizer, reference = surgeon(model, **options), surgeon(plain, **options)

@@ -9,7 +9,6 @@ Example:
 """
 
 from collections.abc import Callable
-
 from typing import TypeAlias
 
 from torch import Tensor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from gradsurgery.losses._tokens import IGNORED
@@ -27,6 +26,7 @@ def answer_tokens(logits: Tensor, labels: Tensor, *, skip_first: int = 0) -> tup
         ValueError: If the shapes do not fit or ``skip_first`` is negative.
 
     Example:
+        >>> import torch
         >>> labels = torch.tensor([[-100, -100, 7, 8, 9]])
         >>> answer_tokens(torch.zeros(1, 5, 10), labels, skip_first=1)[1]
         tensor([8, 9])

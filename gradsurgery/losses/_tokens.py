@@ -146,7 +146,7 @@ class _LogOdds(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         others, total, index = ctx.saved_tensors
         outer = gradients[0][:, None]
         row = (others - total).exp_().mul_(-outer).scatter_(1, index, outer)

@@ -233,6 +233,6 @@ def test_every_option_has_a_flag_and_a_sentence(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         cli.main(["unlearn", "--help"])
     shown = capsys.readouterr().out
-    for flag in "model forget retain tofu tofu-dir forget-loss rule ema-decay retain-weight guard scope optimizer lr epochs".split():
+    for flag in ["model", "forget", "retain", "tofu", "tofu-dir", "forget-loss", "rule", "ema-decay", "retain-weight", "guard", "scope", "optimizer", "lr", "epochs"]:
         assert f"--{flag}" in shown
     assert commands.unlearn.__doc__

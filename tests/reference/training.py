@@ -80,7 +80,9 @@ class Surgery:
                 reached = [there or part is not None for there, part in zip(reached, found, strict=True)]
                 total += flat(found, parameters)
             rows.append(total)
-        mask = flat([torch.full_like(p, float(there)) for p, there in zip(parameters, reached, strict=True)], parameters)
+        mask = flat(
+            [torch.full_like(p, float(there)) for p, there in zip(parameters, reached, strict=True)], parameters
+        )
         protected = list(rows)
         averages = dict(self.averages)
         for k, name in enumerate(self.objectives):
@@ -89,7 +91,8 @@ class Surgery:
                 averages[name] = decay * old + (1.0 - decay) * rows[k]
                 protected[k] = mask * averages[name] / (1.0 - decay ** (self.steps + 1))
         weights = flat(
-            [torch.ones_like(p) if (w := self.preconditioner(self.base, p)) is None else w for p in parameters], parameters
+            [torch.ones_like(p) if (w := self.preconditioner(self.base, p)) is None else w for p in parameters],
+            parameters,
         )
         keys = [self.block(name) for name, parameter in named for _ in range(parameter.numel())]
         blocks = [torch.tensor([key == wanted for key in keys], dtype=torch.float64) for wanted in dict.fromkeys(keys)]
@@ -112,7 +115,9 @@ class Surgery:
         self.base.step()
         made = change = flat([parameter.detach() for parameter in parameters], parameters) - before
         if self.guard:
-            change = sum((-rectified(-made * b, stacked[1:] * b, torch.ones_like(b)) for b in blocks), torch.zeros_like(mask))
+            change = sum(
+                (-rectified(-made * b, stacked[1:] * b, torch.ones_like(b)) for b in blocks), torch.zeros_like(mask)
+            )
             offset = 0
             for parameter in parameters:
                 part = (before + change)[offset : offset + parameter.numel()]
