@@ -129,8 +129,14 @@ def _generations(path: Path, count: int = 3) -> list[str]:
             after = by_model["after"][index]
             before = by_model["before"][index]["generation"] if by_model["before"] else ""
             cells = (after["question"], after["answer"], before, after["generation"])
-            lines.append("| " + " | ".join(" ".join(str(cell).replace("|", "\\|").split()) for cell in cells) + " |")
+            lines.append("| " + " | ".join(map(_cell, cells)) + " |")
     return lines
+
+
+def _cell(text: Any, words: int = 30) -> str:
+    """A text on one line of a table, and no longer than is read."""
+    found = str(text).replace("|", "\\|").split()
+    return " ".join(found[:words]) + (" ..." if len(found) > words else "")
 
 
 def _read(path: Path) -> list[dict[str, str]]:
@@ -151,6 +157,7 @@ def _plot(
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
         axes.set_xlabel("optimizer step")
     steps = [float(point["step"]) for point in curve]
     for split, colour in (("retain", retain), ("forget", forget)):
@@ -170,6 +177,5 @@ def _plot(
     right.bar(x, cosine, color=[forget if value < 0 else calm for value in cosine], width=0.8)
     right.axhline(0, color="black", lw=0.8)
     conflicts = sum(float(row["conflict"]) for row in surgery)
-    share = f"conflict in {conflicts:.0f} of {len(surgery)} steps"
-    right.set(ylabel="cosine of forget and retain gradient", title=f"Conflict over the steps: {share}")
+    right.set(ylabel="cosine of forget and retain gradient", title=f"Conflict in {conflicts:.0f} of {len(surgery)} steps")
     figure.savefig(path, dpi=150)

@@ -26,7 +26,7 @@ from lightning_modules.tofu import tofu_examples
 from lightning_modules.tokenization import padding_id
 
 TARGET = 0.05
-EPOCHS = 14
+EPOCHS = 20
 CHECK_EVERY = 2
 
 
@@ -148,4 +148,7 @@ METHODS: dict[str, Callable[[torch.optim.Optimizer], gs.GradientSurgery]] = {
     "placebo": partial(_alone, ema_decay=0.2),
     "GRU": partial(gs.GRU, guard="measure"),
     "GRU + guard": partial(gs.GRU, guard="update"),
+    "retain gradient added, weight 5": partial(
+        gs.GradientSurgery, rule=partial(gs.rules.gradient_difference, alpha=5.0), guard="measure"
+    ),
 }
