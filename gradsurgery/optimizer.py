@@ -386,11 +386,11 @@ class GradientSurgery(Wrapper):
             hook(self)
 
     def memory_estimate(self) -> int:
-        """Bytes on this rank that surgery adds to the peak of a plain step of the base, from the second step on.
+        """Bytes on this rank that surgery holds at most, besides what a plain step of the base holds at the same time.
 
-        K - 1 rows besides the one that plain training holds too; one average for each protected row with ``ema_decay``; one row more
-        with ``accumulate``; one copy of the parameters with ``guard``. Activations are not counted: contexts hold those of one objective
-        at a time, `join` of all.
+        K - 1 rows while backward passes run; one average for each protected row with ``ema_decay``, from the first step on; one row more
+        with ``accumulate``, and one copy of the parameters with ``guard``, between `combine` and the end of `step` only, when activations
+        are gone. Activations are not counted: contexts hold those of one objective at a time, `join` of all.
         """
         parameters = self._parameters()
         copies = len(self.objectives) - 1 + self._accumulate + (self._guard is not None)

@@ -26,7 +26,7 @@ class Record:
         applied: Whether a step with this update happened (a GradScaler may skip it).
         actual_change: ``[K - 1]``: inner product of each protected row with the parameter change that the base optimizer really made,
             its first-order change of that objective. Only with ``guard="measure"`` or ``"update"``, and after the step.
-        unguarded_change: ``[K - 1]``: the same before the guard corrected the change. Only with ``guard="update"``.
+        unguarded_change: ``[K - 1]``: the same before the guard corrected the change (with ``"measure"``, the same).
     """
 
     objectives: tuple[str, ...]

@@ -56,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             commands.unlearn(_read(UnlearnOptions, parsed.unlearn))
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
-        sys.stderr.write("gradsurgery: interrupted; the same command with --resume goes on from the last finished epoch\n")
+        sys.stderr.write(
+            "gradsurgery: interrupted; the same command with --resume goes on from the last finished epoch\n"
+        )
         return 130
     except Exception as error:
         if not _ours(error):

@@ -58,8 +58,7 @@ def draw(folder: Path) -> None:
     """
     if not (folder / METRICS).exists():
         raise FileNotFoundError(
-            f"report: expected a finished run, found no {METRICS} in {folder}; "
-            "give the folder of `gradsurgery unlearn`"
+            f"report: expected a finished run, found no {METRICS} in {folder}; give the folder of `gradsurgery unlearn`"
         )
     metrics = json.loads((folder / METRICS).read_text())
     surgery, curve = _read(folder / SURGERY), _read(folder / CURVE)
@@ -177,5 +176,7 @@ def _plot(
     right.bar(x, cosine, color=[forget if value < 0 else calm for value in cosine], width=0.8)
     right.axhline(0, color="black", lw=0.8)
     conflicts = sum(float(row["conflict"]) for row in surgery)
-    right.set(ylabel="cosine of forget and retain gradient", title=f"Conflict in {conflicts:.0f} of {len(surgery)} steps")
+    right.set(
+        ylabel="cosine of forget and retain gradient", title=f"Conflict in {conflicts:.0f} of {len(surgery)} steps"
+    )
     figure.savefig(path, dpi=150)

@@ -9,13 +9,14 @@ parameters (vocabulary 32000, width 512, 8 layers, tied head, float32).
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gradsurgery as gs
@@ -88,43 +89,55 @@ def time_ratios(device: str, tokens: int, repeats: int) -> None:
                 times[name].append(seconds)
         if repeat:
             alone_times.append(first)
-    print(f"\n{parameters / 1e6:.1f}M parameters, {tokens} tokens a loss: two backward passes alone take {median(alone_times):.3f} s")
+    print(
+        f"\n{parameters / 1e6:.1f}M parameters, {tokens} tokens a loss: two backward passes alone take {median(alone_times):.3f} s"
+    )
     for name, values in times.items():
         ratios = [value / base for value, base in zip(values, alone_times, strict=True)]
-        print(f"  {name:28s} x {median(ratios):.3f}  (from {min(ratios):.3f} to {max(ratios):.3f} over {repeats} rounds)")
+        print(
+            f"  {name:28s} x {median(ratios):.3f}  (from {min(ratios):.3f} to {max(ratios):.3f} over {repeats} rounds)"
+        )
 
 
-def peak_bytes(step: Callable[[], None]) -> int:
-    """Largest sum of live allocations made during three steps on the CPU, from the allocator's own events."""
+def peaks(backward: Callable[[], None], step: Callable[[], None]) -> dict[str, int]:
+    """Largest sum of live allocations on the CPU in three rounds, while backward passes run and while a step is made."""
+    gc.collect()  # what is freed inside must have been allocated inside
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         for _ in range(3):
-            step()
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
+            backward()
+            with record_function("the step"):
+                step()
+    events = recorded.profiler.kineto_results.events()
+    steps = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == "the step"]
+    live, found = 0, {"backward": 0, "step": 0}
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+        phase = "step" if any(start <= event.start_ns() <= end for start, end in steps) else "backward"
+        found[phase] = max(found[phase], live)
+    return found
 
 
 def memory_table() -> None:
+    """An additional copy that lives in the step only, when activations are gone, must be seen there: compare phase by phase."""
     tokens = torch.randint(32000, (1, 8))
 
-    def plain_step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> None:
+    def plain_backward(model: LlamaForCausalLM) -> None:
         loss(model, tokens).backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
-    def surgery_step(model: LlamaForCausalLM, optimizer: gs.GradientSurgery) -> None:
+    def surgery_backward(model: LlamaForCausalLM, optimizer: gs.GradientSurgery) -> None:
         for name in reversed(optimizer.objectives):
             with optimizer.objective(name):
                 loss(model, tokens).backward()
+
+    def step(optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
     model = make_model("cpu", layers=4)
-    plain = peak_bytes(lambda: plain_step(model, torch.optim.SGD(model.parameters(), lr=1e-3)))
-    print(f"\npeak of a plain SGD step: {plain / 2**20:.0f} MiB above the weights; surgery adds")
+    base = torch.optim.SGD(model.parameters(), lr=1e-3)
+    plain = peaks(lambda: plain_backward(model), lambda: step(base))
+    print(f"\nlive above the weights in plain SGD: {plain['backward'] / 2**20:.0f} MiB while backward runs, ", end="")
+    print(f"{plain['step'] / 2**20:.0f} MiB in the step; surgery adds")
     variants: dict[str, dict[str, Any]] = {
         "gru": {},
         "gru, ema": {"ema_decay": 0.2},
@@ -136,7 +149,11 @@ def memory_table() -> None:
     for name, options in variants.items():
         model = make_model("cpu", layers=4)
         optimizer = gs.GradientSurgery(torch.optim.SGD(model.parameters(), lr=1e-3), **options)
-        measured = peak_bytes(lambda model=model, optimizer=optimizer: surgery_step(model, optimizer)) - plain
+        found = peaks(
+            lambda model=model, optimizer=optimizer: surgery_backward(model, optimizer),
+            lambda optimizer=optimizer: step(optimizer),
+        )
+        measured = max(found[phase] - plain[phase] for phase in plain)
         estimate = optimizer.memory_estimate()
         print(
             f"  {name:20s} measured {measured / 2**20:6.1f} MiB, memory_estimate() {estimate / 2**20:6.1f} MiB, "

@@ -29,8 +29,12 @@ def outcomes() -> Iterator[dict[tuple[str, str, int], Outcome]]:
     torch.set_num_threads(1)
     matched = Matched(str(TOFU))
     start = matched.probability(matched.model, "forget"), matched.probability(matched.model, "retain")
-    print(f"\n\nTOFU, 8 + 2 authors, matched at forget probability {TARGET}; start: forget {start[0]:.3f}, retain {start[1]:.3f}\n")
-    print("| forget loss | method | retain probability, seeds 0 1 2 | mean | against alone, by seed | conflicts | steps that raise retain | steps |")
+    print(
+        f"\n\nTOFU, 8 + 2 authors, matched at forget probability {TARGET}; start: forget {start[0]:.3f}, retain {start[1]:.3f}\n"
+    )
+    print(
+        "| forget loss | method | retain probability, seeds 0 1 2 | mean | against alone, by seed | conflicts | steps that raise retain | steps |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     found: dict[tuple[str, str, int], Outcome] = {}
     for name, loss in LOSSES.items():
@@ -39,7 +43,9 @@ def outcomes() -> Iterator[dict[tuple[str, str, int], Outcome]]:
                 found[name, method, seed] = matched.run(method, loss, seed)
             rows = [found[name, method, seed] for seed in SEEDS]
             kept = [row.retain_probability for row in rows]
-            deltas = [row.retain_probability - found[name, "alone", seed].retain_probability for seed, row in enumerate(rows)]
+            deltas = [
+                row.retain_probability - found[name, "alone", seed].retain_probability for seed, row in enumerate(rows)
+            ]
             print(
                 f"| {name} | {method} | {' '.join(f'{value:.3f}' for value in kept)} | {mean(kept):.3f} | "
                 f"{' '.join(f'{delta:+.3f}' for delta in deltas)} | {mean(row.conflicts for row in rows):.0%} | "
@@ -62,5 +68,7 @@ def test_gru_keeps_more_in_every_pair(outcomes: dict[tuple[str, str, int], Outco
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_placebo_of_the_same_length_does_not(outcomes: dict[tuple[str, str, int], Outcome], loss: str) -> None:
-    gains = [outcomes[loss, "placebo", s].retain_probability - outcomes[loss, "alone", s].retain_probability for s in SEEDS]
+    gains = [
+        outcomes[loss, "placebo", s].retain_probability - outcomes[loss, "alone", s].retain_probability for s in SEEDS
+    ]
     assert abs(mean(gains)) < 0.04
