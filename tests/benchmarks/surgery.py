@@ -111,9 +111,9 @@ def peaks(backward: Callable[[], None], step: Callable[[], None]) -> dict[str, i
     steps = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == "the step"]
     live, found = 0, {"backward": 0, "step": 0}
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        live += event.nbytes()
         phase = "step" if any(start <= event.start_ns() <= end for start, end in steps) else "backward"
-        found[phase] = max(found[phase], live)
+        found[phase] = max(found[phase], live, live + event.nbytes())
+        live += event.nbytes()
     return found
 
 
