@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsurgery.gram import Row, combine_
+from gradsurgery.gram import combine_, local_tensor
 
 _KEY = "gradsurgery_ema_"
 _STEPS = "gradsurgery_steps"
@@ -19,13 +19,22 @@ _STEPS = "gradsurgery_steps"
 class Mixing:
     """The K rows of the Gram matrix as linear combinations of the B tensor lists at hand, ``weights [K, B]``.
 
-    The candidate average d m + (1 - d) r is never formed: the Gram matrix of (f, r, m) says all about it, the old average stays whole
-    until the step has happened, and no temporary of the model's size is made.
+    A protected row d m + (1 - d) r is one list where `EMA.fold` has formed it, and two, r and m, where it has not: the Gram matrix of
+    (f, r, m) says all about it, and no temporary of the model's size is made.
+
+    Attributes:
+        rows: B lists; the first K are what is left of the captured rows.
+        weights: ``[K, B]``, float64 on the CPU.
+        averaged: Whether each list is an average, which has no loss scale.
+        owners: The row that each list is part of.
+        folded: The candidate averages by objective.
     """
 
     rows: list[list[Tensor | None]]
     weights: Tensor
     averaged: tuple[bool, ...]
+    owners: tuple[int, ...]
+    folded: Mapping[str, list[Tensor | None]]
 
     def units(self, scale: float | Tensor, device: torch.device) -> Tensor:
         """What turns each list into unscaled units, ``[B]``: 1 / scale for captured rows, 1 for averages."""
@@ -50,43 +59,97 @@ class EMA:
         self.averages: dict[str, dict[Tensor, Tensor]] = {name: {} for name in decays}
         self.steps = 0
 
-    def mixing(self, objectives: Sequence[str], raw: list[list[Tensor | None]], parameters: Sequence[Tensor]) -> Mixing:
-        """The rows to protect at the coming step, from the captured rows ``raw`` and the averages so far."""
-        rows = list(raw)
-        weights = torch.eye(len(raw), dtype=torch.float64)
+    def _type(self, tensor: Tensor) -> torch.dtype:
+        return self.dtype.to_complex() if tensor.is_complex() else self.dtype
+
+    def fold(
+        self,
+        captured: Mapping[str, list[Tensor | None]],
+        folded: dict[str, list[Tensor | None]],
+        scale: float | Tensor,
+        parameters: Sequence[Tensor],
+    ) -> None:
+        """Turn captured rows into candidate averages d m + (1 - d) r where that can be done in their own memory.
+
+        One pass instead of the three that products with r and m, their combination and the commit would take; and a commit is then a
+        change of names. The old averages stay as they are, until the step has happened. Rows in another type than the averages, and
+        DTensors (views of a buffer that an average would keep alive), are left.
+
+        Args:
+            captured: Rows by objective; entries that are folded become None.
+            folded: Candidates so far, to be added to.
+            scale: Loss scale of the captured rows.
+            parameters: In the rows' order.
+        """
+        inverse = 1.0 / torch.as_tensor(scale, dtype=torch.float64)
+        unscaled = inverse.device.type == "cpu" and float(inverse) == 1.0
+        for name, row in captured.items():
+            decay, average = self.decays[name], self.averages[name]
+            candidates = folded.setdefault(name, [])
+            candidates += [None] * (len(parameters) - len(candidates))
+            for index, gradient in enumerate(row):
+                if gradient is None or gradient.dtype != self._type(gradient) or local_tensor(gradient) is not gradient:
+                    continue
+                if not unscaled:
+                    combine_([[gradient]], inverse[None])
+                old = average.get(parameters[index])
+                if (candidate := candidates[index]) is not None:
+                    candidate.add_(gradient, alpha=1.0 - decay)
+                elif old is not None:
+                    candidates[index] = gradient.lerp_(old, decay)
+                else:
+                    candidates[index] = gradient.mul_(1.0 - decay)
+                row[index] = None
+
+    def mixing(
+        self,
+        objectives: Sequence[str],
+        raw: list[list[Tensor | None]],
+        folded: Mapping[str, list[Tensor | None]],
+        parameters: Sequence[Tensor],
+    ) -> Mixing:
+        """The rows to protect at the coming step, from the captured rows ``raw``, the candidates and the averages so far."""
+        rows, owners, columns = list(raw), list(range(len(raw))), list(torch.eye(len(raw), dtype=torch.float64))
         # A parameter that no objective reached takes no part in the step, so its average must take none in the projection.
-        reached = [any(row[index] is not None for row in raw) for index in range(len(parameters))]
+        reached = [any(row[index] is not None for row in (*raw, *folded.values())) for index in range(len(parameters))]
+
+        def add(k: int, part: list[Tensor | None], weight: float) -> None:
+            if any(tensor is not None for tensor in part):
+                rows.append(part)
+                owners.append(k)
+                columns.append(weight * columns[k].sign())
+
         for k, name in enumerate(objectives):
             if (decay := self.decays.get(name)) is None:
                 continue
             correction = 1.0 - decay ** (self.steps + 1)
-            weights[k, k] = (1.0 - decay) / correction
-            average = self.averages[name]
-            if average:
-                rows.append(
-                    [
-                        average.get(parameter) if there else None
-                        for parameter, there in zip(parameters, reached, strict=True)
-                    ]
-                )
-                column = torch.zeros(len(raw), 1, dtype=torch.float64)
-                column[k] = decay / correction
-                weights = torch.cat([weights, column], 1)
-        return Mixing(rows, weights, (False,) * len(raw) + (True,) * (len(rows) - len(raw)))
+            columns[k] = columns[k] * ((1.0 - decay) / correction)
+            candidates = folded.get(name, [None] * len(parameters))
+            whole = [
+                self.averages[name].get(parameter) if there and candidate is None else None
+                for parameter, there, candidate in zip(parameters, reached, candidates, strict=True)
+            ]
+            add(k, whole, decay / correction)
+            add(k, candidates, 1.0 / correction)
+        averaged = (False,) * len(raw) + (True,) * (len(rows) - len(raw))
+        return Mixing(rows, torch.stack(columns, 1), averaged, tuple(owners), dict(folded))
 
     def commit(
-        self, objectives: Sequence[str], raw: Sequence[Row], scale: float | Tensor, parameters: Sequence[Tensor]
+        self, objectives: Sequence[str], mixing: Mixing, scale: float | Tensor, parameters: Sequence[Tensor]
     ) -> None:
-        """Take the captured rows into the averages. Rows without an average yet become it, in place."""
+        """Adopt the candidates, and take the rows that were not folded into the averages."""
         for name, decay in self.decays.items():
-            row, average = raw[objectives.index(name)], self.averages[name]
+            row, average = mixing.rows[objectives.index(name)], self.averages[name]
+            candidates = mixing.folded.get(name, [None] * len(parameters))
             share = (1.0 - decay) / torch.as_tensor(scale, dtype=torch.float64)
-            for parameter, gradient in zip(parameters, row, strict=True):
-                if parameter in average:
+            for parameter, gradient, candidate in zip(parameters, row, candidates, strict=True):
+                if candidate is not None:
+                    average[parameter] = candidate
+                elif parameter in average:
                     combine_([[average[parameter]], [gradient]], torch.stack([torch.full_like(share, decay), share]))
                 elif gradient is not None:
                     # FSDP2's gradients are views of one buffer, and a DTensor that is one can be neither copied nor freed alone.
-                    first = gradient.to(self.dtype, copy=hasattr(gradient, "to_local"))
+                    first = gradient.to(self._type(gradient), copy=hasattr(gradient, "to_local"))
                     combine_([[first]], share[None])
                     average[parameter] = first
         self.steps += 1
@@ -96,7 +159,7 @@ class EMA:
         for average in self.averages.values():
             for parameter in parameters:
                 if parameter.requires_grad and parameter not in average:
-                    average[parameter] = torch.zeros_like(parameter, dtype=self.dtype, requires_grad=False)
+                    average[parameter] = torch.zeros_like(parameter, dtype=self._type(parameter), requires_grad=False)
 
     def save(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
         """The base's state_dict with the averages in it."""
@@ -107,7 +170,9 @@ class EMA:
                     state.setdefault(index, {})[_KEY + name] = average[parameter]
                 elif index in state and parameter.requires_grad:
                     # Adagrad has a state before its first step, so torch.distributed.checkpoint takes this one for its template.
-                    state[index][_KEY + name] = torch.zeros_like(parameter, dtype=self.dtype, requires_grad=False)
+                    state[index][_KEY + name] = torch.zeros_like(
+                        parameter, dtype=self._type(parameter), requires_grad=False
+                    )
         groups = [dict(group) for group in state_dict["param_groups"]]
         if self.decays:
             for group in groups:
@@ -144,7 +209,9 @@ class EMA:
                         f"load_state_dict: expected the average of {name!r} for parameter {index} to have the parameter's shape, found "
                         f"{list(value.shape)}; the checkpoint is of another model"
                     )
-                averages[name][parameter] = value.detach().to(device=parameter.device, dtype=self.dtype, copy=True)
+                averages[name][parameter] = value.detach().to(
+                    device=parameter.device, dtype=self._type(parameter), copy=True
+                )
             rest = {key: value for key, value in entries.items() if key not in ours}
             if rest or not ours:
                 state[index] = rest

@@ -112,7 +112,9 @@ def decide(
         euclidean = products if rows.metric is None else rows.products(None)
         factor = (max_norm / (_norm(euclidean, amounts) + 1e-6)).clamp_max(1.0)  # as torch.nn.utils.clip_grad_norm_
         coefficients, extra, amounts = coefficients * factor, extra * factor, amounts * factor
-    healthy = products.diagonal(dim1=-2, dim2=-1)[:, :number].isfinite().all(0)
+    finite = products.diagonal(dim1=-2, dim2=-1).isfinite().all(0)
+    owners = torch.tensor(rows.mixing.owners, device=finite.device)
+    healthy = torch.stack([(finite | (owners != k)).all() for k in range(number)])
     # A rule of the user's may answer an ill Gram matrix by finite numbers; the step must still be seen to be ill.
     amounts = torch.where(healthy.all(), amounts, torch.nan)
     return Update(

@@ -225,12 +225,17 @@ class GradientSurgery(Wrapper):
         if window.slots.phase is Phase.COMBINED and window.record is not None:
             return window.record
         self._ranks.agree(len(self.objectives), window.slots.combining(self.objectives, parameters), parameters)
+        scale = 1.0 if scale is None else scale
+        if not self._accumulate:  # rows that will grow must stay what they are
+            kept = {name for name, multiple in zip(self.objectives, self._add, strict=True) if multiple}
+            rows_to_fold = {name: window.slots.rows[name] for name in self._ema.decays if name not in kept}
+            self._ema.fold(rows_to_fold, window.slots.folded, scale, parameters)
         raw = [
             row + [None] * (len(parameters) - len(row)) for row in map(window.slots.rows.get, self.objectives) if row
         ]
         rows = Rows(
-            mixing=self._ema.mixing(self.objectives, raw, parameters),
-            scale=1.0 if scale is None else scale,
+            mixing=self._ema.mixing(self.objectives, raw, window.slots.folded, parameters),
+            scale=scale,
             blocks=blocks(self._scope, self.param_groups),
             parameters=parameters,
             metric=optimizer_metric(self._base, parameters) if self._metric == "optimizer" else None,
@@ -311,7 +316,7 @@ class GradientSurgery(Wrapper):
                 made, left = guard(rows, before, project=self._guard == "update")
                 record = replace(record, actual_change=left, unguarded_change=made)
             if self._ema.decays:
-                self._ema.commit(self.objectives, rows.mixing.rows, rows.scale, parameters)
+                self._ema.commit(self.objectives, rows.mixing, rows.scale, parameters)
         if isinstance(self._rule, rules.StatefulRule):
             self._rule.commit()
         window.record = replace(record, applied=True)

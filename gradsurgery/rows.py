@@ -37,6 +37,7 @@ class Slots:
         self.phase = Phase.OPEN
         self.active: str | None = None
         self.joins = 0  # micro-batches whose rows join() has added up
+        self.folded: dict[str, list[Tensor | None]] = {}  # what has become of rows that EMA.fold took
 
     def clear(self, phase: Phase = Phase.OPEN) -> None:
         """Forget every row."""
@@ -44,6 +45,7 @@ class Slots:
         self.phase = phase
         self.active = None
         self.joins = 0
+        self.folded.clear()
 
     @contextmanager
     def capture(
