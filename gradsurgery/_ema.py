@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsurgery.gram import combine_, local_tensor
+from gradsurgery.gram import combine_, local_tensor, numbers_on
 
 _KEY = "gradsurgery_ema_"
 _STEPS = "gradsurgery_steps"
@@ -38,13 +38,13 @@ class Mixing:
 
     def units(self, scale: float | Tensor, device: torch.device) -> Tensor:
         """What turns each list into unscaled units, ``[B]``: 1 / scale for captured rows, 1 for averages."""
-        inverse = 1.0 / torch.as_tensor(scale, dtype=torch.float64, device=device)
-        return torch.where(torch.tensor(self.averaged, device=device), torch.ones_like(inverse), inverse)
+        inverse = 1.0 / numbers_on(device, scale, torch.float64)
+        return torch.where(numbers_on(device, self.averaged), torch.ones_like(inverse), inverse)
 
     def scaled(self, amounts: Tensor, scale: float | Tensor) -> Tensor:
         """Amounts ``[S, B]`` of unscaled lists as amounts of the lists as they are, for a sum in the captured rows' scale."""
-        factor = torch.as_tensor(scale, dtype=torch.float64, device=amounts.device)
-        return torch.where(torch.tensor(self.averaged, device=amounts.device), amounts * factor, amounts)
+        factor = numbers_on(amounts.device, scale, torch.float64)
+        return torch.where(numbers_on(amounts.device, self.averaged), amounts * factor, amounts)
 
 
 class EMA:

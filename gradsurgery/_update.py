@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradsurgery import rules
 from gradsurgery._ema import Mixing
-from gradsurgery.gram import Metric, block_gram, combine_blocks_
+from gradsurgery.gram import Metric, block_gram, combine_blocks_, numbers_on
 from gradsurgery.scope import Blocks
 
 
@@ -66,7 +66,7 @@ class Update:
 def measure(rows: Rows) -> tuple[Tensor, Tensor]:
     """Products ``[S, B, B]`` of the lists at hand, and the Gram matrices ``[S, K, K]`` of the rows that they make."""
     products = rows.products(rows.metric)
-    weights = rows.mixing.weights.to(products.device)
+    weights = numbers_on(products.device, rows.mixing.weights)
     gram = weights @ products @ weights.mT
     return products, (gram + gram.mT) / 2
 
@@ -96,7 +96,7 @@ def decide(
         ValueError: If the rule's answer has the wrong shape.
     """
     number = gram.shape[-1]
-    weights = rows.mixing.weights.to(gram.device)
+    weights = numbers_on(gram.device, rows.mixing.weights)
     asked = gram[0] if rows.blocks.names is None else gram
     coefficients = rule(asked)
     if coefficients.shape != asked.shape[:-1]:
@@ -105,7 +105,7 @@ def decide(
             f"{list(coefficients.shape)}"
         )
     coefficients = coefficients.to(gram).view(-1, number)
-    extra = torch.tensor(add, dtype=torch.float64, device=gram.device)
+    extra = numbers_on(gram.device, add, torch.float64)
     amounts = coefficients @ weights
     amounts[:, :number] += extra
     if max_norm is not None:
@@ -113,13 +113,13 @@ def decide(
         factor = (max_norm / (_norm(euclidean, amounts) + 1e-6)).clamp_max(1.0)  # as torch.nn.utils.clip_grad_norm_
         coefficients, extra, amounts = coefficients * factor, extra * factor, amounts * factor
     finite = products.diagonal(dim1=-2, dim2=-1).isfinite().all(0)
-    owners = torch.tensor(rows.mixing.owners, device=finite.device)
+    owners = numbers_on(finite.device, rows.mixing.owners)
     healthy = torch.stack([(finite | (owners != k)).all() for k in range(number)])
     # A rule of the user's may answer an ill Gram matrix by finite numbers; the step must still be seen to be ill.
     amounts = torch.where(healthy.all(), amounts, torch.nan)
     return Update(
         gram=gram,
-        coefficients=coefficients + torch.where(torch.tensor(averaged, device=gram.device), 0.0, extra),
+        coefficients=coefficients + torch.where(numbers_on(gram.device, averaged), 0.0, extra),
         amounts=amounts,
         change=torch.einsum("kb,sbc,sc->k", weights, products, amounts),
         norm=_norm(products, amounts),
@@ -150,7 +150,7 @@ def guard(rows: Rows, before: Sequence[Tensor | None], *, project: bool) -> tupl
     products = block_gram(lists, blocks=blocks.of_parameter, num_blocks=blocks.number, like=rows.parameters)
     units = mixing.units(rows.scale, products.device).clone()
     units[0] = -1.0  # what descends is minus the change, and it has no loss scale
-    weights = mixing.weights.to(products.device)
+    weights = numbers_on(products.device, mixing.weights)
     gram = weights @ (products * units[:, None] * units) @ weights.mT
     made = -gram[:, 0, 1:].sum(0)
     if not project:

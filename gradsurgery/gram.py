@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -115,10 +115,7 @@ def block_gram(
         part = torch.zeros_like(total)
         for found in by_device.values():
             values = torch.stack([product for _, product in found]).to(device)
-            entries = torch.tensor([entry for entry, _ in found])
-            if device.type == "cuda":
-                entries = entries.pin_memory()  # from pageable memory the copy would wait for the stream
-            part.index_add_(0, entries.to(device, non_blocking=True), values)
+            part.index_add_(0, numbers_on(device, [entry for entry, _ in found]), values)
         if sharding is not None:
             mesh, dimensions = sharding
             for dimension in dimensions:
@@ -206,7 +203,8 @@ def _combine_on_host(target: Tensor, scale: float, others: list[tuple[float, Ten
         for coefficient, other in others:
             target.add_(other, alpha=coefficient)
         return
-    for part, *parts in _chunks([target, *(other for _, other in others)], _CPU_CHUNK):
+    size = _CPU_CHUNK if target.device.type == "cpu" else _ACCELERATOR_CHUNK
+    for part, *parts in _chunks([target, *(other for _, other in others)], size):
         wide = part.float() if low else part
         if scale != 1.0:
             wide.mul_(scale)
@@ -299,6 +297,14 @@ def local_tensor(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor."""
     DTensor = dtensor_type()
     return tensor.to_local() if DTensor is not None and isinstance(tensor, DTensor) else tensor
+
+
+def numbers_on(device: torch.device, values: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """A few numbers of the host as a tensor on a device, without waiting for the device's queue."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # from pageable memory the copy would wait
+    return tensor.to(device, non_blocking=True)
 
 
 def dtensor_type() -> type[DTensor] | None:

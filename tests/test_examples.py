@@ -17,7 +17,9 @@ EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 def run(name: str, folder: Path) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "examples" / name)]
-    finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    finished = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
 

@@ -57,7 +57,9 @@ def test_value_and_gradient_equal_the_textbook_to_the_last_digits(name: str, cas
         # The value is computed in at least float32; a relative error: a vanishing loss has right digits too. The inverted hinge is a
         # difference of numbers near 1, so its error is absolute.
         size = 1.0 if name == "inverted_hinge" else abs(expected)
-        assert abs(value - expected) <= LOSS[torch.float64 if dtype == torch.float64 else torch.float32].relative * max(size, 1e-37)
+        assert abs(value - expected) <= LOSS[torch.float64 if dtype == torch.float64 else torch.float32].relative * max(
+            size, 1e-37
+        )
         wanted = torch.tensor(expected_row, dtype=torch.float64) * weight
         smallest = torch.finfo(dtype).smallest_normal * tolerance + torch.finfo(dtype).tiny
         assert (gradient - wanted).norm() <= tolerance * wanted.norm() + smallest
@@ -73,7 +75,9 @@ def test_autograd_of_the_textbook_form_agrees(name: str) -> None:
         value = getattr(reference, name)(row, label)
         value.backward()
         torch.testing.assert_close(logits.grad[index], row.grad, rtol=LOSS[torch.float64].relative, atol=1e-14)
-        torch.testing.assert_close(gs.losses.LOSSES[name](logits, labels)[index], value, rtol=LOSS[torch.float64].relative, atol=1e-12)
+        torch.testing.assert_close(
+            gs.losses.LOSSES[name](logits, labels)[index], value, rtol=LOSS[torch.float64].relative, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -137,7 +141,10 @@ def test_answer_tokens_shifts_masks_and_skips_the_first_of_each_answer() -> None
     labels = torch.tensor([[-100, -100, 5, 6, 7, -100], [-100, 3, 4, -100, 8, 9]])  # the second has two spans
     kept, tokens = gs.losses.answer_tokens(logits, labels)
     assert tokens.tolist() == [5, 6, 7, 3, 4, 8, 9]
-    assert torch.equal(kept, torch.stack([logits[0, 1], logits[0, 2], logits[0, 3], logits[1, 0], logits[1, 1], logits[1, 3], logits[1, 4]]))
+    assert torch.equal(
+        kept,
+        torch.stack([logits[0, 1], logits[0, 2], logits[0, 3], logits[1, 0], logits[1, 1], logits[1, 3], logits[1, 4]]),
+    )
     assert gs.losses.answer_tokens(logits, labels, skip_first=1)[1].tolist() == [6, 7, 4, 8, 9]
     assert gs.losses.answer_tokens(logits, labels, skip_first=9)[1].tolist() == []
 

@@ -21,21 +21,37 @@ class Blocker(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Blocker())
 """
-EXTRAS = {"lightning", "lightning_modules", "transformers", "torchmetrics", "jsonargparse", "rich", "datasets", "peft", "scipy", "matplotlib"}
+EXTRAS = {
+    "lightning",
+    "lightning_modules",
+    "transformers",
+    "torchmetrics",
+    "jsonargparse",
+    "rich",
+    "datasets",
+    "peft",
+    "scipy",
+    "matplotlib",
+}
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_the_core_needs_torch_alone() -> None:
-    code = BLOCKED.format(blocked=EXTRAS) + """
+    code = (
+        BLOCKED.format(blocked=EXTRAS)
+        + """
 import torch, gradsurgery as gs
 p = torch.nn.Parameter(torch.ones(2))
 optimizer = gs.GRU(torch.optim.SGD([p], lr=0.1))
 optimizer.join(forget=p.sum(), retain=p[0]).backward()
 optimizer.step()
 """
+    )
     finished = python(code)
     assert finished.returncode == 0, finished.stderr
 
@@ -78,5 +94,9 @@ def test_no_tofu_text_and_no_path_of_one_machine_is_in_the_tree() -> None:
         pytest.skip("not a git checkout")
     for name in tracked.stdout.splitlines():
         path = ROOT / name
-        if path.suffix in (".py", ".md", ".toml", ".yml", ".yaml", ".txt") and path.name != Path(__file__).name and path.exists():
+        if (
+            path.suffix in (".py", ".md", ".toml", ".yml", ".yaml", ".txt")
+            and path.name != Path(__file__).name
+            and path.exists()
+        ):
             assert "/work/" not in path.read_text(), name

@@ -96,9 +96,14 @@ def close(
     }
     raise AssertionError(f"off by {wrong}, allowed {tolerance.relative:.1e} ({tolerance.reason})")
 
+
 LOSS: dict[torch.dtype, Tolerance] = {
-    torch.float64: Tolerance(1e-12, "a log-odds in float64: rounding of the logits' differences, amplified by their size of up to 200"),
-    torch.float32: Tolerance(2e-5, "a log-odds in float32: of up to 200, known to 1e-5, and as exact as its exponential"),
+    torch.float64: Tolerance(
+        1e-12, "a log-odds in float64: rounding of the logits' differences, amplified by their size of up to 200"
+    ),
+    torch.float32: Tolerance(
+        2e-5, "a log-odds in float32: of up to 200, known to 1e-5, and as exact as its exponential"
+    ),
     torch.bfloat16: Tolerance(8e-3, "float32 arithmetic, the gradient rounded once to 8 bits"),
     torch.float16: Tolerance(2e-3, "float32 arithmetic, the gradient rounded once to 11 bits"),
 }

@@ -23,7 +23,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gradsurgery as gs
 
-
 # glibc gives every temporary above 32 MiB back to the system, and page faults then dominate whatever is measured. GPUs and serious CPU
 # set-ups keep their heap.
 HEAP_KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
@@ -99,7 +98,9 @@ def time_ratios(device: str, tokens: int, repeats: int) -> None:
         if repeat:
             alone_times.append(first)
     best = min(alone_times)
-    print(f"\n{parameters / 1e6:.1f}M parameters, {tokens} tokens a loss, best of {repeats} interleaved rounds: ", end="")
+    print(
+        f"\n{parameters / 1e6:.1f}M parameters, {tokens} tokens a loss, best of {repeats} interleaved rounds: ", end=""
+    )
     print(f"two backward passes alone {best * 1e3:.0f} ms (median {median(alone_times) * 1e3:.0f})")
     for name, values in times.items():
         print(

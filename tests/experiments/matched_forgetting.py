@@ -148,7 +148,7 @@ METHODS: dict[str, Callable[[torch.optim.Optimizer], gs.GradientSurgery]] = {
     "placebo": partial(_alone, ema_decay=0.2),
     "GRU": partial(gs.GRU, guard="measure"),
     "GRU + guard": partial(gs.GRU, guard="update"),
-    "retain gradient added, weight 5": partial(
+    "GradDiff, weight 5": partial(
         gs.GradientSurgery, rule=partial(gs.rules.gradient_difference, alpha=5.0), guard="measure"
     ),
 }

@@ -50,7 +50,9 @@ def test_it_forgets_what_it_should_and_keeps_what_it_should(run: Path) -> None:
     metrics = metrics_of(run)
     assert metrics["before"]["forget"]["probability"] > 0.9
     assert metrics["after"]["forget"]["probability"] < 0.1
-    assert metrics["after"]["retain"]["probability"] > 0.7  # 0.8 is the promise for ten authors; five share more of the model
+    assert (
+        metrics["after"]["retain"]["probability"] > 0.7
+    )  # 0.8 is the promise for ten authors; five share more of the model
     assert metrics["reference"]["forget"]["probability"] < 0.1
 
 
@@ -136,9 +138,24 @@ def test_evaluate_scores_a_saved_model_and_writes_metrics_only(run: Path, tmp_pa
     rows = fictional_authors(5)
     for name, part in (("forget", rows[80:]), ("retain", rows[:80])):
         (tmp_path / f"{name}.json").write_text(json.dumps(part))
-    data = ["--forget", str(tmp_path / "forget.json"), "--retain", str(tmp_path / "retain.json"), "--max-new-tokens", "24"]
+    data = [
+        "--forget",
+        str(tmp_path / "forget.json"),
+        "--retain",
+        str(tmp_path / "retain.json"),
+        "--max-new-tokens",
+        "24",
+    ]
     folder = tmp_path / "evaluated"
-    arguments = ["--model", str(run / "model"), *data, "--reference", str(run / "evaluation.jsonl"), "--output", str(folder)]
+    arguments = [
+        "--model",
+        str(run / "model"),
+        *data,
+        "--reference",
+        str(run / "evaluation.jsonl"),
+        "--output",
+        str(folder),
+    ]
     assert cli.main(["evaluate", *arguments]) == 0
     assert [path.name for path in folder.iterdir()] == ["metrics.json"]
     found, expected = metrics_of(folder), metrics_of(run)
@@ -153,10 +170,31 @@ def test_own_files_lora_and_every_option_of_surgery_run(tmp_path: Path) -> None:
     for name, part in (("forget", rows[80:]), ("retain", rows[:80])):
         (tmp_path / f"{name}.json").write_text(json.dumps(part))
     folder = tmp_path / "lora"
-    arguments = ["--forget", str(tmp_path / "forget.json"), "--retain", str(tmp_path / "retain.json"), "--lora-rank", "2"]
+    arguments = [
+        "--forget",
+        str(tmp_path / "forget.json"),
+        "--retain",
+        str(tmp_path / "retain.json"),
+        "--lora-rank",
+        "2",
+    ]
     arguments += ["--forget-loss", "inverted_hinge", "--rule", "pcgrad", "--scope", "tensor", "--metric", "optimizer"]
-    arguments += ["--guard", "update", "--ema-decay", "null", "--retain-weight", "0.5", "--accumulate", "2", "--epochs", "1"]
-    assert cli.main(["unlearn", *arguments, "--output", str(folder), "--max-new-tokens", "2", "--precision", "bf16-mixed"]) == 0
+    arguments += [
+        "--guard",
+        "update",
+        "--ema-decay",
+        "null",
+        "--retain-weight",
+        "0.5",
+        "--accumulate",
+        "2",
+        "--epochs",
+        "1",
+    ]
+    assert (
+        cli.main(["unlearn", *arguments, "--output", str(folder), "--max-new-tokens", "2", "--precision", "bf16-mixed"])
+        == 0
+    )
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["ema_decay"] is None
     assert config["accumulate"] == 2
@@ -200,7 +238,9 @@ def test_a_run_is_never_overwritten(run: Path, capsys: pytest.CaptureFixture[str
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("not a folder")
     assert cli.main(["unlearn", *SMALL, "--output", str(tmp_path / "file" / "run")]) == 1
     assert "can be written" in capsys.readouterr().err
@@ -217,7 +257,9 @@ def test_an_empty_forget_set_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_nan_loss_stops_the_run_and_names_the_objective(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(gs.losses.LOSSES, "ceu", lambda logits, labels: gs.losses.cross_entropy(logits, labels) * torch.nan)
+    monkeypatch.setitem(
+        gs.losses.LOSSES, "ceu", lambda logits, labels: gs.losses.cross_entropy(logits, labels) * torch.nan
+    )
     assert cli.main(["unlearn", *SMALL, "--output", str(tmp_path / "run")]) == 1
     assert "'forget'" in capsys.readouterr().err
 
@@ -233,6 +275,21 @@ def test_every_option_has_a_flag_and_a_sentence(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         cli.main(["unlearn", "--help"])
     shown = capsys.readouterr().out
-    for flag in ["model", "forget", "retain", "tofu", "tofu-dir", "forget-loss", "rule", "ema-decay", "retain-weight", "guard", "scope", "optimizer", "lr", "epochs"]:
+    for flag in [
+        "model",
+        "forget",
+        "retain",
+        "tofu",
+        "tofu-dir",
+        "forget-loss",
+        "rule",
+        "ema-decay",
+        "retain-weight",
+        "guard",
+        "scope",
+        "optimizer",
+        "lr",
+        "epochs",
+    ]:
         assert f"--{flag}" in shown
     assert commands.unlearn.__doc__
