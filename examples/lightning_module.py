@@ -30,6 +30,11 @@ class Forgetter(L.LightningModule):
         return self.surgery
 
 
+def accuracy(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> str:
+    right = model(inputs).argmax(1) == labels
+    return f"forget {right[labels < 2].float().mean():.2f}, retain {right[labels >= 2].float().mean():.2f}"
+
+
 if __name__ == "__main__":
     L.seed_everything(0)
     inputs = torch.randn(512, 16)
@@ -37,6 +42,15 @@ if __name__ == "__main__":
     halves = {"forget": labels < 2, "retain": labels >= 2}
     loaders = {name: DataLoader(TensorDataset(inputs[half], labels[half]), 32) for name, half in halves.items()}
     trainer = L.Trainer(
-        max_epochs=5, accumulate_grad_batches=2, gradient_clip_val=1.0, logger=False, enable_checkpointing=False
+        max_epochs=12, accumulate_grad_batches=2, gradient_clip_val=1.0, logger=False, enable_checkpointing=False
     )
-    trainer.fit(Forgetter(), loaders)
+    module = Forgetter()
+    learner = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    for _ in range(200):
+        learner.zero_grad()
+        gs.losses.cross_entropy(module.model(inputs), labels).mean().backward()
+        learner.step()
+    learner.zero_grad()
+    print("learned:  ", accuracy(module.model, inputs, labels))
+    trainer.fit(module, loaders)
+    print("unlearned:", accuracy(module.model, inputs, labels))

@@ -13,6 +13,7 @@ from gradsurgery.gram import combine_, local_tensor, numbers_on
 
 _KEY = "gradsurgery_ema_"
 _STEPS = "gradsurgery_steps"
+_DECAY = "gradsurgery_decay_"
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,7 @@ class EMA:
         if self.decays:
             for group in groups:
                 group[_STEPS] = self.steps
+                group.update({_DECAY + name: decay for name, decay in self.decays.items()})
         return {**state_dict, "state": state, "param_groups": groups}
 
     def split(
@@ -216,6 +218,14 @@ class EMA:
             if rest or not ours:
                 state[index] = rest
         groups = [dict(group) for group in state_dict["param_groups"]]
+        for group in groups:
+            for key in [key for key in group if key.startswith(_DECAY)]:
+                name, decay = key.removeprefix(_DECAY), group.pop(key)
+                if averages.get(name) and self.decays[name] != decay:
+                    raise ValueError(
+                        f"load_state_dict: expected the average of {name!r} to have ema_decay={self.decays[name]}, found {decay}; "
+                        "construct GradientSurgery with that"
+                    )
         steps = [int(group.pop(_STEPS, 0)) for group in groups]
         return {**state_dict, "state": state, "param_groups": groups}, {
             "averages": averages,

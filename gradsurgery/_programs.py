@@ -70,8 +70,8 @@ def _active_set(matrix: Tensor, products: Tensor) -> Tensor:
     return x
 
 
-def faces_of(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Every face of the simplex as a mask ``[2^K - 1, K]``, twice, and G restricted to it ``[..., 2^K - 1, K, K]`` (1 elsewhere)."""
+def faces_of(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Every face of the simplex as a mask ``[2^K - 1, K]``, and G restricted to it ``[..., 2^K - 1, K, K]`` (1 elsewhere)."""
     number = gram.shape[-1]
     if number > _MOST_ENUMERATED_ROWS:
         raise ValueError(
@@ -82,7 +82,7 @@ def faces_of(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     faces = faces[faces.sum(-1).argsort(descending=True, stable=True)]
     both = faces[:, :, None] * faces[:, None, :]
     identity = torch.eye(number, dtype=gram.dtype, device=gram.device)
-    return faces, faces, both * gram[..., None, :, :] + identity * (1.0 - faces)[:, :, None]
+    return faces, both * gram[..., None, :, :] + identity * (1.0 - faces)[:, :, None]
 
 
 def simplex(weights: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def pick(weights: Tensor, value: Tensor) -> Tensor:
 
 def least_norm(gram: Tensor) -> Tensor:
     """The weights of the simplex with the smallest |g_w|: on each face the bordered system [[G, 1], [1, 0]], and the best face."""
-    faces, _, matrix = faces_of(gram)
+    faces, matrix = faces_of(gram)
     number = gram.shape[-1]
     border = faces.expand(*matrix.shape[:-1])
     top = torch.cat([matrix, border[..., None]], -1)

@@ -160,8 +160,17 @@ def guard(rows: Rows, before: Sequence[Tensor | None], *, project: bool) -> tupl
     moved[0] = [None if change is None else p for change, p in zip(changes, rows.parameters, strict=True)]
     amounts = -(coefficients @ weights) * units
     amounts[:, 0] = 1.0
+    for change, parameter in zip(changes, rows.parameters, strict=True):
+        if change is not None:
+            change.sub_(parameter)  # minus the parameters before the step, again
     combine_blocks_(moved, amounts, blocks=blocks.of_parameter)
-    return made, -torch.einsum("skj,sj->sk", gram, coefficients)[:, 1:].sum(0)
+    for change, parameter in zip(changes, rows.parameters, strict=True):
+        if change is not None:
+            change.add_(parameter)
+    # Measured and not predicted: what the parameters' type rounds away must show.
+    products = block_gram(lists, blocks=blocks.of_parameter, num_blocks=blocks.number, like=rows.parameters)
+    gram = weights @ (products * units[:, None] * units) @ weights.mT
+    return made, -gram[:, 0, 1:].sum(0)
 
 
 def _norm(products: Tensor, amounts: Tensor) -> Tensor:

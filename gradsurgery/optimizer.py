@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -124,6 +125,17 @@ class GradientSurgery(Wrapper):
         self._metric, self._guard, self._max_norm, self._accumulate = metric, guard, max_norm, accumulate
         if metric == "optimizer":
             check_metric(base)
+        if isinstance(self._rule, type):
+            raise ValueError(
+                f"rule: expected a function of the Gram matrix, found the class {self._rule.__name__}; construct it"
+            )
+        low = {p.dtype for p in self._parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+        if guard == "update" and low:
+            warnings.warn(
+                f"guard='update': expected float32 parameters, found {', '.join(map(str, low))}, whose rounding swallows the correction of "
+                "a small step; keep float32 weights and use autocast (bf16-mixed). record.actual_change says what was achieved",
+                stacklevel=2,
+            )
         blocks(scope, self.param_groups)
         refuse(base, self._parameters())
 
@@ -209,7 +221,8 @@ class GradientSurgery(Wrapper):
         """Combine the rows and write the update to ``.grad``. `step` and join's backward call it; clipping and GradScaler read ``.grad``.
 
         Args:
-            scale: Loss scale of the rows (``scaler.get_scale()``), so that averages and the record are in unscaled units.
+            scale: Loss scale of the rows (``scaler.get_scale()``), so that averages, the record and ``max_norm`` are in unscaled units.
+                With a GradScaler and contexts it must be given; nothing here can see the scaler.
 
         Returns:
             The step's record. Calling it again without new rows changes nothing.
@@ -308,6 +321,11 @@ class GradientSurgery(Wrapper):
         if combined is None:
             raise RuntimeError("step: expected rows that combine() left, found none; call zero_grad() and start again")
         self._check_finite(combined)
+        if all(parameter.grad is None for parameter in parameters):
+            raise RuntimeError(
+                "step: expected the update in .grad, found none, so something zeroed it after combine(); to drop a batch call "
+                "optimizer.zero_grad(), which forgets the rows too (model.zero_grad() does not)"
+            )
         rows = combined.rows
         with torch.no_grad():
             before = [None if p.grad is None else p.detach().clone() for p in parameters] if self._guard else []
@@ -324,7 +342,7 @@ class GradientSurgery(Wrapper):
         return value
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear ``.grad`` and every row."""
+        """Clear ``.grad`` and every row; ``model.zero_grad()`` knows nothing of rows that are not in ``.grad``."""
         self._base.zero_grad(set_to_none)
         # Zeroed tensors may stay in .grad: they are spent, not stray.
         self._window.clear(Phase.OPEN if set_to_none else Phase.CLOSED)
@@ -344,6 +362,10 @@ class GradientSurgery(Wrapper):
         )
 
     # Saving ----------------------------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        rule = getattr(self._rule, "__name__", repr(self._rule))
+        return f"{type(self).__name__}({self._base!r}, rule={rule}, objectives={self.objectives}, ema_decay={self._ema.decays})"
 
     def __getstate__(self) -> dict[str, Any]:
         # Rows belong to a moment, and what is known of the wrappers to a process.

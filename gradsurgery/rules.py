@@ -248,17 +248,17 @@ def cagrad(gram: Tensor, *, c: float = 0.5) -> Tensor:
     mean = gram.new_full((number,), 1.0 / number)
     along = gram.mean(-1)  # <row_k, g_0>
     radius = c * (along.mean(-1)).clamp_min(0.0).sqrt()
-    faces, inside, matrix = faces_of(gram)
+    faces, matrix = faces_of(gram)
     # On a face the stationary point is x = mu G^-1 1 - G^-1 <row, g_0> with mu such that |g_x| = c |g_0|, and w = x / sum(x).
     right = torch.stack([faces.expand_as(matrix[..., 0]), faces * along[..., None, :]], -1)
     ones, other = torch.linalg.solve_ex(matrix, right)[0].unbind(-1)
-    quadratic, linear = (ones * inside).sum(-1), (other * inside).sum(-1)
+    quadratic, linear = (ones * faces).sum(-1), (other * faces).sum(-1)
     constant = (other * faces * along[..., None, :]).sum(-1) - radius[..., None].square()
     root = (linear.square() - quadratic * constant).clamp_min(0.0).sqrt()
     weights = ((linear + root) / quadratic)[..., None] * ones - other
     # With c = 0 the solutions on the vertices are 0/0: offer the vertices themselves.
     vertices = torch.eye(number, dtype=gram.dtype, device=gram.device).expand_as(gram)
-    weights = torch.cat([simplex(weights * inside), least_norm(gram)[..., None, :], vertices], -2)
+    weights = torch.cat([simplex(weights * faces), least_norm(gram)[..., None, :], vertices], -2)
     lengths = lengths_of(gram, weights)
     value = (weights @ along[..., None]).squeeze(-1) + radius[..., None] * lengths
     best = pick(weights, value)

@@ -21,7 +21,7 @@ class SurgeryLogger(Callback):
 
     Columns: step, loss_<objective>, norm_<objective>, update_norm, cosine (of the first two rows), coefficient_<objective>, conflict,
     predicted_change_<objective> (per unit of learning rate), and with a guard actual_change_<protected objective>. With several blocks
-    norms are over all of them, and cosine and coefficients are means.
+    norms are over all of them, and cosine and coefficients are means. Losses are those of the step's last batch on this process.
 
     Args:
         path: The file; it is written anew at the start and every `flush_every` steps.
@@ -62,6 +62,10 @@ class SurgeryLogger(Callback):
         """Write what is left."""
         self._write(trainer)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+        """Write what led there."""
+        self._write(trainer)
+
     def state_dict(self) -> dict[str, Any]:
         """The rows, so that a resumed run goes on where the checkpoint was made."""
         return {"rows": self.rows}
@@ -73,7 +77,7 @@ class SurgeryLogger(Callback):
     def _write(self, trainer: L.Trainer) -> None:
         if not trainer.is_global_zero or not self.rows:
             return
-        with self.path.open("w", newline="") as file:
+        with self.path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(self.rows[0]))
             writer.writeheader()
             writer.writerows(self.rows)
@@ -105,8 +109,9 @@ class TradeoffCurve(Callback):
         self.points: list[dict[str, float]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Score the start."""
+        """Score the start; a resumed run may have forgotten enough already."""
         self._score(trainer, pl_module)
+        self._stop(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Score every so many steps."""
@@ -135,5 +140,8 @@ class TradeoffCurve(Callback):
             nll = answer_nll(model, encoded, pad_token_id=self.pad_token_id, batch_size=self.batch_size)
             point[split] = float(torch.exp(-nll).mean())
         self.points.append(point)
-        if self.stop_below is not None and point.get("forget", 1.0) < self.stop_below:
+        self._stop(trainer)
+
+    def _stop(self, trainer: L.Trainer) -> None:
+        if self.stop_below is not None and self.points[-1].get("forget", 1.0) < self.stop_below:
             trainer.should_stop = True

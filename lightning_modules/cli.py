@@ -19,6 +19,17 @@ _COMMANDS = {
 }
 
 
+_SENTENCES = {
+    ValueError,
+    TypeError,
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+    RuntimeError,
+    FloatingPointError,
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; errors that the user can mend are one message, not a traceback.
 
@@ -56,9 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             commands.unlearn(_read(UnlearnOptions, parsed.unlearn))
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
-        sys.stderr.write(
-            "gradsurgery: interrupted; the same command with --resume goes on from the last finished epoch\n"
-        )
+        hint = "; the same command with --resume goes on from the last finished epoch"
+        sys.stderr.write(f"gradsurgery: interrupted{hint if parsed.subcommand == 'unlearn' else ''}\n")
         return 130
     except Exception as error:
         if not _ours(error):
@@ -70,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _ours(error: Exception) -> bool:
     """Whether our own code raised it, in a sentence that says what to do; of any other the traceback is what helps."""
+    if type(error) not in _SENTENCES:
+        return False
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     return raised_in.parent.name in ("gradsurgery", "lightning_modules", "losses", "metrics")
 

@@ -25,6 +25,7 @@ from lightning_modules import outputs
 from lightning_modules.callbacks import SurgeryLogger, TradeoffCurve
 from lightning_modules.evaluation import Evaluation, evaluate, summary
 from lightning_modules.examples import Example
+from lightning_modules.likelihood import device_of
 from lightning_modules.loading import load_model, load_reference, make_data
 from lightning_modules.metrics.functional import forget_quality, truth_ratio
 from lightning_modules.module import UnlearningModule
@@ -48,8 +49,9 @@ def unlearn(options: UnlearnOptions) -> Path:
         FileNotFoundError: If a file or model is missing.
         FileExistsError: If the output folder holds a run.
     """
+    options.check()
     if options.resume:
-        options = _resumed(Path(options.output))
+        options = _resumed(options)
     options.check()
     options = options.resolved()
     with _one_thread(options):
@@ -63,17 +65,9 @@ def _unlearn(options: UnlearnOptions) -> Path:
     splits = make_data(options, None).read()
     if first and not options.resume:
         outputs.claim(folder)
-        outputs.write_config(folder, "unlearn", options)
     L.seed_everything(options.seed, verbose=False)
     model, tokenizer = load_model(options, splits)
     model = _with_adapters(model, options)
-    scored = {split: rows[: options.evaluation_examples] for split, rows in splits.items()}
-    score = partial(evaluate, tokenizer=tokenizer, splits=scored, batch_size=options.evaluation_batch_size)
-    score = partial(score, max_new_tokens=options.max_new_tokens)
-    started = time.perf_counter()
-    before = score(model) if first else None
-    evaluating = time.perf_counter() - started
-
     data = make_data(options, tokenizer, options.batch_size)
     module = _module(model, options).train()
     steps = -(-len(splits["forget"]) // (options.batch_size * (options.accumulate or 1))) * (options.epochs or 1)
@@ -90,6 +84,14 @@ def _unlearn(options: UnlearnOptions) -> Path:
         stop_below=options.stop_below,
     )
     trainer = _trainer(folder, options, [surgery_log, curve], console)
+    score = partial(_score, options, splits)
+    started = time.perf_counter()
+    before = score(model, tokenizer) if first else None
+    evaluating = time.perf_counter() - started
+    if first and not options.resume:
+        # Not before everything that a wrong option can break: the corrected command shall find the folder free.
+        outputs.write_config(folder, "unlearn", options)
+
     last = folder / "checkpoints" / "last.ckpt"
     started = time.perf_counter()
     trainer.fit(module, data, ckpt_path=str(last) if options.resume and last.exists() else None)
@@ -102,8 +104,8 @@ def _unlearn(options: UnlearnOptions) -> Path:
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     started = time.perf_counter()
-    after = score(model)
-    reference = _reference(options, splits, score)
+    after = score(model, tokenizer)
+    reference = _reference(options, splits, after)
     evaluating += time.perf_counter() - started
     metrics = _metrics(options, before, after, reference, {"train": training, "evaluate": evaluating})
     named = {"before": before.examples, "after": after.examples, "reference": reference}
@@ -131,13 +133,9 @@ def _evaluate_model(options: EvaluateOptions) -> Path:
     outputs.claim(folder)
     L.seed_everything(options.seed, verbose=False)
     model, tokenizer = load_model(options, splits)
-    if torch.cuda.is_available():
-        model = model.to("cuda")
-    scored = {split: rows[: options.evaluation_examples] for split, rows in splits.items()}
-    score = partial(evaluate, tokenizer=tokenizer, splits=scored, batch_size=options.evaluation_batch_size)
     started = time.perf_counter()
-    after = score(model, max_new_tokens=options.max_new_tokens)
-    reference = _reference(options, splits, partial(score, max_new_tokens=options.max_new_tokens))
+    after = _score(options, splits, model, tokenizer)
+    reference = _reference(options, splits, after)
     metrics = _metrics(options, None, after, reference, {"train": 0.0, "evaluate": time.perf_counter() - started})
     outputs.write_json(folder / outputs.METRICS, metrics)
     _show(metrics)
@@ -163,7 +161,29 @@ def _show(metrics: Mapping[str, Any]) -> None:
         console.print(sentence)
 
 
-def _resumed(folder: Path) -> UnlearnOptions:
+def _score(
+    options: DataOptions, splits: Mapping[str, Sequence[Example]], model: nn.Module, tokenizer: Any
+) -> Evaluation:
+    """Score a model where that is fastest, and give the memory back."""
+    home = device_of(model)
+    if home.type == "cpu" and torch.cuda.is_available():
+        model.to("cuda")
+    scored = {split: rows[: options.evaluation_examples] for split, rows in splits.items()}
+    found = evaluate(
+        model,
+        tokenizer,
+        scored,
+        batch_size=options.evaluation_batch_size,
+        max_new_tokens=options.max_new_tokens,
+        max_length=options.max_length,
+    )
+    model.to(home)
+    return found
+
+
+def _resumed(given: UnlearnOptions) -> UnlearnOptions:
+    """The options of the interrupted run, which those given now must not contradict."""
+    folder = Path(given.output)
     config = folder / outputs.CONFIG
     if not config.exists():
         raise FileNotFoundError(
@@ -171,12 +191,25 @@ def _resumed(folder: Path) -> UnlearnOptions:
         )
     if (folder / outputs.METRICS).exists():
         raise FileExistsError(
-            f"--resume: the run in {folder} is finished, see {folder / 'report.md'}; choose another --output"
+            f"--resume: expected an interrupted run, found a finished one in {folder}; choose another --output, or draw its report "
+            f"again with `gradsurgery report {folder}`"
         )
-    values: dict[str, Any] = yaml.safe_load(config.read_text())
+    values: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8"))
     names = {entry.name for entry in fields(UnlearnOptions)}
-    known = {name: value for name, value in values.items() if name in names}
-    return replace(UnlearnOptions(**known), output=str(folder), resume=True)
+    saved = replace(
+        UnlearnOptions(**{name: value for name, value in values.items() if name in names}), output=given.output
+    )
+    default = replace(UnlearnOptions(), output=given.output, resume=True)
+    changed = [
+        f"--{name.replace('_', '-')}"
+        for name in sorted(names - {"resume"})
+        if getattr(given, name) not in (getattr(default, name), getattr(saved, name))
+    ]
+    if changed:
+        raise ValueError(
+            f"--resume: expected the options of {config}, found others for {', '.join(changed)}; leave them out, or start a new run"
+        )
+    return replace(saved, resume=True)
 
 
 def _module(model: nn.Module, options: UnlearnOptions) -> UnlearningModule:
@@ -184,17 +217,7 @@ def _module(model: nn.Module, options: UnlearnOptions) -> UnlearningModule:
         model,
         forget_loss=gs.losses.by_name(options.forget_loss),
         optimizer=partial(options.optimizer_class(), lr=options.lr, weight_decay=options.weight_decay),
-        surgery=partial(
-            gs.GradientSurgery,
-            rule=partial(gs.rules.by_name(options.rule), **options.rule_options),
-            ema_decay=options.ema_decay,
-            scope=options.scope,
-            metric=options.metric,
-            guard=None if options.guard == "none" else options.guard,
-            add={"retain": options.retain_weight} if options.retain_weight else None,
-            max_norm=options.max_norm,
-            accumulate=(options.accumulate or 1) > 1,
-        ),
+        surgery=options.surgery(),
         warmup_steps=options.warmup_steps,
     )
 
@@ -240,20 +263,30 @@ def _spread(rows: Sequence[Example]) -> list[Example]:
 
 
 def _reference(
-    options: DataOptions, splits: Mapping[str, Sequence[Example]], score: Any
+    options: DataOptions, splits: Mapping[str, Sequence[Example]], after: Evaluation
 ) -> dict[str, list[dict[str, Any]]] | None:
-    """The reference's scores of every example: read from a log, or computed; None if there is no reference."""
+    """The reference's scores of the examples that were scored: from a log, or computed; None if there is no reference."""
     if options.reference is not None and Path(options.reference).is_file():
-        path = Path(options.reference)
-        models = ("reference", "after")
-        for model in models:
-            try:
-                return outputs.read_evaluation(path, model)
-            except ValueError:
-                if model == models[-1]:
-                    raise
+        return _matching(outputs.read_evaluation(Path(options.reference)), after, options.reference)
     loaded = load_reference(options, splits)
-    return None if loaded is None else score(loaded[0], tokenizer=loaded[1]).examples
+    return None if loaded is None else _score(options, splits, *loaded).examples
+
+
+def _matching(
+    log: Mapping[str, Sequence[Mapping[str, Any]]], after: Evaluation, name: str
+) -> dict[str, list[dict[str, Any]]]:
+    """The log's rows about the same questions and answers, in the same order."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for split, rows in after.examples.items():
+        known = {(row["question"], row["answer"]): dict(row) for row in log.get(split, [])}
+        missing = sum((row["question"], row["answer"]) not in known for row in rows)
+        if missing:
+            raise ValueError(
+                f"--reference: expected {name} to hold every example of {split}, found {missing} of {len(rows)} missing; two models can "
+                "be compared on the same questions only"
+            )
+        found[split] = [known[row["question"], row["answer"]] for row in rows]
+    return found
 
 
 def _metrics(
@@ -286,7 +319,7 @@ def _truth_ratios(rows: Iterable[Mapping[str, Any]]) -> list[float]:
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

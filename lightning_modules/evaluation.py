@@ -58,6 +58,7 @@ def evaluate(
     *,
     batch_size: int = 32,
     max_new_tokens: int = 64,
+    max_length: int | None = None,
     generate: bool = True,
     progress: bool = True,
 ) -> Evaluation:
@@ -75,6 +76,7 @@ def evaluate(
         splits: split -> examples with `question` and `answer`, and maybe `paraphrased_answer` and `perturbed_answer`.
         batch_size: texts a forward pass.
         max_new_tokens: the longest generated answer.
+        max_length: tokens a text; longer ones lose their end. The model's own maximum applies too.
         generate: `False` leaves generation and ROUGE out.
         progress: draws a progress bar where standard error is a terminal.
 
@@ -84,7 +86,8 @@ def evaluate(
     texts: list[Encoded] = []
     prompts: list[list[int]] = []
     items: list[_Item] = []
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    limits = (max_length, getattr(getattr(model, "config", None), "max_position_embeddings", None))
+    longest = min((limit for limit in limits if limit is not None), default=None)
     for split, row in _rows(splits):
         first = len(texts)
         wrong = row.get("perturbed_answer") or []

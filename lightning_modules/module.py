@@ -19,7 +19,7 @@ class UnlearningModule(L.LightningModule):
     Every step takes the batch `{"forget": ..., "retain": ...}` (`ForgetRetainDataModule` makes them), computes both losses on the answer
     tokens, and hands them to `GradientSurgery.join`, so that accumulation, clipping, precision plugins, schedulers, DDP and resuming
     are Lightning's own. Losses are means over the answer tokens of all processes, so that two processes with half the batch each do
-    what one does with all of it.
+    what one does with all of it. Batches of an accumulated step count equally, whatever their number of answer tokens.
 
     Args:
         model: Anything that maps `input_ids` and `attention_mask` to an output with `logits [B, T, V]`.

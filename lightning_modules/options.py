@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,6 @@ import torch
 import gradsurgery as gs
 
 Split = Literal["forget01", "forget05", "forget10"]
-ForgetLoss = Literal["ceu", "gradient_ascent", "inverted_hinge"]
 
 
 def _option(default: Any, text: str) -> Any:
@@ -73,7 +73,7 @@ class EvaluateOptions(DataOptions):
 class UnlearnOptions(DataOptions):
     """Make a model forget, and measure what it forgot and what it kept. Without arguments: a small model and fictional authors."""
 
-    forget_loss: ForgetLoss = _option("ceu", "loss on the forget batch")
+    forget_loss: str = _option("ceu", f"loss on the forget batch: {', '.join(gs.losses.LOSSES)}")
     rule: str = _option("gru", f"how the two gradients are combined: {', '.join(gs.rules.RULES)}")
     rule_options: dict[str, float] = field(
         default_factory=dict, metadata={"help": "options of the rule, for example {alpha: 5}"}
@@ -94,7 +94,7 @@ class UnlearnOptions(DataOptions):
     epochs: int | None = _option(None, "passes over the forget set; 5, for the model from scratch 20")
     stop_below: float | None = _option(
         None,
-        "stop once the mean probability of the forget answers is below this; never, for the model from scratch 0.05",
+        "stop once the mean probability of the forget answers is below this, 0 for never; never, for the model from scratch 0.05",
     )
     score_every: int | None = _option(
         None,
@@ -102,7 +102,7 @@ class UnlearnOptions(DataOptions):
     )
     batch_size: int = _option(8, "forget and retain examples a forward pass and process")
     accumulate: int | None = _option(None, "batches an optimizer step; 4, for the model from scratch 1")
-    max_norm: float = _option(1.0, "clip the combined gradient to this norm")
+    max_norm: float | None = _option(1.0, "clip the combined gradient to this norm; null for no clipping")
     lora_rank: int = _option(0, "train adapters of this rank instead of all weights; merged at the end")
     precision: str | None = _option(None, "Lightning's name of it; bf16-mixed, on a CPU 32-true")
     devices: str = _option("auto", "number of devices, or auto")
@@ -122,10 +122,36 @@ class UnlearnOptions(DataOptions):
             raise ValueError(
                 f"expected --lora-rank and --warmup-steps >= 0, found {self.lora_rank} and {self.warmup_steps}"
             )
-        if self.forget_loss not in gs.losses.LOSSES:
+        if self.lr is not None and self.lr <= 0.0:
+            raise ValueError(f"expected --lr > 0, found {self.lr}")
+        if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
+            raise ValueError(f"expected --devices to be auto or a number of devices, found {self.devices!r}")
+        gs.losses.by_name(self.forget_loss)
+        try:
+            self.surgery()(self.optimizer_class()([("weight", torch.nn.Parameter(torch.zeros(1)))]))
+            self.bound_rule()(torch.eye(2, dtype=torch.float64))
+        except TypeError as error:
             raise ValueError(
-                f"expected --forget-loss to be one of {', '.join(gs.losses.LOSSES)}, found {self.forget_loss!r}"
-            )
+                f"expected options that {self.optimizer} and the rule {self.rule} know, found: {error}"
+            ) from error
+
+    def bound_rule(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The rule with its options."""
+        return partial(gs.rules.by_name(self.rule), **self.rule_options)
+
+    def surgery(self) -> Callable[[torch.optim.Optimizer], gs.GradientSurgery]:
+        """Base optimizer -> GradientSurgery as these options want it."""
+        return partial(
+            gs.GradientSurgery,
+            rule=self.bound_rule(),
+            ema_decay=self.ema_decay,
+            scope=self.scope,
+            metric=self.metric,
+            guard=None if self.guard == "none" else self.guard,
+            add={"retain": self.retain_weight} if self.retain_weight else None,
+            max_norm=self.max_norm,
+            accumulate=(self.accumulate or 1) > 1,
+        )
 
     def optimizer_class(self) -> Callable[..., torch.optim.Optimizer]:
         """The class called `optimizer`.

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+import gradsurgery as gs
 from lightning_modules.options import DataOptions
 
 METRICS, CONFIG, CURVE, SURGERY, EVALUATION = (
@@ -48,50 +49,67 @@ def claim(folder: Path) -> None:
 
 def write_config(folder: Path, command: str, options: DataOptions) -> None:
     """The options, complete: `gradsurgery COMMAND --config config.yaml --output ELSEWHERE` repeats the run."""
-    values = {name: value for name, value in asdict(options).items() if name not in ("resume", "config")}
+    values = {name: value for name, value in asdict(options).items() if name != "resume"}
     text = f"# gradsurgery {command} --config {CONFIG} --output ANOTHER_FOLDER repeats this run.\n"
-    (folder / CONFIG).write_text(text + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    (folder / CONFIG).write_text(text + yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Strict JSON, written whole or not at all; NaN becomes the string "NaN", which no reader takes for a number."""
     temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(_strict(value), indent=2, allow_nan=False) + "\n")
+    temporary.write_text(json.dumps(_strict(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
 def write_evaluation(path: Path, evaluations: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]] | None]) -> None:
     """One line for every model, split and example, so that any aggregate can be computed again."""
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for name, splits in evaluations.items():
             for split, rows in (splits or {}).items():
                 file.writelines(json.dumps(_strict({"model": name, "split": split, **row})) + "\n" for row in rows)
 
 
-def read_evaluation(path: Path, model: str) -> dict[str, list[dict[str, Any]]]:
-    """The rows of one model that `write_evaluation` wrote.
+def read_evaluation(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a log's reference, or of its unlearned model where it has no reference.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are none, or the file is no log.
     """
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [{key: _number(key, value) for key, value in row.items()} for row in rows]
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected the lines of an {EVALUATION}, found something else: {error}") from error
+    models = {row.get("model") for row in rows}
+    model = "reference" if "reference" in models else "after"
+    if model not in models:
+        raise ValueError(
+            f"{path}: expected rows of a model called reference or after, found {sorted(map(str, models))}"
+        )
     splits: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        if row.get("model") == model:
+        if row["model"] == model:
             splits.setdefault(row["split"], []).append(row)
-    if not splits:
-        found = sorted({str(row.get("model")) for row in rows})
-        raise ValueError(f"{path}: expected rows of the model {model!r}, found {found}")
     return splits
+
+
+def _number(key: str, value: Any) -> Any:
+    """NaN and infinity, which `write_evaluation` spells out, as numbers again."""
+    if key in ("question", "answer", "generation", "model", "split"):
+        return value
+    if isinstance(value, list):
+        return [_number(key, entry) for entry in value]
+    return float(value) if isinstance(value, str) else value
 
 
 def versions() -> dict[str, str]:
     """What the run was made with."""
     found = {"python": platform.python_version()}
-    for name in ("gradsurgery", "torch", "lightning", "transformers"):
+    found["gradsurgery"] = gs.__version__
+    for name in ("torch", "lightning", "transformers"):
         try:
             found[name] = version(name)
-        except PackageNotFoundError:  # a checkout on PYTHONPATH
+        except PackageNotFoundError:
             found[name] = "not installed"
     return found
 

@@ -40,7 +40,7 @@ def sentences(metrics: Mapping[str, Any]) -> list[str]:
     """What the numbers of `table` mean."""
     said = []
     if metrics["reference"]:
-        said.append("The reference was trained without the forget set: its row is the value to reach.")
+        said.append("The reference stands for a model that never saw the forget set: its row is the value to reach.")
     if quality := metrics["forget_quality"]:
         said.append(
             f"Forget quality: KS statistic {quality['statistic']:.3f}, p = {quality['pvalue']:.2g} "
@@ -60,7 +60,7 @@ def draw(folder: Path) -> None:
         raise FileNotFoundError(
             f"report: expected a finished run, found no {METRICS} in {folder}; give the folder of `gradsurgery unlearn`"
         )
-    metrics = json.loads((folder / METRICS).read_text())
+    metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
     surgery, curve = _read(folder / SURGERY), _read(folder / CURVE)
     lines = ["# Unlearning report", ""]
     lines += ["| split | model | " + " | ".join(heading for _, heading in _COLUMNS) + " | n |"]
@@ -68,7 +68,7 @@ def draw(folder: Path) -> None:
     lines += [f"| {split} | " + " | ".join(row) + " |" for split, rows in _cells(metrics) for row in rows]
     lines += ["", "Probability, ROUGE and truth ratio are means over examples; NLL in nats a token."]
     lines += [line for sentence in sentences(metrics) for line in ("", sentence)]
-    if surgery:
+    if surgery and curve:
         _plot(folder / "curves.png", curve, surgery, metrics)
         conflicts = sum(float(row["conflict"]) for row in surgery)
         cosine = sum(float(row["cosine"]) for row in surgery) / len(surgery)
@@ -85,9 +85,9 @@ def draw(folder: Path) -> None:
     ]
     lines[-1] += ", ".join(f"{name} {number}" for name, number in metrics["versions"].items()) + "."
     if (folder / CONFIG).exists():
-        config = yaml.safe_load((folder / CONFIG).read_text())
+        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
         lines += ["", "```yaml", yaml.safe_dump(config, sort_keys=False).rstrip(), "```"]
-    (folder / "report.md").write_text("\n".join(lines) + "\n")
+    (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _cells(metrics: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
@@ -113,7 +113,7 @@ def _generations(path: Path, count: int = 3) -> list[str]:
     """A few questions of each split with the answers before and after, side by side."""
     if not path.exists():
         return []
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     lines = ["", "## What it says now"]
     for split in ("forget", "retain"):
         by_model = {
@@ -141,7 +141,7 @@ def _cell(text: Any, words: int = 30) -> str:
 def _read(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

@@ -542,3 +542,52 @@ def test_model_zero_grad_recovers_too() -> None:
         optimizer.step()
     model.zero_grad()
     works_on(model, optimizer)
+
+
+def test_a_guard_on_low_precision_weights_warns_and_records_what_was_achieved() -> None:
+    model = torch.nn.Linear(32, 32).to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="float32"):
+        optimizer = gs.GradientSurgery(torch.optim.AdamW(model.parameters(), lr=1e-5), guard="update")
+    x = torch.randn(8, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    before = [p.detach().double().clone() for p in model.parameters()]
+    with optimizer.objective("retain"):
+        model(x).square().mean().backward()
+    protected = [p.grad.double() if p.grad is not None else None for p in model.parameters()]
+    assert all(row is None for row in protected)  # the slot is out of .grad
+    row = [t.double().clone() for t in optimizer._window.slots.rows["retain"] if t is not None]
+    with optimizer.objective("forget"):
+        (-model(x).square().mean()).backward()
+    optimizer.step()
+    moved = sum(
+        ((p.detach().double() - old) * r).sum() for p, old, r in zip(model.parameters(), before, row, strict=True)
+    )
+    assert optimizer.record is not None
+    assert optimizer.record.actual_change is not None
+    assert float(optimizer.record.actual_change[0]) == pytest.approx(float(moved), rel=1e-4, abs=1e-12)
+
+
+def test_a_step_whose_update_was_zeroed_is_refused_and_moves_no_average() -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = gs.GRU(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer.join(forget=model.weight.sum(), retain=model.bias.sum()).backward()
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match="zeroed"):
+        optimizer.step()
+    assert optimizer._ema.steps == 0
+
+
+def test_the_class_of_a_rule_is_refused() -> None:
+    with pytest.raises(ValueError, match="construct it"):
+        gs.GradientSurgery(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), rule=gs.rules.GradVac)
+
+
+def test_a_checkpoint_of_another_decay_is_refused() -> None:
+    def made(decay: float) -> gs.GradientSurgery:
+        weight = torch.nn.Parameter(torch.ones(2))
+        optimizer = gs.GRU(torch.optim.SGD([weight], lr=0.1), ema_decay=decay)
+        optimizer.join(forget=weight.sum(), retain=weight[0]).backward()
+        optimizer.step()
+        return optimizer
+
+    with pytest.raises(ValueError, match=r"ema_decay=0\.9"):
+        made(0.9).load_state_dict(made(0.2).state_dict())

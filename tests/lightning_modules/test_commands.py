@@ -134,6 +134,46 @@ def test_an_interrupted_run_goes_on_to_the_same_end(run: Path, tmp_path: Path, m
     assert (folder / "curve.csv").read_text() == (run / "curve.csv").read_text()
 
 
+def test_resume_refuses_other_options_than_the_run_was_started_with(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
+    assert cli.main(["unlearn", "--resume", "--lr", "1e-3", "--output", str(tmp_path)]) == 1
+    assert "--lr" in capsys.readouterr().err
+
+
+def test_a_failed_start_leaves_the_folder_free(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in (
+        ["--ema-decay", "1.5"],
+        ["--rule-options", "{alpha: 5}"],
+        ["--rule", "hamu"],
+        ["--lr", "-1"],
+        ["--devices", "x"],
+    ):
+        assert cli.main(["unlearn", *SMALL, *wrong, "--output", str(tmp_path / "run")]) == 1
+        assert "Traceback" not in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_reference_about_other_questions_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = fictional_authors(6)
+    for name, part in (("forget", rows[100:]), ("retain", rows[:80])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(part))
+    arguments = [
+        "--forget",
+        str(tmp_path / "forget.json"),
+        "--retain",
+        str(tmp_path / "retain.json"),
+        "--max-new-tokens",
+        "1",
+    ]
+    arguments += ["--model", str(run / "model"), "--reference", str(run / "evaluation.jsonl")]
+    assert cli.main(["evaluate", *arguments, "--output", str(tmp_path / "run")]) == 1
+    assert "20 of 20 missing" in capsys.readouterr().err
+
+
 def test_evaluate_scores_a_saved_model_and_writes_metrics_only(run: Path, tmp_path: Path) -> None:
     rows = fictional_authors(5)
     for name, part in (("forget", rows[80:]), ("retain", rows[:80])):
