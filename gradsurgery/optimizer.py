@@ -282,7 +282,7 @@ class GradientSurgery(Wrapper):
         window.slots.phase = Phase.COMBINED
         return window.record
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Combine what is not combined, step the base, guard the change, and commit the averages.
 
         Args:

@@ -24,8 +24,9 @@ class Record:
         update_norm: Norm of the update, 0-dim, in the metric of the Gram matrix.
         blocks: Names of the S blocks, or None in the global scope.
         applied: Whether a step with this update happened (a GradScaler may skip it).
-        actual_change: ``[K - 1]``: inner product of each protected row with the parameter change that the base optimizer really made,
-            its first-order change of that objective. Only with ``guard="measure"`` or ``"update"``, and after the step.
+        actual_change: ``[K - 1]``: inner product of each protected row with the parameter change as it was really made, measured after
+            the base's step and the guard: the first-order change of that objective. Only with ``guard="measure"`` or ``"update"``, and
+            after the step.
         unguarded_change: ``[K - 1]``: the same before the guard corrected the change (with ``"measure"``, the same).
     """
 

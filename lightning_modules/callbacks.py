@@ -41,14 +41,11 @@ class SurgeryLogger(Callback):
         if record is None or not record.applied:
             return  # a GradScaler skipped it
         names, gram = record.objectives, record.gram if record.blocks is None else record.gram.sum(0)
-        blocks = record.gram if record.blocks is not None else record.gram[None]
-        lengths = blocks.diagonal(dim1=-2, dim2=-1).sqrt()
-        cosine = (blocks[:, 0, 1] / (lengths[:, 0] * lengths[:, 1])).nan_to_num() if len(names) > 1 else torch.zeros(1)
         coefficients = record.coefficients if record.blocks is None else record.coefficients.mean(0)
         row: dict[str, float] = {"step": step}
         row |= {f"loss_{name}": float(pl_module.losses[name]) for name in names}
         row |= {f"norm_{name}": value for name, value in zip(names, gram.diagonal().sqrt().tolist(), strict=True)}
-        row |= {"update_norm": float(record.update_norm), "cosine": float(cosine.mean())}
+        row |= {"update_norm": float(record.update_norm), "cosine": float(record.cosines[..., 0, 1].mean())}
         row |= {f"coefficient_{name}": value for name, value in zip(names, coefficients.tolist(), strict=True)}
         row["conflict"] = float(record.conflict)
         row |= {f"predicted_change_{n}": v for n, v in zip(names, record.predicted_change.tolist(), strict=True)}
@@ -58,11 +55,11 @@ class SurgeryLogger(Callback):
         if len(self.rows) % self.flush_every == 0:
             self._write(trainer)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
         """Write what is left."""
         self._write(trainer)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:  # noqa: ARG002 (so)
         """Write what led there."""
         self._write(trainer)
 

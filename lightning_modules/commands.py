@@ -6,8 +6,8 @@ import csv
 import os
 import shutil
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from lightning_modules.metrics.functional import forget_quality, truth_ratio
 from lightning_modules.module import UnlearningModule
 from lightning_modules.options import DataOptions, EvaluateOptions, UnlearnOptions
 from lightning_modules.report import draw, sentences, table
+from lightning_modules.scratch import one_thread
 from lightning_modules.tokenization import encode, padding_id
 
 # Scored while training: enough for a smooth curve, few enough to cost little.
@@ -54,7 +55,7 @@ def unlearn(options: UnlearnOptions) -> Path:
         options = _resumed(options)
     options.check()
     options = options.resolved()
-    with _one_thread(options):
+    with one_thread() if options.model == "scratch" else nullcontext():
         return _unlearn(options)
 
 
@@ -123,7 +124,7 @@ def _unlearn(options: UnlearnOptions) -> Path:
 def evaluate_model(options: EvaluateOptions) -> Path:
     """Score a model on its splits and write metrics.json; the model is "after" in it, and "before" is null."""
     options.check()
-    with _one_thread(options):
+    with one_thread() if options.model == "scratch" else nullcontext():
         return _evaluate_model(options)
 
 
@@ -140,18 +141,6 @@ def _evaluate_model(options: EvaluateOptions) -> Path:
     outputs.write_json(folder / outputs.METRICS, metrics)
     _show(metrics)
     return folder
-
-
-@contextmanager
-def _one_thread(options: DataOptions) -> Generator[None]:
-    """The small model on one core: a second gains little, and costs many times that where the machine is shared."""
-    threads = torch.get_num_threads()
-    if options.model == "scratch":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _show(metrics: Mapping[str, Any]) -> None:

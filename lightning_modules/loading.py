@@ -10,12 +10,11 @@ from torch import nn
 
 from lightning_modules.data import ForgetRetainDataModule, TOFUDataModule
 from lightning_modules.examples import Example
-from lightning_modules.fictional_authors import fictional_authors
+from lightning_modules.fictional_authors import QUESTIONS_PER_AUTHOR, fictional_authors
 from lightning_modules.options import DataOptions
 from lightning_modules.scratch import scratch_model
 from lightning_modules.tofu import tofu_examples
 
-ROWS_PER_AUTHOR = 20
 _TOKENIZER_AUTHORS = 100
 
 
@@ -32,7 +31,7 @@ def make_data(options: DataOptions, tokenizer: Any, batch_size: int = 8) -> Forg
             f"expected at least 5 authors, so that a fifth of them can be forgotten, found {options.authors}"
         )
     rows = fictional_authors(options.authors)
-    kept = (options.authors - options.authors // 5) * ROWS_PER_AUTHOR
+    kept = (options.authors - options.authors // 5) * QUESTIONS_PER_AUTHOR
     return ForgetRetainDataModule(rows[kept:], rows[:kept], tokenizer, **common)
 
 

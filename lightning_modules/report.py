@@ -19,7 +19,7 @@ _COLUMNS = (
     ("truth_ratio", "truth ratio"),
     ("nll", "NLL"),
 )
-_MODELS = (("before", "before"), ("after", "after"), ("reference", "reference"))
+_MODELS = ("before", "after", "reference")
 
 
 def table(metrics: Mapping[str, Any]) -> Table:
@@ -96,8 +96,8 @@ def _cells(metrics: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
         (
             split,
             [
-                [name, *(_number(metrics[key][split][column]) for column, _ in _COLUMNS), str(metrics[key][split]["n"])]
-                for key, name in _MODELS
+                [key, *(_number(metrics[key][split][column]) for column, _ in _COLUMNS), str(metrics[key][split]["n"])]
+                for key in _MODELS
                 if metrics[key] and split in metrics[key]
             ],
         )

@@ -83,7 +83,7 @@ def scratch_model(
     folder = _cache_root(cache_dir) / _key({"pairs": pairs, "texts": texts, **sizes, **schedule})
     # Making and loading a model both draw random weights; only the CPU's generator is used, and only that one is
     # forked.
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), _one_thread(), _without_progress_bars():
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), one_thread(), _without_progress_bars():
         if not folder.is_dir():
             tokenizer = _train_tokenizer(texts)
             model = _train(pairs, tokenizer, description=description, **sizes, **schedule)
@@ -218,7 +218,7 @@ def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: P
 
 
 @contextmanager
-def _one_thread() -> Generator[None]:
+def one_thread() -> Generator[None]:
     """Trains on one core: a step is so small that threads gain little, and on a busy machine they wait for each other.
 
     Two threads on two cores that others use too took 20 times as long (5 s became 70 to 114 s). It also makes the weights

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradsurgery.losses import IGNORED
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100  # torch.nn.functional.cross_entropy's ignore_index, and what Hugging Face models expect
 
 
 class Encoded(NamedTuple):
