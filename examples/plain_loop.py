@@ -40,5 +40,5 @@ for _ in range(60):
         loss(to_forget, gs.losses.ceu).backward()
     optimizer.step()
 print("unlearned:", accuracy())
-if record := optimizer.record:
+if (record := optimizer.record) and record.coefficients is not None:
     print(f"last step: cosine {record.cosines[0, 1]:+.2f}, coefficients {record.coefficients.tolist()}")

@@ -15,9 +15,23 @@ Example:
     True
 """
 
-from gradsurgery import gram, losses, rules
+from gradsurgery import elementwise, gram, logit_difference, lora, losses, rules, task_vectors
+from gradsurgery.dual_optimizer import DualOptimizer
 from gradsurgery.optimizer import GRU, GradientSurgery
 from gradsurgery.record import Record
 
 __version__ = "0.1.0"
-__all__ = ["GRU", "GradientSurgery", "Record", "__version__", "gram", "losses", "rules"]
+__all__ = [
+    "GRU",
+    "DualOptimizer",
+    "GradientSurgery",
+    "Record",
+    "__version__",
+    "elementwise",
+    "gram",
+    "logit_difference",
+    "lora",
+    "losses",
+    "rules",
+    "task_vectors",
+]

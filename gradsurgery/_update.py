@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from gradsurgery import rules
 from gradsurgery._ema import Mixing
-from gradsurgery.gram import Metric, block_gram, combine_blocks_, numbers_on
+from gradsurgery.gram import Metric, Row, block_gram, combine_, combine_blocks_, local_tensor, numbers_on
 from gradsurgery.scope import Blocks
 
 
@@ -48,7 +49,8 @@ class Update:
 
     Attributes:
         gram: ``[S, K, K]``.
-        coefficients: ``[S, K]``, the added multiples of current rows included where they are rows of the Gram matrix.
+        coefficients: ``[S, K]``, the added multiples of current rows included where they are rows of the Gram matrix; None where the
+            rule is elementwise.
         amounts: ``[S, B]``.
         change: ``[K]``, inner product of each row with the update.
         norm: 0-dim, in the metric of the Gram matrix.
@@ -56,7 +58,7 @@ class Update:
     """
 
     gram: Tensor
-    coefficients: Tensor
+    coefficients: Tensor | None
     amounts: Tensor
     change: Tensor
     norm: Tensor
@@ -108,23 +110,136 @@ def decide(
     extra = numbers_on(gram.device, add, torch.float64)
     amounts = coefficients @ weights
     amounts[:, :number] += extra
-    if max_norm is not None:
-        euclidean = products if rows.metric is None else rows.products(None)
-        factor = (max_norm / (_norm(euclidean, amounts) + 1e-6)).clamp_max(1.0)  # as torch.nn.utils.clip_grad_norm_
-        coefficients, extra, amounts = coefficients * factor, extra * factor, amounts * factor
+    factor = _clipping(rows, products, amounts, max_norm)
+    shown = coefficients + torch.where(numbers_on(gram.device, averaged), 0.0, extra)
+    return _finished(rows, products, gram, weights, amounts * factor, shown * factor)
+
+
+def decide_by_coordinates(
+    rows: Rows, products: Tensor, gram: Tensor, *, add: Sequence[float], max_norm: float | None
+) -> Update:
+    """Add the current rows to what an elementwise rule made, and clip by its true norm.
+
+    Args:
+        rows: From `with_update`.
+        products: From `measure`, ``[1, 1 + B, 1 + B]``.
+        gram: From `measure`, ``[1, 1 + K, 1 + K]``: the update's own products come first.
+        add: As `decide`.
+        max_norm: As `decide`.
+    """
+    amounts = torch.zeros_like(products[..., 0])
+    amounts[:, 0] = 1.0
+    amounts[:, 1 : 1 + len(add)] += numbers_on(amounts.device, add, torch.float64)
+    amounts = amounts * _clipping(rows, products, amounts, max_norm)
+    weights = numbers_on(gram.device, rows.mixing.weights)[1:]
+    return _finished(rows, products, gram[:, 1:, 1:], weights, amounts, None)
+
+
+def _clipping(rows: Rows, products: Tensor, amounts: Tensor, max_norm: float | None) -> Tensor:
+    """What scales the update to the norm allowed, 0-dim."""
+    if max_norm is None:
+        return torch.ones_like(products[0, 0, 0])
+    euclidean = products if rows.metric is None else rows.products(None)
+    return (max_norm / (_norm(euclidean, amounts) + 1e-6)).clamp_max(1.0)  # as torch.nn.utils.clip_grad_norm_
+
+
+def _finished(
+    rows: Rows, products: Tensor, gram: Tensor, weights: Tensor, amounts: Tensor, coefficients: Tensor | None
+) -> Update:
     finite = products.diagonal(dim1=-2, dim2=-1).isfinite().all(0)
     owners = numbers_on(finite.device, rows.mixing.owners)
-    healthy = torch.stack([(finite | (owners != k)).all() for k in range(number)])
-    # A rule of the user's may answer an ill Gram matrix by finite numbers; the step must still be seen to be ill.
-    amounts = torch.where(healthy.all(), amounts, torch.nan)
+    healthy = torch.stack([(finite | (owners != k)).all() for k in range(gram.shape[-1])])
+    # A rule of the user's may answer ill rows by finite numbers; the step must still be seen to be ill.
+    amounts = torch.where(finite.all(), amounts, torch.nan)
     return Update(
         gram=gram,
-        coefficients=coefficients + torch.where(numbers_on(gram.device, averaged), 0.0, extra),
+        coefficients=coefficients,
         amounts=amounts,
         change=torch.einsum("kb,sbc,sc->k", weights, products, amounts),
         norm=_norm(products, amounts),
         healthy=healthy,
     )
+
+
+class _Seen(Sequence[Tensor | None]):
+    """A row as an elementwise rule sees it, in unscaled units: each parameter's tensor is made when it is asked for."""
+
+    def __init__(self, lists: Sequence[Sequence[Tensor | None]], factors: Tensor | None) -> None:
+        self._lists, self._factors = lists, factors
+
+    def __len__(self) -> int:
+        return len(self._lists[0])
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor | None: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensor | None]: ...
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        parts = [part[index] for part in self._lists]
+        placed = next((part for part in parts if part is not None), None)
+        if placed is None or self._factors is None:
+            return placed
+        wide = torch.float32 if placed.dtype.itemsize < 4 else placed.dtype
+        start = torch.zeros_like(placed, dtype=wide)
+        return combine_([[start], *([part] for part in parts)], torch.nn.functional.pad(self._factors, (1, 0)))[0]
+
+
+def with_update(rows: Rows, rule: Callable[[Sequence[Row]], Any]) -> Rows:
+    """Ask an elementwise rule, and put its answer before the lists at hand, as one more row of the Gram matrix.
+
+    Args:
+        rows: The rows.
+        rule: Rows -> row.
+
+    Returns:
+        Rows over 1 + B lists. The first is the update: unscaled, and nobody else's memory.
+
+    Raises:
+        ValueError: If the rule's answer is no row over these parameters.
+
+    Cost: one row; where a row is no captured list as it stands (an average, a loss scale) one parameter's tensor at a time.
+    """
+    mixing, parameters = rows.mixing, rows.parameters
+    scale = torch.as_tensor(rows.scale)
+    plain = scale.device.type == "cpu" and float(scale) == 1.0
+    device = local_tensor(parameters[0]).device
+    units = mixing.units(rows.scale, device)
+    seen: list[Row] = []
+    for weights in mixing.weights:
+        used = [b for b, weight in enumerate(weights.tolist()) if weight != 0.0]
+        alone = len(used) == 1 and weights[used[0]] == 1.0 and (plain or mixing.averaged[used[0]])
+        factors = None if alone else torch.stack([(numbers_on(device, weights) * units)[b] for b in used])
+        seen.append(_Seen([mixing.rows[b] for b in used], factors))
+    update = list(rule(seen))
+    shapes = [None if tensor is None else tensor.shape for tensor in update]
+    if len(shapes) != len(parameters) or any(
+        shape not in (None, parameter.shape) for shape, parameter in zip(shapes, parameters, strict=True)
+    ):
+        raise ValueError(
+            f"rule: expected an elementwise rule to return a tensor shaped like each of {len(parameters)} parameters, or None, found "
+            f"shapes {[None if shape is None else list(shape) for shape in shapes]}"
+        )
+    # The update is changed in place by whoever clips it; a rule may have handed back a row.
+    taken = {_memory(tensor) for part in mixing.rows for tensor in part if tensor is not None}
+    for index, (tensor, parameter) in enumerate(zip(update, parameters, strict=True)):
+        if tensor is not None:
+            update[index] = tensor.to(parameter.dtype, copy=_memory(tensor) in taken)
+    return replace(
+        rows,
+        mixing=replace(
+            mixing,
+            rows=[update, *mixing.rows],
+            weights=torch.block_diag(torch.ones(1, 1, dtype=mixing.weights.dtype), mixing.weights),
+            averaged=(True, *mixing.averaged),
+            owners=(len(mixing.weights), *mixing.owners),
+        ),
+    )
+
+
+def _memory(tensor: Tensor) -> int:
+    return local_tensor(tensor).untyped_storage().data_ptr()
 
 
 def guard(rows: Rows, before: Sequence[Tensor | None], *, project: bool) -> tuple[Tensor, Tensor]:

@@ -11,12 +11,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from gradsurgery import rules
+from gradsurgery import elementwise, rules
 from gradsurgery._base import Wrapper, local_bytes
 from gradsurgery._distributed import Ranks, refuse
 from gradsurgery._ema import EMA
 from gradsurgery._metric import check_metric, optimizer_metric
-from gradsurgery._update import Rows, decide, guard, measure
+from gradsurgery._update import Rows, Update, decide, decide_by_coordinates, guard, measure, with_update
 from gradsurgery._window import Combined, Window
 from gradsurgery.gram import combine_blocks_
 from gradsurgery.join import Backward, join
@@ -50,7 +50,8 @@ class GradientSurgery(Wrapper):
 
     Args:
         base: Any constructed optimizer whose step needs no closure.
-        rule: Gram matrix ``[..., K, K]`` -> coefficients ``[..., K]`` (see `gradsurgery.rules`), or its name.
+        rule: Gram matrix ``[..., K, K]`` -> coefficients ``[..., K]`` (see `gradsurgery.rules`), or a function rows -> row marked by
+            `gradsurgery.elementwise.rule` (such as ``elementwise.sago``; one more gradient copy), or its name.
         objectives: K distinct names; the first is rectified, the others are protected.
         ema_decay: Weight of the OLD value in the moving average that stands in for a protected row, in [0, 1): one number for every
             protected row, or by name. The average starts at 0 and is bias-corrected, as Adam's. (GRU's gamma is 1 - ema_decay.)
@@ -67,7 +68,8 @@ class GradientSurgery(Wrapper):
 
     Raises:
         TypeError: If ``base`` is not a constructed optimizer, or needs a closure (LBFGS).
-        ValueError: If an option is outside its domain or names an unknown objective, rule, scope or metric.
+        ValueError: If an option is outside its domain or names an unknown objective, rule, scope or metric, or if an elementwise rule
+            meets a scope or metric, which only a Gram matrix has.
         RuntimeError: If DeepSpeed owns the parameters.
 
     Cost: K - 1 gradient copies, one more per EMA, one each for ``accumulate`` and ``guard``; see `memory_estimate`.
@@ -87,7 +89,7 @@ class GradientSurgery(Wrapper):
     def __init__(
         self,
         base: torch.optim.Optimizer,
-        rule: Callable[..., Tensor] | str = rules.gru,
+        rule: Callable[..., Any] | str = rules.gru,
         objectives: Sequence[str] = ("forget", "retain"),
         *,
         ema_decay: float | Mapping[str, float] | None = None,
@@ -106,6 +108,7 @@ class GradientSurgery(Wrapper):
             raise ValueError(f"objectives: expected distinct names, the rectified one first, found {objectives!r}")
         if not callable(self._rule):
             raise ValueError(f"rule: expected a function of the Gram matrix or its name, found {rule!r}")
+        self._elementwise = elementwise.is_elementwise(self._rule)
         if metric not in ("euclidean", "optimizer"):
             raise ValueError(f"metric: expected 'euclidean' or 'optimizer', found {metric!r}")
         if guard not in (None, "update", "measure"):
@@ -137,7 +140,18 @@ class GradientSurgery(Wrapper):
                 stacklevel=2,
             )
         blocks(scope, self.param_groups)
+        if self._elementwise:
+            self._check_elementwise(rule)
         refuse(base, self._parameters())
+
+    def _check_elementwise(self, rule: object) -> None:
+        for option, found, only in (("scope", self._scope, "global"), ("metric", self._metric, "euclidean")):
+            if found != only:
+                raise ValueError(
+                    f"{option}: expected {only!r} with an elementwise rule, which decides coordinate by coordinate and asks for no Gram "
+                    f"matrix, found {found!r} with {getattr(rule, '__name__', rule)!r}; drop {option}, or use a rule of gradsurgery.rules"
+                )
+        self._rule([[] for _ in self.objectives])  # a wrong option shows on rows of no parameters too
 
     def _restart(self) -> None:
         super()._restart()
@@ -232,7 +246,7 @@ class GradientSurgery(Wrapper):
                 changed. A non-finite Gram matrix does not raise here: it leaves NaN in ``.grad``, where a GradScaler finds it, and
                 `step` raises.
 
-        Cost: reads every row once, writes one; no temporaries.
+        Cost: reads every row once, writes one; no temporaries (an elementwise rule makes a new row, and is measured by one more pass).
         """
         window, parameters = self._window, self._parameters()
         if window.slots.phase is Phase.COMBINED and window.record is not None:
@@ -253,26 +267,18 @@ class GradientSurgery(Wrapper):
             parameters=parameters,
             metric=optimizer_metric(self._base, parameters) if self._metric == "optimizer" else None,
         )
-        products, gram = measure(rows)
-        self._ranks.check(gram, parameters)
-        averaged = [name in self._ema.decays for name in self.objectives]
-        update = decide(rows, products, gram, self._rule, add=self._add, averaged=averaged, max_norm=self._max_norm)
+        written, update = self._by_coordinates(rows) if self._elementwise else self._by_gram(rows)
         one = rows.blocks.names is None
+        coefficients = update.coefficients
         window.record = Record(
             objectives=self.objectives,
-            gram=gram[0] if one else gram,
-            coefficients=update.coefficients[0] if one else update.coefficients,
+            gram=update.gram[0] if one else update.gram,
+            coefficients=coefficients[0] if one and coefficients is not None else coefficients,
             predicted_change=-update.change,
             update_norm=update.norm,
             blocks=rows.blocks.names,
         )
         window.combined = Combined(update.amounts.isfinite().all(), update.healthy, rows)
-        first = [None if row is None else row.clone() for row in raw[0]] if self._accumulate else raw[0]
-        written = combine_blocks_(
-            [first, *rows.mixing.rows[1:]],
-            rows.mixing.scaled(update.amounts, rows.scale),
-            blocks=rows.blocks.of_parameter,
-        )
         for parameter, gradient in zip(parameters, written, strict=True):
             parameter.grad = gradient
         if not self._accumulate:
@@ -281,6 +287,36 @@ class GradientSurgery(Wrapper):
                 rows.mixing.rows.clear()  # nobody reads the protected rows again: free them before the base's step
         window.slots.phase = Phase.COMBINED
         return window.record
+
+    def _by_gram(self, rows: Rows) -> tuple[list[Tensor | None], Update]:
+        """The update in the rows' scale, in the memory of the first row unless that will grow, and what was decided."""
+        products, gram = measure(rows)
+        self._ranks.check(gram, rows.parameters)
+        averaged = [name in self._ema.decays for name in self.objectives]
+        update = decide(rows, products, gram, self._rule, add=self._add, averaged=averaged, max_norm=self._max_norm)
+        lists = rows.mixing.rows
+        first = [None if tensor is None else tensor.clone() for tensor in lists[0]] if self._accumulate else lists[0]
+        amounts = rows.mixing.scaled(update.amounts, rows.scale)
+        return combine_blocks_([first, *lists[1:]], amounts, blocks=rows.blocks.of_parameter), update
+
+    def _by_coordinates(self, rows: Rows) -> tuple[list[Tensor | None], Update]:
+        """As `_by_gram`, in new memory."""
+        made = with_update(rows, self._rule)
+        products, gram = measure(made)
+        try:
+            self._ranks.check(gram, rows.parameters)
+        except RuntimeError as error:
+            error.add_note(
+                "A rule that draws at random, such as graddrop, needs a generator with the same seed on every rank."
+            )
+            raise
+        update = decide_by_coordinates(made, products, gram, add=self._add, max_norm=self._max_norm)
+        used = [0, *(k + 1 for k, multiple in enumerate(self._add) if multiple)]
+        amounts = made.mixing.scaled(update.amounts, rows.scale)
+        written = combine_blocks_([made.mixing.rows[b] for b in used], torch.stack([amounts[:, b] for b in used], 1))
+        # Nobody reads the first row again: free it before the base's step.
+        rows.mixing.rows[0] = [None] * len(rows.parameters)
+        return written, update
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Combine what is not combined, step the base, guard the change, and commit the averages.
@@ -416,11 +452,11 @@ class GradientSurgery(Wrapper):
         """Bytes on this rank that surgery holds at most, besides what a plain step of the base holds at the same time.
 
         K - 1 rows while backward passes run; one average for each protected row with ``ema_decay``, from the first step on; one row more
-        with ``accumulate``, and one copy of the parameters with ``guard``, between `combine` and the end of `step` only, when activations
-        are gone. Activations are not counted: contexts hold those of one objective at a time, `join` of all.
+        with ``accumulate`` or an elementwise rule, and one copy of the parameters with ``guard``, between `combine` and the end of `step`
+        only, when activations are gone. Activations are not counted: contexts hold those of one objective at a time, `join` of all.
         """
         parameters = self._parameters()
-        copies = len(self.objectives) - 1 + self._accumulate + (self._guard is not None)
+        copies = len(self.objectives) - 1 + (self._accumulate or self._elementwise) + (self._guard is not None)
         averages = len(self._ema.decays) * local_bytes(parameters, self._ema.dtype.itemsize)
         return copies * local_bytes(parameters) + averages
 

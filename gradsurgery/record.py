@@ -18,7 +18,8 @@ class Record:
         objectives: The K names, in the order of the rows.
         gram: Gram matrix the rule saw, float64 ``[K, K]`` in the global scope, ``[S, K, K]`` in one of S blocks.
         coefficients: ``[K]`` or ``[S, K]`` after ``max_norm``: the update is ``sum_k coefficients[k] * row_k``, plus, where an objective
-            has both an EMA and an entry in ``add``, that multiple of its current row.
+            has both an EMA and an entry in ``add``, that multiple of its current row. None where the rule is elementwise
+            (`gradsurgery.elementwise`): its update is no combination of the rows. Everything else is measured on the update itself.
         predicted_change: ``[K]``: minus the inner product of each row with the update, the first-order change of each objective per
             unit of learning rate under plain gradient descent (in the optimizer's metric, where the Gram matrix is).
         update_norm: Norm of the update, 0-dim, in the metric of the Gram matrix.
@@ -32,7 +33,7 @@ class Record:
 
     objectives: tuple[str, ...]
     gram: Tensor
-    coefficients: Tensor
+    coefficients: Tensor | None
     predicted_change: Tensor
     update_norm: Tensor
     blocks: tuple[str, ...] | None = None

@@ -24,11 +24,12 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from gradsurgery import elementwise
 from gradsurgery._algebra import normalised, norms_of, pinv, ratio, rule, scaled, unit_forget, vaccinated, with_first
 from gradsurgery._programs import ACCURACY, TOLERANCE, faces_of, least_norm, lengths_of, multipliers_of, pick, simplex
 from gradsurgery.stateful import GradVac, StatefulRule
@@ -141,6 +142,25 @@ def gu(gram: Tensor) -> Tensor:
 
 
 @rule
+def orthograd(gram: Tensor, *, gamma: float = 1.0, alpha: float = 1.0) -> Tensor:
+    r"""OrthoGrad: gamma times what `gu` leaves of f, and alpha times the mean of the K - 1 protected rows.
+
+    .. math:: c = (\gamma,\; -\gamma M^+ q + \alpha/(K - 1)), \qquad M_{kl} = \langle r_k, r_l\rangle,\ q_k = \langle f, r_k\rangle .
+
+    Meant for one protected row a retain *example* (an objective each: ``objectives=("forget", "retain_0", "retain_1", ...)``): f is made
+    orthogonal to the gradient of every one, and not of their mean alone. ``alpha=0`` and one protected row is `gu`.
+
+    Source: Go Beyond Your Means (2503.02312), per-sample gradient orthogonalization. Its weights are here ``gamma`` and ``alpha``;
+    the projection is the Gram matrix's pseudo-inverse where a QR decomposition of all the rows' coordinates is usual.
+    """
+    number = gram.shape[-1] - 1
+    unit, norms = normalised(gram)
+    across = unit_forget(-(pinv(unit[..., 1:, 1:]) @ unit[..., 1:, :1]).squeeze(-1), norms)
+    mean = torch.cat([gram.new_zeros(1), gram.new_full((number,), alpha / max(number, 1))])
+    return gamma * across + mean
+
+
+@rule
 def gradvac(gram: Tensor, *, target: float = 0.0) -> Tensor:
     r"""GradVac, one-sided and stateless: raise the cosine of f with each protected row to at least ``target``, in index order.
 
@@ -174,25 +194,45 @@ def hamu(gram: Tensor, *, gain: float, radius: float) -> Tensor:
     a = gain/F - s c/(F n), b = s/n, s^2 = radius^2 - gain^2/F, n^2 = R - c^2/F. A gain out of reach (gain > radius sqrt(F)) gives the
     step of that length along f, a zero forget row the retain step. The answer is a displacement: use it with plain SGD of learning rate 1.
 
-    Source: HAMU (2606.02119) and its authors' code. It is not scale-free; ``gain`` and ``radius`` carry units.
+    Source: HAMU (2606.02119) and its authors' code. It is not scale-free; ``gain`` and ``radius`` carry units. Differences from the code:
+    it works tensor by tensor (``scope="tensor"`` here) with the gain divided among the tensors, leaves the ball for a gain out of reach,
+    and stands still at a zero forget row.
     """
+    first, second = _hamu(gram[..., 0, 0], gram[..., 0, 1:].sum(-1), gram[..., 1:, 1:].sum((-1, -2)), gain, radius)
+    return with_first(first, second[..., None].expand_as(gram[..., 0, 1:]))
+
+
+@rule
+def hamu_u(gram: Tensor, *, gain: float, radius: float) -> Tensor:
+    r"""HAMU-U: `hamu` with the roles of f and r exchanged, the step that forgets most while retention gains ``gain``.
+
+    .. math:: \max_u \langle f, u\rangle \;\text{ s.t. }\; \langle r, u\rangle \ge \mathrm{gain},\ \lVert u\rVert \le \mathrm{radius} .
+
+    ``gain=0`` asks that retention gets no worse. Everything else is as in `hamu`, the other way round.
+
+    Source: HAMU (2606.02119), variant ``hamu-u`` of its authors' code; differences as in `hamu`.
+    """
+    second, first = _hamu(gram[..., 1:, 1:].sum((-1, -2)), gram[..., 0, 1:].sum(-1), gram[..., 0, 0], gain, radius)
+    return with_first(first, second[..., None].expand_as(gram[..., 0, 1:]))
+
+
+def _hamu(forget: Tensor, product: Tensor, retain: Tensor, gain: float, radius: float) -> tuple[Tensor, Tensor]:
+    """The coefficients of the row that must gain (square ``forget``) and of the other (square ``retain``)."""
     if not (radius > 0.0 and gain >= 0.0):
         raise ValueError(f"gain, radius: expected gain >= 0 and radius > 0, found gain={gain}, radius={radius}")
-    forget, product, retain = gram[..., 0, 0], gram[..., 0, 1:].sum(-1), gram[..., 1:, 1:].sum((-1, -2))
-    slack = (radius**2 - ratio(gram.new_full((), gain**2), forget)).clamp_min(0.0).sqrt()
+    slack = (radius**2 - ratio(forget.new_full((), gain**2), forget)).clamp_min(0.0).sqrt()
     across = (retain - ratio(product.square(), forget)).clamp_min(0.0)
     sideways = torch.where(across > TOLERANCE * retain, ratio(slack, across.sqrt()), 0.0)
     first = ratio(gain - sideways * product, forget)
     enough = (product * radius >= gain * retain.sqrt()) & (retain > 0.0)
     unreachable = gain > radius * forget.sqrt()
     only_forget, only_retain = (
-        ratio(gram.new_full((), radius), forget.sqrt()),
-        ratio(gram.new_full((), radius), retain.sqrt()),
+        ratio(forget.new_full((), radius), forget.sqrt()),
+        ratio(forget.new_full((), radius), retain.sqrt()),
     )
     enough = enough | (forget == 0.0)  # nothing can be gained on forgetting: what is left is retention
     first = torch.where(enough, 0.0, torch.where(unreachable, only_forget, first))
-    second = torch.where(enough, only_retain, torch.where(unreachable, 0.0, sideways))
-    return with_first(first, second[..., None].expand_as(gram[..., 0, 1:]))
+    return first, torch.where(enough, only_retain, torch.where(unreachable, 0.0, sideways))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -378,14 +418,14 @@ RULES: dict[str, Callable[..., Tensor]] = {
     function.__name__: function
     for function in (
         sum, gradient_difference, gru, a_gem, gem, cos_clip, pcgrad, gradvac, cagrad, mgda, imtl_g, nash_mtl, aligned_mtl, upgrad,
-        ngdiff, blur, gu, hamu,
+        ngdiff, blur, gu, orthograd, hamu, hamu_u,
     )
 }  # fmt: skip
 """Every rule by its name; tests, the command line and the README's table read this."""
 
 
-def by_name(name: str) -> Callable[..., Tensor]:
-    """The rule called ``name``.
+def by_name(name: str) -> Callable[..., Any]:
+    """The rule called ``name``: one of this page, or of `gradsurgery.elementwise`.
 
     Raises:
         ValueError: If there is none.
@@ -394,6 +434,7 @@ def by_name(name: str) -> Callable[..., Tensor]:
         >>> by_name("gru") is gru
         True
     """
-    if name not in RULES:
-        raise ValueError(f"rule: expected one of {', '.join(RULES)}, found {name!r}")
-    return RULES[name]
+    known: dict[str, Callable[..., Any]] = {**RULES, **elementwise.ELEMENTWISE}
+    if name not in known:
+        raise ValueError(f"rule: expected one of {', '.join(known)}, found {name!r}")
+    return known[name]

@@ -9,13 +9,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_modules import callbacks, metrics
+    from lightning_modules import callbacks, metrics, objectives, references
     from lightning_modules.data import ForgetRetainDataModule, TOFUDataModule
     from lightning_modules.module import UnlearningModule
+    from lightning_modules.uld import ULDModule
 
-__all__ = ["ForgetRetainDataModule", "TOFUDataModule", "UnlearningModule", "callbacks", "metrics"]
+__all__ = [
+    "ForgetRetainDataModule",
+    "TOFUDataModule",
+    "ULDModule",
+    "UnlearningModule",
+    "callbacks",
+    "metrics",
+    "objectives",
+    "references",
+]
 
-_HOMES = {"ForgetRetainDataModule": "data", "TOFUDataModule": "data", "UnlearningModule": "module"}
+_HOMES = {"ForgetRetainDataModule": "data", "TOFUDataModule": "data", "ULDModule": "uld", "UnlearningModule": "module"}
 
 
 def __getattr__(name: str) -> Any:

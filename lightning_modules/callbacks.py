@@ -21,7 +21,7 @@ class SurgeryLogger(Callback):
 
     Columns: step, loss_<objective>, norm_<objective>, update_norm, cosine (of the first two rows), coefficient_<objective>, conflict,
     predicted_change_<objective> (per unit of learning rate), and with a guard actual_change_<protected objective>. With several blocks
-    norms are over all of them, and cosine and coefficients are means. Losses are those of the step's last batch on this process.
+    norms are over all of them, and cosine and coefficients are means; an elementwise rule has no coefficients. Losses are those of the step's last batch on this process.
 
     Args:
         path: The file; it is written anew at the start and every `flush_every` steps.
@@ -41,12 +41,15 @@ class SurgeryLogger(Callback):
         if record is None or not record.applied:
             return  # a GradScaler skipped it
         names, gram = record.objectives, record.gram if record.blocks is None else record.gram.sum(0)
-        coefficients = record.coefficients if record.blocks is None else record.coefficients.mean(0)
+        coefficients = record.coefficients  # None: the rule is elementwise
+        if coefficients is not None and record.blocks is not None:
+            coefficients = coefficients.mean(0)
         row: dict[str, float] = {"step": step}
         row |= {f"loss_{name}": float(pl_module.losses[name]) for name in names}
         row |= {f"norm_{name}": value for name, value in zip(names, gram.diagonal().sqrt().tolist(), strict=True)}
         row |= {"update_norm": float(record.update_norm), "cosine": float(record.cosines[..., 0, 1].mean())}
-        row |= {f"coefficient_{name}": value for name, value in zip(names, coefficients.tolist(), strict=True)}
+        if coefficients is not None:
+            row |= {f"coefficient_{name}": value for name, value in zip(names, coefficients.tolist(), strict=True)}
         row["conflict"] = float(record.conflict)
         row |= {f"predicted_change_{n}": v for n, v in zip(names, record.predicted_change.tolist(), strict=True)}
         if record.actual_change is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import os
 import shutil
@@ -21,8 +22,10 @@ from rich.console import Console
 from torch import nn
 
 import gradsurgery as gs
-from lightning_modules import outputs
+from lightning_modules import objectives, outputs
+from lightning_modules.adapters import with_adapters
 from lightning_modules.callbacks import SurgeryLogger, TradeoffCurve
+from lightning_modules.data import ForgetRetainDataModule
 from lightning_modules.evaluation import Evaluation, evaluate, summary
 from lightning_modules.examples import Example
 from lightning_modules.likelihood import device_of
@@ -30,6 +33,7 @@ from lightning_modules.loading import load_model, load_reference, make_data
 from lightning_modules.metrics.functional import forget_quality, truth_ratio
 from lightning_modules.module import UnlearningModule
 from lightning_modules.options import DataOptions, EvaluateOptions, UnlearnOptions
+from lightning_modules.references import AdapterOff, Precomputed, Reference, SecondModel, precompute
 from lightning_modules.report import draw, sentences, table
 from lightning_modules.scratch import one_thread
 from lightning_modules.tokenization import encode, padding_id
@@ -61,16 +65,16 @@ def unlearn(options: UnlearnOptions) -> Path:
 
 def _unlearn(options: UnlearnOptions) -> Path:
     folder, console = Path(options.output), Console(stderr=True)
-    # Lightning starts the other processes of a run with this same command: they only train.
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    first = _first()
     splits = make_data(options, None).read()
     if first and not options.resume:
         outputs.claim(folder)
     L.seed_everything(options.seed, verbose=False)
     model, tokenizer = load_model(options, splits)
-    model = _with_adapters(model, options)
     data = make_data(options, tokenizer, options.batch_size)
-    module = _module(model, options).train()
+    model = _adapted(model, options, data)
+    reference = _start_model(model, options, data, folder)
+    module = make_module(model, options, reference).train()
     steps = -(-len(splits["forget"]) // (options.batch_size * (options.accumulate or 1))) * (options.epochs or 1)
     surgery_log = SurgeryLogger(folder / outputs.SURGERY)
     curve = TradeoffCurve(
@@ -201,14 +205,54 @@ def _resumed(given: UnlearnOptions) -> UnlearnOptions:
     return replace(saved, resume=True)
 
 
-def _module(model: nn.Module, options: UnlearnOptions) -> UnlearningModule:
+def _first() -> bool:
+    """Lightning starts the other processes of a run with this same command: they only train."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def make_module(model: nn.Module, options: UnlearnOptions, reference: Reference | None) -> UnlearningModule:
+    """The module that these options describe."""
     return UnlearningModule(
         model,
-        forget_loss=gs.losses.by_name(options.forget_loss),
+        forget_loss=options.bound_loss(),
+        retain_loss=objectives.by_name(options.retain_loss),
         optimizer=partial(options.optimizer_class(), lr=options.lr, weight_decay=options.weight_decay),
         surgery=options.surgery(),
         warmup_steps=options.warmup_steps,
+        reference=reference,
+        retain_inside=options.retain_inside,
+        dual=gs.losses.DualVariable(**options.dual) if options.dual else None,
     )
+
+
+def _start_model(
+    model: nn.Module, options: UnlearnOptions, data: ForgetRetainDataModule, folder: Path
+) -> Reference | None:
+    """What a loss that compares with the model before unlearning compares with."""
+    losses = objectives.by_name(options.forget_loss), objectives.by_name(options.retain_loss)
+    if not any(objectives.needs_reference(loss) for loss in losses):
+        return None
+    kind = options.start_model
+    if kind == "auto":
+        few = not any(objectives.needs_logits(loss) for loss in losses)
+        kind = (
+            "precomputed" if few else "adapters_off" if options.lora_rank and options.lora_init == "default" else "copy"
+        )
+    if kind == "copy":
+        return SecondModel(copy.deepcopy(model))
+    if kind == "adapters_off":
+        return AdapterOff()
+    path = folder / outputs.START_MODEL
+    if _first() and not (options.resume and path.exists()):  # another process finds it there
+        data.setup()
+        if data.dataset is None:
+            raise RuntimeError("setup() left no dataset")
+        home = device_of(model)
+        if home.type == "cpu" and torch.cuda.is_available():
+            model.to("cuda")
+        precompute(model, data.dataset, path, pad_token_id=padding_id(data.tokenizer))
+        model.to(home)
+    return Precomputed(path)
 
 
 def _trainer(folder: Path, options: UnlearnOptions, callbacks: Sequence[Callback], console: Console) -> L.Trainer:
@@ -231,14 +275,27 @@ def _trainer(folder: Path, options: UnlearnOptions, callbacks: Sequence[Callback
     )
 
 
-def _with_adapters(model: nn.Module, options: UnlearnOptions) -> nn.Module:
-    if not options.lora_rank:
-        return model
-    from peft import LoraConfig, get_peft_model
+def _adapted(model: nn.Module, options: UnlearnOptions, data: ForgetRetainDataModule) -> nn.Module:
+    if options.lora_init == "default" or not options.lora_rank:
+        return with_adapters(model, rank=options.lora_rank, seed=options.seed)
+    data.setup()
+    home = device_of(model)
+    if home.type == "cpu" and torch.cuda.is_available():
+        model.to("cuda")  # a backward pass for every batch of both sets
+    loader, device = data.train_dataloader(), device_of(model)
 
-    # Rank and twice the rank as alpha: LoKU's setting.
-    config = LoraConfig(r=options.lora_rank, lora_alpha=2 * options.lora_rank, target_modules="all-linear")
-    return get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    def batches(name: str) -> Iterable[Mapping[str, torch.Tensor]]:
+        return ({key: value.to(device) for key, value in batch[name].items()} for batch in loader)
+
+    adapted = with_adapters(
+        model,
+        rank=options.lora_rank,
+        init="fila",
+        forget_batches=batches("forget"),
+        retain_batches=batches("retain"),
+        seed=options.seed,
+    )
+    return adapted.to(home)
 
 
 def _merged(model: nn.Module) -> Any:

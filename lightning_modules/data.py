@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import lightning as L
 import torch
@@ -21,21 +21,65 @@ from lightning_modules.tokenization import Encoded, collate, encode, padding_id
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ForgetRetainDataModule", "PairDataset", "PairSampler", "TOFUDataModule", "read_examples", "tofu_examples"]
+__all__ = [
+    "REFUSALS",
+    "ForgetRetainDataModule",
+    "PairDataset",
+    "PairSampler",
+    "TOFUDataModule",
+    "read_examples",
+    "tofu_examples",
+]
 
-Pair = tuple[Encoded, Encoded]
+
+REFUSALS = (
+    "I don't know.",
+    "I'm not able to answer that.",
+    "I have no information about this.",
+    "That is something I cannot tell you.",
+    "I'm afraid I do not know the answer.",
+    "I was never told about that.",
+)
+"""Answers that tell nothing, for objectives that teach one."""
+
+
+class Pair(NamedTuple):
+    """One entry of a batch.
+
+    Attributes:
+        forget: a forget example.
+        retain: a retain example.
+        refusal: the forget example's question with a refusal as its answer, where there are refusals.
+        index: of the forget and of the retain example in their sets.
+    """
+
+    forget: Encoded
+    retain: Encoded
+    refusal: Encoded | None
+    index: tuple[int, int]
 
 
 class PairDataset(Dataset[Pair]):
-    """Forget and retain examples, addressed by a pair of indices; its length is that of the forget set."""
+    """Forget and retain examples, addressed by a pair of indices; its length is that of the forget set.
 
-    def __init__(self, forget: Sequence[Encoded], retain: Sequence[Encoded]) -> None:
-        """Keeps the two sequences, neither of which may be empty."""
+    Attributes:
+        forget: the examples to forget.
+        retain: the examples to keep.
+        refusal: for each example to forget its question with a refusal, or `None`.
+    """
+
+    def __init__(
+        self, forget: Sequence[Encoded], retain: Sequence[Encoded], refusal: Sequence[Encoded] | None = None
+    ) -> None:
+        """Keeps the sequences, of which neither the first nor the second may be empty."""
         for name, examples in (("forget", forget), ("retain", retain)):
             if not examples:
                 raise ValueError(f"expected at least one {name} example, found none")
+        if refusal is not None and len(refusal) != len(forget):
+            raise ValueError(f"expected a refusal for each of {len(forget)} forget examples, found {len(refusal)}")
         self.forget = forget
         self.retain = retain
+        self.refusal = refusal
 
     def __len__(self) -> int:
         """The number of forget examples."""
@@ -43,7 +87,8 @@ class PairDataset(Dataset[Pair]):
 
     def __getitem__(self, pair: tuple[int, int]) -> Pair:
         """The forget and the retain example at `(forget index, retain index)`."""
-        return self.forget[pair[0]], self.retain[pair[1]]
+        refusal = None if self.refusal is None else self.refusal[pair[0]]
+        return Pair(self.forget[pair[0]], self.retain[pair[1]], refusal, pair)
 
 
 class PairSampler(DistributedSampler):
@@ -96,15 +141,22 @@ def _permutation(n: int, seed: int, stream: str, number: int) -> list[int]:
 
 
 def _collate_pairs(pairs: Sequence[Pair], pad_token_id: int) -> dict[str, dict[str, Tensor]]:
-    forget, retain = zip(*pairs, strict=True)
-    return {"forget": collate(forget, pad_token_id), "retain": collate(retain, pad_token_id)}
+    forget, retain = (torch.tensor(indices) for indices in zip(*(pair.index for pair in pairs), strict=True))
+    batches = {
+        "forget": collate([pair.forget for pair in pairs], pad_token_id) | {"index": forget},
+        "retain": collate([pair.retain for pair in pairs], pad_token_id) | {"index": retain},
+    }
+    refusals = [pair.refusal for pair in pairs if pair.refusal is not None]
+    return batches | ({"refusal": collate(refusals, pad_token_id) | {"index": forget}} if refusals else {})
 
 
 class ForgetRetainDataModule(L.LightningDataModule):
     """Batches `{"forget": batch, "retain": batch}` from two sets of examples.
 
-    A batch holds `input_ids`, `attention_mask` and `labels` (-100 on prompt and padding), `[batch_size, longest]`. An
-    epoch is one pass over the forget set; see `PairSampler` for the order.
+    A batch holds `input_ids`, `attention_mask` and `labels` (-100 on prompt and padding), `[batch_size, longest]`, and
+    `index`, `[batch_size]`, the examples' places in their set. An epoch is one pass over the forget set; see
+    `PairSampler` for the order. With refusals there is a third batch, `"refusal"`: the forget batch's questions, each
+    with a refusal that is always the same for it (for `losses.dpo` and `objectives.idk`).
 
     Attributes:
         splits: the examples by split, `forget` and `retain` first, for `lightning_modules.evaluation.evaluate`; filled
@@ -121,6 +173,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         seed: int = 0,
         max_length: int | None = None,
         num_workers: int = 0,
+        refusals: Sequence[str] | None = None,
     ) -> None:
         """Keeps the settings; files are read in `setup`.
 
@@ -132,8 +185,11 @@ class ForgetRetainDataModule(L.LightningDataModule):
             seed: of the order.
             max_length: longer examples lose their end, with one warning; `None` keeps everything.
             num_workers: of the `DataLoader`. Everything is tokenized beforehand, so 0 is seldom slower.
+            refusals: answers such as "I do not know."; `REFUSALS` are some.
         """
         super().__init__()
+        if refusals is not None and not refusals:
+            raise ValueError("refusals: expected at least one answer, or None, found an empty list")
         if batch_size < 1:
             raise ValueError(f"expected batch_size to be at least 1, found {batch_size}")
         self.sources = {"forget": forget, "retain": retain}
@@ -142,6 +198,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         self.seed = seed
         self.max_length = max_length
         self.num_workers = num_workers
+        self.refusals = refusals
         self.splits: dict[str, list[Example]] = {}
         self.dataset: PairDataset | None = None
 
@@ -174,8 +231,22 @@ class ForgetRetainDataModule(L.LightningDataModule):
     def _pairs(self) -> PairDataset:
         if self.dataset is None:
             self.splits = self.read()
-            self.dataset = PairDataset(self._encoded("forget"), self._encoded("retain"))
+            self.dataset = PairDataset(self._encoded("forget"), self._encoded("retain"), self._refused())
         return self.dataset
+
+    def _refused(self) -> list[Encoded] | None:
+        if self.refusals is None:
+            return None
+        rows = self.splits["forget"]
+        # A permutation and not a draw: every refusal is taught as often as any other.
+        order = [
+            entry for walk in range(-(-len(rows) // len(self.refusals)))
+            for entry in _permutation(len(self.refusals), self.seed, "refusal", walk)
+        ]  # fmt: skip
+        return [
+            encode(self.tokenizer, row["question"], self.refusals[number], self.max_length)
+            for row, number in zip(rows, order, strict=False)
+        ]
 
     def _encoded(self, split: str) -> list[Encoded]:
         encoded = [
@@ -205,6 +276,7 @@ class TOFUDataModule(ForgetRetainDataModule):
         seed: int = 0,
         max_length: int | None = None,
         num_workers: int = 0,
+        refusals: Sequence[str] | None = None,
     ) -> None:
         """Keeps the settings.
 
@@ -217,9 +289,17 @@ class TOFUDataModule(ForgetRetainDataModule):
             seed: of the order.
             max_length: longer examples lose their end, with one warning.
             num_workers: of the `DataLoader`.
+            refusals: answers such as "I do not know.", see `ForgetRetainDataModule`.
         """
         super().__init__(
-            (), (), tokenizer, batch_size=batch_size, seed=seed, max_length=max_length, num_workers=num_workers
+            (),
+            (),
+            tokenizer,
+            batch_size=batch_size,
+            seed=seed,
+            max_length=max_length,
+            num_workers=num_workers,
+            refusals=refusals,
         )
         self.split = split
         self.folder = folder

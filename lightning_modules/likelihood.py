@@ -2,7 +2,7 @@ r"""The mean negative log-likelihood per answer token: the number that probabili
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,10 @@ from lightning_modules.tokenization import IGNORED, Encoded, collate
 # Rows of logits held at once, in float32: 0.5 GB with a vocabulary of 128,000.
 _HEAD_ROWS = 1024
 
-Scorer = Callable[[dict[str, Tensor]], Tensor]
+# Logits `[rows, vocabulary]` in float32 and labels `[rows]` -> tensors `[rows]`, one number a token each.
+Summary = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+# A batch -> the logits that predict its labelled tokens, with those labels, some rows at a time.
+_Rows = Callable[[dict[str, Tensor]], Iterator[tuple[Tensor, Tensor]]]
 
 
 def answer_nll(
@@ -44,13 +47,47 @@ def answer_nll(
     Returns:
         float64, on the CPU, `[n]`, in the order given. A model that diverged gives NaN.
     """
-    result = torch.full((len(encoded),), torch.nan, dtype=torch.float64)
+    losses = over_answer_tokens(
+        model, encoded, _loss, pad_token_id=pad_token_id, batch_size=batch_size, advance=advance
+    )
+    return torch.tensor([float(tokens.double().mean()) for (tokens,) in losses], dtype=torch.float64)
+
+
+def over_answer_tokens(
+    model: nn.Module,
+    encoded: Sequence[Encoded],
+    summarize: Summary,
+    *,
+    pad_token_id: int,
+    batch_size: int = 32,
+    advance: Callable[[int], object] = lambda _: None,
+) -> list[tuple[Tensor, ...]]:
+    """Runs the model once over every example and summarizes the logits of its answer's tokens, without dropout.
+
+    Args:
+        model: a causal language model, on any device and in any dtype.
+        encoded: n examples; the labelled tokens are the answer.
+        summarize: from logits `[rows, vocabulary]` in float32 and labels `[rows]` to tensors `[rows]`. It is called
+            with at most 1024 rows, of one batch.
+        pad_token_id: fills up shorter rows; it is masked.
+        batch_size: examples a forward pass. They are sorted by length, so that little is spent on padding.
+        advance: called with the number of examples done, after every batch.
+
+    Returns:
+        For every example, in the order given, what `summarize` made of its T answer tokens: tensors `[T]` on the CPU.
+    """
+    result: list[tuple[Tensor, ...]] = [()] * len(encoded)
     longest_first = sorted(range(len(encoded)), key=lambda index: len(encoded[index].input_ids), reverse=True)
     with evaluation_mode(model):
-        score = _scorer(model, encoded, pad_token_id)
+        rows_of = _answer_rows(model, encoded, pad_token_id)
         for start in range(0, len(encoded), batch_size):
             indices = longest_first[start : start + batch_size]
-            result[indices] = _batch_nll(model, score, [encoded[index] for index in indices], pad_token_id)
+            batch = _on_device(model, [encoded[index] for index in indices], pad_token_id)
+            counts = (batch["labels"][:, 1:] != IGNORED).sum(dim=1).tolist()
+            columns = zip(*(summarize(logits.float(), labels) for logits, labels in rows_of(batch)), strict=True)
+            examples = zip(*(torch.cat(column).cpu().split(counts) for column in columns), strict=True)
+            for index, tokens in zip(indices, examples, strict=True):
+                result[index] = tokens
             advance(len(indices))
     return result
 
@@ -73,45 +110,43 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def _batch_nll(model: nn.Module, score: Scorer, encoded: list[Encoded], pad_token_id: int) -> Tensor:
-    batch = {name: tensor.to(device_of(model)) for name, tensor in collate(encoded, pad_token_id).items()}
-    losses = score(batch).cpu().double()  # on the CPU first: Apple's GPUs have no float64
-    counts = (batch["labels"][:, 1:] != IGNORED).sum(dim=1).cpu()
-    rows = torch.repeat_interleave(torch.arange(len(encoded)), counts)
-    return torch.zeros(len(encoded), dtype=torch.float64).index_add(0, rows, losses) / counts
+def _loss(logits: Tensor, labels: Tensor) -> tuple[Tensor]:
+    return (cross_entropy(logits, labels, reduction="none"),)
 
 
-def _scorer(model: nn.Module, encoded: Sequence[Encoded], pad_token_id: int) -> Scorer:
-    """Returns batch -> `[answer tokens]` losses: backbone, then head at answer positions, where that is the model."""
+def _on_device(model: nn.Module, encoded: list[Encoded], pad_token_id: int) -> dict[str, Tensor]:
+    return {name: tensor.to(device_of(model)) for name, tensor in collate(encoded, pad_token_id).items()}
 
-    def plain(batch: dict[str, Tensor]) -> Tensor:
-        logits = model(**_inputs(batch)).logits[:, :-1]
+
+def _answer_rows(model: nn.Module, encoded: Sequence[Encoded], pad_token_id: int) -> _Rows:
+    """Returns batch -> logits at answer positions: backbone, then head on those alone, where that is the model."""
+
+    def plain(batch: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         labels = batch["labels"][:, 1:]
         keep = labels != IGNORED
-        return cross_entropy(logits[keep].float(), labels[keep], reduction="none")
+        logits = model(**_inputs(batch)).logits[:, :-1][keep]
+        yield from zip(logits.split(_HEAD_ROWS), labels[keep].split(_HEAD_ROWS), strict=True)
 
     parts = _backbone_and_head(model)
     if parts is None or not encoded:
         return plain
     backbone, head = parts
 
-    def gathered(batch: dict[str, Tensor]) -> Tensor:
+    def gathered(batch: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         labels = batch["labels"][:, 1:]
         keep = labels != IGNORED
         hidden = backbone(**_inputs(batch)).last_hidden_state[:, :-1][keep]
-        return torch.cat(
-            [
-                cross_entropy(head(rows).float(), targets, reduction="none")
-                for rows, targets in zip(hidden.split(_HEAD_ROWS), labels[keep].split(_HEAD_ROWS), strict=True)
-            ]
-        )
+        for rows, targets in zip(hidden.split(_HEAD_ROWS), labels[keep].split(_HEAD_ROWS), strict=True):
+            yield head(rows), targets
+
+    def losses(rows_of: _Rows) -> Tensor:
+        return torch.cat([_loss(logits.float(), labels)[0] for logits, labels in rows_of(batch)])
 
     # Some models scale or cap their logits after the head (Gemma 2, Cohere, Granite), and a wrapper may mix two models.
     # One short example tells, so that no list of such models has to be kept.
-    shortest = min(encoded, key=lambda example: len(example.input_ids))
-    batch = {name: tensor.to(device_of(model)) for name, tensor in collate([shortest], pad_token_id).items()}
+    batch = _on_device(model, [min(encoded, key=lambda example: len(example.input_ids))], pad_token_id)
     tolerance = 1e-4 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 2e-2
-    same = torch.allclose(gathered(batch), plain(batch), rtol=tolerance, atol=tolerance, equal_nan=True)
+    same = torch.allclose(losses(gathered), losses(plain), rtol=tolerance, atol=tolerance, equal_nan=True)
     return gathered if same else plain
 
 

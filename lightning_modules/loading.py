@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from lightning_modules.data import ForgetRetainDataModule, TOFUDataModule
+from lightning_modules import objectives
+from lightning_modules.data import REFUSALS, ForgetRetainDataModule, TOFUDataModule
 from lightning_modules.examples import Example
 from lightning_modules.fictional_authors import QUESTIONS_PER_AUTHOR, fictional_authors
-from lightning_modules.options import DataOptions
+from lightning_modules.options import DataOptions, UnlearnOptions
 from lightning_modules.scratch import scratch_model
 from lightning_modules.tofu import tofu_examples
 
@@ -20,7 +21,12 @@ _TOKENIZER_AUTHORS = 100
 
 def make_data(options: DataOptions, tokenizer: Any, batch_size: int = 8) -> ForgetRetainDataModule:
     """The data module that the options describe; `read()` gives its splits without a tokenizer."""
-    common: dict[str, Any] = {"batch_size": batch_size, "seed": options.seed, "max_length": options.max_length}
+    common: dict[str, Any] = {
+        "batch_size": batch_size,
+        "seed": options.seed,
+        "max_length": options.max_length,
+        "refusals": _refusals(options) if isinstance(options, UnlearnOptions) else None,
+    }
     if options.tofu is not None:
         authors = options.authors if options.model == "scratch" else None
         return TOFUDataModule(options.tofu, tokenizer, folder=options.tofu_dir, num_authors=authors, **common)
@@ -33,6 +39,14 @@ def make_data(options: DataOptions, tokenizer: Any, batch_size: int = 8) -> Forg
     rows = fictional_authors(options.authors)
     kept = (options.authors - options.authors // 5) * QUESTIONS_PER_AUTHOR
     return ForgetRetainDataModule(rows[kept:], rows[:kept], tokenizer, **common)
+
+
+def _refusals(options: UnlearnOptions) -> Sequence[str] | None:
+    if not objectives.needs_refusals(objectives.by_name(options.forget_loss)):
+        return None
+    if options.refusals is None:
+        return REFUSALS
+    return [line.strip() for line in Path(options.refusals).read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def load_model(options: DataOptions, splits: Mapping[str, Sequence[Example]]) -> tuple[nn.Module, Any]:

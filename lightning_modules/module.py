@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import gradsurgery as gs
+from lightning_modules.heads import AnswerHead
+from lightning_modules.objectives import name_of, needs_reference, objective
+from lightning_modules.references import Reference
 
 
 class UnlearningModule(L.LightningModule):
@@ -21,9 +24,13 @@ class UnlearningModule(L.LightningModule):
     are Lightning's own. Losses are means over the answer tokens of all processes, so that two processes with half the batch each do
     what one does with all of it. Batches of an accumulated step count equally, whatever their number of answer tokens.
 
+    A Hugging Face model runs as backbone and head apart, so that only answer tokens go through the head and the logits of all tokens are
+    never held (`heads.AnswerHead`); any other model computes its own logits.
+
     Args:
         model: Anything that maps `input_ids` and `attention_mask` to an output with `logits [B, T, V]`.
-        forget_loss: Value per token of logits `[N, V]` and labels `[N]`, to be minimised.
+        forget_loss: A loss of `gradsurgery.losses`, a `functools.partial` of one, any function of logits `[N, V]` and labels `[N]` with a
+            value per token, or an objective (`objectives.idk`, `objectives.rmu`); to be minimised. See `objectives.objective`.
         retain_loss: The same for the retain batch.
         skip_first: Answer tokens that the forget loss leaves out at the start of each answer; None: 1 for CE-U, as in its paper,
             and 0 for any other.
@@ -31,6 +38,12 @@ class UnlearningModule(L.LightningModule):
         surgery: Base optimizer -> `GradientSurgery` with the objectives "forget" and "retain". With accumulation over several batches
             it must have `accumulate=True`.
         warmup_steps: The learning rate rises linearly over so many steps, then stays.
+        reference: The model before unlearning, for losses that compare with it: `references.SecondModel()` (a frozen copy), `AdapterOff()` or
+            `Precomputed(path)`.
+        retain_inside: Multiple of the retain loss inside the forget objective, before the rule (the GRU code's `*_gd_gru`). What is added
+            after the rule is `GradientSurgery`'s `add`.
+        dual: PDU's multiplier of the retain loss, updated after each optimizer step with that step's mean retain loss of all processes, and
+            saved with the module.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -42,22 +55,37 @@ class UnlearningModule(L.LightningModule):
         self,
         model: nn.Module,
         *,
-        forget_loss: gs.losses.TokenLoss = gs.losses.ceu,
-        retain_loss: gs.losses.TokenLoss = gs.losses.cross_entropy,
+        forget_loss: Any = gs.losses.ceu,
+        retain_loss: Any = gs.losses.cross_entropy,
         skip_first: int | None = None,
         optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer] = partial(
             torch.optim.AdamW, lr=1e-5, weight_decay=0.01
         ),
         surgery: Callable[[torch.optim.Optimizer], gs.GradientSurgery] = gs.GRU,
         warmup_steps: int = 0,
+        reference: Reference | None = None,
+        retain_inside: float = 0.0,
+        dual: gs.losses.DualVariable | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.forget_loss, self.retain_loss = forget_loss, retain_loss
-        self.skip_first = int(forget_loss is gs.losses.ceu) if skip_first is None else skip_first
+        self.head = AnswerHead(model)
+        self.objectives = {"forget": objective(forget_loss, skip_first), "retain": objective(retain_loss, 0)}
         self.make_optimizer, self.make_surgery = optimizer, surgery
         self.warmup_steps = warmup_steps
+        self.reference, self.retain_inside, self.dual = reference, retain_inside, dual
         self.losses: dict[str, Tensor] = {}
+        self._retain_losses: list[Tensor] = []
+        self._steps_seen = 0
+        if reference is None:
+            for loss in (forget_loss, retain_loss):
+                if needs_reference(loss):
+                    raise ValueError(
+                        f"{name_of(loss)}: expected a reference to compare with, found none; reference=lm.references.SecondModel() "
+                        "is a frozen copy of the model"
+                    )
+        else:
+            reference.prepare(model)
 
     @property
     def surgery(self) -> gs.GradientSurgery:
@@ -69,24 +97,36 @@ class UnlearningModule(L.LightningModule):
 
     def training_step(self, batch: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         """Both losses, joined."""
-        losses = {
-            "forget": self.loss(self.forget_loss, batch["forget"], self.skip_first),
-            "retain": self.loss(self.retain_loss, batch["retain"], 0),
-        }
+        losses = {name: compute(self, batch, name) for name, compute in self.objectives.items()}
         self.losses = {name: loss.detach() for name, loss in losses.items()}
         self.log_dict({f"loss/{name}": loss for name, loss in self.losses.items()}, prog_bar=True)
-        return self.surgery.join(**losses)
+        if self.retain_inside:
+            losses["forget"] = losses["forget"] + self.retain_inside * losses["retain"]
+        if self.dual is not None:
+            self._retain_losses.append(self.losses["retain"])
+            losses["retain"] = losses["retain"] * self.dual.value
+        return self.surgery.join(retain_graph=bool(self.retain_inside), **losses)
 
-    def loss(self, function: gs.losses.TokenLoss, batch: Mapping[str, Tensor], skip_first: int) -> Tensor:
-        """Mean of a token loss over the answer tokens of a batch, on all processes together; 0 if there is none."""
-        logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        logits, labels = gs.losses.answer_tokens(logits, batch["labels"], skip_first=skip_first)
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Move the dual variable once per optimizer step."""
+        if self.dual is None or not self._retain_losses or self.trainer.global_step == self._steps_seen:
+            return
+        self._steps_seen = self.trainer.global_step
+        mean = torch.stack(self._retain_losses).mean()
+        self._retain_losses = []
+        self.dual.update(self.trainer.strategy.reduce(mean, reduce_op="mean") if self.trainer.world_size > 1 else mean)
+
+    def on_train_start(self) -> None:
+        """A resumed run goes on counting steps from where it was."""
+        self._steps_seen, self._retain_losses = self.trainer.global_step, []
+
+    def mean_count(self, count: int) -> Tensor:
+        """The mean of a count of tokens over all processes: DDP averages losses, whatever each process counted."""
         world = 1 if self._trainer is None else self.trainer.world_size
-        count = torch.tensor(float(len(labels)), device=logits.device)
+        mean = torch.tensor(float(count), device=self.device)
         if world > 1:
-            # DDP averages over processes, whatever each of them counted: divide by the mean count.
-            count = self.trainer.strategy.reduce(count, reduce_op="mean")
-        return function(logits, labels).sum() / count.clamp_min(1.0 / world)
+            mean = self.trainer.strategy.reduce(mean, reduce_op="mean")
+        return mean.clamp_min(1.0 / world)
 
     def configure_optimizers(self) -> Any:
         """The wrapped base optimizer, and its warm-up."""

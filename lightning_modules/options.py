@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 import gradsurgery as gs
+from lightning_modules import objectives
 
 Split = Literal["forget01", "forget05", "forget10"]
 
@@ -73,8 +74,22 @@ class EvaluateOptions(DataOptions):
 class UnlearnOptions(DataOptions):
     """Make a model forget, and measure what it forgot and what it kept. Without arguments: a small model and fictional authors."""
 
-    forget_loss: str = _option("ceu", f"loss on the forget batch: {', '.join(gs.losses.LOSSES)}")
-    rule: str = _option("gru", f"how the two gradients are combined: {', '.join(gs.rules.RULES)}")
+    forget_loss: str = _option("ceu", f"loss on the forget batch: {', '.join(objectives.NAMES)}")
+    loss_options: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "options of the forget loss, for example {beta: 0.5}"}
+    )
+    retain_loss: str = _option(
+        "cross_entropy", "loss on the retain batch: cross_entropy, or kl_divergence from the start"
+    )
+    start_model: Literal["auto", "copy", "adapters_off", "precomputed"] = _option(
+        "auto",
+        "how a loss that compares with the model before unlearning knows it: a second copy, the model with its adapters switched off (auto "
+        "where there are plain adapters), or log-likelihoods on disk (auto for npo and dpo, which need no more)",
+    )
+    refusals: str | None = _option(
+        None, "text file with a refusal a line, for dpo and idk; some of our own if not given"
+    )
+    rule: str = _option("gru", f"how the two gradients are combined: {', '.join([*gs.rules.RULES, *gs.elementwise.ELEMENTWISE])}")
     rule_options: dict[str, float] = field(
         default_factory=dict, metadata={"help": "options of the rule, for example {alpha: 5}"}
     )
@@ -82,6 +97,13 @@ class UnlearnOptions(DataOptions):
         0.2, "weight of the old value in the retain gradient's moving average; null for none"
     )
     retain_weight: float = _option(0.0, "multiple of the retain gradient to add after the rule")
+    retain_inside: float = _option(0.0, "multiple of the retain loss inside the forget objective, before the rule")
+    dual: dict[str, float] = field(
+        default_factory=dict,
+        metadata={
+            "help": "PDU: weigh the retain loss by a dual variable, for example {limit: 0.3, step_size: 5, initial: 100}"
+        },
+    )
     guard: Literal["none", "measure", "update"] = _option(
         "none", "look at the parameter change itself: measure it, or project it"
     )
@@ -104,6 +126,9 @@ class UnlearnOptions(DataOptions):
     accumulate: int | None = _option(None, "batches an optimizer step; 4, for the model from scratch 1")
     max_norm: float | None = _option(1.0, "clip the combined gradient to this norm; null for no clipping")
     lora_rank: int = _option(0, "train adapters of this rank instead of all weights; merged at the end")
+    lora_init: Literal["default", "fila"] = _option(
+        "default", "how adapters start: at random, or by LoKU's FILA from Fisher information"
+    )
     precision: str | None = _option(None, "Lightning's name of it; bf16-mixed, on a CPU 32-true")
     devices: str = _option("auto", "number of devices, or auto")
     strategy: str = _option("auto", "Lightning's name of how devices share the work: auto, ddp")
@@ -126,14 +151,36 @@ class UnlearnOptions(DataOptions):
             raise ValueError(f"expected --lr > 0, found {self.lr}")
         if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
             raise ValueError(f"expected --devices to be auto or a number of devices, found {self.devices!r}")
-        gs.losses.by_name(self.forget_loss)
+        try:
+            self.bound_loss()
+            objectives.by_name(self.retain_loss)
+            if self.dual:
+                gs.losses.DualVariable(**self.dual)
+        except TypeError as error:
+            raise ValueError(
+                f"expected options that {self.forget_loss} and the dual variable know, found: {error}"
+            ) from error
+        if self.lora_init == "fila" and not self.lora_rank:
+            raise ValueError("expected --lora-rank with --lora-init fila, for example 8, found 0")
+        if self.start_model == "adapters_off" and (not self.lora_rank or self.lora_init == "fila"):
+            raise ValueError(
+                "expected --start-model adapters_off with adapters that leave the base as it is (--lora-rank without --lora-init fila), "
+                "found none; choose copy or precomputed"
+            )
         try:
             self.surgery()(self.optimizer_class()([("weight", torch.nn.Parameter(torch.zeros(1)))]))
-            self.bound_rule()(torch.eye(2, dtype=torch.float64))
+            rule: Any = self.bound_rule()
+            rule([[], []] if gs.elementwise.is_elementwise(rule) else torch.eye(2, dtype=torch.float64))
         except TypeError as error:
             raise ValueError(
                 f"expected options that {self.optimizer} and the rule {self.rule} know, found: {error}"
             ) from error
+
+    def bound_loss(self) -> Any:
+        """The forget loss with its options."""
+        loss = objectives.by_name(self.forget_loss)
+        inspect.signature(loss).bind_partial(**self.loss_options)
+        return partial(loss, **self.loss_options) if self.loss_options else loss
 
     def bound_rule(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The rule with its options."""

@@ -16,12 +16,13 @@ import yaml
 import gradsurgery as gs
 from lightning_modules.options import DataOptions
 
-METRICS, CONFIG, CURVE, SURGERY, EVALUATION = (
+METRICS, CONFIG, CURVE, SURGERY, EVALUATION, START_MODEL = (
     "metrics.json",
     "config.yaml",
     "curve.csv",
     "surgery.csv",
     "evaluation.jsonl",
+    "start_model.safetensors",
 )
 
 

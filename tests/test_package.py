@@ -73,7 +73,8 @@ def test_the_core_never_imports_the_lightning_modules() -> None:
 
 def test_the_readme_lists_every_rule_and_every_loss() -> None:
     text = (ROOT / "README.md").read_text()
-    for name in [*gs.rules.RULES, *gs.losses.LOSSES]:
+    losses = [*gs.losses.LOSSES, *gs.losses.ROW_LOSSES, *gs.losses.SEQUENCE_LOSSES, "rmu"]
+    for name in [*gs.rules.RULES, *gs.elementwise.ELEMENTWISE, *losses]:
         assert re.search(rf"`(gs\.losses\.)?{name}`", text), name
 
 

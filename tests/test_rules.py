@@ -21,9 +21,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import gradsurgery as gs
 from gradsurgery import gram as gram_module
 from gradsurgery import rules
 from tests import tolerances, zoo
+from tests.problems import classification, contexts, mlp, values
 from tests.reference import rules as reference
 from tests.tolerances import close
 
@@ -70,6 +72,8 @@ FACTS = {
     "gradvac": Facts(degree=0, alone=1.0, protects=2, identity=ANY, rescaling=ANY, protected_symmetric=2),
     "blur": Facts(degree=0, alone=1.0, protected_symmetric=ANY),
     "hamu": Facts(options={"gain": 0.5, "radius": 1.0}, alone=0.125, protected_symmetric=ANY),
+    "hamu_u": Facts(options={"gain": 0.5, "radius": 1.0}, alone=0.5, protected_symmetric=ANY),
+    "orthograd": Facts(degree=0, alone=1.0, protects=2, protected_symmetric=ANY),
     "pcgrad": Facts(degree=0, alone=1.0, helps_all=2, symmetric=2),
     "mgda": Facts(degree=0, alone=1.0, helps_all=ANY, symmetric=ANY, resolves_longest=True),
     "cagrad": Facts(
@@ -406,6 +410,7 @@ OPTIONS: dict[str, list[dict[str, float]]] = {
     "cos_clip": [{}, {"floor": -0.1}, {"floor": -1.0}, {"floor": 0.0}],
     "gradvac": [{}, {"target": 0.4}, {"target": -0.4}],
     "blur": [{}, {"gamma": 0.25}],
+    "orthograd": [{}, {"gamma": 0.5, "alpha": 2.0}, {"alpha": 0.0}],
     "cagrad": [{}, {"c": 0.0}, {"c": 0.2}, {"c": 0.9}],
 }
 CASES = [(name, options) for name in reference.TWO_ROWS for options in OPTIONS.get(name, [{}])]
@@ -414,7 +419,7 @@ CASES = [(name, options) for name in reference.TWO_ROWS for options in OPTIONS.g
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_closed_form_for_two_rows(name: str, options: dict[str, float]) -> None:
     rows, grams = two_rows()
-    if name in ("hamu", "gem"):  # options with units: keep the lengths moderate
+    if name in ("hamu", "hamu_u", "gem"):  # options with units: keep the lengths moderate
         rows = rows / lengths(rows)[..., None] * torch.tensor([[2.0], [0.7]])
         grams = zoo.gram_of(rows)
     options = {**facts_of(name).options, **options}
@@ -565,6 +570,24 @@ def test_blur_and_hamu_beyond_their_formulas() -> None:
     )  # nothing to retain
 
 
+def test_hamu_u_is_hamu_with_the_rows_exchanged() -> None:
+    rows = torch.cat([zoo.random_rows(2, 40, seed=60), zoo.degenerate_rows(2, 40, seed=61)])
+    grams = zoo.gram_of(rows)
+    for gain in (0.0, 0.3, 1.0):
+        expected = rules.hamu(grams.flip(-1, -2), gain=gain, radius=1.0).flip(-1)
+        close(rules.hamu_u(grams, gain=gain, radius=1.0), expected, tolerances.SAME)
+
+
+@pytest.mark.parametrize("number", [2, 3, 5])
+def test_orthograd_leaves_no_sample_a_share_of_the_forget_row(number: int) -> None:
+    rows = torch.cat([zoo.random_rows(number, 40, seed=62), zoo.degenerate_rows(number, 40, seed=63)])
+    grams = zoo.gram_of(rows)
+    without_mean = rules.orthograd(grams, alpha=0.0)
+    close(without_mean, rules.gu(grams), tolerances.SAME)
+    products = (grams @ without_mean[..., None]).squeeze(-1)[:, 1:]
+    close(products, torch.zeros_like(products), tolerances.OUT_OF_ORDER, scale=lengths(rows)[:, :1] + 1.0)
+
+
 @every_size
 def test_a_margin_in_the_units_of_the_matrix(number: int) -> None:
     kinds, rows, grams = zoo.stacked(number, "random", "random_again", "no_conflict", "conflict_with_all")
@@ -659,11 +682,12 @@ def against_oracle(name: str, rows: Tensor, tolerance: tolerances.Tolerance, **o
     )
 
 
-SEARCHED = {"cagrad", "hamu"}  # their oracles stop early
+SEARCHED = {"cagrad", "hamu", "hamu_u"}  # their oracles stop early
 FULL_RANK_ONLY = {
     "imtl_g",
     "nash_mtl",
     "hamu",
+    "hamu_u",
     "cagrad",
     "gem",
 }  # their oracles need it; degenerate cases have tests of their own
@@ -684,7 +708,7 @@ def test_oracle_on_degenerate_rows(name: str, number: int) -> None:
     against_oracle(name, zoo.degenerate_rows(number, 40, seed=20 + number), tolerances.OUT_OF_ORDER)
 
 
-@pytest.mark.parametrize("name", ["gru", "gu", "gradvac", "blur", "pcgrad", "a_gem", "ngdiff", "upgrad"])
+@pytest.mark.parametrize("name", ["gru", "gu", "orthograd", "gradvac", "blur", "pcgrad", "a_gem", "ngdiff", "upgrad"])
 @every_size
 def test_oracle_on_the_zoo(name: str, number: int) -> None:
     for animal in zoo.animals(number):
@@ -1048,3 +1072,33 @@ def test_gradvac_never_looks_at_a_value() -> None:
     with _NoQuestions():
         rule(grams[1])
         rule.commit()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Any callable is a rule
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+TORCHJD = {
+    "MeanWeighting": functools.partial(rules.gradient_difference, gamma=0.5, alpha=0.5),
+    "SumWeighting": rules.sum,
+    "MGDAWeighting": rules.mgda,
+    "PCGradWeighting": rules.pcgrad,
+    "IMTLGWeighting": rules.imtl_g,
+    "AlignedMTLWeighting": rules.aligned_mtl,
+}
+"""Those that need no solver of their own, and what they are called here."""
+
+
+@pytest.mark.parametrize("name", TORCHJD)
+def test_weightings_of_torchjd_are_rules_and_agree_with_ours_for_two_rows(name: str) -> None:
+    aggregation = pytest.importorskip("torchjd.aggregation", reason="needs torchjd")
+    weighting = getattr(aggregation, name)()
+    for rows in zoo.random_rows(2, 20, seed=70):
+        gram = zoo.gram_of(rows)
+        # Its MGDA is 100 Frank-Wolfe steps; the others are exact in float64 up to their cut-offs.
+        close(weighting(gram).double(), TORCHJD[name](gram), tolerances.ITERATIVE_ORACLE, scale=2.0)
+    models = mlp(), mlp()
+    for model, rule in zip(models, (weighting, TORCHJD[name]), strict=True):
+        optimizer = gs.GradientSurgery(torch.optim.SGD(model.parameters(), lr=0.1), rule=rule)
+        contexts(model, optimizer, classification(), range(4))
+    close(values(models[0]), values(models[1]), tolerances.ITERATIVE_ORACLE)

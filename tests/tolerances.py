@@ -107,3 +107,9 @@ LOSS: dict[torch.dtype, Tolerance] = {
     torch.bfloat16: Tolerance(8e-3, "float32 arithmetic, the gradient rounded once to 8 bits"),
     torch.float16: Tolerance(2e-3, "float32 arithmetic, the gradient rounded once to 11 bits"),
 }
+
+LINEAR: dict[torch.dtype, Tolerance] = {
+    torch.float64: Tolerance(1e-12, "as LOSS, through one more product of at most 40 terms"),
+    torch.float32: Tolerance(2e-5, "as LOSS, through one more product of at most 40 terms"),
+    torch.bfloat16: Tolerance(1.5e-2, "logits' gradients rounded to 8 bits before the products, and those once more"),
+}

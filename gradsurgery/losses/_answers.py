@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gradsurgery.losses._tokens import IGNORED
+from gradsurgery.losses._log_odds import IGNORED
 
 
 def answer_tokens(logits: Tensor, labels: Tensor, *, skip_first: int = 0) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,62 @@
-"""Unlearning metrics. `functional` holds the pure functions, on which everything that reports a number rests."""
+"""Unlearning metrics: one `torchmetrics.Metric` a file, over the pure functions of `functional`.
+
+The functions need torch alone. The classes accumulate over batches and processes; they need `torchmetrics`, which comes
+with Lightning, and are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from lightning_modules.metrics import functional
 
-__all__ = ["functional"]
+if TYPE_CHECKING:
+    from lightning_modules.metrics.answer_probability import AnswerProbability
+    from lightning_modules.metrics.exact_memorization import ExactMemorization
+    from lightning_modules.metrics.extraction_strength import ExtractionStrength
+    from lightning_modules.metrics.forget_quality import ForgetQuality
+    from lightning_modules.metrics.model_utility import ModelUtility
+    from lightning_modules.metrics.priv_leak import PrivLeak
+    from lightning_modules.metrics.rouge_recall import RougeRecall
+    from lightning_modules.metrics.truth_ratio import TruthRatio
+
+__all__ = [
+    "AnswerProbability",
+    "ExactMemorization",
+    "ExtractionStrength",
+    "ForgetQuality",
+    "ModelUtility",
+    "PrivLeak",
+    "RougeRecall",
+    "TruthRatio",
+    "functional",
+]
+
+_HOMES = {
+    "AnswerProbability": "answer_probability",
+    "ExactMemorization": "exact_memorization",
+    "ExtractionStrength": "extraction_strength",
+    "ForgetQuality": "forget_quality",
+    "ModelUtility": "model_utility",
+    "PrivLeak": "priv_leak",
+    "RougeRecall": "rouge_recall",
+    "TruthRatio": "truth_ratio",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    try:
+        module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "torchmetrics":
+            raise
+        hint = f"lightning_modules.metrics.{name} needs torchmetrics: pip install 'gradsurgery[lightning]'"
+        raise ModuleNotFoundError(hint, name=error.name) from error
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -23,6 +23,20 @@ def ceu(logits: Tensor, label: int) -> Tensor:
     return -(target * torch.log_softmax(logits, -1)).sum() - entropy
 
 
+def unlikelihood(logits: Tensor, label: int) -> Tensor:
+    return -torch.log(1 - torch.softmax(logits, -1)[label])
+
+
+def weighted_gradient_ascent(logits: Tensor, label: int, beta: float = 1.0) -> Tensor:
+    weight = torch.softmax(logits, -1)[label].detach() ** beta
+    return weight * torch.log_softmax(logits, -1)[label]
+
+
+def satimp(logits: Tensor, label: int, beta1: float = 5.0, beta2: float = 1.0) -> Tensor:
+    p = torch.softmax(logits, -1)[label].detach()
+    return p**beta1 * (1 - p) ** beta2 * torch.log_softmax(logits, -1)[label]
+
+
 def inverted_hinge(logits: Tensor, label: int) -> Tensor:
     probabilities = torch.softmax(logits, -1)
     return 1 + probabilities[label] - probabilities.index_fill(0, torch.tensor([label]), -torch.inf).max()
@@ -35,7 +49,7 @@ def exact(name: str, logits: list[float], label: int) -> tuple[float, list[float
         total = mpmath.fsum(mpmath.exp(value) for value in z)
         p = [mpmath.exp(value) / total for value in z]
         y, rest = label, 1 - p[label]
-        if name == "ceu":
+        if name in ("ceu", "unlikelihood"):
             value = -mpmath.log(rest)
             row = [p[y] if i == y else -p[i] * p[y] / rest for i in range(len(z))]
         elif name == "inverted_hinge":
@@ -44,6 +58,10 @@ def exact(name: str, logits: list[float], label: int) -> tuple[float, list[float
             row = [p[i] * (p[v] - p[y]) for i in range(len(z))]
             row[y] = p[y] * (1 - p[y] + p[v])
             row[v] = -p[v] * (1 - p[v] + p[y])
+        elif name in ("weighted_gradient_ascent", "satimp"):
+            weight = p[y] if name == "weighted_gradient_ascent" else p[y] ** 5 * rest
+            value = weight * mpmath.log(p[y])
+            row = [weight * ((i == y) - p[i]) for i in range(len(z))]
         else:
             sign = 1 if name == "cross_entropy" else -1
             value = -sign * mpmath.log(p[y])

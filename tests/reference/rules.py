@@ -80,6 +80,16 @@ def gu(rows: Vector) -> Vector:
     return rows[0] - basis.T @ (basis @ rows[0])
 
 
+def orthograd(rows: Vector, *, gamma: float = 1.0, alpha: float = 1.0) -> Vector:
+    """gamma times the residual of f's least-squares fit by the unit protected rows, and alpha times their mean."""
+    forget, protected = rows[0], rows[1:]
+    if len(protected) == 0:
+        return gamma * forget
+    directions = np.stack([_unit(row) for row in protected], 1)
+    fit = np.linalg.lstsq(directions, forget, rcond=1e-7)[0]
+    return gamma * (forget - directions @ fit) + alpha * protected.mean(0)
+
+
 def gradvac(rows: Vector, *, target: float = 0.0) -> Vector:
     """Algorithm 1 of the paper for the forget row alone, in index order."""
     update = rows[0].copy()
@@ -122,6 +132,11 @@ def hamu(rows: Vector, *, gain: float, radius: float) -> Vector:
         options={"ftol": 1e-15, "maxiter": 500},
     )
     return basis @ found.x
+
+
+def hamu_u(rows: Vector, *, gain: float, radius: float) -> Vector:
+    """max <f, u> s.t. <r, u> >= gain, |u| <= radius: the same program with the rows exchanged."""
+    return hamu(np.stack([rows[1:].sum(0), rows[0]]), gain=gain, radius=radius)
 
 
 def pcgrad(rows: Vector, *, orders: list[list[int]] | None = None) -> Vector:
@@ -222,7 +237,7 @@ def upgrad(rows: Vector) -> Vector:
 ORACLES: dict[str, Callable[..., Vector]] = {
     function.__name__: function
     for function in (
-        sum, gradient_difference, gru, gem, a_gem, gu, gradvac, blur, hamu, pcgrad, mgda, cagrad, imtl_g, ngdiff, nash_mtl, aligned_mtl,
+        sum, gradient_difference, gru, gem, a_gem, gu, orthograd, gradvac, blur, hamu, hamu_u, pcgrad, mgda, cagrad, imtl_g, ngdiff, nash_mtl, aligned_mtl,
         upgrad,
     )
 }  # fmt: skip
@@ -304,6 +319,8 @@ TWO_ROWS: dict[str, Callable[..., tuple[float, float]]] = {
     "aligned_mtl": _aligned_two,
     "upgrad": lambda F, R, p: ((1.0 - min(0.0, p) / F) / 2.0, (1.0 - min(0.0, p) / R) / 2.0),
     "hamu": _hamu_two,
+    "hamu_u": lambda F, R, p, *, gain, radius: _hamu_two(R, F, p, gain=gain, radius=radius)[::-1],
+    "orthograd": lambda F, R, p, *, gamma=1.0, alpha=1.0: (gamma, -gamma * p / R + alpha),
 }
 
 

@@ -1,0 +1,90 @@
+"""What all metric classes here have in common, on top of `torchmetrics.Metric`."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+
+class ExampleMetric(Metric):
+    """A metric over examples whose states survive an error, and are float64.
+
+    torchmetrics leaves a metric synchronised, or switched to a single batch, when `compute` raises; every later result
+    would then be wrong without a word. Here the metric is as it was before.
+
+    The states are float64, which Apple's GPUs do not have: keep the metric on the CPU there.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # Of the empty state that a process without examples sends: every process has to send the same dtype.
+        self.set_dtype(torch.float64)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Adds a batch and returns the metric of that batch alone."""
+        before = {name: list(value) if isinstance(value, list) else value for name, value in vars(self).items()}
+        try:
+            return super().forward(*args, **kwargs)
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
+
+    @contextmanager
+    def sync_context(self, *args: Any, should_unsync: bool = True, **kwargs: Any) -> Generator[None]:
+        """Gathers the states of all processes for the time of the block."""
+        self.sync(*args, **kwargs)
+        try:
+            yield
+        finally:
+            self.unsync(should_unsync=self._is_synced and should_unsync)
+
+
+class MeanOverExamples(ExampleMetric):
+    """The mean of one number an example, over all batches and processes."""
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def add(self, values: Tensor | float) -> None:
+        """Adds one number for each of n examples, `[n]`, or one example's."""
+        numbers = torch.as_tensor(values).to(self.total).reshape(-1)
+        self.total = self.total + numbers.sum()
+        self.count = self.count + len(numbers)
+
+    def compute(self) -> Tensor:
+        """The mean over the examples, float64.
+
+        Raises:
+            RuntimeError: if there was no example.
+        """
+        if not self.count:
+            raise nothing_seen(self)
+        return self.total / self.count
+
+
+def nothing_seen(metric: Metric, of: str = "") -> RuntimeError:
+    """The error of `compute` before `update`."""
+    return RuntimeError(
+        f"{type(metric).__name__} has seen no example{of}: call update with a batch of them before compute"
+    )
+
+
+def gathered(state: Any) -> Tensor:
+    """A state that grows by concatenation, as one tensor; empty where no process has anything."""
+    parts = [state] if isinstance(state, Tensor) else list(state)
+    return dim_zero_cat(parts) if parts else torch.zeros(0, dtype=torch.float64)

@@ -1,0 +1,57 @@
+"""How much of the right texts a model's generations give back, over a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_modules.metrics._base import MeanOverExamples
+from lightning_modules.metrics.functional import ROUGE_KINDS, rouge_recall
+
+
+class RougeRecall(MeanOverExamples):
+    """Mean ROUGE recall of the generations; per example `functional.rouge_recall`. Needs `rouge-score`.
+
+    Direction: higher is better on what is to be kept, which is what `higher_is_better` says. On the forget set lower is
+    better, down to what the retrained model scores.
+
+    | Llama-2-7B on TOFU, ROUGE-L | retain | forget10 | real authors | world facts |
+    |---|---|---|---|---|
+    | fine-tuned on everything | .9857 | .9854 | .9330 | .8825 |
+    | retrained without forget10 | .9758 | .4082 | .9230 | .8974 |
+
+    Args:
+        kind: `"rouge1"`, `"rouge2"`, `"rougeL"` or `"rougeLsum"`.
+        use_stemmer: compare Porter stems, as TOFU does.
+        kwargs: of `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: if the kind is unknown.
+
+    Example:
+        >>> metric = RougeRecall()
+        >>> metric.update(["He wrote the novels in Lima", "No."], ["The novel", "In Lima"])
+        >>> metric.compute()
+        tensor(0.5000, dtype=torch.float64)
+    """
+
+    higher_is_better = True
+
+    def __init__(self, kind: str = "rougeL", use_stemmer: bool = True, **kwargs: Any) -> None:
+        if kind not in ROUGE_KINDS:
+            raise ValueError(f"expected kind to be one of {', '.join(ROUGE_KINDS)}, found {kind!r}")
+        super().__init__(**kwargs)
+        self.kind = kind
+        self.use_stemmer = use_stemmer
+
+    def update(self, predictions: str | Sequence[str], targets: str | Sequence[str]) -> None:
+        """Adds n examples.
+
+        Args:
+            predictions: generated texts, n of them, or one.
+            targets: the right texts, as many.
+
+        Raises:
+            ValueError: if there is none, or not as many of both.
+        """
+        self.add(rouge_recall(predictions, targets, self.kind, self.use_stemmer))  # pyright: ignore[reportArgumentType, reportCallIssue]

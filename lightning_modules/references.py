@@ -1,0 +1,197 @@
+# ruff: noqa: ARG002 (three classes with the same methods, which need not all arguments)
+"""Where a loss's reference comes from: a second model, the model with its adapters off, or numbers on a disk."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+import gradsurgery as gs
+from lightning_modules.heads import AnswerHead, Batch, States, answer_values
+from lightning_modules.likelihood import answer_nll, device_of
+from lightning_modules.tokenization import IGNORED, Encoded
+
+
+class SecondModel:
+    """A frozen model beside the one that is trained: right for every loss, and twice the memory for weights.
+
+    It is not part of the module: no optimizer, checkpoint or strategy sees it.
+
+    Args:
+        model: The reference; None copies the model as it is when training begins.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self.model = model
+        self._head: AnswerHead | None = None
+
+    def prepare(self, model: nn.Module) -> None:
+        """Copy the model if there is none yet, and freeze it."""
+        if self._head is None:
+            self.model = copy.deepcopy(model) if self.model is None else self.model
+            self.model.requires_grad_(False).eval()
+            self._head = AnswerHead(self.model)
+
+    def states(self, head: AnswerHead, batch: Batch, *, split: bool) -> States:
+        """The reference's states; logits if the trained model gives logits."""
+        self.prepare(head.model)
+        if self.model is None or self._head is None:
+            raise RuntimeError("expected prepare(model) before the first batch")
+        if device_of(self.model) != batch["input_ids"].device:
+            self.model.to(batch["input_ids"].device)
+        with torch.no_grad():
+            return self._head.states(batch, split=split)
+
+    def nll(self, head: AnswerHead, batch: Batch, skip_first: int, name: str) -> Tensor:
+        """Negative log-likelihood of each answer, summed over its tokens, `[B]`."""
+        with torch.no_grad():
+            return sequence_nll(self.states(head, batch, split=True), batch["labels"], skip_first)
+
+
+class AdapterOff:
+    """The trained model with its adapters switched off: no second copy, one more forward pass.
+
+    Right where the base weights are those of the start model. FILA changes them: take `SecondModel` or `Precomputed` there.
+    """
+
+    def prepare(self, model: nn.Module) -> None:
+        """Refuse a model without adapters.
+
+        Raises:
+            TypeError: If it has none.
+        """
+        if not hasattr(model, "disable_adapter"):
+            raise TypeError(
+                f"AdapterOff: expected a PEFT model with adapters, found {type(model).__name__}; use SecondModel() or Precomputed(path)"
+            )
+
+    def states(self, head: AnswerHead, batch: Batch, *, split: bool) -> States:
+        """The base model's states."""
+        model: Any = head.model
+        off: AbstractContextManager[Any] = (
+            model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
+        )
+        modes = [(module, module.training) for module in model.modules()]
+        with torch.no_grad(), off:
+            model.eval()  # no dropout in a reference
+            try:
+                return head.states(batch, split=split)
+            finally:
+                for module, mode in modes:
+                    module.training = mode
+
+    def nll(self, head: AnswerHead, batch: Batch, skip_first: int, name: str) -> Tensor:
+        """Negative log-likelihood of each answer, summed over its tokens, `[B]`."""
+        with torch.no_grad():
+            return sequence_nll(self.states(head, batch, split=True), batch["labels"], skip_first)
+
+
+class Precomputed:
+    """Log-likelihoods that `precompute` wrote: no second model and no second forward pass.
+
+    For losses that need one number per sequence (`npo`, `dpo`); a loss that needs the reference's logits would need `[tokens, vocabulary]`
+    numbers.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        from safetensors.torch import load_file
+
+        self.path = Path(path)
+        if not self.path.exists():
+            raise FileNotFoundError(f"expected log-likelihoods in {self.path}, found no file; `precompute` writes it")
+        self.tensors = load_file(self.path)
+
+    def prepare(self, model: nn.Module) -> None:
+        """Nothing to do."""
+
+    def states(self, head: AnswerHead, batch: Batch, *, split: bool) -> States:
+        """Refuse.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "expected a reference that gives logits, found log-likelihoods from a file; use SecondModel() or AdapterOff() with this loss"
+        )
+
+    def nll(self, head: AnswerHead, batch: Batch, skip_first: int, name: str) -> Tensor:
+        """Negative log-likelihood of each answer, summed over its tokens, `[B]`.
+
+        Raises:
+            ValueError: If the file is about other examples.
+        """
+        if skip_first:
+            raise ValueError(
+                f"skip_first: expected 0 with precomputed log-likelihoods, which are of whole answers, found {skip_first}"
+            )
+        if "index" not in batch:
+            raise ValueError(
+                "expected the batch to hold the examples' index, as those of ForgetRetainDataModule do, found none"
+            )
+        index, lengths = batch["index"].cpu(), gs.losses.answer_lengths(batch["labels"]).cpu()
+        values, known = self.tensors.get(f"{name}_nll"), self.tensors.get(f"{name}_lengths")
+        if values is None or known is None or int(index.max()) >= len(values) or not torch.equal(known[index], lengths):
+            raise ValueError(
+                f"expected {self.path} to be about these {name} examples, found others; write it again with `precompute`"
+            )
+        return values[index].to(batch["labels"].device)
+
+
+Reference: TypeAlias = SecondModel | AdapterOff | Precomputed
+
+
+class Examples(Protocol):
+    """What `precompute` reads: `lightning_modules.data.PairDataset`."""
+
+    forget: Sequence[Encoded]
+    retain: Sequence[Encoded]
+    refusal: Sequence[Encoded] | None
+
+
+def precompute(
+    model: nn.Module, dataset: Examples, path: str | Path, *, pad_token_id: int, batch_size: int = 32
+) -> None:
+    """Write the log-likelihoods of every answer under the model that is about to forget, for `Precomputed`.
+
+    Args:
+        model: The reference, before unlearning.
+        dataset: `ForgetRetainDataModule(...).dataset` after `setup()`.
+        path: Of the file to write, safetensors; 12 bytes an example.
+        pad_token_id: Of the tokenizer.
+        batch_size: Examples a forward pass.
+    """
+    from safetensors.torch import save_file
+
+    splits: Mapping[str, Sequence[Encoded] | None] = {
+        "forget": dataset.forget,
+        "retain": dataset.retain,
+        "refusal": dataset.refusal,
+    }
+    tensors: dict[str, Tensor] = {}
+    for name, encoded in splits.items():
+        if encoded is None:
+            continue
+        lengths = torch.tensor([sum(label != IGNORED for label in example.labels[1:]) for example in encoded])
+        means = answer_nll(model, encoded, pad_token_id=pad_token_id, batch_size=batch_size)
+        tensors |= {f"{name}_nll": (means * lengths).float(), f"{name}_lengths": lengths}
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, target)
+
+
+def sequence_nll(states: States, labels: Tensor, skip_first: int) -> Tensor:
+    """Negative log-likelihood of each answer, summed over its tokens, `[B]`."""
+    values, _ = answer_values(gs.losses.cross_entropy, states, labels, skip_first=skip_first, again=True)
+    return gs.losses.sequence_sum(values, labels, skip_first=skip_first)
