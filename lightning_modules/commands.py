@@ -71,6 +71,8 @@ def _unlearn(options: UnlearnOptions) -> Path:
         outputs.claim(folder)
     L.seed_everything(options.seed, verbose=False)
     model, tokenizer = load_model(options, splits)
+    if options.method == "uld":
+        return _unlearn_by_assistant(options, splits, model, tokenizer)
     data = make_data(options, tokenizer, options.batch_size)
     model = _adapted(model, options, data)
     reference = _start_model(model, options, data, folder)
@@ -104,24 +106,69 @@ def _unlearn(options: UnlearnOptions) -> Path:
     if not trainer.is_global_zero or before is None:
         return folder
 
-    model = _merged(module.model)
     _write_rows(folder / outputs.CURVE, curve.points)
+    seconds = {"train": training, "evaluate": evaluating}
+    return _leave(options, splits, before, _merged(module.model), tokenizer, seconds)
+
+
+def _unlearn_by_assistant(
+    options: UnlearnOptions, splits: Mapping[str, Sequence[Example]], model: nn.Module, tokenizer: Any
+) -> Path:
+    """ULD: train a small model whose logits are subtracted; there is no surgery, and so no surgery.csv."""
+    from lightning_modules.uld import train_assistant
+
+    folder = Path(options.output)
+    if not _first():
+        raise ValueError("--method uld: expected one process, found several; use --devices 1")
+    started = time.perf_counter()
+    before = _score(options, splits, model, tokenizer)
+    evaluating = time.perf_counter() - started
+    outputs.write_config(folder, "unlearn", options)
+    started = time.perf_counter()
+    unlearned = train_assistant(
+        model,
+        tokenizer,
+        splits,
+        lora_rank=options.lora_rank,
+        lr=options.lr or 1e-3,
+        weight_decay=options.weight_decay,
+        warmup_steps=options.warmup_steps,
+        epochs=options.epochs or 10,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        seed=options.seed,
+        trainer={"precision": options.precision, "enable_progress_bar": Console(stderr=True).is_terminal},
+        **options.uld_settings(),
+    )
+    seconds = {"train": time.perf_counter() - started, "evaluate": evaluating}
+    return _leave(options, splits, before, unlearned, tokenizer, seconds)
+
+
+def _leave(
+    options: UnlearnOptions,
+    splits: Mapping[str, Sequence[Example]],
+    before: Evaluation,
+    model: Any,
+    tokenizer: Any,
+    seconds: dict[str, float],
+) -> Path:
+    """Save the model, score it beside the reference, and write everything that a run leaves."""
+    folder = Path(options.output)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     started = time.perf_counter()
-    after = score(model, tokenizer)
+    after = _score(options, splits, model, tokenizer)
     reference = _reference(options, splits, after)
-    evaluating += time.perf_counter() - started
-    metrics = _metrics(options, before, after, reference, {"train": training, "evaluate": evaluating})
+    seconds["evaluate"] += time.perf_counter() - started
+    metrics = _metrics(options, before, after, reference, seconds)
     named = {"before": before.examples, "after": after.examples, "reference": reference}
     outputs.write_evaluation(folder / outputs.EVALUATION, named)
     outputs.write_json(folder / outputs.METRICS, metrics)
     draw(folder)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     _show(metrics)
-    Console().print(
-        f"Everything is in [bold]{folder}[/bold]: report.md with curves.png, metrics.json, surgery.csv, model/"
-    )
+    there = ", ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
+    Console().print(f"Everything is in [bold]{folder}[/bold]: {there}")
     return folder
 
 

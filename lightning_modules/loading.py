@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+import gradsurgery as gs
 from lightning_modules import objectives
 from lightning_modules.data import REFUSALS, ForgetRetainDataModule, TOFUDataModule
 from lightning_modules.examples import Example
@@ -100,6 +101,7 @@ def load_pretrained(name: str) -> tuple[nn.Module, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _ = gs.logit_difference.LogitDifferenceModel  # makes its folders loadable
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype="float32"), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

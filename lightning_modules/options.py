@@ -74,6 +74,9 @@ class EvaluateOptions(DataOptions):
 class UnlearnOptions(DataOptions):
     """Make a model forget, and measure what it forgot and what it kept. Without arguments: a small model and fictional authors."""
 
+    method: Literal["surgery", "uld"] = _option(
+        "surgery", "train the model by two losses and surgery, or by ULD an assistant whose logits are subtracted"
+    )
     forget_loss: str = _option("ceu", f"loss on the forget batch: {', '.join(objectives.NAMES)}")
     loss_options: dict[str, float] = field(
         default_factory=dict, metadata={"help": "options of the forget loss, for example {beta: 0.5}"}
@@ -89,7 +92,9 @@ class UnlearnOptions(DataOptions):
     refusals: str | None = _option(
         None, "text file with a refusal a line, for dpo and idk; some of our own if not given"
     )
-    rule: str = _option("gru", f"how the two gradients are combined: {', '.join([*gs.rules.RULES, *gs.elementwise.ELEMENTWISE])}")
+    rule: str = _option(
+        "gru", f"how the two gradients are combined: {', '.join([*gs.rules.RULES, *gs.elementwise.ELEMENTWISE])}"
+    )
     rule_options: dict[str, float] = field(
         default_factory=dict, metadata={"help": "options of the rule, for example {alpha: 5}"}
     )
@@ -125,7 +130,16 @@ class UnlearnOptions(DataOptions):
     batch_size: int = _option(8, "forget and retain examples a forward pass and process")
     accumulate: int | None = _option(None, "batches an optimizer step; 4, for the model from scratch 1")
     max_norm: float | None = _option(1.0, "clip the combined gradient to this norm; null for no clipping")
-    lora_rank: int = _option(0, "train adapters of this rank instead of all weights; merged at the end")
+    lora_rank: int = _option(
+        0, "train adapters of this rank instead of all weights; merged at the end; of ULD's assistant (32 if 0)"
+    )
+    uld: dict[str, float] = field(
+        default_factory=dict,
+        metadata={
+            "help": "settings of ULD: num_layers, weight, top_logit_filter, retain_weight, lora_alpha, perturbed_per_row; for the model from "
+            "scratch num_layers is 1 and weight 1"
+        },
+    )
     lora_init: Literal["default", "fila"] = _option(
         "default", "how adapters start: at random, or by LoKU's FILA from Fisher information"
     )
@@ -160,6 +174,15 @@ class UnlearnOptions(DataOptions):
             raise ValueError(
                 f"expected options that {self.forget_loss} and the dual variable know, found: {error}"
             ) from error
+        known = {"num_layers", "weight", "top_logit_filter", "retain_weight", "lora_alpha", "perturbed_per_row"}
+        if set(self.uld) - known:
+            raise ValueError(
+                f"--uld: expected {', '.join(sorted(known))}, found {', '.join(sorted(set(self.uld) - known))}"
+            )
+        if self.method == "uld" and self.resume:
+            raise ValueError(
+                "--resume: expected a run with surgery, found --method uld, which keeps no checkpoints; start it anew"
+            )
         if self.lora_init == "fila" and not self.lora_rank:
             raise ValueError("expected --lora-rank with --lora-init fila, for example 8, found 0")
         if self.start_model == "adapters_off" and (not self.lora_rank or self.lora_init == "fila"):
@@ -216,12 +239,22 @@ class UnlearnOptions(DataOptions):
     def resolved(self) -> UnlearnOptions:
         """A copy in which nothing depends on anything: what config.yaml holds."""
         scratch = self.model == "scratch"
+        uld = self.method == "uld"
         depends: dict[str, Any] = {
-            "lr": 5e-5 if scratch else 1e-5,
-            "epochs": 20 if scratch else 5,
+            "lr": (3e-3 if scratch else 1e-3) if uld else 5e-5 if scratch else 1e-5,
+            "epochs": (30 if scratch else 10) if uld else 20 if scratch else 5,
             "accumulate": 1 if scratch else 4,
             "stop_below": 0.05 if scratch else None,
             "score_every": 1 if scratch else None,
             "precision": "bf16-mixed" if torch.cuda.is_available() else "32-true",
         }
-        return replace(self, **{name: value for name, value in depends.items() if getattr(self, name) is None})
+        known = {name: value for name, value in depends.items() if getattr(self, name) is None}
+        if uld:
+            known |= {"lora_rank": self.lora_rank or 32}
+            known |= {"uld": ({"num_layers": 1, "weight": 1.0} if scratch else {}) | self.uld}
+        return replace(self, **known)
+
+    def uld_settings(self) -> dict[str, Any]:
+        """Arguments of `train_assistant`; a YAML file may have written counts as 8.0."""
+        counts = ("num_layers", "perturbed_per_row")
+        return {name: int(value) if name in counts else value for name, value in self.uld.items()}

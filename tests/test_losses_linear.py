@@ -57,7 +57,9 @@ def both(
         if fused:
             values = linear(hidden, weight, inputs.labels, loss, bias, scale=scale, softcap=softcap, **options)
         else:
-            logits = functional.linear(hidden, weight, bias).to(torch.float64 if dtype == torch.float64 else torch.float32)
+            logits = functional.linear(hidden, weight, bias).to(
+                torch.float64 if dtype == torch.float64 else torch.float32
+            )
             logits = logits * scale
             values = loss(logits if softcap is None else softcap * torch.tanh(logits / softcap), inputs.labels)
         (values.sum() if upstream is None else values @ upstream.to(values.dtype)).backward()
@@ -72,7 +74,11 @@ def agree(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> No
         close(one.double(), other.double(), LINEAR[dtype], scale=float(other.double().norm()) + 1e-30)
 
 
-WEIGHTS = {"summed": None, "one for each token": torch.linspace(-1, 2, 23), "negative and zero": torch.arange(23) % 3 - 1.0}
+WEIGHTS = {
+    "summed": None,
+    "one for each token": torch.linspace(-1, 2, 23),
+    "negative and zero": torch.arange(23) % 3 - 1.0,
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -102,7 +108,11 @@ def test_scaled_and_capped_logits(name: str, softcap: float | None, scale: float
 
 
 @given(
-    tokens=st.integers(0, 40), chunk=st.integers(1, 50), masked=st.floats(0, 1), recompute=st.booleans(), frozen=st.booleans()
+    tokens=st.integers(0, 40),
+    chunk=st.integers(1, 50),
+    masked=st.floats(0, 1),
+    recompute=st.booleans(),
+    frozen=st.booleans(),
 )
 def test_chunks_change_nothing(tokens: int, chunk: int, masked: float, recompute: bool, frozen: bool) -> None:
     inputs = case(tokens, masked=masked, seed=tokens)
@@ -178,7 +188,10 @@ def test_any_function_of_a_row_is_a_loss() -> None:
         return torch.where(labels == -100, 0.0, logits.std(-1) * logits.logsumexp(-1))
 
     for recompute in (False, True):
-        agree(*both(case(bias=True), spread, WEIGHTS["one for each token"], recompute=recompute, chunk_size=4), torch.float64)
+        agree(
+            *both(case(bias=True), spread, WEIGHTS["one for each token"], recompute=recompute, chunk_size=4),
+            torch.float64,
+        )
 
 
 def test_a_custom_loss_of_the_log_odds() -> None:
@@ -283,7 +296,10 @@ def test_activation_checkpointing_and_compiled_callers(recompute: bool) -> None:
 @pytest.mark.parametrize("trainable", [False, True])
 def test_logits_of_all_tokens_are_never_held(trainable: bool) -> None:
     tokens, vocabulary, width = 512, 4096, 8
-    hidden, weight = torch.randn(tokens, width).requires_grad_(), torch.randn(vocabulary, width).requires_grad_(trainable)
+    hidden, weight = (
+        torch.randn(tokens, width).requires_grad_(),
+        torch.randn(vocabulary, width).requires_grad_(trainable),
+    )
     labels = torch.randint(vocabulary, (tokens,))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         linear(hidden, weight, labels, "ceu", chunk_size=32).mean().backward()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-WORKER = '''
+WORKER = """
 import itertools, sys
 import torch
 import gradsurgery as gs
@@ -88,12 +88,14 @@ for kind, V, dtype, name in itertools.product(
         assert error <= (10 * tolerance if cap else tolerance), (kind, V, dtype, name, scale, error)
         worst, count = max(worst, error), count + 1
 print("compared", count, "worst", worst)
-'''
+"""
 
 
 def test_the_kernels_do_what_plain_pytorch_does() -> None:
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton (Linux)")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", WORKER], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WORKER], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert int(done.stdout.split()[1]) > 100

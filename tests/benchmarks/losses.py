@@ -134,7 +134,10 @@ def compare(device: str, repeats: int, *shape: object) -> None:
             if repeat:
                 times[name].append(seconds)
     best = {name: min(values) for name, values in times.items()}
-    memory = {name: peak(actions[name], device) for name in ("obvious", "gathered after", "gathered before", "ours", "plain CE", "our CE")}
+    memory = {
+        name: peak(actions[name], device)
+        for name in ("obvious", "gathered after", "gathered before", "ours", "plain CE", "our CE")
+    }
     vocabulary, width, tokens, share, dtype, trainable = shape
     print(
         f"V={vocabulary} H={width} N={tokens} ({share:.0%} answers) {str(dtype)[6:]} {'trainable' if trainable else 'frozen'}: "

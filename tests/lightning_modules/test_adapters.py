@@ -128,7 +128,7 @@ def test_loku_unlearns_under_lightning(surgery: Any, memorised: LlamaForCausalLM
     pairs = [{"forget": collate(FORGET, 0), "retain": collate(RETAIN, 0)}] * 30
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "use_distributed_sampler": False}
     trainer = L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, **quiet)
-    first = float(module.loss(gs.losses.inverted_hinge, pairs[0]["forget"], 0).detach())
+    first = float(module.objectives["forget"](module, pairs[0], "forget").detach())
     trainer.fit(module, DataLoader(pairs, batch_size=None))
     assert float(module.losses["forget"]) < 0.8 * first
     assert probability(model, FORGET) < 0.6

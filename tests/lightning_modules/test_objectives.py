@@ -119,7 +119,9 @@ def expected(name: str, model: nn.Module, before: nn.Module, data: dict[str, dic
 def gradients(loss: Tensor, model: nn.Module) -> Tensor:
     parameters = [p for p in model.parameters() if p.requires_grad]
     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, grads, strict=True)])
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, grads, strict=True)]
+    )
 
 
 @pytest.mark.parametrize("name", objectives.NAMES)
@@ -172,7 +174,9 @@ def test_other_models_compute_their_logits_and_say_so_once(kind: str, name: str)
         return get_peft_model(llama().double(), LoraConfig(r=2, target_modules=["lm_head"]))  # pyright: ignore
 
     model, before, data = build(0), build(1), batches()
-    module = lm.UnlearningModule(model, forget_loss=objectives.by_name(name), reference=lm.references.SecondModel(before))
+    module = lm.UnlearningModule(
+        model, forget_loss=objectives.by_name(name), reference=lm.references.SecondModel(before)
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = module.objectives["forget"](module, data, "forget")
@@ -196,7 +200,9 @@ def test_only_one_of_model_and_reference_splits() -> None:
 def test_the_adapters_switched_off_are_a_reference(name: str) -> None:
     model, data = make("Llama with adapters"), batches()
     base = copy.deepcopy(model).unload()
-    module = lm.UnlearningModule(model, forget_loss=objectives.by_name(name), reference=lm.references.AdapterOff()).train()
+    module = lm.UnlearningModule(
+        model, forget_loss=objectives.by_name(name), reference=lm.references.AdapterOff()
+    ).train()
     found = module.objectives["forget"](module, data, "forget")
     wanted = expected(name, model, base, data)
     close(found.detach(), wanted.detach(), LINEAR[torch.float32], scale=1 + float(wanted.abs()))
@@ -211,12 +217,19 @@ def test_numbers_on_a_disk_are_a_reference(name: str, tmp_path: Path) -> None:
     sets = PairDataset(encoded(0), encoded(1), encoded(2))
     lm.references.precompute(before, sets, tmp_path / "deep" / "nll.safetensors", pad_token_id=0)
     module = lm.UnlearningModule(
-        model, forget_loss=objectives.by_name(name), reference=lm.references.Precomputed(tmp_path / "deep" / "nll.safetensors")
+        model,
+        forget_loss=objectives.by_name(name),
+        reference=lm.references.Precomputed(tmp_path / "deep" / "nll.safetensors"),
     )
     found = module.objectives["forget"](module, data, "forget")
     close(found.detach(), expected(name, model, before, data).detach(), LINEAR[torch.float32], scale=20.0)
     shuffled = {key: {k: v.flip(0) for k, v in batch.items()} for key, batch in data.items()}
-    close(module.objectives["forget"](module, shuffled, "forget").detach(), found.detach(), LINEAR[torch.float32], scale=20.0)
+    close(
+        module.objectives["forget"](module, shuffled, "forget").detach(),
+        found.detach(),
+        LINEAR[torch.float32],
+        scale=20.0,
+    )
 
     data["forget"]["index"] = data["forget"]["index"].flip(0)  # other examples have other lengths
     with pytest.raises(ValueError, match="others"):
@@ -254,7 +267,9 @@ def test_options_reach_the_losses() -> None:
         found.append(float(module.objectives["forget"](module, data, "forget").detach()))
     distance = nlls(model, data["forget"]) - nlls(make("Llama", 1), data["forget"])
     for beta, value in zip((0.1, 2.0), found, strict=True):
-        assert value == pytest.approx(float(-(2 / beta * torch.nn.functional.logsigmoid(beta * distance)).mean()), rel=1e-5)
+        assert value == pytest.approx(
+            float(-(2 / beta * torch.nn.functional.logsigmoid(beta * distance)).mean()), rel=1e-5
+        )
 
 
 def test_rmu_steers_a_layer_and_holds_it() -> None:
@@ -269,7 +284,9 @@ def test_rmu_steers_a_layer_and_holds_it() -> None:
     for name in ("forget", "retain"):
         inputs = {key: data[name][key] for key in ("input_ids", "attention_mask")}
         hidden = model(**inputs, output_hidden_states=True).hidden_states[1]
-        target = direction.double() if name == "forget" else before(**inputs, output_hidden_states=True).hidden_states[1]
+        target = (
+            direction.double() if name == "forget" else before(**inputs, output_hidden_states=True).hidden_states[1]
+        )
         wanted = gs.losses.rmu(hidden, target, data[name]["labels"] != -100).mean()
         assert float(module.objectives[name](module, data, name)) == pytest.approx(float(wanted), rel=1e-12)
 
@@ -300,7 +317,11 @@ def test_a_retain_loss_inside_is_projected_with_the_forget_loss() -> None:
     for inside in (True, False):
         model, data = make("Llama"), batches()
         if inside:
-            fit(lm.UnlearningModule(model, optimizer=sgd, surgery=partial(gs.GradientSurgery, rule="sum"), retain_inside=0.5))
+            fit(
+                lm.UnlearningModule(
+                    model, optimizer=sgd, surgery=partial(gs.GradientSurgery, rule="sum"), retain_inside=0.5
+                )
+            )
         else:
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             for _ in range(4):

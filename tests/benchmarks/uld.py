@@ -1,0 +1,139 @@
+"""What a training step of ULD's assistant costs beside a step of full unlearning on the same rows.
+
+Run it: python tests/benchmarks/uld.py [--layers 32] [--assistant-layers 8] [--width 256] [--rows 4] [--length 64] [--device cuda]
+
+Both steps see the same forget and retain batch, every token counting, and end with AdamW's update:
+
+- full: gradient ascent and retain cross-entropy on all weights, two backward passes, kept apart and combined by `gs.GRU`;
+- full, summed: the same losses in one backward pass and plain AdamW, GradDiff's step, the cheapest there is;
+- ULD: cross-entropy and KL(uniform || assistant) on a LoRA adapter (rank 32) over the first layers.
+
+Times are the median of interleaved rounds in one process, and only their ratio means something. ULD's epoch is longer than its step tells: D'_f
+holds a paraphrase beside every forget row, two in the paper, so that the ratio for one pass over the forget set is a half or a third of the ratio
+for one step; both are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import gradsurgery as gs
+from gradsurgery.logit_difference import assistant
+from lightning_modules.uld import ULDModule
+
+
+def make_model(layers: int, width: int, vocabulary: int, device: str) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=int(2.67 * width) // 16 * 16,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).to(device)
+
+
+def token_loss(model: LlamaForCausalLM, tokens: Tensor, loss: gs.losses.TokenLoss) -> Tensor:
+    logits, labels = gs.losses.answer_tokens(model(tokens).logits, tokens)
+    return gs.losses.token_mean(loss(logits, labels), labels)
+
+
+def full_step(model: LlamaForCausalLM, batch: dict[str, Tensor]) -> Callable[[], None]:
+    optimizer = gs.GRU(torch.optim.AdamW(model.parameters(), lr=1e-6))
+    losses = {"retain": gs.losses.cross_entropy, "forget": gs.losses.gradient_ascent}
+
+    def step() -> None:
+        for name, loss in losses.items():
+            with optimizer.objective(name):
+                token_loss(model, batch[name], loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def summed_step(model: LlamaForCausalLM, batch: dict[str, Tensor]) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+
+    def step() -> None:
+        forget = token_loss(model, batch["forget"], gs.losses.gradient_ascent)
+        (forget + token_loss(model, batch["retain"], gs.losses.cross_entropy)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def uld_step(model: LlamaForCausalLM, batch: dict[str, Tensor], layers: int) -> Callable[[], None]:
+    module = ULDModule(assistant(model, layers))
+    optimizer = module.configure_optimizers()
+    inputs = {
+        name: {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+        for name, tokens in batch.items()
+    }
+
+    def step() -> None:
+        (module.forget_loss(inputs["forget"]) + 6.5 * module.retain_loss(inputs["retain"])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def timed(step: Callable[[], None], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    for name, default in {"layers": 32, "assistant-layers": 8, "width": 256, "vocabulary": 4096}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in {"rows": 4, "length": 64, "rounds": 5, "threads": 1}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    model = make_model(arguments.layers, arguments.width, arguments.vocabulary, arguments.device)
+    shape = (arguments.rows, arguments.length)
+    batch = {name: torch.randint(arguments.vocabulary, shape, device=arguments.device) for name in ("forget", "retain")}
+    steps = {
+        "full unlearning, GA + retain with gs.GRU": full_step(model, batch),
+        "full unlearning, GA + retain summed": summed_step(model, batch),
+        f"ULD's assistant, {arguments.assistant_layers} of {arguments.layers} layers": uld_step(
+            model, batch, arguments.assistant_layers
+        ),
+    }
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        timed(step, arguments.device)
+    for _ in range(arguments.rounds):
+        for name, step in steps.items():
+            times[name].append(timed(step, arguments.device))
+    *_, uld = times.values()
+    print(
+        f"{arguments.device}, {arguments.layers} layers of {arguments.width}, 2 x {shape[0]} rows of {shape[1]} tokens"
+    )
+    for name, found in times.items():
+        ratio = median(a / b for a, b in zip(found, uld, strict=True))
+        print(
+            f"{1e3 * median(found):9.1f} ms a step   {ratio:5.2f} x ULD   {ratio / 2:5.2f} x for one pass, one paraphrase   {name}"
+        )
+
+
+if __name__ == "__main__":
+    main()
