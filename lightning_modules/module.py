@@ -38,8 +38,8 @@ class UnlearningModule(L.LightningModule):
         surgery: Base optimizer -> `GradientSurgery` with the objectives "forget" and "retain". With accumulation over several batches
             it must have `accumulate=True`.
         warmup_steps: The learning rate rises linearly over so many steps, then stays.
-        reference: The model before unlearning, for losses that compare with it: `references.SecondModel()` (a frozen copy), `AdapterOff()` or
-            `Precomputed(path)`.
+        reference: The model before unlearning, for losses that compare with it: `references.SecondModel()` (a frozen copy),
+            `AdapterOff()` or `Precomputed(path)`.
         retain_inside: Multiple of the retain loss inside the forget objective, before the rule (the GRU code's `*_gd_gru`). What is added
             after the rule is `GradientSurgery`'s `add`.
         dual: PDU's multiplier of the retain loss, updated after each optimizer step with that step's mean retain loss of all processes, and

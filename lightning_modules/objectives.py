@@ -85,10 +85,10 @@ def rmu(layer: int, direction: Tensor | None = None) -> Objective:
     """RMU (2403.03218) on the hidden states after a layer, `gradsurgery.losses.rmu`, mean over the sequences.
 
     Args:
-        layer: Index into the model's `hidden_states`: 0 is the embedding, l the output of layer l (the authors' layer 7 is 8 here). For the layers
-            to train, freeze the others' parameters.
-        direction: `[H]`, where forget states are steered (`gradsurgery.losses.rmu_direction`). None: to the reference's own hidden states, which is
-            the retain half.
+        layer: Index into the model's `hidden_states`: 0 is the embedding, l the output of layer l (the authors' layer 7 is 8 here). To
+            train some layers only, freeze the others' parameters.
+        direction: `[H]`, where forget states are steered (`gradsurgery.losses.rmu_direction`). None: to the reference's own hidden
+            states, which is the retain half.
     """
 
     @is_objective

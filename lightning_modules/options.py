@@ -136,8 +136,8 @@ class UnlearnOptions(DataOptions):
     uld: dict[str, float] = field(
         default_factory=dict,
         metadata={
-            "help": "settings of ULD: num_layers, weight, top_logit_filter, retain_weight, lora_alpha, perturbed_per_row; for the model from "
-            "scratch num_layers is 1 and weight 1"
+            "help": "settings of ULD: num_layers, weight, top_logit_filter, retain_weight, lora_alpha, perturbed_per_row; for the model "
+            "from scratch num_layers is 1 and weight 1"
         },
     )
     lora_init: Literal["default", "fila"] = _option(
