@@ -15,9 +15,15 @@ from typing import Any
 _COMMANDS = {
     "unlearn": "make a model forget, and measure what it forgot and what it kept",
     "evaluate": "score a model on its splits; writes metrics.json only",
+    "ablate": "compare methods where they have forgotten equally much: a grid of methods and seeds",
     "report": "draw report.md and curves.png again from what is in a run's folder",
 }
 
+
+_HINTS = {
+    "unlearn": "; the same command with --resume goes on from the last finished epoch",
+    "ablate": "; the same command goes on with the runs that are not finished",
+}
 
 _SENTENCES = {
     ValueError,
@@ -43,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from jsonargparse import ArgumentParser
 
         from lightning_modules import commands
+        from lightning_modules.ablation.options import AblateOptions
+        from lightning_modules.ablation.sweep import ablate
         from lightning_modules.options import EvaluateOptions, UnlearnOptions
     except ModuleNotFoundError as error:
         sys.stderr.write(f"gradsurgery: {error.name} is not installed; pip install 'gradsurgery[lightning]'\n")
@@ -54,21 +62,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subparser.add_argument("--config", action="config", help="YAML file with any of these options; later ones win")
         _add(subparser, options)
         subcommands.add_subcommand(name, subparser, help=_COMMANDS[name])
+    ablation = ArgumentParser(description=AblateOptions.__doc__)
+    _add(ablation, AblateOptions)
+    subcommands.add_subcommand("ablate", ablation, help=_COMMANDS["ablate"])
     report = ArgumentParser(description="Draw the report again.")
     report.add_argument("folder", type=str, help="the output folder of a run")
     subcommands.add_subcommand("report", report, help=_COMMANDS["report"])
     parsed = parser.parse_args(list(arguments) if arguments is not None else None)
-    _quiet()
+    quiet()
     try:
         if parsed.subcommand == "report":
             commands.draw(Path(parsed.report.folder))
+        elif parsed.subcommand == "ablate":
+            ablate(_read(AblateOptions, parsed.ablate))
         elif parsed.subcommand == "evaluate":
             commands.evaluate_model(_read(EvaluateOptions, parsed.evaluate))
         else:
             commands.unlearn(_read(UnlearnOptions, parsed.unlearn))
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
-        hint = "; the same command with --resume goes on from the last finished epoch"
-        sys.stderr.write(f"gradsurgery: interrupted{hint if parsed.subcommand == 'unlearn' else ''}\n")
+        sys.stderr.write(f"gradsurgery: interrupted{_HINTS.get(parsed.subcommand, '')}\n")
         return 130
     except Exception as error:
         if not _ours(error):
@@ -83,7 +95,7 @@ def _ours(error: Exception) -> bool:
     if type(error) not in _SENTENCES:
         return False
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return raised_in.parent.name in ("gradsurgery", "lightning_modules", "losses", "metrics")
+    return raised_in.parent.name in ("gradsurgery", "lightning_modules", "losses", "metrics", "functional", "ablation")
 
 
 def _add(parser: Any, options: type) -> None:
@@ -101,7 +113,7 @@ def _read(options: type, parsed: Any) -> Any:
     return options(**{entry.name: getattr(parsed, entry.name) for entry in fields(options)})
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep other libraries' hints about their own settings out of the way of the table."""
     for name in ("lightning.pytorch", "lightning.fabric", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)

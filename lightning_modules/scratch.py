@@ -27,8 +27,7 @@ from lightning_modules.tokenization import IGNORED, Encoded, collate, encode, pa
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
 VOCABULARY = 4096
 _FORMAT = 1  # raise it when the code below changes what is trained, so that old caches are left alone
-_LEARNING_RATE = 2e-3
-_LAST_LEARNING_RATE = 0.02  # of the highest
+_LAST_SHARE_OF_LR = 0.02  # of the highest
 _BUCKET = 8  # batches that are sorted by length together: enough to save padding, few enough to keep the order random
 
 
@@ -42,13 +41,14 @@ def scratch_model(
     num_heads: int = 4,
     epochs: int = 25,
     batch_size: int = 8,
+    lr: float = 2e-3,
     cache_dir: str | Path | None = None,
     description: str = "Training the small model from scratch",
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Returns a small Llama that has memorised `examples`, and its tokenizer; from the cache if it was trained before.
 
     The default is the cheapest that memorises 200 TOFU questions: 1.7 M parameters, about 40 s on one core, mean answer
-    probability .99, every answer generated word for word. AdamW with betas .9 and .98, learning rate 2e-3 with warm-up
+    probability .99, every answer generated word for word. AdamW with betas .9 and .98, a learning rate with warm-up
     and linear decay, gradients clipped to norm 1. It is wide and shallow because that trains fastest on a CPU, and its
     head is applied to answer tokens only. The caller's random number generators are left as they were.
 
@@ -62,6 +62,7 @@ def scratch_model(
         num_heads: attention heads; they divide `hidden_size`.
         epochs: passes over the examples.
         batch_size: examples a step.
+        lr: highest learning rate.
         cache_dir: holds one Hugging Face checkpoint for each set of arguments; `$XDG_CACHE_HOME/gradsurgery/scratch` by
             default.
         description: what the progress bar, or without a terminal the first line of text, says.
@@ -71,6 +72,8 @@ def scratch_model(
     """
     if not examples:
         raise ValueError("expected at least one example to memorise, found none")
+    if not lr > 0.0:
+        raise ValueError(f"expected lr > 0, found {lr}")
     if min(hidden_size, num_layers, num_heads, epochs, batch_size) < 1 or hidden_size % (2 * num_heads):
         raise ValueError(
             "expected positive sizes, and hidden_size a multiple of 2 * num_heads (rotary embeddings turn pairs); "
@@ -80,13 +83,13 @@ def scratch_model(
     texts = list(tokenizer_texts) if tokenizer_texts is not None else [f"Q: {q}\nA: {a}" for q, a in pairs]
     sizes = {"hidden_size": hidden_size, "num_layers": num_layers, "num_heads": num_heads}
     schedule = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
-    folder = _cache_root(cache_dir) / _key({"pairs": pairs, "texts": texts, **sizes, **schedule})
+    folder = _cache_root(cache_dir) / _key({"pairs": pairs, "texts": texts, **sizes, **schedule, "lr": lr})
     # Making and loading a model both draw random weights; only the CPU's generator is used, and only that one is
     # forked.
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), one_thread(), _without_progress_bars():
         if not folder.is_dir():
             tokenizer = _train_tokenizer(texts)
-            model = _train(pairs, tokenizer, description=description, **sizes, **schedule)
+            model = _train(pairs, tokenizer, lr=lr, description=description, **sizes, **schedule)
             _save(model, tokenizer, folder)
             if not folder.is_dir():
                 return model, tokenizer
@@ -132,6 +135,7 @@ def _train(
     num_heads: int,
     epochs: int,
     batch_size: int,
+    lr: float,
     seed: int,
     description: str,
 ) -> LlamaForCausalLM:
@@ -151,9 +155,9 @@ def _train(
     )
     torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which reseeds every GPU as well
     model = LlamaForCausalLM(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     steps = epochs * -(-len(encoded) // batch_size)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, steps))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_lr(step, steps))
 
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -194,12 +198,12 @@ def _loss(model: LlamaForCausalLM, batch: Mapping[str, torch.Tensor]) -> torch.T
     return cross_entropy(model.lm_head(hidden[keep]), labels[keep])
 
 
-def _learning_rate(step: int, steps: int) -> float:
+def _share_of_lr(step: int, steps: int) -> float:
     warm_up = max(1, min(100, steps // 10))
     if step < warm_up:
         return (step + 1) / warm_up
     left = (steps - step) / max(1, steps - warm_up)
-    return max(_LAST_LEARNING_RATE, left)
+    return max(_LAST_SHARE_OF_LR, left)
 
 
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -1,0 +1,46 @@
+"""The placebo: as much correction as the rule would have made, in a direction that means nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from lightning_modules.module import UnlearningModule
+
+
+class Placebo(Callback):
+    r"""Add to the forget gradient a random vector as long as a rule's correction.
+
+    A rule turns the first row :math:`g_0` into :math:`\sum_k c_k g_k`: its correction is :math:`\sum_k (c_k - [k = 0])\, g_k`, of length
+    :math:`\sqrt{d^\top G d}` with :math:`d = c - e_0`. Where a rule helps and its placebo does not, it is the direction that helps and
+    not the length of the step. The optimizer itself must take the forget gradient alone (`ablation.grid.forget_alone`) and keep the
+    averages that the rule would see; its scope must be the whole model, its `max_norm` None.
+
+    Args:
+        rule: Gram matrix -> coefficients: whose correction is imitated.
+        seed: Of the directions; the generator is its own, and the same on every device.
+    """
+
+    def __init__(self, rule: Callable[[Tensor], Tensor], seed: int = 0) -> None:
+        self.rule = rule
+        self.generator = torch.Generator().manual_seed(seed)
+        self.length = 0.0
+
+    @torch.no_grad()
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:  # noqa: ARG002 (Lightning's)
+        """Push the gradient that `combine` has written."""
+        if not isinstance(pl_module, UnlearningModule) or (record := pl_module.surgery.record) is None:
+            raise TypeError("Placebo: expected an UnlearningModule after its backward pass, found none")
+        coefficients = self.rule(record.gram).clone()
+        coefficients[0] -= 1.0
+        length = (coefficients @ record.gram @ coefficients).clamp_min(0.0).sqrt()
+        gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
+        noise = [torch.randn(gradient.shape, generator=self.generator).to(gradient) for gradient in gradients]
+        norm = torch.stack([row.double().square().sum() for row in noise]).sum().sqrt()
+        self.length = float(length)
+        for gradient, row in zip(gradients, noise, strict=True):
+            gradient.add_(row, alpha=float(length / norm))

@@ -1,0 +1,87 @@
+"""The results of a grid's runs: one dictionary for every run and target, results.csv, and paired differences."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_modules.ablation.grid import Grid, Run
+from lightning_modules.ablation.run import RUNS, refuse_other
+from lightning_modules.ablation.statistics import Paired, paired
+
+Result = Mapping[str, Any]
+
+_SCORES = (
+    "retain_probability",
+    "retain_nll",
+    "retain_rouge_l_recall",
+    "forget_probability",
+    "forget_nll",
+    "forget_rouge_l_recall",
+    "forget_truth_ratio",
+    "ks_statistic",
+    "ks_pvalue",
+    "ks_log10_pvalue",
+    "ks_n",
+    "retain_n",
+    "retain_rouge_n",
+    "forget_n",
+    "forget_rouge_n",
+)
+_IDENTITY = ("id", "method", "data_seed", "model_seed", "target", "value", "reached", "reason")
+_COST = ("steps", "seconds", "backward_passes", "conflicts", "raising")
+
+
+def read_results(grid: Grid, folder: Path) -> list[dict[str, Any]]:
+    """One dictionary for every run and target of the grid, also for what failed or is not there yet, with `reached` and `reason`.
+
+    Raises:
+        ValueError: If a run was made with other settings than the grid's.
+    """
+    return [row for run in grid.runs() for row in _rows(run, folder)]
+
+
+def _rows(run: Run, folder: Path) -> Iterator[dict[str, Any]]:
+    path = folder / RUNS / f"{run.id}.json"
+    found: dict[str, Any] = {"status": "missing", "reason": "not run yet"}
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        refuse_other(path, found["config"], run.config)
+    seeds = {"data_seed": run.data_seed, "model_seed": run.model_seed}
+    identity = {"id": run.id, "method": run.method.name, **seeds}
+    known = {row["target"]: row for row in found.get("targets", [])}
+    for target in (f"{metric}={value}" for metric, values in vars(run.grid.targets).items() for value in values):
+        row = known.get(target, {"reached": False, "reason": found["reason"]})
+        steps = number(row.get("step"))
+        cost = {"steps": steps, "seconds": number(row.get("seconds"))}
+        cost["backward_passes"] = None if steps is None else steps * found["backward_passes"]
+        measured = {name: number(row.get(name)) for name in (*_SCORES, "conflicts", "raising")}
+        said = {"target": target, "value": row.get("value"), "reached": row["reached"], "reason": row["reason"]}
+        yield {**identity, **said, **measured, **cost, "curve": found.get("curve", [])}
+
+
+def write_csv(results: Sequence[Result], path: Path) -> None:
+    """One line for every run and target."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [*_IDENTITY, *_SCORES, *_COST], extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(results)
+    path.write_text(text.getvalue(), encoding="utf-8")
+
+
+def differences(ours: Sequence[Result], theirs: Sequence[Result], column: str) -> Paired | None:
+    """Of the runs of two methods that reached a target, seed by seed."""
+    return paired(*({_seeds(row): row[column] for row in rows if row[column] is not None} for rows in (ours, theirs)))
+
+
+def _seeds(row: Result) -> tuple[int, int]:
+    return row["model_seed"], row["data_seed"]
+
+
+def number(value: Any) -> float | None:
+    """A number as JSON holds it: not finite ones are words."""
+    return None if value is None else float(value)

@@ -1,0 +1,123 @@
+"""What is known of a model: quickly along the way, thoroughly at a match, at the start, and of the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lightning_modules.ablation.grid import Grid
+from lightning_modules.evaluation import evaluate
+from lightning_modules.examples import Example
+from lightning_modules.likelihood import answer_nll
+from lightning_modules.metrics.functional import forget_quality, truth_ratio
+from lightning_modules.tokenization import encode, padding_id
+
+Item = TypeVar("Item")
+
+
+class Scorer:
+    """Scores of models with one tokenizer on one data set.
+
+    Args:
+        grid: How much is scored.
+        splits: Examples by split, "forget" and "retain" among them.
+        tokenizer: Of the models.
+        reference: Truth ratios R of a model that never saw the forget set, for forget quality.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        splits: Mapping[str, Sequence[Example]],
+        tokenizer: Any,
+        reference: Sequence[float] | None = None,
+    ) -> None:
+        self.given, self.tokenizer, self.reference = grid.evaluate, tokenizer, reference
+        self.max_length = grid.data.max_length
+        self.forget = list(splits["forget"][: self.given.forget_examples])
+        # The truth ratio is a question about the forget set only.
+        self.retain = [_bare(row) for row in spread(splits["retain"], self.given.retain_examples)]
+        curve = self.retain if grid.targets.retain_probability else spread(self.retain, self.given.curve_examples)
+        self.encoded = {
+            split: [encode(tokenizer, row["question"], row["answer"], self.max_length) for row in rows]
+            for split, rows in (("forget", self.forget), ("retain", curve))
+        }
+
+    def along(self, model: nn.Module) -> dict[str, float]:
+        """What a target can be set for, and the curve shows: `forget_probability`, `forget_nll`, `retain_probability`."""
+        pad, size = padding_id(self.tokenizer), self.given.batch_size
+        nll = {
+            split: answer_nll(model, encoded, pad_token_id=pad, batch_size=size)
+            for split, encoded in self.encoded.items()
+        }
+        return {
+            "forget_probability": float(torch.exp(-nll["forget"]).mean()),
+            "forget_nll": float(nll["forget"].mean()),
+            "retain_probability": float(torch.exp(-nll["retain"]).mean()),
+        }
+
+    def thoroughly(self, model: nn.Module) -> dict[str, Any]:
+        """Means over the examples, forget quality, and under `examples` what they were made of (no texts)."""
+        common: dict[str, Any] = {"batch_size": self.given.batch_size, "max_length": self.max_length, "progress": False}
+        likely = evaluate(
+            model, self.tokenizer, {"forget": self.forget, "retain": self.retain}, generate=False, **common
+        ).examples
+        generated = evaluate(
+            model,
+            self.tokenizer,
+            {
+                split: [_bare(row) for row in spread(rows, self.given.generated_examples)]
+                for split, rows in (("forget", self.forget), ("retain", self.retain))
+            },
+            max_new_tokens=self.given.max_new_tokens,
+            **common,
+        ).examples
+        ratios = truth_ratios(likely["forget"])
+        found: dict[str, Any] = {}
+        for split in ("forget", "retain"):
+            found[f"{split}_probability"] = fmean(row["probability"] for row in likely[split])
+            found[f"{split}_nll"] = fmean(row["nll"] for row in likely[split])
+            found[f"{split}_rouge_l_recall"] = fmean(row["rouge_l_recall"] for row in generated[split])
+            found[f"{split}_n"], found[f"{split}_rouge_n"] = len(likely[split]), len(generated[split])
+        known = [row["truth_ratio"] for row in likely["forget"] if row["truth_ratio"] is not None]
+        found["forget_truth_ratio"] = fmean(known) if known else None
+        diverged = any(ratio != ratio for ratio in ratios)  # NaN has no rank
+        compared = bool(ratios) and self.reference is not None and not diverged
+        quality = forget_quality(ratios, self.reference)._asdict() if compared and self.reference else {}
+        found |= {f"ks_{name}": quality.get(name) for name in ("statistic", "pvalue", "log10_pvalue", "n")}
+        found["examples"] = {
+            "forget_nll": [row["nll"] for row in likely["forget"]],
+            "retain_nll": [row["nll"] for row in likely["retain"]],
+            "forget_rouge_l_recall": [row["rouge_l_recall"] for row in generated["forget"]],
+            "retain_rouge_l_recall": [row["rouge_l_recall"] for row in generated["retain"]],
+            "truth_ratio_R": ratios,
+        }
+        return found
+
+
+def truth_ratios(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """R of every scored example that has perturbed answers: what forget quality compares."""
+    return [
+        float(truth_ratio([row["paraphrase_nll"]], [row["perturbed_nll"]], kind="ratio"))
+        for row in rows
+        if row.get("perturbed_nll")
+    ]
+
+
+def spread(rows: Sequence[Item], count: int) -> list[Item]:
+    """At most so many of the rows, evenly spread over them.
+
+    Example:
+        >>> spread([0, 1, 2, 3, 4, 5], 3), spread([0, 1], 3)
+        ([0, 2, 4], [0, 1])
+    """
+    count = min(count, len(rows))
+    return [rows[index * len(rows) // count] for index in range(count)]
+
+
+def _bare(row: Mapping[str, Any]) -> Any:
+    return {"question": row["question"], "answer": row["answer"]}

@@ -1,0 +1,216 @@
+"""table.md, from the results of a grid."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+from lightning_modules.ablation.grid import Grid
+from lightning_modules.ablation.results import Result, differences, number
+from lightning_modules.ablation.run import MODELS
+from lightning_modules.ablation.statistics import Paired, Spread, spread
+
+Column = tuple[str, Callable[[Sequence[Result]], str]]
+
+COMPARED = {
+    "forget_probability": "retain_probability",
+    "forget_nll": "retain_probability",
+    "retain_probability": "forget_probability",
+}
+"""What a target is set for -> what methods are then compared by."""
+
+
+def write_table(grid: Grid, results: Sequence[Result], folder: Path, path: Path) -> None:
+    """A table for each target: what is kept and forgotten there, the paired differences, and what it cost."""
+    seeds = grid.seeds
+    lines = ["# Methods where they have forgotten equally much", ""]
+    lines += [
+        f"Data seeds {_list(seeds.data)}, model seeds {_list(seeds.model)}; mean ± standard deviation over the runs.",
+        "",
+    ]
+    lines += _models(grid, folder)
+    for target in dict.fromkeys(row["target"] for row in results):
+        rows = [row for row in results if row["target"] == target]
+        by_method = {method.name: [row for row in rows if row["method"] == method.name] for method in grid.methods}
+        compared = COMPARED[target.partition("=")[0]]
+        lines += ["", f"## At {_title(grid, target)}", ""]
+        lines += _drawn(("method", "runs", *(name for name, _ in _kept(compared))), _kept_rows(by_method, compared))
+        against = list(_difference_rows(grid, by_method, compared))
+        if against:
+            lines += [
+                "",
+                f"Differences between runs with the same two seeds ({compared.replace('_', ' ')}, then retain ROUGE-L):",
+                "",
+            ]
+            lines += _drawn(_DIFFERENCE, against)
+        lines += ["", "What it took to get there:", ""]
+        lines += _drawn(("method", *(name for name, _ in _COSTS)), _cost_rows(by_method))
+        reasons = dict.fromkeys(
+            f"- {row['method']}, model seed {row['model_seed']}, data seed {row['data_seed']}: {row['reason']}"
+            for row in rows
+            if not row["reached"]
+        )
+        lines += ["", "Not reached:", "", *reasons] if reasons else []
+    lines += ["", *_NOTES]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+_NOTES = (
+    "Probability and ROUGE-L recall are means over examples; truth ratio is min(R, 1/R); KS compares the truth ratios R with those",
+    "of the reference over n questions, with the median of p over the runs (compare p at equal n only). Differences: mean,",
+    "Student's 95 % interval (it takes the pairs for independent, which runs from one start model are not quite) and pairs above",
+    "0. Seconds are of training alone, as long as other processes let it take. Backward passes are those that a method needs (a",
+    "loss alone needs one a step, a second loss another); all rows were run with both losses. Conflict: steps in which the two",
+    "gradients conflict. Raise retain: steps whose real parameter change has a positive inner product with the protected gradient.",
+)
+
+
+def _kept(compared: str) -> list[Column]:
+    columns: list[Column] = [
+        ("retain probability", _mean_sd("retain_probability")),
+        ("retain ROUGE-L", _mean_sd("retain_rouge_l_recall")),
+        ("forget probability", _mean_sd("forget_probability")),
+        ("forget NLL", _mean("forget_nll", 2)),
+        ("forget ROUGE-L", _mean("forget_rouge_l_recall", 3)),
+        ("truth ratio", _mean("forget_truth_ratio", 3)),
+        ("KS (n)", _ks),
+        ("p", _median_p),
+    ]
+    first = [column for column in columns if column[0] == compared.replace("_", " ")]
+    return first + [column for column in columns if column not in first]
+
+
+def _kept_rows(by_method: Mapping[str, Sequence[Result]], compared: str) -> Iterator[list[str]]:
+    for name, rows in by_method.items():
+        reached = [row for row in rows if row["reached"]]
+        yield [name, f"{len(reached)} of {len(rows)}", *(draw(reached) for _, draw in _kept(compared))]
+
+
+_DIFFERENCE = ("method", "against", "difference [95 %]", "sd", "above 0", "ROUGE-L [95 %]", "sd", "above 0")
+
+
+def _difference_rows(grid: Grid, by_method: Mapping[str, Sequence[Result]], compared: str) -> Iterator[list[str]]:
+    for method in grid.methods:
+        for name in grid.baselines(method):
+            scores = (compared, "retain_rouge_l_recall")
+            found = [differences(by_method[method.name], by_method[name], score) for score in scores]
+            yield [method.name, name, *_paired(found[0]), *_paired(found[1])]
+
+
+def _cost_rows(by_method: Mapping[str, Sequence[Result]]) -> Iterator[list[str]]:
+    for name, rows in by_method.items():
+        yield [name, *(draw([row for row in rows if row["reached"]]) for _, draw in _COSTS)]
+
+
+def _models(grid: Grid, folder: Path) -> list[str]:
+    """What the start and the reference know, for each model seed."""
+    rows: list[list[str]] = []
+    names = (
+        "retain_probability",
+        "retain_rouge_l_recall",
+        "forget_probability",
+        "forget_nll",
+        "forget_rouge_l_recall",
+        "forget_truth_ratio",
+    )
+    for seed in grid.seeds.model:
+        path = folder / MODELS / f"m{seed}.json"
+        if not path.exists():
+            continue
+        known = json.loads(path.read_text(encoding="utf-8"))
+        for name, model in (("start", known["start"]), ("never saw the forget set", known["reference"])):
+            if model is not None:
+                scores = [number(model[score]) for score in names]
+                quality = "-" if model["ks_statistic"] is None else f"{model['ks_statistic']:.3f} ({model['ks_n']})"
+                p = "-" if model["ks_pvalue"] is None else f"{model['ks_pvalue']:.2g}"
+                rows.append(
+                    [name, str(seed), *("-" if score is None else f"{score:.3f}" for score in scores), quality, p]
+                )
+    heads = (
+        "model",
+        "seed",
+        *(name.replace("_", " ").replace("rouge l recall", "ROUGE-L").replace("nll", "NLL") for name in names),
+        "KS (n)",
+        "p",
+    )
+    return list(_drawn(heads, rows)) if rows else []
+
+
+def _title(grid: Grid, target: str) -> str:
+    metric, _, value = target.partition("=")
+    words = f"{metric.replace('_', ' ').replace('nll', 'NLL')}"
+    return (
+        f"the reference's {words}"
+        if value == "reference"
+        else f"{words} {value} (within {grid.evaluate.tolerance:.0%})"
+    )
+
+
+def _drawn(heads: Sequence[str], rows: Iterator[list[str]] | Sequence[list[str]]) -> Iterator[str]:
+    numeric = ["---" if head in ("method", "model", "against") else "---:" for head in heads]
+    yield "| " + " | ".join(heads) + " |"
+    yield "|" + "|".join(numeric) + "|"
+    for row in rows:
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+
+
+def _values(rows: Sequence[Result], name: str) -> list[float]:
+    return [row[name] for row in rows if row[name] is not None]
+
+
+def _mean_sd(name: str) -> Callable[[Sequence[Result]], str]:
+    return lambda rows: _spread(spread(_values(rows, name)))
+
+
+def _mean(name: str, digits: int) -> Callable[[Sequence[Result]], str]:
+    def draw(rows: Sequence[Result]) -> str:
+        found = spread(_values(rows, name))
+        return "-" if found is None else f"{found.mean:.{digits}f}"
+
+    return draw
+
+
+def _share(name: str) -> Callable[[Sequence[Result]], str]:
+    def draw(rows: Sequence[Result]) -> str:
+        found = spread(_values(rows, name))
+        return "-" if found is None or found.mean != found.mean else f"{found.mean:.0%}"
+
+    return draw
+
+
+_COSTS: list[Column] = [
+    ("steps", _mean("steps", 1)),
+    ("backward passes", _mean("backward_passes", 1)),
+    ("seconds", _mean("seconds", 2)),
+    ("conflict", _share("conflicts")),
+    ("raise retain", _share("raising")),
+]
+
+
+def _spread(found: Spread | None) -> str:
+    if found is None:
+        return "-"
+    return f"{found.mean:.3f}" + ("" if found.sd is None else f" ± {found.sd:.3f}")
+
+
+def _paired(found: Paired | None) -> tuple[str, str, str]:
+    if found is None:
+        return "no pair", "-", "-"
+    interval = "" if found.low is None else f" [{found.low:+.3f}, {found.high:+.3f}]"
+    return f"{found.mean:+.3f}{interval}", "-" if found.sd is None else f"{found.sd:.3f}", f"{found.wins} of {found.n}"
+
+
+def _ks(rows: Sequence[Result]) -> str:
+    sizes = sorted({int(value) for value in _values(rows, "ks_n")})
+    return f"{_mean('ks_statistic', 3)(rows)} ({_list(sizes)})" if sizes else "-"
+
+
+def _median_p(rows: Sequence[Result]) -> str:
+    values = _values(rows, "ks_pvalue")
+    return f"{median(values):.2g}" if values else "-"
+
+
+def _list(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))
