@@ -42,10 +42,10 @@ def linear(
     .. math:: \ell_n = L(c \tanh(s (W h_n + b)/c), y_n)
 
     Tokens whose label is -100 are left out before the head; the others go through it chunk by chunk. The gradients with respect to
-    hidden states, weight and bias are made in the same pass (three matrix products; two with a frozen head), as if the values were
-    to be summed. A backward pass that brings the same number for every token, as a sum or a mean does, only scales them. One with a weight
-    per token is as right: hidden states' gradients are scaled row by row, and a trainable weight's is computed again (two
-    products more). ``recompute=True``, for losses that are made of the values afterwards (`npo`, `simnpo`, `dpo`), leaves all of it to the
+    hidden states, weight and bias are made in the same pass (three matrix products; two with a frozen head), as if the values' mean were
+    to be taken. A backward pass that brings the same number for every token, as a mean or a sum does, at most scales them. One with a
+    weight per token is as right: hidden states' gradients are scaled row by row, and a trainable weight's is computed again (two products
+    more). ``recompute=True``, for losses that are made of the values afterwards (`npo`, `simnpo`, `dpo`), leaves all of it to the
     backward pass: four products, and nothing held meanwhile but the inputs.
 
     Args:
@@ -130,7 +130,7 @@ class _Gradients(NamedTuple):
 
 
 class _Linear(torch.autograd.Function):
-    """Values ``[N]``; the gradients are made in the forward pass, as if each value were to be summed, or in the backward pass."""
+    """Values ``[N]``; the gradients are made in the forward pass, as if their mean were to be taken, or in the backward pass."""
 
     @staticmethod
     def forward(
@@ -139,10 +139,12 @@ class _Linear(torch.autograd.Function):
         kept = (labels != IGNORED).nonzero().squeeze(1)
         needs = _Wanted(*ctx.needs_input_grad[:3])
         wanted = _Wanted(False, False, False) if recompute else needs
-        values, gradients = _sweep(hidden, weight, bias, labels, kept, head, wanted, None)
+        unit = torch.full((), 1.0 / max(len(kept), 1), dtype=float_type(hidden.dtype), device=hidden.device)
+        values, gradients = _sweep(hidden, weight, bias, labels, kept, head, wanted, unit.expand(len(kept)))
         ctx.head, ctx.needs, ctx.gradients = head, needs, None if recompute else gradients
         # With a frozen head the backward pass needs neither of them: the hidden states can be freed.
         again = recompute or needs.weight or needs.bias
+        ctx.unit = unit
         ctx.save_for_backward(kept, labels, *((hidden, weight, bias) if again else (None, None, None)))
         ctx.shape = hidden.shape
         return values
@@ -153,7 +155,7 @@ class _Linear(torch.autograd.Function):
         kept, labels, hidden, weight, bias = ctx.saved_tensors
         outer = upstream[0]
         same = outer.stride() == (0,)  # what .sum() and .mean() send: known without asking the device
-        outer = outer[kept]
+        outer = outer[kept].to(ctx.unit.dtype)
         needs, made = ctx.needs, ctx.gradients
         if made is None:
             return (
@@ -162,7 +164,12 @@ class _Linear(torch.autograd.Function):
                 None,
                 None,
             )
-        of_hidden = None if made.hidden is None else made.hidden * outer[:, None].to(made.hidden.dtype)
+        factor = outer / ctx.unit
+        # A CPU need not be waited for: it can see that a mean was taken, and that there is nothing to multiply.
+        mean = outer.device.type == "cpu" and bool((outer == ctx.unit).all())
+        of_hidden = made.hidden
+        if of_hidden is not None and not mean:
+            of_hidden = (of_hidden * factor[:, None]).to(of_hidden.dtype)
         of_weight, of_bias = made.weight, made.bias
         if needs.weight or needs.bias:
             if (of_weight is None and of_bias is None) or not (same or bool((outer == outer[:1]).all())):
@@ -172,8 +179,9 @@ class _Linear(torch.autograd.Function):
             elif len(outer):
                 # In place and handed over, so that there is one [V, H] and not two; a second backward pass makes it anew.
                 ctx.gradients = _Gradients(made.hidden, None, None)
-                of_weight = None if of_weight is None else of_weight.mul_(outer[0])
-                of_bias = None if of_bias is None else of_bias.mul_(outer[0])
+                if not mean:
+                    of_weight = None if of_weight is None else of_weight.mul_(factor[0])
+                    of_bias = None if of_bias is None else of_bias.mul_(factor[0])
         return *_spread(_Gradients(of_hidden, of_weight, of_bias), kept, ctx.shape), None, None, None
 
 
@@ -185,9 +193,9 @@ def _sweep(
     kept: Tensor,
     head: _Head,
     wanted: _Wanted,
-    outer: Tensor | None,
+    outer: Tensor,
 ) -> tuple[Tensor, _Gradients]:
-    """Values of the kept tokens, spread over all, and the gradients of their sum weighted by ``outer`` (1 where None)."""
+    """Values of the kept tokens, spread over all, and the gradients of their sum weighted by ``outer``."""
     values = torch.zeros(len(labels), dtype=float_type(hidden.dtype), device=hidden.device)
     of_hidden = hidden.new_empty(len(kept), hidden.shape[1]) if wanted.hidden else None
     of_weight = torch.empty_like(weight) if wanted.weight else None
@@ -195,7 +203,9 @@ def _sweep(
     if of_weight is not None and not len(kept):
         of_weight.zero_()
     rows = min(head.chunk_size or chunk_rows(weight, trainable=wanted.weight), max(len(kept), 1))
-    buffer = hidden.new_empty(rows, len(weight))  # one for all chunks: a new one would be made before the old one is freed
+    buffer = hidden.new_empty(
+        rows, len(weight)
+    )  # one for all chunks: a new one would be made before the old one is freed
     for index, part in enumerate(_chunks(len(kept), rows)):
         chosen = kept[part]
         chunk = hidden[chosen]
@@ -207,8 +217,7 @@ def _sweep(
         reference = None
         if head.reference is not None:
             reference = head.reference[0][chosen] @ head.reference[1].T
-        weights = None if outer is None else outer[part]
-        values[chosen] = _rows_(logits, labels[chosen], head, reference, weights, any(wanted))
+        values[chosen] = _rows_(logits, labels[chosen], head, reference, outer[part], any(wanted))
         if of_hidden is not None:
             torch.mm(logits, weight, out=of_hidden[part])
         if of_weight is not None and index == 0:
@@ -221,7 +230,7 @@ def _sweep(
 
 
 def _rows_(
-    logits: Tensor, labels: Tensor, head: _Head, reference: Tensor | None, outer: Tensor | None, differentiate: bool
+    logits: Tensor, labels: Tensor, head: _Head, reference: Tensor | None, outer: Tensor, differentiate: bool
 ) -> Tensor:
     """Values of rows of raw logits, which are overwritten by their gradients if ``differentiate``."""
     found = of_log_odds(head.loss)
@@ -237,7 +246,7 @@ def _rows_(
     for part in _chunks(len(labels), block):
         rows = _capped_(logits[part].to(dtype), head)
         slope = None if head.softcap is None or not differentiate else (rows / head.softcap).square_().neg_().add_(1.0)
-        index, weights = labels[part].long(), None if outer is None else outer[part]
+        index, weights = labels[part].long(), outer[part]
         if found is not None:
             reduced = reduce_(rows, index, found.runner_up)
             values[part], own, other = _slopes(found, reduced.own, reduced.other, weights, differentiate)
@@ -262,7 +271,7 @@ def _capped_(rows: Tensor, head: _Head) -> Tensor:
 
 
 def _slopes(
-    found: OfLogOdds, own: Tensor, other: Tensor | None, outer: Tensor | None, differentiate: bool
+    found: OfLogOdds, own: Tensor, other: Tensor | None, outer: Tensor, differentiate: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Values, and their derivatives (weighted by ``outer``) with respect to the log-odds of label and runner-up."""
     if not differentiate:
@@ -273,13 +282,12 @@ def _slopes(
     with torch.enable_grad():
         values = found(*inputs, *([] if found.runner_up else [None]))
     _check_values(values, own)
-    weights = torch.ones_like(values) if outer is None else outer.to(values.dtype)
-    slopes = torch.autograd.grad(values, inputs, weights, allow_unused=True, materialize_grads=True)
+    slopes = torch.autograd.grad(values, inputs, outer.to(values.dtype), allow_unused=True, materialize_grads=True)
     return values.detach(), slopes[0], slopes[1] if found.runner_up else None
 
 
 def _differentiated(
-    loss: RowLoss, rows: Tensor, others: Sequence[Tensor], outer: Tensor | None, differentiate: bool
+    loss: RowLoss, rows: Tensor, others: Sequence[Tensor], outer: Tensor, differentiate: bool
 ) -> tuple[Tensor, Tensor]:
     """Values of any row loss, and the gradient of their weighted sum, by autograd on one block."""
     function: Any = loss
@@ -289,8 +297,7 @@ def _differentiated(
     _check_values(values, others[0])
     if not differentiate:
         return values, rows
-    weights = torch.ones_like(values) if outer is None else outer.to(values.dtype)
-    (gradients,) = torch.autograd.grad(values, rows, weights, materialize_grads=True)
+    (gradients,) = torch.autograd.grad(values, rows, outer.to(values.dtype), materialize_grads=True)
     return values.detach(), gradients
 
 
