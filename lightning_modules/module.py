@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import gradsurgery as gs
 from lightning_modules.heads import AnswerHead
-from lightning_modules.objectives import name_of, needs_reference, objective
+from lightning_modules.objectives import name_of, needs_reference, needs_refusals, objective
 from lightning_modules.references import Reference
 
 
@@ -69,7 +69,7 @@ class UnlearningModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.model = model
-        self.head = AnswerHead(model)
+        self._answer_head = AnswerHead(model)
         self.objectives = {"forget": objective(forget_loss, skip_first), "retain": objective(retain_loss, 0)}
         self.make_optimizer, self.make_surgery = optimizer, surgery
         self.warmup_steps = warmup_steps
@@ -77,6 +77,10 @@ class UnlearningModule(L.LightningModule):
         self.losses: dict[str, Tensor] = {}
         self._retain_losses: list[Tensor] = []
         self._steps_seen = 0
+        if needs_refusals(retain_loss):
+            raise ValueError(
+                f"retain_loss: expected a loss that keeps answers, found {name_of(retain_loss)}, which teaches refusals"
+            )
         if reference is None:
             for loss in (forget_loss, retain_loss):
                 if needs_reference(loss):
@@ -94,6 +98,13 @@ class UnlearningModule(L.LightningModule):
         if not isinstance(optimizer, gs.GradientSurgery):
             raise TypeError(f"expected one GradientSurgery from the surgery argument, found {type(optimizer).__name__}")
         return optimizer
+
+    @property
+    def head(self) -> AnswerHead:
+        """The model in two parts; made anew when `model` is replaced."""
+        if self._answer_head.model is not self.model:
+            self._answer_head = AnswerHead(self.model)
+        return self._answer_head
 
     def training_step(self, batch: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         """Both losses, joined."""

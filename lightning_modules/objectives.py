@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
-import torch
 from torch import Tensor
 
 import gradsurgery as gs
 from lightning_modules.heads import AnswerHead, answer_values
-from lightning_modules.references import Reference, sequence_nll
+from lightning_modules.references import Reference, SecondModel, sequence_nll
 
 Batches: TypeAlias = Mapping[str, Mapping[str, Tensor]]
 
@@ -19,8 +18,12 @@ Batches: TypeAlias = Mapping[str, Mapping[str, Tensor]]
 class Context(Protocol):
     """What an objective may use: `UnlearningModule` is one."""
 
-    head: AnswerHead
     reference: Reference | None
+
+    @property
+    def head(self) -> AnswerHead:
+        """The trained model in two parts."""
+        ...
 
     def mean_count(self, count: int) -> Tensor:
         """The mean of a count over all processes."""
@@ -57,25 +60,34 @@ def objective(loss: Any, skip_first: int | None = None) -> Objective:
     Args:
         loss: The loss.
         skip_first: Answer tokens left out at the start of each answer; None: 1 for `ceu`, as in its paper, 0 for any other.
+
+    Raises:
+        TypeError: If the loss is no function.
+        ValueError: If ``skip_first`` is given to an objective that chooses its own tokens.
     """
+    if not callable(loss):
+        raise TypeError(f"loss: expected a function, found {loss!r}; lm.objectives.by_name finds one by its name")
     plain = _unbound(loss)
     skip = int(plain is gs.losses.ceu) if skip_first is None else skip_first
     if getattr(plain, "is_objective", False):
-        return loss
-    if plain in _SEQUENCES:
-        return partial(_sequence_mean, loss, _SEQUENCES[plain], skip)
-    if plain in _WITH_REFERENCE:
-        return partial(_token_mean, gs.losses.as_row_loss(loss), skip, True)
-    return partial(_token_mean, gs.losses.as_row_loss(loss), skip, False)
+        if skip:
+            raise ValueError(
+                f"skip_first: expected 0 or None with {name_of(loss)}, which chooses its own tokens, found {skip}"
+            )
+        return cast(Objective, loss)
+    kind = next((name for name, known in gs.losses.SEQUENCE_LOSSES.items() if known is plain), None)
+    if kind is not None:
+        return partial(_sequence_mean, loss, kind, skip)
+    return partial(_token_mean, gs.losses.as_row_loss(loss), skip, needs_logits(loss))
 
 
-def is_objective(function: Any) -> Any:
+def as_objective(function: Any) -> Any:
     """Mark a function of (module, batches, name) as an `Objective`, so that it is not taken for a loss per token."""
     function.is_objective = True
     return function
 
 
-@is_objective
+@as_objective
 def idk(context: Context, batches: Batches, name: str) -> Tensor:
     """IdkNLL: cross-entropy of a refusal to the forget questions, mean over its tokens (TOFU, 2401.06121)."""
     return _token_mean(gs.losses.cross_entropy, 0, False, context, batches, _refusal(batches, name))
@@ -91,26 +103,19 @@ def rmu(layer: int, direction: Tensor | None = None) -> Objective:
             states, which is the retain half.
     """
 
-    @is_objective
+    @as_objective
     def steer(context: Context, batches: Batches, name: str) -> Tensor:
         batch = batches[name]
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-        hidden = _layer(context.head.model, inputs, layer)
-        if direction is not None:
-            target = direction.to(hidden)
-        else:
-            second = getattr(context.reference, "model", None)
-            if second is None:
+        hidden = context.head.hidden(batch, layer)
+        target = direction
+        if target is None:
+            if not isinstance(context.reference, SecondModel):
                 raise TypeError("rmu: expected reference=SecondModel(...) for the retain half, found another or none")
-            with torch.no_grad():
-                target = _layer(second.to(hidden.device), inputs, layer)
-        return gs.losses.rmu(hidden, target, batch["labels"] != gs.losses.IGNORED).mean()
+            target = context.reference.hidden(context.head, batch, layer)
+        return gs.losses.rmu(hidden, target.to(hidden), batch["labels"] != gs.losses.IGNORED).mean()
 
+    steer.needs_reference = direction is None  # pyright: ignore[reportFunctionMemberAccess]
     return steer
-
-
-def _layer(model: Any, inputs: Mapping[str, Tensor], layer: int) -> Tensor:
-    return model(**inputs, output_hidden_states=True).hidden_states[layer]
 
 
 def _token_mean(loss: Any, skip: int, with_reference: bool, context: Context, batches: Batches, name: str) -> Tensor:
@@ -170,20 +175,24 @@ def name_of(loss: Any) -> str:
     return getattr(_unbound(loss), "__name__", type(loss).__name__)
 
 
-_SEQUENCES: dict[Any, str] = {function: name for name, function in gs.losses.SEQUENCE_LOSSES.items()}
-_WITH_REFERENCE = (gs.losses.undial, gs.losses.kl_divergence)
-
-
 def needs_reference(loss: Any) -> bool:
     """Whether a loss compares with the model before unlearning."""
-    return _unbound(loss) in (gs.losses.npo, gs.losses.dpo, *_WITH_REFERENCE)
+    plain = _unbound(loss)
+    return (
+        needs_logits(loss)
+        or plain is gs.losses.npo
+        or plain is gs.losses.dpo
+        or getattr(plain, "needs_reference", False)
+    )
 
 
 def needs_logits(loss: Any) -> bool:
     """Whether that comparison takes whole rows of logits, which no file holds."""
-    return _unbound(loss) in _WITH_REFERENCE
+    plain = _unbound(loss)
+    return plain is gs.losses.undial or plain is gs.losses.kl_divergence
 
 
 def needs_refusals(loss: Any) -> bool:
     """Whether a loss teaches a refusal: `ForgetRetainDataModule(refusals=...)`."""
-    return _unbound(loss) in (gs.losses.dpo, idk)
+    plain = _unbound(loss)
+    return plain is gs.losses.dpo or plain is idk

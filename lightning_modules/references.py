@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 
 import gradsurgery as gs
 from lightning_modules.heads import AnswerHead, Batch, States, answer_values
-from lightning_modules.likelihood import answer_nll, device_of
-from lightning_modules.tokenization import IGNORED, Encoded
+from lightning_modules.likelihood import answer_nll, device_of, evaluation_mode
+from lightning_modules.tokenization import IGNORED, Encoded, collate
 
 
 class SecondModel:
@@ -24,29 +23,51 @@ class SecondModel:
     It is not part of the module: no optimizer, checkpoint or strategy sees it.
 
     Args:
-        model: The reference; None copies the model as it is when training begins.
+        model: The reference, which is frozen; None copies the model that an `UnlearningModule` is made of, as it is then.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self.model = model
+        self._copied: nn.Module | None = None
         self._head: AnswerHead | None = None
 
     def prepare(self, model: nn.Module) -> None:
-        """Copy the model if there is none yet, and freeze it."""
+        """Copy the model if there is none yet, and freeze it.
+
+        Raises:
+            ValueError: If it is the trained model itself, or holds a copy of another one.
+        """
+        if self.model is model:
+            raise ValueError(
+                "SecondModel: expected another model than the one that is trained; SecondModel() copies it"
+            )
+        if self._copied is not None and self._copied is not model:
+            raise ValueError(
+                "SecondModel: expected the model that it is a copy of, found another; make a new SecondModel()"
+            )
         if self._head is None:
-            self.model = copy.deepcopy(model) if self.model is None else self.model
+            if self.model is None:
+                self._copied, self.model = model, copy.deepcopy(model)
             self.model.requires_grad_(False).eval()
             self._head = AnswerHead(self.model)
 
+    def hidden(self, head: AnswerHead, batch: Batch, layer: int) -> Tensor:
+        """Hidden states after a layer, see `AnswerHead.hidden`."""
+        with torch.no_grad():
+            return self._on_device(head, batch).hidden(batch, layer)
+
     def states(self, head: AnswerHead, batch: Batch, *, split: bool) -> States:
         """The reference's states; logits if the trained model gives logits."""
+        with torch.no_grad():
+            return self._on_device(head, batch).states(batch, split=split)
+
+    def _on_device(self, head: AnswerHead, batch: Batch) -> AnswerHead:
         self.prepare(head.model)
         if self.model is None or self._head is None:
             raise RuntimeError("expected prepare(model) before the first batch")
         if device_of(self.model) != batch["input_ids"].device:
             self.model.to(batch["input_ids"].device)
-        with torch.no_grad():
-            return self._head.states(batch, split=split)
+        return self._head
 
     def nll(self, head: AnswerHead, batch: Batch, skip_first: int, name: str) -> Tensor:
         """Negative log-likelihood of each answer, summed over its tokens, `[B]`."""
@@ -74,17 +95,8 @@ class AdapterOff:
     def states(self, head: AnswerHead, batch: Batch, *, split: bool) -> States:
         """The base model's states."""
         model: Any = head.model
-        off: AbstractContextManager[Any] = (
-            model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
-        )
-        modes = [(module, module.training) for module in model.modules()]
-        with torch.no_grad(), off:
-            model.eval()  # no dropout in a reference
-            try:
-                return head.states(batch, split=split)
-            finally:
-                for module, mode in modes:
-                    module.training = mode
+        with evaluation_mode(model), model.disable_adapter():  # no dropout in a reference
+            return head.states(batch, split=split)
 
     def nll(self, head: AnswerHead, batch: Batch, skip_first: int, name: str) -> Tensor:
         """Negative log-likelihood of each answer, summed over its tokens, `[B]`."""
@@ -140,9 +152,9 @@ class Precomputed:
             raise ValueError(
                 "expected the batch to hold the examples' index, as those of ForgetRetainDataModule do, found none"
             )
-        index, lengths = batch["index"].cpu(), gs.losses.answer_lengths(batch["labels"]).cpu()
-        values, known = self.tensors.get(f"{name}_nll"), self.tensors.get(f"{name}_lengths")
-        if values is None or known is None or int(index.max()) >= len(values) or not torch.equal(known[index], lengths):
+        index, found = batch["index"].cpu(), checksums(batch).cpu()
+        values, known = self.tensors.get(f"{name}_nll"), self.tensors.get(f"{name}_checksums")
+        if values is None or known is None or int(index.max()) >= len(values) or not torch.equal(known[index], found):
             raise ValueError(
                 f"expected {self.path} to be about these {name} examples, found others; write it again with `precompute`"
             )
@@ -184,11 +196,20 @@ def precompute(
         if encoded is None:
             continue
         lengths = torch.tensor([sum(label != IGNORED for label in example.labels[1:]) for example in encoded])
+        sums = torch.cat([checksums(collate([example], pad_token_id)) for example in encoded])
         means = answer_nll(model, encoded, pad_token_id=pad_token_id, batch_size=batch_size)
-        tensors |= {f"{name}_nll": (means * lengths).float(), f"{name}_lengths": lengths}
+        tensors |= {f"{name}_nll": (means * lengths).float(), f"{name}_checksums": sums}
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, target)
+
+
+def checksums(batch: Batch) -> Tensor:
+    """A number of each row's tokens and labels, `[B]` int64, that does not depend on the padding."""
+    mask = batch["attention_mask"].long()
+    place = mask.cumsum(1)
+    mixed = batch["input_ids"] * 1_000_003 + batch["labels"] * 7_919 + 12_345
+    return (mixed * (place * 2_654_435_761 + place.square()) * mask).sum(1)
 
 
 def sequence_nll(states: States, labels: Tensor, skip_first: int) -> Tensor:

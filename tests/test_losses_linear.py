@@ -202,6 +202,47 @@ def test_a_custom_loss_of_the_log_odds() -> None:
     agree(*both(case(), partial(squared, power=1.5), WEIGHTS["one for each token"]), torch.float64)
 
 
+def test_a_loss_that_does_not_depend_on_the_logits_has_no_gradient() -> None:
+    inputs = case()
+    for loss in (
+        gs.losses.token_loss(lambda odds: torch.ones_like(odds)),
+        lambda logits, labels: torch.ones(len(labels)),
+    ):
+        hidden = inputs.hidden.clone().requires_grad_()
+        linear(hidden, inputs.weight, inputs.labels, loss).sum().backward()
+        assert not hidden.grad.any()
+
+
+REFERENCED = {
+    "undial": lambda logits, labels, other: gs.losses.undial(logits, labels, other),
+    "kl_divergence": lambda logits, labels, other: gs.losses.kl_divergence(logits, other).where(labels != -100, 0.0),
+    "uniform": lambda logits, labels, other: gs.losses.uniform(logits).where(labels != -100, 0.0),
+    "logit_margin": lambda logits, labels, other: gs.losses.logit_margin(logits, labels),
+}
+
+
+@pytest.mark.parametrize("own_head", [True, False])
+@pytest.mark.parametrize("name", REFERENCED)
+def test_losses_of_rows_and_of_a_reference(name: str, own_head: bool) -> None:
+    inputs, other = case(bias=True), case(bias=True, seed=9)
+    takes = name in ("undial", "kl_divergence")
+    options: dict[str, Any] = {"reference_hidden": other.hidden} if takes else {}
+    if takes and own_head:
+        options |= {"reference_weight": other.weight, "reference_bias": other.bias}
+    head = (other.weight, other.bias) if own_head else (inputs.weight, inputs.bias)
+    target = functional.linear(other.hidden, *head)
+    results = []
+    for fused in (True, False):
+        tensors = [tensor.clone().requires_grad_() for tensor in (inputs.hidden, inputs.weight, inputs.bias)]
+        if fused:
+            values = linear(tensors[0], tensors[1], inputs.labels, name, tensors[2], chunk_size=4, **options)
+        else:
+            values = REFERENCED[name](functional.linear(*tensors), inputs.labels, target)
+        (values @ WEIGHTS["one for each token"].double()).backward()
+        results.append([values.detach(), *(tensor.grad for tensor in tensors)])
+    agree(*results, torch.float64)
+
+
 def test_a_loss_that_does_not_return_a_value_for_each_token_is_refused() -> None:
     inputs = case()
     with pytest.raises(ValueError, match="one value per token"):
@@ -230,6 +271,64 @@ def test_a_second_backward_through_a_retained_graph_gives_the_same(recompute: bo
     again = torch.autograd.grad(3 * loss, tensors, retain_graph=True)
     for one, other in zip(first, again, strict=True):
         close(3 * one, other, LINEAR[torch.float64], scale=float(other.norm()))
+
+
+def test_a_gradient_that_is_changed_in_place_does_not_change_the_next() -> None:
+    inputs = case(masked=0.0)
+    hidden = inputs.hidden.requires_grad_()
+    for weigh in (torch.mean, torch.sum):
+        loss = weigh(linear(hidden, inputs.weight, inputs.labels, "ceu"))
+        (first,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+        expected = first.clone()
+        first.zero_()
+        assert torch.equal(torch.autograd.grad(loss, hidden)[0], expected)
+
+
+def test_the_weights_gradient_is_not_kept_after_the_backward_pass() -> None:
+    for upstream in (torch.full((23,), 1 / 23.0), WEIGHTS["one for each token"]):
+        inputs = case()
+        values = linear(inputs.hidden.requires_grad_(), inputs.weight.requires_grad_(), inputs.labels, "ceu")
+        (values @ upstream.double()).backward()
+        assert values.grad_fn.gradients.weight is None
+
+
+def test_a_second_derivative_is_refused_and_not_dropped() -> None:
+    inputs = case()
+    loss = linear(inputs.hidden.requires_grad_(), inputs.weight, inputs.labels, "ceu").sum()
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(loss, inputs.hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_none_are_made(mode: Any) -> None:
+    inputs = case(200, 64, 300, bias=True)
+    tensors = [tensor.clone().requires_grad_() for tensor in (inputs.hidden, inputs.weight, inputs.bias)]
+    expected = linear(tensors[0], tensors[1], inputs.labels, "ceu", tensors[2]).detach()
+    with mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        found = linear(tensors[0], tensors[1], inputs.labels, "ceu", tensors[2], chunk_size=8)
+    close(found.clone(), expected, LINEAR[torch.float64])
+    allocated = [event.nbytes() for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert max(allocated) < inputs.weight.nbytes
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_activation_checkpointing_sweeps_twice(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradsurgery.losses import _sweep
+
+    calls: list[int] = []
+    plain = _sweep._sweep
+    monkeypatch.setattr(_sweep, "_sweep", lambda *arguments: calls.append(1) or plain(*arguments))
+    inputs = case()
+    weight = inputs.weight.requires_grad_(not frozen)
+    for loss in ("ceu", lambda logits, labels: logits.logsumexp(-1)):
+        calls.clear()
+        values = torch.utils.checkpoint.checkpoint(
+            lambda h, loss=loss: linear(h.tanh(), weight, inputs.labels, loss),
+            inputs.hidden.requires_grad_(),
+            use_reentrant=False,
+        )
+        values.sum().backward()
+        assert len(calls) == 2
 
 
 def test_two_heads_and_a_tied_embedding_add_up() -> None:
@@ -308,7 +407,7 @@ def test_logits_of_all_tokens_are_never_held(trainable: bool) -> None:
 
 
 def test_a_frozen_head_chooses_at_most_64_rows_and_a_half_precision_one_few_chunks() -> None:
-    from gradsurgery.losses._linear import chunk_rows
+    from gradsurgery.losses._sweep import chunk_rows
 
     for vocabulary in (50, 32000, 128256, 1_000_000):
         for dtype in (torch.float32, torch.bfloat16):
@@ -324,6 +423,11 @@ def test_a_frozen_head_chooses_at_most_64_rows_and_a_half_precision_one_few_chun
         ({"loss": "ceuu"}, ValueError, "ceu"),
         ({"labels": torch.zeros(22, dtype=torch.long)}, ValueError, "labels"),
         ({"labels": torch.zeros(23)}, TypeError, "integers"),
+        ({"labels": torch.zeros(23, dtype=torch.uint8)}, TypeError, "signed"),
+        ({"labels": torch.full((23,), 37)}, ValueError, "37"),
+        ({"labels": torch.full((23,), -1), "loss": "logit_margin"}, ValueError, "-1"),
+        ({"loss": "undial"}, ValueError, "reference"),
+        ({"reference_hidden": torch.zeros(23, 8, dtype=torch.float64)}, ValueError, "no reference"),
         ({"hidden": torch.zeros(23, 7, dtype=torch.float64)}, ValueError, "hidden"),
         ({"hidden": torch.zeros(2, 23, 8, dtype=torch.float64)}, ValueError, "answer_tokens"),
         ({"hidden": torch.zeros(23, 8)}, TypeError, "one type"),
@@ -331,7 +435,7 @@ def test_a_frozen_head_chooses_at_most_64_rows_and_a_half_precision_one_few_chun
         ({"chunk_size": 0}, ValueError, "chunk_size"),
         ({"softcap": 0.0}, ValueError, "softcap"),
         ({"reference_weight": torch.zeros(37, 8, dtype=torch.float64)}, ValueError, "reference_hidden"),
-        ({"reference_hidden": torch.zeros(22, 8, dtype=torch.float64)}, ValueError, "reference"),
+        ({"loss": "undial", "reference_hidden": torch.zeros(22, 8, dtype=torch.float64)}, ValueError, "reference"),
     ],
 )
 def test_bad_arguments_are_refused_in_a_sentence(change: dict[str, Any], error: type[Exception], match: str) -> None:
@@ -339,10 +443,3 @@ def test_bad_arguments_are_refused_in_a_sentence(change: dict[str, Any], error: 
     arguments = {"hidden": inputs.hidden, "weight": inputs.weight, "labels": inputs.labels, "loss": "ceu"} | change
     with pytest.raises(error, match=match):
         linear(**arguments)
-
-
-def test_a_label_outside_the_vocabulary_is_an_error() -> None:
-    inputs = case()
-    inputs.labels[0] = 37
-    with pytest.raises((IndexError, RuntimeError)):
-        linear(inputs.hidden, inputs.weight, inputs.labels, "ceu")

@@ -6,15 +6,13 @@ Where this is not usable, `reduce_` and `gradient` of `_log_odds` do the same in
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradsurgery.losses._log_odds import log1p_exp
-
-if TYPE_CHECKING:
-    from gradsurgery.losses import _triton
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -73,6 +71,8 @@ def gradient_(
     kernels = _kernels()
     if kernels is None:
         raise RuntimeError("expected Triton, which is not installed; `usable` tells")
+    own = own.contiguous()  # the kernel reads number n at n, and a slope may be an expanded one
+    other = None if other is None else other.contiguous()
     at_label, at_runner_up = own, -own * (-found.total).exp()
     if other is not None:
         at_label = at_label - other * (found.label - found.other_total).exp()
@@ -91,9 +91,10 @@ def gradient_(
     )
 
 
-def _kernels() -> type[_triton] | None:  # pyright: ignore[reportInvalidTypeForm] (a module is the type)
+@cache
+def _kernels() -> Any:
     try:
         from gradsurgery.losses import _triton
     except ImportError:
         return None
-    return _triton  # pyright: ignore[reportReturnType]
+    return _triton

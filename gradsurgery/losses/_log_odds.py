@@ -113,8 +113,8 @@ def checked(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_integers(labels: Tensor) -> None:
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels: expected integers, found {labels.dtype}")
+    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):  # unsigned ones cannot hold -100
+        raise TypeError(f"labels: expected signed integers, found {labels.dtype}")
 
 
 def float_type(dtype: torch.dtype) -> torch.dtype:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from gradsurgery.losses._log_odds import TokenLoss
+from gradsurgery.losses._log_odds import IGNORED, TokenLoss
 from gradsurgery.losses._rows import kl_divergence, logit_margin, undial, uniform
 from gradsurgery.losses._sequences import dpo, npo, simnpo
 from gradsurgery.losses._tokens import (
@@ -23,6 +23,8 @@ from gradsurgery.losses._tokens import (
 
 RowLoss: TypeAlias = TokenLoss | Callable[[Tensor, Tensor, Tensor], Tensor]
 """A token loss, or one with reference logits as its third argument; every value a function of its own row only."""
+
+_PLAIN = "_as_row_loss_of"
 
 LOSSES: dict[str, TokenLoss] = {
     function.__name__: function
@@ -64,13 +66,37 @@ def by_name(name: str) -> TokenLoss:
 
 def as_row_loss(loss: Any) -> RowLoss:
     """A loss as `linear` calls it, of logits, labels and reference logits where there are any: some take no labels."""
-    plain = loss
-    while isinstance(plain, functools.partial):
-        plain = plain.func
+    plain = _unbound(loss)
     if plain is uniform:
-        return lambda logits, labels: loss(logits).where(labels >= 0, 0.0)
-    if plain is kl_divergence:
-        return lambda logits, labels, reference: loss(logits, reference).where(labels >= 0, 0.0)
+
+        def of_rows(logits: Tensor, labels: Tensor) -> Tensor:
+            return loss(logits).where(labels != IGNORED, 0.0)
+
+        found: RowLoss = of_rows
+    elif plain is kl_divergence:
+
+        def beside_reference(logits: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
+            return loss(logits, reference).where(labels != IGNORED, 0.0)
+
+        found = beside_reference
+    else:
+        return loss
+    setattr(found, _PLAIN, plain)
+    return found
+
+
+def takes_reference(loss: Any) -> bool | None:
+    """Whether a loss of ours compares with reference logits; None for one that is not ours."""
+    plain = _unbound(loss)
+    plain = getattr(plain, _PLAIN, plain)
+    if any(plain is known for known in (undial, kl_divergence)):
+        return True
+    return False if any(plain is known for known in (*LOSSES.values(), *ROW_LOSSES.values())) else None
+
+
+def _unbound(loss: Any) -> Any:
+    while isinstance(loss, functools.partial):
+        loss = loss.func
     return loss
 
 

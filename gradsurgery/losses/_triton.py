@@ -22,7 +22,7 @@ def reduce(
     rows, width = logits.shape
     largest, rest, label = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(3))
     runner_up = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    if rows:
+    with torch.cuda.device_of(logits):  # Triton launches on the current device, wherever the tensors are
         _reduce[(rows,)](
             logits, labels, largest, rest, label, runner_up, width, scale, softcap or 1.0,
             CAPPED=softcap is not None, BLOCK=_BLOCK, num_warps=_WARPS,
@@ -44,7 +44,7 @@ def gradient_(
     """Overwrite z by -(a exp(z - m - s) + b exp(z - m - t)), (s, a) being ``own``, (t, b) ``other``; by ``at`` at label and runner-up."""
     rows, width = logits.shape
     second = other or own
-    if rows:
+    with torch.cuda.device_of(logits):
         _gradient[(rows,)](
             logits, labels, runner_up, largest, *own, *second, *at, width, scale, softcap or 1.0,
             CAPPED=softcap is not None, BOTH=other is not None, BLOCK=_BLOCK, num_warps=_WARPS,

@@ -59,6 +59,18 @@ def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return gs.losses.linear(hidden, weight, labels, gs.losses.ceu).sum() / (labels != -100).sum()
 
 
+def weighted(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """A weight for every token, known only after the values: a trainable head's gradient is made a second time."""
+    values = gs.losses.linear(hidden, weight, labels, gs.losses.ceu)
+    return (values * torch.linspace(0.0, 1.0, len(values), device=values.device)).sum() / (labels != -100).sum()
+
+
+def sequences(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """As NPO and its like take likelihoods: the gradient is made in the backward pass."""
+    values = gs.losses.linear(hidden, weight, labels, gs.losses.cross_entropy, recompute=weight.requires_grad)
+    return gs.losses.npo(values.view(8, -1).sum(1), torch.zeros(8, device=values.device)).mean()
+
+
 def hinge(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return gs.losses.linear(hidden, weight, labels, gs.losses.inverted_hinge).sum() / (labels != -100).sum()
 
@@ -118,7 +130,8 @@ def peak(function: Callable[[], None], device: str) -> float:
 def compare(device: str, repeats: int, *shape: object) -> None:
     hidden, weight, labels = case(device, *shape)  # pyright: ignore[reportArgumentType]
     functions = {
-        "obvious": obvious, "gathered after": after_head, "gathered before": gathered, "ours": ours, "inverted hinge": hinge,
+        "obvious": obvious, "gathered after": after_head, "gathered before": gathered, "ours": ours, "ours, weights": weighted,
+        "ours, NPO": sequences, "inverted hinge": hinge,
         "plain CE": plain_cross_entropy, "torch linear CE": torch_cross_entropy, "our CE": our_cross_entropy,
     }  # fmt: skip
     if not hasattr(functional, "linear_cross_entropy"):

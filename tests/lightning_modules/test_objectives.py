@@ -25,6 +25,8 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
 )
 
 import gradsurgery as gs
@@ -44,12 +46,18 @@ def llama(**options: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**SIZES, **options))
 
 
+def biased(model: Any) -> Any:
+    nn.init.normal_(model.lm_head.bias)
+    return model
+
+
 FAMILIES = {
     "Llama, tied": lambda: llama(tie_word_embeddings=True),
     "Llama": lambda: llama(tie_word_embeddings=False),
     "Gemma 2, capped": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0)),
     "Cohere, scaled": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.3)),
     "Granite, scaled": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=3.0)),
+    "Phi, a bias in the head": lambda: biased(PhiForCausalLM(PhiConfig(**SIZES))),
     "GPT-2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=29, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
     ),
@@ -153,12 +161,12 @@ class Plain(nn.Module):
         return self.inner(input_ids=input_ids, attention_mask=attention_mask)
 
 
-class Doubled(LlamaForCausalLM):
-    """A family that makes its logits in a way that its configuration does not tell."""
+class Ruling(LlamaForCausalLM):
+    """A family that rules two tokens out in its logits, as some do with those of images."""
 
     def forward(self, **inputs: Any) -> Any:
         out = super().forward(**inputs)
-        out.logits = 2 * out.logits
+        out.logits = out.logits.index_fill(-1, torch.tensor([3, 4]), -1e4)
         return out
 
 
@@ -170,7 +178,7 @@ def test_other_models_compute_their_logits_and_say_so_once(kind: str, name: str)
         if kind == "no parts":
             return Plain(llama().double())
         if kind == "other logits":
-            return Doubled(LlamaConfig(**SIZES)).double()
+            return Ruling(LlamaConfig(**SIZES)).double()
         return get_peft_model(llama().double(), LoraConfig(r=2, target_modules=["lm_head"]))  # pyright: ignore
 
     model, before, data = build(0), build(1), batches()
@@ -231,7 +239,7 @@ def test_numbers_on_a_disk_are_a_reference(name: str, tmp_path: Path) -> None:
         scale=20.0,
     )
 
-    data["forget"]["index"] = data["forget"]["index"].flip(0)  # other examples have other lengths
+    data["forget"]["index"] = data["forget"]["index"].flip(0)
     with pytest.raises(ValueError, match="others"):
         module.objectives["forget"](module, data, "forget")
     del data["forget"]["index"]
@@ -252,6 +260,21 @@ def test_what_is_missing_is_said() -> None:
     del data["refusal"]
     with pytest.raises(ValueError, match="refusals"):
         module.objectives["forget"](module, data, "forget")
+    with pytest.raises(ValueError, match="retain_loss"):
+        lm.UnlearningModule(make("Llama"), retain_loss=gs.losses.dpo, reference=lm.references.SecondModel())
+    with pytest.raises(ValueError, match="reference"):
+        lm.UnlearningModule(make("Llama"), retain_loss=objectives.rmu(1))
+    with pytest.raises(ValueError, match="skip_first"):
+        lm.UnlearningModule(make("Llama"), forget_loss=objectives.idk, skip_first=1)
+    with pytest.raises(TypeError, match="by_name"):
+        lm.UnlearningModule(make("Llama"), forget_loss="ceu")
+    model = make("Llama")
+    with pytest.raises(ValueError, match="another model"):
+        lm.UnlearningModule(model, reference=lm.references.SecondModel(model))
+    used = lm.references.SecondModel()
+    lm.UnlearningModule(model, reference=used)
+    with pytest.raises(ValueError, match="a new SecondModel"):
+        lm.UnlearningModule(make("Llama"), reference=used)
     with pytest.raises(ValueError, match="npoo"):
         objectives.by_name("npoo")
 
