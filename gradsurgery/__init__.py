@@ -15,7 +15,7 @@ Example:
     True
 """
 
-from gradsurgery import elementwise, gram, logit_difference, lora, losses, rules, task_vectors
+from gradsurgery import elementwise, gram, logit_difference, lora, losses, rules, scope, task_vectors
 from gradsurgery.dual_optimizer import DualOptimizer
 from gradsurgery.optimizer import GRU, GradientSurgery
 from gradsurgery.record import Record
@@ -33,5 +33,6 @@ __all__ = [
     "lora",
     "losses",
     "rules",
+    "scope",
     "task_vectors",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class Rows:
         blocks: What shares one Gram matrix.
         parameters: The parameters, in the rows' order.
         metric: Of the inner product; Euclidean when None.
+        recorded: Blocks whose Gram matrices are recorded beside those that the rule sees.
     """
 
     mixing: Mixing
@@ -32,13 +33,23 @@ class Rows:
     blocks: Blocks
     parameters: Sequence[Tensor]
     metric: Metric | None = None
+    recorded: Blocks | None = None
 
     def products(self, metric: Metric | None) -> Tensor:
         """Inner products of the B lists in unscaled units, ``[S, B, B]``."""
         blocks = self.blocks
-        products = block_gram(
-            self.mixing.rows, blocks=blocks.of_parameter, num_blocks=blocks.number, metric=metric, like=self.parameters
+        return self.unscaled(
+            block_gram(
+                self.mixing.rows,
+                blocks=blocks.of_parameter,
+                num_blocks=blocks.number,
+                metric=metric,
+                like=self.parameters,
+            )
         )
+
+    def unscaled(self, products: Tensor) -> Tensor:
+        """Products of the lists as they are, in unscaled units."""
         units = self.mixing.units(self.scale, products.device)
         return products * units[:, None] * units
 
@@ -65,12 +76,40 @@ class Update:
     healthy: Tensor
 
 
-def measure(rows: Rows) -> tuple[Tensor, Tensor]:
-    """Products ``[S, B, B]`` of the lists at hand, and the Gram matrices ``[S, K, K]`` of the rows that they make."""
-    products = rows.products(rows.metric)
+class Measured(NamedTuple):
+    """Products ``[S, B, B]`` of the lists at hand, and Gram matrices of the rows that they make: ``[S, K, K]``, ``[R, K, K]`` recorded."""
+
+    products: Tensor
+    gram: Tensor
+    recorded: Tensor | None
+
+
+def measure(rows: Rows) -> Measured:
+    """Everything that one pass over the rows tells."""
+    if rows.recorded is None:
+        products = rows.products(rows.metric)
+        return Measured(products, _of_rows(rows, products), None)
+    # Every product is of one tensor, and is added up twice: in the parameters' order, as `block_gram` does, so that recording changes
+    # no bit of what the rule sees (unless ranks hold shards, whose sums then are in another order).
+    number = len(rows.parameters)
+    by_tensor = block_gram(
+        rows.mixing.rows, blocks=range(number), num_blocks=number, metric=rows.metric, like=rows.parameters
+    )
+    products, recorded = (rows.unscaled(_added(by_tensor, blocks)) for blocks in (rows.blocks, rows.recorded))
+    return Measured(products, _of_rows(rows, products), _of_rows(rows, recorded))
+
+
+def _added(by_tensor: Tensor, blocks: Blocks) -> Tensor:
+    """Sums over the tensors of each block, ``[P, B, B]`` to ``[S, B, B]``."""
+    of_parameter = [0] * len(by_tensor) if blocks.of_parameter is None else blocks.of_parameter
+    total = by_tensor.new_zeros(blocks.number, *by_tensor.shape[1:])
+    return total.index_add_(0, numbers_on(total.device, of_parameter), by_tensor)
+
+
+def _of_rows(rows: Rows, products: Tensor) -> Tensor:
     weights = numbers_on(products.device, rows.mixing.weights)
     gram = weights @ products @ weights.mT
-    return products, (gram + gram.mT) / 2
+    return (gram + gram.mT) / 2
 
 
 def decide(

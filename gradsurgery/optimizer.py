@@ -57,6 +57,9 @@ class GradientSurgery(Wrapper):
             protected row, or by name. The average starts at 0 and is bias-corrected, as Adam's. (GRU's gamma is 1 - ema_decay.)
         scope: What shares one Gram matrix: the whole model, each tensor, or a function parameter name -> block key (the base must
             then have been built from ``model.named_parameters()``).
+        record_scope: Like ``scope``: the record then holds the Gram matrices of these blocks too (``record.block_gram``), whatever the
+            rule sees, from the same pass over the rows; the step is the same. `gradsurgery.scope.by_layer` makes it the G-effect by
+            layer. None records only what the rule saw.
         metric: ``"optimizer"`` measures conflict with the base's own preconditioner as it stood before the step (Euclidean on the
             first): 1/(sqrt(v) + eps) for Adam-likes. It knows neither momentum nor weight decay nor the groups' learning rates.
         guard: ``"update"`` looks at the parameter change after the base's step and removes, by the same exact projection as
@@ -94,6 +97,7 @@ class GradientSurgery(Wrapper):
         *,
         ema_decay: float | Mapping[str, float] | None = None,
         scope: Scope = "global",
+        record_scope: Scope | None = None,
         metric: Literal["euclidean", "optimizer"] = "euclidean",
         guard: Literal["update", "measure"] | None = None,
         add: Mapping[str, float] | None = None,
@@ -125,6 +129,7 @@ class GradientSurgery(Wrapper):
         self._ema = EMA({name: decay for name, decay in decays.items() if decay is not None}, ema_dtype)
         self._add = [(add or {}).get(name, 0.0) for name in self.objectives]
         self._scope: Scope = scope
+        self.record_scope: Scope | None = record_scope
         self._metric, self._guard, self._max_norm, self._accumulate = metric, guard, max_norm, accumulate
         if metric == "optimizer":
             check_metric(base)
@@ -140,6 +145,8 @@ class GradientSurgery(Wrapper):
                 stacklevel=2,
             )
         blocks(scope, self.param_groups)
+        if record_scope is not None:
+            blocks(record_scope, self.param_groups, option="record_scope")
         if self._elementwise:
             self._check_elementwise(rule)
         refuse(base, self._parameters())
@@ -266,8 +273,11 @@ class GradientSurgery(Wrapper):
             blocks=blocks(self._scope, self.param_groups),
             parameters=parameters,
             metric=optimizer_metric(self._base, parameters) if self._metric == "optimizer" else None,
+            recorded=None
+            if self.record_scope is None
+            else blocks(self.record_scope, self.param_groups, option="record_scope"),
         )
-        written, update = self._by_coordinates(rows) if self._elementwise else self._by_gram(rows)
+        written, update, recorded = self._by_coordinates(rows) if self._elementwise else self._by_gram(rows)
         one = rows.blocks.names is None
         coefficients = update.coefficients
         window.record = Record(
@@ -277,6 +287,8 @@ class GradientSurgery(Wrapper):
             predicted_change=-update.change,
             update_norm=update.norm,
             blocks=rows.blocks.names,
+            block_gram=recorded,
+            block_names=None if rows.recorded is None else rows.recorded.names or ("global",),
         )
         window.combined = Combined(update.amounts.isfinite().all(), update.healthy, rows)
         for parameter, gradient in zip(parameters, written, strict=True):
@@ -288,21 +300,21 @@ class GradientSurgery(Wrapper):
         window.slots.phase = Phase.COMBINED
         return window.record
 
-    def _by_gram(self, rows: Rows) -> tuple[list[Tensor | None], Update]:
-        """The update in the rows' scale, in the memory of the first row unless that will grow, and what was decided."""
-        products, gram = measure(rows)
+    def _by_gram(self, rows: Rows) -> tuple[list[Tensor | None], Update, Tensor | None]:
+        """The update in the rows' scale, in the memory of the first row unless that will grow; what was decided; what is recorded."""
+        products, gram, recorded = measure(rows)
         self._ranks.check(gram, rows.parameters)
         averaged = [name in self._ema.decays for name in self.objectives]
         update = decide(rows, products, gram, self._rule, add=self._add, averaged=averaged, max_norm=self._max_norm)
         lists = rows.mixing.rows
         first = [None if tensor is None else tensor.clone() for tensor in lists[0]] if self._accumulate else lists[0]
         amounts = rows.mixing.scaled(update.amounts, rows.scale)
-        return combine_blocks_([first, *lists[1:]], amounts, blocks=rows.blocks.of_parameter), update
+        return combine_blocks_([first, *lists[1:]], amounts, blocks=rows.blocks.of_parameter), update, recorded
 
-    def _by_coordinates(self, rows: Rows) -> tuple[list[Tensor | None], Update]:
+    def _by_coordinates(self, rows: Rows) -> tuple[list[Tensor | None], Update, Tensor | None]:
         """As `_by_gram`, in new memory."""
         made = with_update(rows, self._rule)
-        products, gram = measure(made)
+        products, gram, recorded = measure(made)
         try:
             self._ranks.check(gram, rows.parameters)
         except RuntimeError as error:
@@ -316,7 +328,7 @@ class GradientSurgery(Wrapper):
         written = combine_blocks_([made.mixing.rows[b] for b in used], torch.stack([amounts[:, b] for b in used], 1))
         # Nobody reads the first row again: free it before the base's step.
         rows.mixing.rows[0] = [None] * len(rows.parameters)
-        return written, update
+        return written, update, None if recorded is None else recorded[:, 1:, 1:]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Combine what is not combined, step the base, guard the change, and commit the averages.

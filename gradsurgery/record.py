@@ -29,6 +29,11 @@ class Record:
             the base's step and the guard: the first-order change of that objective. Only with ``guard="measure"`` or ``"update"``, and
             after the step.
         unguarded_change: ``[K - 1]``: the same before the guard corrected the change (with ``"measure"``, the same).
+        block_gram: Gram matrices of the R blocks of ``record_scope``, float64 ``[R, K, K]``, whatever the rule saw; they add up to the
+            global one. The rows are those of ``gram``: a protected row is its average where it has one, the current gradient elsewhere.
+            Entry ``[r, 0, k]`` is the G-effect (2502.19301) of block r: below 0, a step along the first row raises objective k. None
+            without ``record_scope``.
+        block_names: Names of the R blocks.
     """
 
     objectives: tuple[str, ...]
@@ -40,6 +45,8 @@ class Record:
     applied: bool = False
     actual_change: Tensor | None = None
     unguarded_change: Tensor | None = None
+    block_gram: Tensor | None = None
+    block_names: tuple[str, ...] | None = None
 
     @property
     def norms(self) -> Tensor:
@@ -49,11 +56,20 @@ class Record:
     @property
     def cosines(self) -> Tensor:
         """Cosine of every pair of rows, ``[K, K]`` or ``[S, K, K]``; 0 where a row is 0."""
-        norms = self.norms
-        lengths = norms[..., :, None] * norms[..., None, :]
-        return torch.where(lengths == 0.0, 0.0, self.gram / torch.where(lengths == 0.0, 1.0, lengths))
+        return _cosines(self.gram)
+
+    @property
+    def block_cosines(self) -> Tensor | None:
+        """As `cosines`, of each block of ``record_scope``, ``[R, K, K]``; None without."""
+        return None if self.block_gram is None else _cosines(self.block_gram)
 
     @property
     def conflict(self) -> bool:
         """Whether the first row conflicts with a protected one, ``<row_0, row_k> < 0``, in any block. Reading it waits for the device."""
         return bool((self.gram[..., 0, 1:] < 0.0).any())
+
+
+def _cosines(gram: Tensor) -> Tensor:
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    lengths = norms[..., :, None] * norms[..., None, :]
+    return torch.where(lengths == 0.0, 0.0, gram / torch.where(lengths == 0.0, 1.0, lengths))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -16,12 +17,13 @@ class Blocks(NamedTuple):
     names: tuple[str, ...] | None
 
 
-def blocks(scope: Scope, param_groups: Sequence[Mapping[str, Any]]) -> Blocks:
+def blocks(scope: Scope, param_groups: Sequence[Mapping[str, Any]], *, option: str = "scope") -> Blocks:
     """The blocks of parameters that the scope makes.
 
     Args:
         scope: ``"global"``, ``"tensor"``, or a function parameter name -> block key (blocks are in order of first use).
         param_groups: The optimizer's.
+        option: What the user calls the scope, for the error.
 
     Raises:
         ValueError: If the scope is none of these, or is a function and the parameters have no names.
@@ -38,12 +40,64 @@ def blocks(scope: Scope, param_groups: Sequence[Mapping[str, Any]]) -> Blocks:
         shown = tuple(str(index) if name is None else name for index, name in enumerate(names))
         return Blocks(list(range(len(names))), len(names), shown)
     if not callable(scope):
-        raise ValueError(f"scope: expected 'global', 'tensor' or a function of a parameter's name, found {scope!r}")
+        raise ValueError(f"{option}: expected 'global', 'tensor' or a function of a parameter's name, found {scope!r}")
     if None in names:
         raise ValueError(
-            "scope: a function of the parameter's name needs names, and the base optimizer has none; build it from "
+            f"{option}: a function of the parameter's name needs names, and the base optimizer has none; build it from "
             "model.named_parameters()"
         )
     keys = [scope(str(name)) for name in names]
     order = {key: index for index, key in enumerate(dict.fromkeys(keys))}
     return Blocks([order[key] for key in keys], len(order), tuple(str(key) for key in order))
+
+
+_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_STACKS = {"layers", "layer", "h", "block", "blocks"}
+_PATH = {"base_model", "model", "language_model", "text_model", "transformer", "gpt_neox", "backbone"} | _STACKS
+# In this order: post_attention_layernorm is a norm.
+_IN_A_LAYER = {
+    "norm": re.compile(r"norm|^ln(_|$)", re.IGNORECASE),
+    "attention": re.compile(r"attn|attention", re.IGNORECASE),
+    "mlp": re.compile(r"mlp|ffn|feed_?forward|moe|^fc\d$|^DenseReluDense$|^intermediate$", re.IGNORECASE),
+}
+_OUTSIDE = {
+    "head": re.compile(r"^(lm_head|embed_out)$"),
+    "embedding": re.compile(r"embed|^(wte|wpe|shared)$", re.IGNORECASE),
+    "final norm": re.compile(r"norm|^ln(_|$)", re.IGNORECASE),
+}
+
+
+def by_layer(name: str) -> str:
+    """The part of a Transformer that a parameter belongs to: a ``scope``, or a ``record_scope``, with three blocks a layer.
+
+    ``embedding``, ``layer 7 attention``, ``layer 7 mlp``, ``layer 7 norm``, ``final norm`` or ``head``, from the words that Llama, GPT-2,
+    GPT-NeoX, Gemma, Mistral, Qwen, Phi, OPT, BLOOM, Falcon and T5 use in transformers; wrappers (PEFT, FSDP, torch.compile) are looked
+    through. The first word that says something decides: Gemma 3's ``self_attn.q_norm`` is attention. A second stack keeps its
+    name (``encoder layer 0 mlp``), and what is not known keeps its own (``layer 3 mixer``, ``score``): nothing is put together on a
+    guess. A head tied to the embedding is one tensor, and part of ``embedding``.
+
+    Args:
+        name: From ``model.named_parameters()``.
+
+    Example:
+        >>> by_layer("model.layers.7.mlp.down_proj.weight"), by_layer("transformer.h.0.ln_1.bias"), by_layer("model.norm.weight")
+        ('layer 7 mlp', 'layer 0 norm', 'final norm')
+        >>> by_layer("base_model.model.model.layers.7.self_attn.q_proj.lora_A.default.weight")
+        'layer 7 attention'
+    """
+    words = [word for word in name.split(".") if word not in _WRAPPERS]
+    numbers = [index for index, word in enumerate(words) if word.isdigit()]
+    if not numbers:
+        for index, word in enumerate(words):
+            for kind, pattern in _OUTSIDE.items():
+                if pattern.search(word):
+                    return _called(words[:index], kind)
+        return ".".join(words[:-1]) or name
+    at = next((index for index in numbers if index and words[index - 1] in _STACKS), numbers[0])
+    inside = [word for word in words[at + 1 : -1] if not word.isdigit()]
+    found = (kind for word in inside for kind, pattern in _IN_A_LAYER.items() if pattern.search(word))
+    return _called(words[:at], f"layer {words[at]}", next(found, inside[0] if inside else ""))
+
+
+def _called(path: Sequence[str], *kind: str) -> str:
+    return " ".join(word for word in (*(word for word in path if word not in _PATH), *kind) if word)
