@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import gradsurgery as gs
-from tests.tolerances import GRAM, STEPPED_FLOAT32, close
+from tests.tolerances import GRAM, LINEAR, STEPPED_FLOAT32, close
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -19,6 +19,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ema": {"ema_decay": 0.7},
     "everything": {"ema_decay": 0.2, "add": {"retain": 0.5}, "max_norm": 0.1, "guard": "update", "scope": "tensor"},
     "metric": {"metric": "optimizer"},
+    "elementwise": {"rule": "sago"},
 }
 
 
@@ -93,3 +94,41 @@ def test_a_grad_scaler_skips_an_overflow() -> None:
     scaler.update()
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
     assert scaler.get_scale() == 2.0**9
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [*gs.losses.LOSSES, "uniform"])
+def test_a_loss_with_its_head_is_that_of_the_cpu(
+    name: str, dtype: torch.dtype, kernel: bool, weighted: bool, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernel:
+        pytest.importorskip("triton")
+    else:
+        monkeypatch.setattr("gradsurgery.losses._kernel.usable", lambda logits: False)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 32, generator=generator).to(dtype) for n in (300, 5003))
+    labels = torch.randint(5003, (300,), generator=generator)
+    labels[::3] = -100
+    upstream = torch.linspace(-1, 2, 300) if weighted else torch.full((300,), 0.5)
+    found = []
+    for device in ("cpu", "cuda"):
+        h, w = hidden.to(device).requires_grad_(), weight.to(device).requires_grad_()
+        values = gs.losses.linear(h, w, labels.to(device), name, softcap=softcap, chunk_size=64)
+        (values @ upstream.to(device)).backward()
+        found.append([values.detach().cpu().double(), h.grad.cpu().double(), w.grad.cpu().double()])
+    for one, other in zip(*found, strict=True):
+        close(other, one, LINEAR[torch.bfloat16 if dtype == torch.bfloat16 else torch.float32], scale=float(one.norm()))
+
+
+def test_a_head_on_the_gpu_holds_a_chunk_and_the_gradients() -> None:
+    tokens, vocabulary, width = 4096, 50_000, 256
+    hidden = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(vocabulary, width, device="cuda", dtype=torch.bfloat16)
+    labels = torch.randint(vocabulary, (tokens,), device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    gs.losses.linear(hidden, weight, labels, "ceu", chunk_size=256).mean().backward()
+    assert torch.cuda.max_memory_allocated() - before < 3 * 256 * vocabulary * 4 + 4 * hidden.nbytes
