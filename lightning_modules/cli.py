@@ -16,7 +16,7 @@ _COMMANDS = {
     "unlearn": "make a model forget, and measure what it forgot and what it kept",
     "evaluate": "score a model on its splits; writes metrics.json only",
     "ablate": "compare methods where they have forgotten equally much: a grid of methods and seeds",
-    "report": "draw report.md and curves.png again from what is in a run's folder",
+    "report": "draw report.html, report.md and curves.png again from what is in a run's folder",
 }
 
 
@@ -95,7 +95,8 @@ def _ours(error: Exception) -> bool:
     if type(error) not in _SENTENCES:
         return False
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return raised_in.parent.name in ("gradsurgery", "lightning_modules", "losses", "metrics", "functional", "ablation")
+    ours = ("gradsurgery", "lightning_modules", "losses", "metrics", "functional", "ablation", "callbacks", "report")
+    return raised_in.parent.name in ours
 
 
 def _add(parser: Any, options: type) -> None:
@@ -104,7 +105,7 @@ def _add(parser: Any, options: type) -> None:
     for entry in fields(options):
         default = entry.default if entry.default is not MISSING else entry.default_factory()  # pyright: ignore[reportCallIssue]
         flag: dict[str, Any] = {"type": types[entry.name], "default": default, "help": entry.metadata["help"]}
-        if types[entry.name] is bool:
+        if types[entry.name] in (bool, bool | None):
             flag |= {"nargs": "?", "const": True}
         parser.add_argument(f"--{entry.name.replace('_', '-')}", **flag)
 

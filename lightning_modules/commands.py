@@ -24,10 +24,18 @@ from torch import nn
 import gradsurgery as gs
 from lightning_modules import objectives, outputs
 from lightning_modules.adapters import with_adapters
-from lightning_modules.callbacks import SurgeryLogger, TradeoffCurve
+from lightning_modules.callbacks import (
+    BestTradeoff,
+    CollapseAlarm,
+    QuantizationProbe,
+    RelearnProbe,
+    SurgeryLogger,
+    TradeoffCurve,
+)
 from lightning_modules.data import ForgetRetainDataModule
 from lightning_modules.evaluation import Evaluation, evaluate, summary
 from lightning_modules.examples import Example
+from lightning_modules.g_effect import GEffectLogger
 from lightning_modules.likelihood import device_of
 from lightning_modules.loading import load_model, load_reference, make_data
 from lightning_modules.metrics.functional import forget_quality, truth_ratio
@@ -79,6 +87,7 @@ def _unlearn(options: UnlearnOptions) -> Path:
     module = make_module(model, options, reference).train()
     steps = -(-len(splits["forget"]) // (options.batch_size * (options.accumulate or 1))) * (options.epochs or 1)
     surgery_log = SurgeryLogger(folder / outputs.SURGERY)
+    layers_log = GEffectLogger(folder / outputs.G_EFFECT)
     curve = TradeoffCurve(
         {
             split: [
@@ -90,7 +99,7 @@ def _unlearn(options: UnlearnOptions) -> Path:
         every_n_steps=options.score_every or max(1, steps // _CURVE_POINTS),
         stop_below=options.stop_below,
     )
-    trainer = _trainer(folder, options, [surgery_log, curve], console)
+    trainer = _trainer(folder, options, [surgery_log, layers_log, curve, *_watching(options, curve)], console)
     score = partial(_score, options, splits)
     started = time.perf_counter()
     before = score(model, tokenizer) if first else None
@@ -108,7 +117,42 @@ def _unlearn(options: UnlearnOptions) -> Path:
 
     _write_rows(folder / outputs.CURVE, curve.points)
     seconds = {"train": training, "evaluate": evaluating}
+    if options.probes:
+        _probe(options, splits, module.model, tokenizer, curve)
     return _leave(options, splits, before, _merged(module.model), tokenizer, seconds)
+
+
+def _watching(options: UnlearnOptions, curve: TradeoffCurve) -> list[Callback]:
+    """What acts on the curve's points: a stop at a collapse, and the best weights at the end."""
+    folder = Path(options.output)
+    found: list[Callback] = []
+    if options.collapse_below is not None:
+        found.append(CollapseAlarm(curve, below=options.collapse_below, folder=folder))
+    if options.best_below is not None:
+        path = folder / "checkpoints" / "best.ckpt"
+        found.append(BestTradeoff(curve, target=options.best_below, path=path, folder=folder))
+    return found
+
+
+def _probe(
+    options: UnlearnOptions,
+    splits: Mapping[str, Sequence[Example]],
+    model: nn.Module,
+    tokenizer: Any,
+    curve: TradeoffCurve,
+) -> None:
+    """How well the forgetting holds, on the examples of the curve; a reference with the same tokenizer is the control."""
+
+    def control() -> nn.Module | None:
+        if options.reference is not None and Path(options.reference).is_file():
+            return None
+        loaded = load_reference(options, splits)
+        return loaded[0] if loaded is not None and loaded[1].get_vocab() == tokenizer.get_vocab() else None
+
+    common: dict[str, Any] = {"pad_token_id": curve.pad_token_id, "folder": options.output}
+    QuantizationProbe(curve.encoded, **common).run(model)
+    settings: dict[str, Any] = {"lr": options.lr, "batch_size": options.batch_size, "seed": options.seed}
+    RelearnProbe(curve.encoded["forget"], curve.encoded["retain"], control=control, **common, **settings).run(model)
 
 
 def _unlearn_by_assistant(
@@ -303,7 +347,8 @@ def _start_model(
 
 
 def _trainer(folder: Path, options: UnlearnOptions, callbacks: Sequence[Callback], console: Console) -> L.Trainer:
-    checkpoint = ModelCheckpoint(folder / "checkpoints", save_last=True, save_top_k=0, every_n_epochs=1)
+    # With save_top_k=0 nothing is written before training ends, whatever save_last says (Lightning 2.6).
+    checkpoint = ModelCheckpoint(folder / "checkpoints", filename="last", save_top_k=1, enable_version_counter=False)
     bar = [RichProgressBar()] if console.is_terminal else []
     devices: Any = options.devices if options.devices == "auto" else int(options.devices)
     return L.Trainer(

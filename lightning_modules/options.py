@@ -127,6 +127,19 @@ class UnlearnOptions(DataOptions):
         None,
         "optimizer steps between scores on up to 64 examples of each set; a 25th of the run, for the model from scratch 1",
     )
+    collapse_below: float | None = _option(
+        0.1, "stop when the mean retain probability is below this fraction of what it was at the start; null for never"
+    )
+    best_below: float | None = _option(
+        None,
+        "end with the weights of the scored step with the largest retain probability among those with a forget probability below this; "
+        "null for the last weights",
+    )
+    probes: bool | None = _option(
+        None,
+        "at the end, teach a float32 copy a quarter of the forget answers again, and round copies to 8 and 4 bits; only for the model from "
+        "scratch",
+    )
     batch_size: int = _option(8, "forget and retain examples a forward pass and process")
     accumulate: int | None = _option(None, "batches an optimizer step; 4, for the model from scratch 1")
     max_norm: float | None = _option(1.0, "clip the combined gradient to this norm; null for no clipping")
@@ -161,6 +174,10 @@ class UnlearnOptions(DataOptions):
             raise ValueError(
                 f"expected --lora-rank and --warmup-steps >= 0, found {self.lora_rank} and {self.warmup_steps}"
             )
+        for name in ("collapse_below", "best_below"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value < 1.0:
+                raise ValueError(f"expected --{name.replace('_', '-')} between 0 and 1, found {value}")
         if self.lr is not None and self.lr <= 0.0:
             raise ValueError(f"expected --lr > 0, found {self.lr}")
         if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
@@ -178,6 +195,10 @@ class UnlearnOptions(DataOptions):
         if set(self.uld) - known:
             raise ValueError(
                 f"--uld: expected {', '.join(sorted(known))}, found {', '.join(sorted(set(self.uld) - known))}"
+            )
+        if self.method == "uld" and (self.probes or self.best_below is not None):
+            raise ValueError(
+                "--probes, --best-below: expected a run with surgery, found --method uld, whose model they do not know"
             )
         if self.method == "uld" and self.resume:
             raise ValueError(
@@ -217,6 +238,7 @@ class UnlearnOptions(DataOptions):
             ema_decay=self.ema_decay,
             scope=self.scope,
             metric=self.metric,
+            record_scope=gs.scope.by_layer,
             guard=None if self.guard == "none" else self.guard,
             add={"retain": self.retain_weight} if self.retain_weight else None,
             max_norm=self.max_norm,
@@ -246,6 +268,7 @@ class UnlearnOptions(DataOptions):
             "accumulate": 1 if scratch else 4,
             "stop_below": 0.05 if scratch else None,
             "score_every": 1 if scratch else None,
+            "probes": scratch and not uld,
             "precision": "bf16-mixed" if torch.cuda.is_available() else "32-true",
         }
         known = {name: value for name, value in depends.items() if getattr(self, name) is None}

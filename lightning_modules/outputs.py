@@ -16,14 +16,16 @@ import yaml
 import gradsurgery as gs
 from lightning_modules.options import DataOptions
 
-METRICS, CONFIG, CURVE, SURGERY, EVALUATION, START_MODEL = (
+METRICS, CONFIG, CURVE, SURGERY, EVALUATION, START_MODEL, G_EFFECT = (
     "metrics.json",
     "config.yaml",
     "curve.csv",
     "surgery.csv",
     "evaluation.jsonl",
     "start_model.safetensors",
+    "g_effect.csv",
 )
+TRAINING, PROBES = "training.json", "probes.json"  # what callbacks tell the report
 
 
 def claim(folder: Path) -> None:

@@ -128,7 +128,15 @@ def test_an_interrupted_run_goes_on_to_the_same_end(run: Path, tmp_path: Path, m
         patch.setattr(callbacks.TradeoffCurve, "_score", interrupted)
         assert cli.main(["unlearn", *config]) == 130
     assert not (folder / "metrics.json").exists()
-    assert cli.main(["unlearn", "--resume", "--output", str(folder)]) == 0
+    started: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            callbacks.TradeoffCurve,
+            "on_train_start",
+            lambda self, trainer, module: started.append(trainer.global_step),
+        )
+        assert cli.main(["unlearn", "--resume", "--output", str(folder)]) == 0
+    assert 0 < started[0] <= stop  # from the last finished epoch, and not from the start
     assert metrics_of(folder)["after"] == metrics_of(run)["after"]
     assert (folder / "surgery.csv").read_text() == (run / "surgery.csv").read_text()
     assert (folder / "curve.csv").read_text() == (run / "curve.csv").read_text()

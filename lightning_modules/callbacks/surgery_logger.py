@@ -1,19 +1,15 @@
-"""What a run leaves behind while it trains: the record of every step, and forgetting against retention over the steps."""
+"""The record of every step, as rows of a CSV file."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
 
-from lightning_modules.likelihood import answer_nll
 from lightning_modules.module import UnlearningModule
-from lightning_modules.tokenization import Encoded
 
 
 class SurgeryLogger(Callback):
@@ -21,7 +17,8 @@ class SurgeryLogger(Callback):
 
     Columns: step, loss_<objective>, norm_<objective>, update_norm, cosine (of the first two rows), coefficient_<objective>, conflict,
     predicted_change_<objective> (per unit of learning rate), and with a guard actual_change_<protected objective>. With several blocks
-    norms are over all of them, and cosine and coefficients are means; an elementwise rule has no coefficients. Losses are those of the step's last batch on this process.
+    norms are over all of them, and cosine and coefficients are means; an elementwise rule has no coefficients. Losses are those of the
+    step's last batch on this process.
 
     Args:
         path: The file; it is written anew at the start and every `flush_every` steps.
@@ -81,67 +78,3 @@ class SurgeryLogger(Callback):
             writer = csv.DictWriter(file, list(self.rows[0]))
             writer.writeheader()
             writer.writerows(self.rows)
-
-
-class TradeoffCurve(Callback):
-    """Mean answer probability on forget and retain examples while training, and a stop once enough is forgotten.
-
-    Args:
-        encoded: Split -> tokenized examples to score.
-        pad_token_id: Of the tokenizer.
-        every_n_steps: Optimizer steps between scores; the start and the end are scored too.
-        stop_below: Stop training when the probability of the split "forget" falls below this.
-        batch_size: Examples a forward pass.
-    """
-
-    def __init__(
-        self,
-        encoded: Mapping[str, Sequence[Encoded]],
-        *,
-        pad_token_id: int,
-        every_n_steps: int,
-        stop_below: float | None = None,
-        batch_size: int = 32,
-    ) -> None:
-        self.encoded = dict(encoded)
-        self.pad_token_id, self.every_n_steps = pad_token_id, every_n_steps
-        self.stop_below, self.batch_size = stop_below, batch_size
-        self.points: list[dict[str, float]] = []
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Score the start; a resumed run may have forgotten enough already."""
-        self._score(trainer, pl_module)
-        self._stop(trainer)
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Score every so many steps."""
-        if trainer.global_step % self.every_n_steps == 0:
-            self._score(trainer, pl_module)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Score the end."""
-        self._score(trainer, pl_module)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The points so far."""
-        return {"points": self.points}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the points."""
-        self.points = list(state_dict["points"])
-
-    def _score(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        step = trainer.global_step
-        if self.points and self.points[-1]["step"] >= step:
-            return
-        model = pl_module.get_submodule("model")
-        point: dict[str, float] = {"step": step}
-        for split, encoded in self.encoded.items():
-            nll = answer_nll(model, encoded, pad_token_id=self.pad_token_id, batch_size=self.batch_size)
-            point[split] = float(torch.exp(-nll).mean())
-        self.points.append(point)
-        self._stop(trainer)
-
-    def _stop(self, trainer: L.Trainer) -> None:
-        if self.stop_below is not None and self.points[-1].get("forget", 1.0) < self.stop_below:
-            trainer.should_stop = True

@@ -1,0 +1,30 @@
+"""From a folder to its report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning_modules.g_effect import heat_map
+from lightning_modules.outputs import G_EFFECT
+from lightning_modules.report import figures, html, markdown
+from lightning_modules.report.run import read
+
+
+def draw(folder: Path) -> None:
+    """Write report.html, report.md, curves.png where there are curves, and g_effect.png where layers were recorded.
+
+    The same files in the folder give the same bytes, with the same versions of matplotlib and jinja2. A file that is missing or cannot be
+    read is named in the report, and what it holds is left out.
+
+    Raises:
+        FileNotFoundError: If the folder holds no metrics.json.
+        ValueError: If metrics.json is not what `gradsurgery unlearn` or `evaluate` write.
+    """
+    run = read(folder)
+    pictured = figures.write_png(folder / "curves.png", run)
+    layers = folder / "g_effect.png"
+    if (folder / G_EFFECT).exists():
+        heat_map(folder / G_EFFECT, layers)
+    by_layer = layers if layers.exists() else None
+    (folder / "report.md").write_text(markdown.page(run, pictured=pictured, by_layer=by_layer), encoding="utf-8")
+    (folder / "report.html").write_text(html.page(run, by_layer=by_layer), encoding="utf-8")

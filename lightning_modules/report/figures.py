@@ -1,0 +1,181 @@
+"""The curves: as curves.png, and as inline SVG that takes its colours from the page."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from lightning_modules.report.run import Run, number
+
+# Names of the page's CSS variables, with the colours of the light scheme, which curves.png has too.
+COLOURS = {
+    "forget": "#c2410c",
+    "retain": "#1d4ed8",
+    "calm": "#9ca3af",
+    "ink": "#1c1917",
+    "muted": "#57534e",
+    "line": "#d6d3d1",
+}
+_BARS = 120  # more would be thinner than a pixel of a phone
+_SIZE = (4.6, 2.9)
+
+Panel = Callable[[Any, Run], None]
+
+
+def panels(run: Run) -> dict[str, tuple[Panel, str]]:
+    """Those that the run has numbers for: name -> (how it is drawn, what it shows in words)."""
+    found: dict[str, tuple[Panel, str]] = {}
+    if run.curve:
+        first, last = run.curve[0], run.curve[-1]
+        found["tradeoff"] = (
+            _tradeoff,
+            f"Line chart over optimizer steps: mean probability of retain answers from {first['retain']:.2f} to {last['retain']:.2f}, of "
+            f"forget answers from {first['forget']:.2f} to {last['forget']:.2f}.",
+        )
+    if run.surgery:
+        conflicts = sum(row["conflict"] != 0.0 for row in run.surgery)
+        found["cosine"] = (
+            _cosine,
+            f"Bar chart over optimizer steps: cosine of forget and retain gradient; conflict in {conflicts} of {len(run.surgery)} steps.",
+        )
+        if any(name.startswith("coefficient_") for name in run.surgery[0]):
+            words = "Line chart over optimizer steps: coefficient times norm of each gradient, its part in the update."
+            found["parts"] = _parts, words
+    if relearned := run.probes.get("relearn"):
+        points = relearned["model"]["points"]
+        found["relearning"] = (
+            _relearning,
+            f"Line chart over relearning steps: forget answers that were not taught again go from {points[0]['rest']:.2f} to "
+            f"{points[-1]['rest']:.2f}.",
+        )
+    return found
+
+
+def write_png(path: Path, run: Run) -> bool:
+    """Draw the trade-off and the conflict side by side, as far as they are there; whether there was anything to draw."""
+    drawn = [panel for name, (panel, _) in panels(run).items() if name in ("tradeoff", "cosine")]
+    if drawn:
+        _figure(drawn, run, (5.0 * len(drawn), 3.8)).savefig(path, dpi=150, metadata={"Software": None})
+    return bool(drawn)
+
+
+def svg(run: Run, name: str) -> str:
+    """One panel as an `<svg>` element with a title for screen readers: no fixed size, no links, colours by CSS variables."""
+    import matplotlib as mpl
+
+    panel, words = panels(run)[name]
+    file = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    # A salt of its own: ids, which the elements of a page share, are hashes of it and the shapes.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"gradsurgery {name}"}):
+        _figure([panel], run, _SIZE).savefig(file, format="svg", metadata=nothing, transparent=True)
+    text = file.getvalue()
+    box = re.search(r'viewBox="([^"]*)"', text)
+    if box is None:
+        raise RuntimeError("expected matplotlib to write an svg element with a viewBox, found none")
+    inside = text[text.index(">", box.end()) + 1 : text.rindex("</svg>")]
+    inside = re.sub(r"<metadata>.*?</metadata>\s*", "", inside, flags=re.DOTALL)
+    inside = re.sub(r"<!--.*?-->\s*", "", inside, flags=re.DOTALL)
+    inside = re.sub(r'\bid="((?:figure|axes|patch|line2d|matplotlib|text|xtick|ytick)[^"]*)"', "", inside)
+    inside = re.sub(r"font: ([^;\"]*?)(\d[\d.]*px) [^;\"]*", r"font: \1\2 system-ui, sans-serif", inside)
+    inside = inside.replace("xlink:href", "href")
+    for colour, value in COLOURS.items():
+        inside = inside.replace(value, f"var(--{colour})")
+    return f'<svg viewBox="{box[1]}" role="img" aria-labelledby="{name}-title"><title id="{name}-title">{words}</title>{inside}</svg>'
+
+
+def _figure(drawn: Sequence[Panel], run: Run, size: tuple[float, float]) -> Any:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    ink, line = COLOURS["ink"], COLOURS["line"]
+    texts = ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
+    style: dict[Any, Any] = {**dict.fromkeys(texts, ink), "axes.edgecolor": COLOURS["muted"], "grid.color": line}
+    with mpl.rc_context({**style, "text.parse_math": False}):
+        figure = Figure(figsize=size, layout="constrained")
+        for axes, panel in zip(figure.subplots(1, len(drawn), squeeze=False).flatten(), drawn, strict=True):
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(lw=0.6)
+            axes.set_axisbelow(True)
+            panel(axes, run)
+    return figure
+
+
+def _tradeoff(axes: Any, run: Run) -> None:
+    steps = [point["step"] for point in run.curve]
+    _lines(axes, steps, {name: ([point[name] for point in run.curve], name, "-") for name in ("retain", "forget")})
+    goal = run.value("reference", "forget", "probability")
+    if goal is not None:
+        axes.axhline(goal, color=COLOURS["forget"], lw=1, ls=":")
+        axes.annotate("never saw the forget set", (steps[0], goal), color=COLOURS["forget"], fontsize=8, va="bottom")
+    best = run.training.get("best")
+    if best and best["restored"] and best["step"] != steps[-1]:
+        axes.axvline(best["step"], color=COLOURS["muted"], lw=1, ls="--")
+        axes.annotate("kept ", (best["step"], 0.5), color=COLOURS["muted"], fontsize=8, ha="right")
+    axes.set(
+        ylim=(-0.03, 1.05), xlabel="optimizer step", ylabel="mean probability", title="Forgetting against retention"
+    )
+
+
+def _relearning(axes: Any, run: Run) -> None:
+    probe = run.probes["relearn"]
+    points = probe["model"]["points"]
+    steps = [float(point["step"]) for point in points]
+    lines = {"forget": ([number(point["rest"]) for point in points], "others", "-")}
+    lines["calm"] = [number(point["taught"]) for point in points], "taught", "--"
+    if probe["control"]:
+        lines["muted"] = [number(point["rest"]) for point in probe["control"]["points"]], "reference", "-"
+    _lines(axes, steps, lines)
+    axes.set(ylim=(-0.03, 1.05), xlabel="relearning step", ylabel="mean probability", title="What comes back")
+
+
+def _lines(axes: Any, steps: Sequence[float], lines: Mapping[str, tuple[Sequence[Any], str, str]]) -> None:
+    """Lines with their names at their ends, kept apart where the ends are close."""
+    ends = sorted((values[-1], colour) for colour, (values, _, _) in lines.items())
+    heights: dict[str, float] = {}
+    for end, colour in ends:
+        lowest = max(heights.values(), default=float("-inf")) + 0.07
+        heights[colour] = end if end != end else max(end, lowest)
+    for colour, (values, name, style) in lines.items():
+        axes.plot(steps, values, style, color=COLOURS[colour], lw=2, marker="o", ms=3)
+        place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+        axes.annotate(name, (steps[-1], heights[colour]), color=COLOURS[colour], fontweight="bold", **place)
+    axes.margins(x=0.02)
+
+
+def _cosine(axes: Any, run: Run) -> None:
+    steps, cosines, together = _binned(run, "cosine")
+    colours = [COLOURS["forget"] if value < 0 else COLOURS["calm"] for value in cosines]
+    axes.bar(steps, cosines, color=colours, width=0.8 * together)
+    axes.axhline(0, color=COLOURS["ink"], lw=0.8)
+    conflicts = sum(row["conflict"] != 0.0 for row in run.surgery)
+    axes.set(
+        xlabel="optimizer step" + (f" (means of {together})" if together > 1 else ""),
+        ylabel="cosine, forget and retain",
+        title=f"Conflict in {conflicts} of {len(run.surgery)} steps",
+    )
+
+
+def _parts(axes: Any, run: Run) -> None:
+    names = [name for name in run.surgery[0] if name.startswith("coefficient_")]
+    for label in (name.removeprefix("coefficient_") for name in names):
+        steps, values, together = _binned(run, f"coefficient_{label}", f"norm_{label}")
+        axes.plot(steps, values, color=COLOURS.get(label, COLOURS["calm"]), lw=2, label=label)
+        axes.set_xlabel("optimizer step" + (f" (means of {together})" if together > 1 else ""))
+    axes.axhline(0, color=COLOURS["ink"], lw=0.8)
+    axes.legend(frameon=False, fontsize=8)
+    axes.set(ylabel="coefficient x norm", title="What the update is made of")
+
+
+def _binned(run: Run, *columns: str) -> tuple[list[float], list[float], int]:
+    """A product of columns over the steps, means of so many steps where there are many."""
+    together = -(-len(run.surgery) // _BARS)
+    groups = [run.surgery[start : start + together] for start in range(0, len(run.surgery), together)]
+    steps = [fmean(row["step"] for row in group) for group in groups]
+    values = [fmean(math.prod(row[name] for name in columns) for row in group) for group in groups]
+    return steps, values, together

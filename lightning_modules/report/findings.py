@@ -1,0 +1,249 @@
+"""What the numbers say, in sentences and small tables that both reports share."""
+
+from __future__ import annotations
+
+import json
+import operator
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from lightning_modules.report.intervals import Interval, mean_interval
+from lightning_modules.report.run import MODELS, Run, number
+from lightning_modules.report.samples import degenerate
+from lightning_modules.report.terminal import shown
+
+UNSURE = (
+    "Intervals are 95 % percentile bootstrap intervals of the mean over the examples of a split (5000 draws, seed 0): how much it would "
+    "move with other examples of the same kind. They take examples for independent; several questions about one author are not, so read "
+    "them as the least that is uncertain."
+)
+ONE_SEED = (
+    "This is one run with one seed. Nothing here says how far another seed would land: `gradsurgery ablate --config GRID.yaml` runs "
+    "methods over data and model seeds, compares them where they have forgotten equally much, with mean, spread and paired differences."
+)
+
+
+def summary(run: Run) -> list[str]:
+    """What happened: a sentence about what was to be forgotten, and one about what was to be kept."""
+    said: list[str] = []
+    for split, what in (("forget", "to forget"), ("retain", "to keep")):
+        after = run.value("after", split, "probability")
+        if after is None:
+            continue
+        before, goal = (run.value(model, split, "probability") for model in ("before", "reference"))
+        answers = f"the {run.metrics['after'][split]['n']} answers {what}"
+        text = f"The mean probability of {answers} {_moved(before, after)}"
+        if split == "forget" and goal is not None:
+            text += f"; a model that never saw them gives {shown(goal)}"
+        if split == "retain" and before and after == after:
+            text += f", {100.0 * after / before:.0f} % of what it was"
+        said.append(text + ".")
+    return said
+
+
+def _moved(before: float | None, after: float) -> str:
+    if before is None:
+        return f"is {shown(after)}"
+    if shown(before) == shown(after):
+        return f"stayed at {shown(after)}"
+    verb = "went" if after != after or before != before else "fell" if after < before else "rose"
+    return f"{verb} from {shown(before)} to {shown(after)}"
+
+
+def warnings(run: Run) -> list[str]:
+    """What a reader must know before the numbers."""
+    said: list[str] = []
+    if collapse := run.training.get("collapse"):
+        said.append(f"The collapse alarm stopped the run: {collapse['reason']}.")
+    broken = sorted(
+        f"{model} {split}"
+        for model in MODELS
+        for split, scores in (run.metrics[model] or {}).items()
+        if any(number(value) != number(value) for value in scores.values() if value is not None)
+    )
+    if broken:
+        said.append(f"Some scores are NaN, not a number: {', '.join(broken)}. The model diverged.")
+    for split in run.metrics["after"]:
+        now, then = degenerate(run, "after", split), degenerate(run, "before", split)
+        if now and now[0] / now[1] > 0.05 and (then is None or now[0] / now[1] > then[0] / then[1]):
+            earlier = "" if then is None else f", {then[0]} before"
+            said.append(
+                f"{now[0]} of {now[1]} answers to {split} questions are degenerate (empty, or repeating themselves){earlier}: this model "
+                "does not answer them like one that never knew."
+                if split == "forget"
+                else f"{now[0]} of {now[1]} answers to {split} questions are degenerate (empty, or repeating themselves){earlier}."
+            )
+    if relearned := relearning(run):
+        said += relearned.warning
+    return said
+
+
+def notes(run: Run) -> list[str]:
+    """What is not what a reader would assume, and no reason to worry."""
+    best = run.training.get("best")
+    if not best:
+        return []
+    how = "The model is that of" if best["restored"] else "best.ckpt has the weights of"
+    return [
+        f"{how} step {best['step']:.0f} of {best['last_step']:.0f}, the best trade-off by the examples scored while training: the largest "
+        f"retain probability where the forget probability is below {best['target']:g}, else the least forget probability."
+    ]
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """The gradients over the steps.
+
+    Attributes:
+        steps: How many.
+        conflicts: In how many of them forgetting and retention conflicted.
+        cosine: Mean cosine of the forget and the retain gradient.
+        coefficients: Mean coefficient of each objective's gradient; empty with an elementwise rule.
+        sizes: Mean of coefficient times norm of the same.
+        raised: Protected objective -> steps whose parameter change raises its loss to first order; empty if not measured.
+    """
+
+    steps: int
+    conflicts: int
+    cosine: float
+    coefficients: dict[str, float]
+    sizes: dict[str, float]
+    raised: dict[str, int]
+
+    def sentences(self) -> list[str]:
+        """The same in words."""
+        said = [
+            f"The forget and the retain gradient conflicted in {self.conflicts} of {self.steps} steps "
+            f"({_percent(self.conflicts, self.steps)}), with a mean cosine of {self.cosine:+.3f} over all of them."
+        ]
+        if self.coefficients:
+            parts = [
+                f"{value:.3g} of the {name} gradient (a part of norm {self.sizes[name]:.3g})"
+                for name, value in self.coefficients.items()
+            ]
+            said.append(f"An average update was {' and '.join(parts)}, clipping included.")
+        for name, count in self.raised.items():
+            said.append(
+                f"What the optimizer made of it, the parameter change itself, raised the {name} loss to first order in {count} of "
+                f"{self.steps} steps ({_percent(count, self.steps)})."
+            )
+        if not self.raised:
+            said.append(
+                "Whether the parameter change itself raised the retain loss was not measured: `--guard measure` does, and `--guard update` "
+                "prevents it."
+            )
+        return said
+
+
+def conflict(run: Run) -> Conflict | None:
+    """Of surgery.csv; None without it."""
+    if not run.surgery:
+        return None
+
+    def columns(prefix: str) -> dict[str, list[float]]:
+        names = [name for name in run.surgery[0] if name.startswith(prefix)]
+        return {name.removeprefix(prefix): [row[name] for row in run.surgery] for name in names}
+
+    coefficients, norms = columns("coefficient_"), columns("norm_")
+    return Conflict(
+        steps=len(run.surgery),
+        conflicts=sum(row["conflict"] != 0.0 for row in run.surgery),
+        cosine=fmean(row["cosine"] for row in run.surgery),
+        coefficients={name: fmean(values) for name, values in coefficients.items()},
+        sizes={name: fmean(map(operator.mul, values, norms[name])) for name, values in coefficients.items()},
+        raised={name: sum(value > 0.0 for value in values) for name, values in columns("actual_change_").items()},
+    )
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100.0 * part / whole:.0f} %"
+
+
+@dataclass(frozen=True)
+class Relearning:
+    """What a copy knew after a part of the forget set was taught again."""
+
+    sentence: str
+    warning: list[str]
+
+
+def relearning(run: Run) -> Relearning | None:
+    """Of probes.json; None if it was not measured."""
+    probe = run.probes.get("relearn")
+    if not probe:
+        return None
+    model, control = probe["model"], probe["control"]
+    start, end = (number(model["points"][index]["rest"]) or 0.0 for index in (0, -1))
+    text = (
+        f"A copy was taught {model['taught']} of the {model['taught'] + model['rest']} scored forget answers again ({model['steps']} steps "
+        f"of AdamW at {model['lr']:g}): the mean probability of the {model['rest']} others {_moved(start, end)}"
+    )
+    rise, beside = end - start, ""
+    if control:
+        never_start, never_end = (number(control["points"][index]["rest"]) or 0.0 for index in (0, -1))
+        text += f"; with the same lessons that of the reference, which never saw them, {_moved(never_start, never_end)}"
+        rise, beside = rise - (never_end - never_start), f" (reference: {shown(never_end)})"
+    else:
+        text += ". There is no reference with the same tokenizer to compare with, so part of a rise may be learning and not remembering"
+    came_back = [
+        f"The forgetting is shallow: teaching {model['taught']} forgotten answers again brought the {model['rest']} others from "
+        f"{shown(start)} to {shown(end)}{beside}."
+    ]
+    return Relearning(text + ".", came_back if rise > 0.1 else [])
+
+
+class Difference(NamedTuple):
+    """A paired difference of mean probabilities, model minus model on the same examples."""
+
+    label: str
+    mean: float
+    interval: Interval | None
+
+
+def differences(run: Run) -> list[Difference]:
+    """What the run was for: how far forgetting is from the reference, and what retention cost."""
+    found: list[Difference] = []
+    for split, other, label in (
+        ("forget", "reference", "forget probability, after minus reference"),
+        ("forget", "before", "forget probability, after minus before"),
+        ("retain", "before", "retain probability, after minus before"),
+    ):
+        ours, theirs = run.rows("after", split), run.rows(other, split)
+        same = [(row["question"], row["answer"]) for row in ours] == [
+            (row["question"], row["answer"]) for row in theirs
+        ]
+        if not ours or not same or any(row["probability"] is None for row in [*ours, *theirs]):
+            continue
+        values = [mine["probability"] - their["probability"] for mine, their in zip(ours, theirs, strict=True)]
+        found.append(Difference(label, fmean(values), mean_interval(values)))
+    return found
+
+
+def between(interval: Interval | None) -> str:
+    """An interval in brackets; nothing where there is none."""
+    return "" if interval is None else f"[{shown(interval.low)}, {shown(interval.high)}]"
+
+
+def interval_of(run: Run, model: str, split: str, column: str) -> Interval | None:
+    """Of one cell of the table; None where the examples were not kept."""
+    values = [row[column] for row in run.rows(model, split) if row[column] is not None]
+    return mean_interval(values)
+
+
+def changed_options(config: dict[str, Any]) -> dict[str, str]:
+    """The options that are not what `gradsurgery unlearn` with this model and method would have chosen, as flags and their values."""
+    from lightning_modules.options import UnlearnOptions
+
+    plain = UnlearnOptions()
+    kinds: dict[str, Any] = {name: config[name] for name in ("model", "method") if name in config}
+    usual = vars(UnlearnOptions(**kinds).resolved()) | {name: getattr(plain, name) for name in kinds}
+    usual["precision"] = (
+        "bf16-mixed" if config.get("precision") == "bf16-mixed" else "32-true"
+    )  # depends on the machine
+    changed = {name: value for name, value in config.items() if name not in usual or usual[name] != value}
+    return {
+        f"--{name.replace('_', '-')}": value if isinstance(value, str) else json.dumps(value, default=str)
+        for name, value in changed.items()
+        if name not in ("output", "resume")
+    }

@@ -1,0 +1,152 @@
+"""report.html: one file that needs no network, no script and no other file."""
+
+from __future__ import annotations
+
+import base64
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_modules.report import figures, findings
+from lightning_modules.report.run import COLUMNS, MODELS, Run
+from lightning_modules.report.samples import degenerate, is_degenerate, samples
+from lightning_modules.report.terminal import sentences, shown
+
+_HERE = Path(__file__).parent
+_HINTS = {
+    "forget": "to be forgotten: the reference is the value to reach",
+    "retain": "to be kept: the value before is the one to keep",
+}
+_NOTES = {
+    "probability": "of the right answer",
+    "rouge_l_recall": "of its words, generated",
+    "truth_ratio": "max(0, 1 - R)",
+    "nll": "nats a token",
+}
+_WORDS = 24  # of a long text that are shown; a click shows the rest
+
+
+def page(run: Run, by_layer: Path | None = None) -> str:
+    """The report as HTML.
+
+    Every text from the run is escaped by the template engine. Pictures are inline SVG of our own, and a PNG of the conflict by layer.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) else visible(value),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(shown=shown, between=findings.between, code=_code, beginning=_beginning, rest=_rest)
+    drawn = {name: Markup(figures.svg(run, name)) for name in figures.panels(run)}
+    return environment.get_template("page.html.jinja").render(
+        run=run,
+        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+        drawn=drawn,
+        by_layer="" if by_layer is None else base64.b64encode(by_layer.read_bytes()).decode("ascii"),
+        title=_title(run),
+        summary=findings.summary(run),
+        warnings=findings.warnings(run),
+        notes=[*findings.notes(run), *run.missing],
+        tables=[_table(run, split) for split in run.metrics["after"]],
+        quality=sentences(run.metrics),
+        conflict=findings.conflict(run),
+        chosen={split: samples(run, split) for split in ("forget", "retain")},
+        degenerates=_degenerates(run),
+        is_degenerate=is_degenerate,
+        relearning=findings.relearning(run),
+        differences=findings.differences(run),
+        unsure=findings.UNSURE,
+        one_seed=findings.ONE_SEED,
+        changed=findings.changed_options(run.config),
+        config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "",
+    )
+
+
+def visible(text: Any) -> str:
+    r"""A text as it is, but with pictures of control characters, which HTML may not hold and nobody would see.
+
+    Example:
+        >>> visible("a\x00b")
+        'a␀b'
+    """
+    return "".join(_visible(character) for character in str(text))
+
+
+def _visible(character: str) -> str:
+    code = ord(character)
+    if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cs"):
+        return character
+    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
+
+
+def _code(text: str) -> Any:
+    """A sentence of ours, escaped, with what is between backticks as code."""
+    from markupsafe import Markup, escape
+
+    parts = visible(text).split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if index % 2 else escape(part) for index, part in enumerate(parts)
+    )
+
+
+def _beginning(text: str) -> str:
+    return text if len(text.split()) <= 2 * _WORDS else " ".join(text.split()[:_WORDS])
+
+
+def _rest(text: str) -> str:
+    return "" if len(text.split()) <= 2 * _WORDS else " ".join(text.split()[_WORDS:])
+
+
+def _title(run: Run) -> str:
+    """What was done to what."""
+    known = run.config
+    if not known:
+        return "Unlearning report"
+    how = "ULD" if known.get("method") == "uld" else f"{known.get('forget_loss')} with {known.get('rule')}"
+    model = str(known.get("model"))
+    return f"{'A small model from scratch' if model == 'scratch' else Path(model).name} unlearns: {how}"
+
+
+def _table(run: Run, split: str) -> dict[str, Any]:
+    models = [model for model in MODELS if split in (run.metrics[model] or {})]
+    rows = [
+        {
+            "name": heading,
+            "note": "min(R, 1/R)" if (column, split) == ("truth_ratio", "forget") else _NOTES[column],
+            "cells": [
+                {
+                    "model": model,
+                    "value": shown(run.metrics[model][split][column]),
+                    "interval": findings.interval_of(run, model, split, column),
+                }
+                for model in models
+            ],
+        }
+        for column, heading in COLUMNS
+        if any(run.metrics[model][split][column] is not None for model in models)
+    ]
+    return {
+        "split": split,
+        "hint": _HINTS.get(split, ""),
+        "models": models,
+        "rows": rows,
+        "n": run.metrics["after"][split]["n"],
+    }
+
+
+def _degenerates(run: Run) -> list[str]:
+    said: list[str] = []
+    for split in run.metrics["after"]:
+        counts = {model: degenerate(run, model, split) for model in MODELS}
+        parts = [f"{found[0]} of {found[1]} {model}" for model, found in counts.items() if found]
+        if parts:
+            said.append(f"{split}: {', '.join(parts)}")
+    return said

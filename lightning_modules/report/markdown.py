@@ -1,0 +1,128 @@
+"""report.md."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+
+from lightning_modules.outputs import SURGERY
+from lightning_modules.report import findings
+from lightning_modules.report.run import COLUMNS, MODELS, Run
+from lightning_modules.report.samples import samples
+from lightning_modules.report.terminal import sentences, shown
+
+
+def page(run: Run, *, pictured: bool, by_layer: Path | None = None) -> str:
+    """The report as Markdown.
+
+    Args:
+        run: What the folder holds.
+        pictured: Whether there is a curves.png.
+        by_layer: The picture of the conflict by layer, if there is one.
+    """
+    metrics = run.metrics
+    lines = ["# Unlearning report", "", " ".join(findings.summary(run))]
+    lines += [
+        line
+        for text in [*findings.warnings(run), *findings.notes(run), *run.missing]
+        for line in ("", f"> {_prose(text)}")
+    ]
+    lines += ["", "| split | model | " + " | ".join(heading for _, heading in COLUMNS) + " | n |"]
+    lines += ["|---|---|" + "---:|" * (len(COLUMNS) + 1)]
+    lines += [f"| {' | '.join(row)} |" for row in _rows(run)]
+    lines += ["", "Probability, ROUGE and truth ratio are means over examples; NLL in nats a token."]
+    lines += [line for sentence in sentences(metrics) for line in ("", sentence)]
+    if pictured:
+        lines += ["", "![Forgetting against retention, and the conflict over the steps](curves.png)"]
+    if by_layer is not None:
+        lines += ["", f"![Cosine of the forget and the retain row by layer and step]({by_layer.name})"]
+    if conflict := findings.conflict(run):
+        lines += ["", _prose(" ".join(conflict.sentences())) + f" Every step is a row of `{SURGERY}`."]
+    lines += _generations(run)
+    lines += _probes(run)
+    lines += ["", "## How sure it is", ""]
+    lines += [f"{findings.UNSURE} {findings.ONE_SEED}"]
+    for label, mean, interval in findings.differences(run):
+        lines += ["", f"- {label}: {mean:+.3f} {findings.between(interval)}"]
+    seconds = metrics["seconds"]
+    took = " and ".join(f"{value:.1f} s to {name}" for name, value in seconds.items())
+    versions = ", ".join(f"{name} {number}" for name, number in metrics["versions"].items())
+    lines += ["", "## How it was made", "", _escaped(f"It took {took}. Seed {metrics['seed']}; {versions}.")]
+    if run.config:
+        changed = findings.changed_options(run.config)
+        said = ", ".join(f"{name} {value}" for name, value in changed.items()) or "none"
+        lines += ["", f"Options that are not the default: {_escaped(said)}. All of them (`config.yaml`):"]
+        text = yaml.safe_dump(run.config, sort_keys=False).rstrip()
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))  # no value may end the block
+        lines += ["", f"{fence}yaml", text, fence]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(run: Run) -> list[list[str]]:
+    found: list[list[str]] = []
+    for split in run.metrics["after"]:
+        for model in MODELS:
+            scores = (run.metrics[model] or {}).get(split)
+            if scores is None:
+                continue
+            cells = [
+                f"{shown(scores[column])} {findings.between(findings.interval_of(run, model, split, column))}".rstrip()
+                for column, _ in COLUMNS
+            ]
+            found.append([_escaped(split), model, *cells, str(scores["n"])])
+    return found
+
+
+def _generations(run: Run) -> list[str]:
+    lines: list[str] = []
+    for split in ("forget", "retain"):
+        found = samples(run, split)
+        models = [model for model in MODELS if any(model in sample.said for sample in found)]
+        if found:
+            lines += ["", f"| {split}: question | right answer | {' | '.join(models)} |"]
+            lines += ["|---|---|" + "---|" * len(models)]
+        for sample in found:
+            said = [sample.said.get(model, "-") or "(nothing)" for model in models]
+            lines.append("| " + " | ".join(_cell(text) for text in (sample.question, sample.answer, *said)) + " |")
+    heading = [
+        "",
+        "## What it says now",
+        "",
+        "Greedy answers, unedited, to questions spread over each split and chosen by their place alone.",
+    ]
+    return [*heading, *lines] if lines else []
+
+
+def _probes(run: Run) -> list[str]:
+    lines: list[str] = []
+    if relearned := findings.relearning(run):
+        lines += ["", relearned.sentence]
+    if quantized := run.probes.get("quantization"):
+        splits = [name for name in quantized["points"][0] if name != "bits"]
+        lines += ["", f"| weights | {' | '.join(splits)} |", "|---|" + "---:|" * len(splits)]
+        for point in quantized["points"]:
+            name = f"{point['bits']} bits" if point["bits"] else "as trained"
+            lines.append(f"| {name} | {' | '.join(shown(point[split]) for split in splits)} |")
+    return ["", "## Does the forgetting hold?", *lines] if lines else []
+
+
+def _cell(text: str, words: int = 30) -> str:
+    """A text on one line of a table, and no longer than is read."""
+    found = _escaped(text).split()
+    return " ".join(found[:words]) + (" ..." if len(found) > words else "")
+
+
+def _prose(text: str) -> str:
+    """A sentence of ours, where what is between backticks stays code."""
+    parts = text.split("`")
+    return "".join(f"`{part}`" if index % 2 else _escaped(part) for index, part in enumerate(parts))
+
+
+def _escaped(text: str) -> str:
+    """Data is text, and neither HTML nor Markdown: a generation may not load a picture or hide itself."""
+    text = (
+        text.encode("utf-8", "replace").decode("utf-8").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    )
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)

@@ -1,0 +1,168 @@
+"""What a run left in its folder, as far as it is there."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from lightning_modules.outputs import CONFIG, CURVE, EVALUATION, METRICS, PROBES, SURGERY, TRAINING
+
+COLUMNS = (
+    ("probability", "probability"),
+    ("rouge_l_recall", "ROUGE-L recall"),
+    ("truth_ratio", "truth ratio"),
+    ("nll", "NLL"),
+)
+MODELS = ("before", "after", "reference")
+
+Found = TypeVar("Found")
+Rows = list[dict[str, Any]]
+
+
+@dataclass
+class Run:
+    """A finished run.
+
+    Attributes:
+        metrics: metrics.json.
+        surgery: surgery.csv, a row a step.
+        curve: curve.csv, a row a score.
+        examples: evaluation.jsonl: model -> split -> rows, scores as numbers.
+        config: config.yaml.
+        training: What callbacks said of the training: "best" and "collapse", each only if there is something to say.
+        probes: "relearn" and "quantization", each only if measured.
+        missing: A sentence for each file that is not there or cannot be read, and what the report lacks for it.
+    """
+
+    metrics: Mapping[str, Any]
+    surgery: list[dict[str, float]] = field(default_factory=list)
+    curve: list[dict[str, float]] = field(default_factory=list)
+    examples: dict[str, dict[str, Rows]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    probes: dict[str, Any] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+    def rows(self, model: str, split: str) -> Rows:
+        """The scored examples of a model and split; none where there is no log of them."""
+        return self.examples.get(model, {}).get(split, [])
+
+    def value(self, model: str, split: str, column: str) -> float | None:
+        """A mean of metrics.json as a number; None where it was not measured."""
+        return number((self.metrics[model] or {}).get(split, {}).get(column))
+
+
+def read(folder: Path) -> Run:
+    """Everything that is in the folder.
+
+    Raises:
+        FileNotFoundError: If it holds no metrics.json.
+        ValueError: If that is not a run's.
+    """
+    if not (folder / METRICS).exists():
+        raise FileNotFoundError(
+            f"report: expected a finished run, found no {METRICS} in {folder}; give the folder of `gradsurgery unlearn`"
+        )
+    try:
+        metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"report: expected JSON in {folder / METRICS}, found something else: {error}") from error
+    wanted = {*MODELS, "forget_quality", "seconds", "seed", "versions"}
+    if not isinstance(metrics, dict) or wanted - set(metrics) or not metrics["after"]:
+        lacking = sorted(wanted - set(metrics)) if isinstance(metrics, dict) else ["an object"]
+        raise ValueError(
+            f"report: expected the {METRICS} of `gradsurgery unlearn` or `evaluate` in {folder}, found one without "
+            f"{', '.join(lacking) or 'scores of the model after'}"
+        )
+    run = Run(metrics)
+    run.surgery = _read(run, folder / SURGERY, _surgery, "the conflict of the gradients")
+    run.curve = _read(
+        run, folder / CURVE, _table("step", "forget", "retain"), "forgetting and retention over the steps"
+    )
+    run.examples = _read(run, folder / EVALUATION, _examples, "generations and confidence intervals") or {}
+    run.config = _read(run, folder / CONFIG, _mapping(yaml.safe_load), "what was run") or {}
+    for name in (TRAINING, PROBES):  # only some runs have them
+        if (folder / name).exists():
+            entries = _read(run, folder / name, _mapping(json.loads), "what it holds") or {}
+            setattr(run, name.partition(".")[0], entries)
+    run.missing += list(_disagreements(run))
+    return run
+
+
+def number(value: Any) -> float | None:
+    """A number of our JSON, where NaN and infinity are spelled out; None stays."""
+    return None if value is None else float(value)
+
+
+def _read(run: Run, path: Path, parse: Callable[[str], Any], without: str) -> Any:
+    if not path.exists():
+        run.missing.append(f"{path.name} is not in the folder; without it the report lacks {without}.")
+        return []
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError, csv.Error) as error:
+        run.missing.append(f"{path.name} cannot be read ({' '.join(str(error).split())}); the report lacks {without}.")
+        return []
+
+
+def _table(*columns: str) -> Callable[[str], list[dict[str, float]]]:
+    def parse(text: str) -> list[dict[str, float]]:
+        rows = list(csv.DictReader(text.splitlines()))
+        lacking = [column for column in columns if not rows or column not in rows[0]]
+        if lacking:
+            raise ValueError(f"no column {', '.join(lacking)}" if rows else "no rows")
+        return [{name: float(cell) for name, cell in row.items() if name is not None} for row in rows]
+
+    return parse
+
+
+def _surgery(text: str) -> list[dict[str, float]]:
+    rows = _table("step", "cosine", "conflict")(text)
+    names = {name.removeprefix("coefficient_") for name in rows[0] if name.startswith("coefficient_")}
+    lacking = [f"norm_{name}" for name in sorted(names) if f"norm_{name}" not in rows[0]]
+    if lacking:
+        raise ValueError(f"no column {', '.join(lacking)}")
+    return rows
+
+
+def _mapping(load: Callable[[str], Any]) -> Callable[[str], dict[str, Any]]:
+    def parse(text: str) -> dict[str, Any]:
+        value = load(text)
+        if not isinstance(value, dict):
+            raise ValueError(f"expected a mapping, found {type(value).__name__}")
+        return value
+
+    return parse
+
+
+def _examples(text: str) -> dict[str, dict[str, Rows]]:
+    found: dict[str, dict[str, Rows]] = {}
+    for line in text.splitlines():
+        if line.strip():
+            row = json.loads(line)
+            scores = {name: number(row.get(name)) for name, _ in COLUMNS}
+            texts = {name: str(row[name]) for name in ("question", "answer")}
+            generation = None if row.get("generation") is None else str(row["generation"])
+            rows = found.setdefault(row["model"], {}).setdefault(row["split"], [])
+            rows.append({**scores, **texts, "generation": generation})
+    return found
+
+
+def _disagreements(run: Run) -> Sequence[str]:
+    """A log that is not the one that the means were made of would give intervals of something else."""
+    for model, splits in run.examples.items():
+        for split in splits:
+            if model not in MODELS or split not in (run.metrics[model] or {}):
+                continue
+            values = [row["nll"] for row in splits[split] if row["nll"] is not None]
+            mean, stated = sum(values) / max(1, len(values)), run.value(model, split, "nll")
+            if stated is not None and abs(mean - stated) > 1e-6 * max(1.0, abs(stated)):
+                name = f"{EVALUATION} and {METRICS} disagree about {split} of the model {model}"
+                return [f"{name} (NLL {mean:.6g} and {stated:.6g}); intervals and generations may be of another run."]
+    return []
