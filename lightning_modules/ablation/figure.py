@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_modules.ablation.grid import Grid, Method
+from lightning_modules.ablation.grid import Grid
+from lightning_modules.ablation.methods import Method
 from lightning_modules.ablation.statistics import spread
 
 _LEAST = 1e-4  # forget probability at the right edge: below it nobody compares
@@ -16,8 +17,8 @@ def draw_tradeoff(grid: Grid, results: Sequence[Mapping[str, Any]], path: Path) 
     """A panel for each row without a baseline and those that build on it; the grid's baseline is grey in every other.
 
     Lines: mean over the seeds, as far as all of them went, interpolated between what was scored and matched, in the logarithm of the
-    forget probability. Points with bars: matches, mean and standard deviation over the seeds. To the right a model has forgotten more;
-    higher is better.
+    forget probability. Points with bars: matches, mean and standard deviation over the seeds; squares: mixed with the start model, to equal
+    retention. To the right a model has forgotten more; higher is better.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -69,14 +70,16 @@ def _draw(axes: Any, name: str, results: Sequence[Mapping[str, Any]], colour: An
         reached = [row for row in rows if row["target"] == target and row["reached"]]
         x, y = (spread([row[f"{split}_probability"] for row in reached]) for split in ("forget", "retain"))
         if x is not None and y is not None:
-            axes.errorbar(x.mean, y.mean, y.sd or 0.0, fmt="o", color=colour, ms=4, capsize=2, lw=1)
+            marker = "s" if target.startswith("retained") else "o"
+            axes.errorbar(x.mean, y.mean, y.sd or 0.0, fmt=marker, color=colour, ms=4, capsize=2, lw=1)
 
 
 def _interpolated(run: Sequence[Mapping[str, Any]], at: Any) -> Any:
     """Retain probability at forget probabilities; NaN where the run never was."""
     import numpy as np
 
-    scored = [*run[0]["curve"], *(row for row in run if row["reached"])]
+    met = [row for row in run if row["reached"] and not row["target"].startswith("retained")]  # a mix is not on the way
+    scored = [*run[0]["curve"], *met]
     points = sorted((float(point["forget_probability"]), float(point["retain_probability"])) for point in scored)
     x, y = (np.array(values) for values in zip(*points, strict=True))
     return np.interp(np.log(at), np.log(np.maximum(x, 1e-30)), y, left=np.nan, right=np.nan)

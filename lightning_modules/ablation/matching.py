@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 FALLS = {"forget_probability": True, "forget_nll": False, "retain_probability": True}
@@ -108,23 +105,21 @@ def between(parameters: Sequence[Tensor], before: Sequence[Tensor], after: Seque
     return move
 
 
-class MatchTargets(Callback):
-    """Score the model while it trains, find where each target is met, describe the model there, and stop when all are.
+class Matching:
+    """Targets met along a path of states that are looked at one after another.
 
-    Between two scores on either side of a target the parameters are bisected; then they are put back, so that training goes on as if
-    nobody had looked.
+    Between two states on either side of a target the path is bisected.
 
     Args:
         targets: Each met once, in whatever order.
-        score: Model -> scores by name, at least those of the targets; it runs every `every_n_steps`, at the start and the end.
+        score: Model -> scores by name, at least those of the targets.
         describe: Model at a match -> what is to be known of it.
-        every_n_steps: Optimizer steps between scores.
         tolerance: See `match`.
-        progress: Model -> numbers that grow with the steps (counts of conflicts), for the rows of matches.
+        progress: Numbers that grow along the path (counts of conflicts), for the rows of matches.
 
     Attributes:
-        curve: One dictionary for each score, with `step` and `seconds` (of training alone).
-        matches: Target -> description with `step`, `seconds`, and the score that was matched.
+        curve: One dictionary for each state: where it is (`step`, `seconds`), and its scores.
+        matches: Target -> description with where on the path it is, and the score that was matched.
         missed: Target -> why it was not met.
     """
 
@@ -134,60 +129,55 @@ class MatchTargets(Callback):
         score: Callable[[nn.Module], Mapping[str, float]],
         describe: Callable[[nn.Module], Mapping[str, Any]],
         *,
-        every_n_steps: int = 2,
         tolerance: float = 0.04,
         progress: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
-        self.score, self.describe, self.progress = score, describe, progress
-        self.every_n_steps, self.tolerance = every_n_steps, tolerance
+        self.score, self.describe, self.progress, self.tolerance = score, describe, progress, tolerance
         self.open = list(targets)
         self.curve: list[dict[str, float]] = []
         self.matches: dict[Target, dict[str, Any]] = {}
         self.missed: dict[Target, str] = {}
-        self._before: list[Tensor] = []
-        self._started = self._away = 0.0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Score the start; a target that it passes can never be met."""
-        self._started = time.perf_counter()
-        self._look(trainer, pl_module)
-        for target in [target for target in self.open if target.passed(self.curve[0][target.metric])]:
-            self._miss(target, f"{target.metric} was {self.curve[0][target.metric]:.4g} before the first step")
+    def look(self, model: nn.Module, at: Mapping[str, float], move: Callable[[float], None]) -> None:
+        """Score a state, find the targets between the last state and this one, and come back to this one.
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Score every so many steps."""
-        if trainer.global_step % self.every_n_steps == 0:
-            self._look(trainer, pl_module)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Score the end, and say of what is still open how far it came."""
-        self._look(trainer, pl_module)
-        last = self.curve[-1]
-        for target in list(self.open):
-            reached = f"{target.metric} was {last[target.metric]:.4g} after {last['step']:.0f} steps"
-            self._miss(target, f"not reached: {reached} ({trainer.current_epoch} epochs)")
-
-    def _look(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        step, model = trainer.global_step, pl_module.get_submodule("model")
-        if self.curve and self.curve[-1]["step"] >= step:
-            return
-        came = time.perf_counter()
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        after = [parameter.detach().clone() for parameter in parameters]
-        point = {"step": float(step), "seconds": came - self._started - self._away, **self.score(model)}
-        if self.curve:
-            for target in [target for target in self.open if target.passed(point[target.metric])]:
-                self._match(target, model, between(parameters, self._before, after), point)
-            between(parameters, after, after)(1.0)
+        Args:
+            model: In the state.
+            at: Where on the path it is: numbers between which can be interpolated.
+            move: Takes the model from the last state (0) to this one (1).
+        """
+        point = {**at, **self.score(model)}
+        passed = [target for target in self.open if target.passed(point[target.metric])]
+        if not self.curve:
+            for target in passed:
+                self._miss(target, f"{target.metric} was {point[target.metric]:.4g} before the first step")
+        else:
+            for target in passed:
+                self._match(target, model, move, point, at)
+            move(1.0)
         self.curve.append(point)
         for target in [target for target in self.open if not math.isfinite(point[target.metric])]:
-            self._miss(target, f"diverged: {target.metric} is {point[target.metric]} after {step} steps")
-        self._before = after
-        self._away += time.perf_counter() - came
-        trainer.should_stop = trainer.should_stop or not self.open
+            where = f"{point['step']:.0f} steps" + (f", weight {point['weight']:.4g}" if "weight" in point else "")
+            self._miss(target, f"diverged: {target.metric} is {point[target.metric]} after {where}")
+
+    def close(self, where: str) -> None:
+        """Say of what is still open how far it came."""
+        for target in list(self.open):
+            reached = f"{target.metric} was {self.curve[-1][target.metric]:.4g}"
+            self._miss(target, f"not reached: {reached} {where}")
+
+    def give_up(self, reason: str) -> None:
+        """Say of what is still open why nobody will look for it any more."""
+        for target in list(self.open):
+            self._miss(target, reason)
 
     def _match(
-        self, target: Target, model: nn.Module, move: Callable[[float], None], point: Mapping[str, float]
+        self,
+        target: Target,
+        model: nn.Module,
+        move: Callable[[float], None],
+        point: Mapping[str, float],
+        at: Mapping[str, float],
     ) -> None:
         last = self.curve[-1]
         ends = last[target.metric], point[target.metric]
@@ -198,7 +188,7 @@ class MatchTargets(Callback):
         except RuntimeError as error:
             self._miss(target, str(error))
             return
-        mixed = {name: last[name] + found.position * (point[name] - last[name]) for name in ("step", "seconds")}
+        mixed = {name: last[name] + found.position * (point[name] - last[name]) for name in at}
         self.open.remove(target)
         self.matches[target] = {**mixed, **self.progress(), "matched": found.value, **self.describe(model)}
 

@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 
 import yaml
 
-from lightning_modules.ablation.grid import Data, Evaluate, Grid, Method, Scratch, Seeds, Targets, Train
+from lightning_modules.ablation.grid import Grid
+from lightning_modules.ablation.methods import Method
+from lightning_modules.ablation.sections import Data, Evaluate, Scratch, Seeds, Targets, Train
 
 Section = TypeVar("Section")
 

@@ -33,7 +33,7 @@ _SCORES = (
     "forget_rouge_n",
 )
 _IDENTITY = ("id", "method", "data_seed", "model_seed", "target", "value", "reached", "reason")
-_COST = ("steps", "seconds", "backward_passes", "conflicts", "raising")
+_COST = ("steps", "seconds", "backward_passes", "conflicts", "raising", "weight", "share_of_start")
 
 
 def read_results(grid: Grid, folder: Path) -> list[dict[str, Any]]:
@@ -58,8 +58,11 @@ def _rows(run: Run, folder: Path) -> Iterator[dict[str, Any]]:
         row = known.get(target, {"reached": False, "reason": found["reason"]})
         steps = number(row.get("step"))
         cost = {"steps": steps, "seconds": number(row.get("seconds"))}
-        cost["backward_passes"] = None if steps is None else steps * found["backward_passes"]
-        measured = {name: number(row.get(name)) for name in (*_SCORES, "conflicts", "raising")}
+        before = found.get("extra_backward_passes", 0)
+        cost["backward_passes"] = None if steps is None else before + steps * found["backward_passes"]
+        measured = {
+            name: number(row.get(name)) for name in (*_SCORES, "conflicts", "raising", "weight", "share_of_start")
+        }
         said = {"target": target, "value": row.get("value"), "reached": row["reached"], "reason": row["reason"]}
         yield {**identity, **said, **measured, **cost, "curve": found.get("curve", [])}
 

@@ -5,40 +5,48 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from lightning_modules import outputs
-from lightning_modules.ablation.grid import Grid, Run, Scratch, forget_alone, plain
-from lightning_modules.ablation.matching import MatchTargets, Target
-from lightning_modules.ablation.placebo import Placebo
+from lightning_modules.ablation.grid import Grid, Run, plain
+from lightning_modules.ablation.matching import Target
+from lightning_modules.ablation.methods import Kind
+from lightning_modules.ablation.retention import Ended, equal_retention
 from lightning_modules.ablation.scoring import Scorer
+from lightning_modules.ablation.sections import Scratch
+from lightning_modules.ablation.training import train
+from lightning_modules.ablation.weights import by_assistant, by_rectified, by_task_vector
 from lightning_modules.examples import Example
 from lightning_modules.loading import _texts, load_model, load_pretrained, make_data
-from lightning_modules.module import UnlearningModule
-from lightning_modules.objectives import by_name, needs_reference
-from lightning_modules.references import SecondModel
 from lightning_modules.scratch import scratch_model
 
 RUNS, MODELS = "runs", "models"
 Splits = Mapping[str, Sequence[Example]]
 
+KINDS: dict[Kind, Callable[[Run, nn.Module, Any, Scorer, Sequence[Target]], Ended]] = {
+    "surgery": train,
+    "uld": by_assistant,
+    "task_vector": by_task_vector,
+    "rectified_task_vector": by_rectified,
+}
+"""(run, start model, tokenizer, scorer, targets) -> what the method leaves."""
+
 
 def execute(run: Run, folder: Path) -> dict[str, Any]:
-    """Train one method until every target is met or its epochs are over, and write what was found to `runs/<id>.json`.
+    """Make one method forget until every target is met or it cannot go on, and write what was found to `runs/<id>.json`.
 
     A target that is not met, and training that diverges, are results and are recorded with the reason.
 
     Returns:
         What was written: `id`, `method`, seeds, `status`, `targets` (a dictionary each: `target`, `metric`, `value`, `reached`, `reason`,
-        and where reached the scores of the model there), `curve`, `backward_passes` (for a step), `seconds`, `config`, `versions`.
+        and where reached the scores of the model there), `curve`, `backward_passes` (for a step),
+        `extra_backward_passes` (before the first), `seconds`, `config`, `versions`.
     """
     started = time.perf_counter()
     known = prepare(run, folder)
@@ -47,26 +55,15 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
     L.seed_everything(options.seed, verbose=False)
     model, tokenizer = load_start(run, splits)
     scorer = Scorer(run.grid, splits, tokenizer, _reference_ratios(known))
-    tally = Tally()
-    matching = MatchTargets(
-        targets(run.grid, known),
-        scorer.along,
-        scorer.thoroughly,
-        every_n_steps=run.grid.train.evaluate_every,
-        tolerance=run.grid.evaluate.tolerance,
-        progress=tally.shares,
-    )
-    callbacks: list[Callback] = [tally, matching]
-    if run.method.placebo:
-        callbacks.append(Placebo(run.method.bound_rule(), seed=run.data_seed))
-    diverged = None
-    try:
-        trainer(run, callbacks).fit(build_module(model, run), make_data(options, tokenizer, options.batch_size))
-    except FloatingPointError as error:
-        diverged = f"diverged: {error}"
-    reached = [_reached(target, **found) for target, found in matching.matches.items()]
-    missed = [_missed(target, reason) for target, reason in matching.missed.items()]
-    missed += [_missed(target, diverged) for target in matching.open if diverged]
+    ended = KINDS[run.method.kind](run, model, tokenizer, scorer, targets(run.grid, known))
+    reached = [_reached(target, **found) for target, found in ended.matching.matches.items()]
+    missed = [_missed(target, reason) for target, reason in ended.matching.missed.items()]
+    for share in run.grid.targets.retained:
+        target, found = Target("retained", share, f"retained={share}"), equal_retention(share, ended, scorer)
+        if isinstance(found, str):
+            missed.append(_missed(target, found))
+        else:
+            reached.append(_reached(target, **found))
     result = {
         "id": run.id,
         "method": run.method.name,
@@ -76,75 +73,14 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
         "reason": None,
         "targets": reached + missed,
         "backward_passes": run.method.backward_passes,
-        "seconds": {"train": matching.curve[-1]["seconds"], "all": time.perf_counter() - started},
-        "curve": matching.curve,
+        "extra_backward_passes": ended.extra_backward_passes,
+        "seconds": {"train": ended.matching.curve[-1]["seconds"], "all": time.perf_counter() - started},
+        "curve": ended.matching.curve,
         "config": run.config,
         "versions": outputs.versions(),
     }
     write(folder / RUNS / f"{run.id}.json", result)
     return result
-
-
-def build_module(model: nn.Module, run: Run) -> UnlearningModule:
-    """The module that `unlearn` would train; for a placebo without the rule, which `Placebo` then imitates."""
-    options = run.options()
-    forget_loss, retain_loss = options.bound_loss(), by_name(options.retain_loss)
-    surgery: Any = options.surgery()
-    if run.method.placebo:
-        surgery = partial(surgery, rule=forget_alone)
-    return UnlearningModule(
-        model.train(),
-        forget_loss=forget_loss,
-        retain_loss=retain_loss,
-        optimizer=partial(options.optimizer_class(), lr=options.lr, weight_decay=options.weight_decay),
-        surgery=surgery,
-        warmup_steps=options.warmup_steps,
-        reference=SecondModel() if needs_reference(forget_loss) or needs_reference(retain_loss) else None,
-        retain_inside=options.retain_inside,
-    )
-
-
-def trainer(run: Run, callbacks: Sequence[Callback]) -> L.Trainer:
-    """A Lightning Trainer on this process's device, which leaves no files."""
-    cuda = torch.cuda.is_available()
-    return L.Trainer(
-        accelerator="gpu" if cuda else "cpu",
-        devices=[torch.cuda.current_device()] if cuda else 1,
-        precision=run.grid.train.precision,  # pyright: ignore[reportArgumentType] (Lightning checks the name)
-        max_epochs=run.grid.train.max_epochs,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-    )
-
-
-class Tally(Callback):
-    """Counts the steps whose gradients conflict, and those whose real change raises the retain loss to first order."""
-
-    def __init__(self) -> None:
-        self.steps = self.conflicts = self.raising = 0
-        self.measured = True
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:  # noqa: ARG002 (Lightning's)
-        """Read the step's record."""
-        if not isinstance(pl_module, UnlearningModule) or (record := pl_module.surgery.record) is None:
-            return
-        self.steps += 1
-        self.conflicts += record.conflict
-        left, made = record.actual_change, record.unguarded_change
-        self.measured = self.measured and left is not None
-        if left is not None and made is not None:
-            # What a guard leaves is rounding: 3e-6 of what it took away, measured, where steps are small.
-            self.raising += bool((left > 1e-4 * made.abs()).any())
-
-    def shares(self) -> dict[str, float]:
-        """Shares of the steps so far; NaN where nothing was measured (guard: none)."""
-        steps = max(1, self.steps)
-        return {"conflicts": self.conflicts / steps, "raising": self.raising / steps if self.measured else float("nan")}
 
 
 def prepare(run: Run, folder: Path) -> dict[str, Any]:
@@ -175,7 +111,7 @@ def targets(grid: Grid, known: Mapping[str, Any]) -> list[Target]:
         ValueError: If there is no reference to take it from.
     """
     found: list[Target] = []
-    for metric, values in vars(grid.targets).items():
+    for metric, values in grid.targets.on_the_way.items():
         for value in values:
             if value == "reference" and known["reference"] is None:
                 raise ValueError(

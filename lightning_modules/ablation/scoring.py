@@ -14,7 +14,7 @@ from lightning_modules.evaluation import evaluate
 from lightning_modules.examples import Example
 from lightning_modules.likelihood import answer_nll
 from lightning_modules.metrics.functional import forget_quality, truth_ratio
-from lightning_modules.tokenization import encode, padding_id
+from lightning_modules.tokenization import Encoded, encode, padding_id
 
 Item = TypeVar("Item")
 
@@ -47,18 +47,24 @@ class Scorer:
             for split, rows in (("forget", self.forget), ("retain", curve))
         }
 
+        self.kept = [encode(tokenizer, row["question"], row["answer"], self.max_length) for row in self.retain]
+
     def along(self, model: nn.Module) -> dict[str, float]:
         """What a target can be set for, and the curve shows: `forget_probability`, `forget_nll`, `retain_probability`."""
-        pad, size = padding_id(self.tokenizer), self.given.batch_size
-        nll = {
-            split: answer_nll(model, encoded, pad_token_id=pad, batch_size=size)
-            for split, encoded in self.encoded.items()
-        }
+        nll = {split: self._nll(model, encoded) for split, encoded in self.encoded.items()}
         return {
             "forget_probability": float(torch.exp(-nll["forget"]).mean()),
             "forget_nll": float(nll["forget"].mean()),
             "retain_probability": float(torch.exp(-nll["retain"]).mean()),
         }
+
+    def retention(self, model: nn.Module) -> float:
+        """Mean probability of the retain answers, of as many as at a match."""
+        return float(torch.exp(-self._nll(model, self.kept)).mean())
+
+    def _nll(self, model: nn.Module, encoded: Sequence[Encoded]) -> torch.Tensor:
+        pad, size = padding_id(self.tokenizer), self.given.batch_size
+        return answer_nll(model, encoded, pad_token_id=pad, batch_size=size)
 
     def thoroughly(self, model: nn.Module) -> dict[str, Any]:
         """Means over the examples, forget quality, and under `examples` what they were made of (no texts)."""

@@ -18,25 +18,23 @@ COMPARED = {
     "forget_probability": "retain_probability",
     "forget_nll": "retain_probability",
     "retain_probability": "forget_probability",
+    "retained": "forget_probability",
 }
 """What a target is set for -> what methods are then compared by."""
 
 
 def write_table(grid: Grid, results: Sequence[Result], folder: Path, path: Path) -> None:
     """A table for each target: what is kept and forgotten there, the paired differences, and what it cost."""
-    seeds = grid.seeds
+    seeds = f"Data seeds {_list(grid.seeds.data)}, model seeds {_list(grid.seeds.model)}"
     lines = ["# Methods where they have forgotten equally much", ""]
-    lines += [
-        f"Data seeds {_list(seeds.data)}, model seeds {_list(seeds.model)}; mean ± standard deviation over the runs.",
-        "",
-    ]
+    lines += [f"{seeds}; mean ± standard deviation over the runs.", ""]
     lines += _models(grid, folder)
     for target in dict.fromkeys(row["target"] for row in results):
         rows = [row for row in results if row["target"] == target]
         by_method = {method.name: [row for row in rows if row["method"] == method.name] for method in grid.methods}
         compared = COMPARED[target.partition("=")[0]]
         lines += ["", f"## At {_title(grid, target)}", ""]
-        lines += _drawn(("method", "runs", *(name for name, _ in _kept(compared))), _kept_rows(by_method, compared))
+        lines += _drawn(*_kept_table(grid, by_method, target))
         against = list(_difference_rows(grid, by_method, compared))
         if against:
             lines += [
@@ -46,7 +44,7 @@ def write_table(grid: Grid, results: Sequence[Result], folder: Path, path: Path)
             ]
             lines += _drawn(_DIFFERENCE, against)
         lines += ["", "What it took to get there:", ""]
-        lines += _drawn(("method", *(name for name, _ in _COSTS)), _cost_rows(by_method))
+        lines += _drawn(("method", *(name for name, _ in _costs(grid))), _cost_rows(grid, by_method))
         reasons = dict.fromkeys(
             f"- {row['method']}, model seed {row['model_seed']}, data seed {row['data_seed']}: {row['reason']}"
             for row in rows
@@ -54,6 +52,8 @@ def write_table(grid: Grid, results: Sequence[Result], folder: Path, path: Path)
         )
         lines += ["", "Not reached:", "", *reasons] if reasons else []
     lines += ["", *_NOTES]
+    lines += _WEIGHT_NOTE if _weighted(grid) else []
+    lines += ["", *_MIX_NOTE] if grid.targets.retained else []
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -62,12 +62,22 @@ _NOTES = (
     "of the reference over n questions, with the median of p over the runs (compare p at equal n only). Differences: mean,",
     "Student's 95 % interval (it takes the pairs for independent, which runs from one start model are not quite) and pairs above",
     "0. Seconds are of training alone, as long as other processes let it take. Backward passes are those that a method needs (a",
-    "loss alone needs one a step, a second loss another); all rows were run with both losses. Conflict: steps in which the two",
-    "gradients conflict. Raise retain: steps whose real parameter change has a positive inner product with the protected gradient.",
+    "loss alone needs one a step, a second loss another; FILA's importance counts); rows that train by a rule were run with both.",
+    "Conflict: steps in which the two gradients conflict. Raise retain: steps whose real parameter change has a positive inner",
+    "product with the protected gradient.",
+)
+_WEIGHT_NOTE = (
+    "Weight: of what is subtracted, ULD's assistant or a task vector; all its training is done before it is chosen, so that steps and",
+    "seconds are the same at every target. A backward pass of ULD is that of its assistant, which has fewer layers.",
+)
+_MIX_NOTE = (
+    "Share of start: of the start model in the mix of parameters (UWC, 2406.09179), the smallest that restores the retain probability;",
+    "0 where nothing was to be restored. Mixed is what a method ended with, where it had met all other targets; steps and seconds are",
+    "those of its end.",
 )
 
 
-def _kept(compared: str) -> list[Column]:
+def _kept(metric: str) -> list[Column]:
     columns: list[Column] = [
         ("retain probability", _mean_sd("retain_probability")),
         ("retain ROUGE-L", _mean_sd("retain_rouge_l_recall")),
@@ -77,15 +87,28 @@ def _kept(compared: str) -> list[Column]:
         ("truth ratio", _mean("forget_truth_ratio", 3)),
         ("KS (n)", _ks),
         ("p", _median_p),
+        ("seconds", _mean("seconds", 1)),
     ]
-    first = [column for column in columns if column[0] == compared.replace("_", " ")]
+    if metric == "retained":
+        columns.append(("share of start", _mean("share_of_start", 3)))
+    first = [column for column in columns if column[0] == COMPARED[metric].replace("_", " ")]
     return first + [column for column in columns if column not in first]
 
 
-def _kept_rows(by_method: Mapping[str, Sequence[Result]], compared: str) -> Iterator[list[str]]:
-    for name, rows in by_method.items():
-        reached = [row for row in rows if row["reached"]]
-        yield [name, f"{len(reached)} of {len(rows)}", *(draw(reached) for _, draw in _kept(compared))]
+def _kept_table(
+    grid: Grid, by_method: Mapping[str, Sequence[Result]], target: str
+) -> tuple[Sequence[str], list[list[str]]]:
+    """Heads and rows; with notes where a row has one."""
+    columns = _kept(target.partition("=")[0])
+    notes = [method.note for method in grid.methods]
+    heads = ("method", "runs", *(name for name, _ in columns), *(["notes"] if any(notes) else []))
+    rows: list[list[str]] = []
+    for method, note in zip(grid.methods, notes, strict=True):
+        results = by_method[method.name]
+        reached = [row for row in results if row["reached"]]
+        cells = [method.name, f"{len(reached)} of {len(results)}", *(draw(reached) for _, draw in columns)]
+        rows.append([*cells, note] if any(notes) else cells)
+    return heads, rows
 
 
 _DIFFERENCE = ("method", "against", "difference [95 %]", "sd", "above 0", "ROUGE-L [95 %]", "sd", "above 0")
@@ -99,9 +122,17 @@ def _difference_rows(grid: Grid, by_method: Mapping[str, Sequence[Result]], comp
             yield [method.name, name, *_paired(found[0]), *_paired(found[1])]
 
 
-def _cost_rows(by_method: Mapping[str, Sequence[Result]]) -> Iterator[list[str]]:
+def _cost_rows(grid: Grid, by_method: Mapping[str, Sequence[Result]]) -> Iterator[list[str]]:
     for name, rows in by_method.items():
-        yield [name, *(draw([row for row in rows if row["reached"]]) for _, draw in _COSTS)]
+        yield [name, *(draw([row for row in rows if row["reached"]]) for _, draw in _costs(grid))]
+
+
+def _costs(grid: Grid) -> list[Column]:
+    return [*_COSTS, ("weight", _mean("weight", 3))] if _weighted(grid) else _COSTS
+
+
+def _weighted(grid: Grid) -> bool:
+    return any(method.kind != "surgery" for method in grid.methods)
 
 
 def _models(grid: Grid, folder: Path) -> list[str]:
@@ -140,6 +171,8 @@ def _models(grid: Grid, folder: Path) -> list[str]:
 
 def _title(grid: Grid, target: str) -> str:
     metric, _, value = target.partition("=")
+    if metric == "retained":
+        return f"{float(value):.0%} of the start's retain probability, restored by mixing with the start model"
     words = f"{metric.replace('_', ' ').replace('nll', 'NLL')}"
     return (
         f"the reference's {words}"
@@ -149,7 +182,7 @@ def _title(grid: Grid, target: str) -> str:
 
 
 def _drawn(heads: Sequence[str], rows: Iterator[list[str]] | Sequence[list[str]]) -> Iterator[str]:
-    numeric = ["---" if head in ("method", "model", "against") else "---:" for head in heads]
+    numeric = ["---" if head in ("method", "model", "against", "notes") else "---:" for head in heads]
     yield "| " + " | ".join(heads) + " |"
     yield "|" + "|".join(numeric) + "|"
     for row in rows:

@@ -22,16 +22,19 @@ import gradsurgery as gs
 import lightning_modules as lm
 from lightning_modules import cli
 from lightning_modules.ablation import sweep
-from lightning_modules.ablation.grid import Grid, Method, Run, Seeds, Targets, forget_alone
-from lightning_modules.ablation.matching import MatchTargets, Target, between, match
+from lightning_modules.ablation.grid import Grid, Run
+from lightning_modules.ablation.matching import Target, between, match
+from lightning_modules.ablation.methods import Method, forget_alone
 from lightning_modules.ablation.options import AblateOptions
 from lightning_modules.ablation.placebo import Placebo
 from lightning_modules.ablation.reading import expanded, read_grid
 from lightning_modules.ablation.results import read_results
-from lightning_modules.ablation.run import build_module, execute, load_start
+from lightning_modules.ablation.run import execute, load_start
 from lightning_modules.ablation.scoring import Scorer
+from lightning_modules.ablation.sections import Seeds, Targets
 from lightning_modules.ablation.statistics import paired, spread
 from lightning_modules.ablation.table import write_table
+from lightning_modules.ablation.training import MatchTargets, build_module
 from lightning_modules.data import ForgetRetainDataModule
 from lightning_modules.loading import make_data
 from tests.lightning_modules.test_module import Bigram, batches
@@ -414,7 +417,7 @@ def test_a_placebo_run_takes_the_forget_gradient_alone(config: str) -> None:
     run = replace(grid.runs()[1], method=replace(grid.methods[1], placebo=True))
     model, _ = load_start(run, make_data(run.options(), None).read())
     gram = torch.tensor([[2.0, -1.0], [-1.0, 3.0]], dtype=torch.float64)
-    surgery = build_module(model, run).make_surgery(torch.optim.SGD(model.parameters(), lr=0.1))
+    surgery = build_module(model, run).make_surgery(torch.optim.SGD(model.named_parameters(), lr=0.1))
     assert surgery._rule(gram).tolist() == [1.0, 0.0]
     assert surgery._ema.decays == {"retain": 0.2}
 

@@ -1,0 +1,111 @@
+"""One row of an ablation's table: which method, with which settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+import torch
+
+import gradsurgery as gs
+from lightning_modules.options import UnlearnOptions
+
+Kind = Literal["surgery", "uld", "task_vector", "rectified_task_vector"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table; names and meanings are those of `unlearn`, with a few more.
+
+    Attributes:
+        name: Of the row, distinct.
+        baseline: Name of the row that it is compared with.
+        kind: "surgery" trains with two losses and a rule. "uld" trains an assistant, whose logits times a weight are subtracted.
+            "task_vector" fine-tunes a copy on the forget set, and what that added times a weight is taken away;
+            "rectified_task_vector" does so with both halves, TRU-style (unverified), see `gradsurgery.task_vectors.rectified`.
+        rule: Also "none": the forget gradient alone.
+        placebo: Replace the rule's correction by one of the same length in a random direction.
+        guard: By default "measure", which changes nothing and counts the steps that raise the retain loss to first order.
+        lr, optimizer, epochs: Instead of those of `train`. A kind with a weight trains for all of its epochs.
+        lora_rank: Of adapters, which are trained instead of all weights; of ULD's assistant (0: 32).
+        lora_init: "fila" measures Fisher information first; that counts as training.
+        uld: Settings of ULD but its weight.
+        max_weight: The largest that is tried, from 0 upward.
+    """
+
+    name: str
+    baseline: str | None = None
+    kind: Kind = "surgery"
+    forget_loss: str = "ceu"
+    loss_options: dict[str, float] = field(default_factory=dict)
+    retain_loss: str = "cross_entropy"
+    rule: str = "gru"
+    rule_options: dict[str, float] = field(default_factory=dict)
+    ema_decay: float | None = 0.2
+    scope: Literal["global", "tensor"] = "global"
+    metric: Literal["euclidean", "optimizer"] = "euclidean"
+    guard: Literal["none", "measure", "update"] = "measure"
+    retain_weight: float = 0.0
+    retain_inside: float = 0.0
+    placebo: bool = False
+    lr: float | None = None
+    optimizer: str | None = None
+    epochs: int | None = None
+    lora_rank: int = 0
+    lora_init: Literal["default", "fila"] = "default"
+    uld: dict[str, float] = field(default_factory=dict)
+    max_weight: float = 2.0
+
+    @property
+    def backward_passes(self) -> int:
+        """Batches differentiated for a step that the method needs: one, and one for each use of the retain loss."""
+        if self.kind != "surgery":
+            return 2 if self.kind == "uld" else 1
+        surgery = self.rule != "none" or self.retain_weight != 0.0 or self.guard == "update"
+        return 1 + int(self.retain_inside != 0.0) + int(surgery)
+
+    def bound_rule(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Gram matrix -> coefficients, as the row says."""
+        options = UnlearnOptions(rule=self.rule, rule_options=self.rule_options)
+        return forget_alone if self.rule == "none" else options.bound_rule()
+
+    @property
+    def note(self) -> str:
+        """What a reader of the table must know to compare it with the others; empty where that is nothing."""
+        adapters = f"adapters of rank {self.lora_rank}" + (", started by FILA" if self.lora_init == "fila" else "")
+        weight = "its weight is matched, and lowered to restore retention"
+        return {
+            "surgery": f"{adapters}; merged before they are mixed" if self.lora_rank else "",
+            "uld": f"the model is unchanged; {weight}",
+            "task_vector": weight,
+            "rectified_task_vector": f"TRU-style (unverified); {weight}",
+        }[self.kind]
+
+    def check(self) -> None:
+        """Raise ValueError on a setting that its kind would not look at."""
+        default = Method(self.name)
+        changed = {entry.name for entry in fields(self) if getattr(self, entry.name) != getattr(default, entry.name)}
+        if unused := sorted(changed - {"name", "baseline", "kind"} - _used(self.kind)):
+            raise ValueError(f"expected settings of the kind {self.kind}, {sorted(_used(self.kind))}, found {unused}")
+        if "weight" in self.uld:
+            raise ValueError(
+                "uld: expected settings other than weight, which is matched; max_weight is where that ends"
+            )
+        if self.epochs is not None and self.epochs < 1:
+            raise ValueError(f"expected epochs >= 1, found {self.epochs}")
+        if not 0.0 < self.max_weight < math.inf:
+            raise ValueError(f"expected a finite max_weight > 0, found {self.max_weight}")
+
+
+def _used(kind: Kind) -> set[str]:
+    """Settings that a kind looks at."""
+    if kind == "surgery":
+        return {entry.name for entry in fields(Method)} - {"name", "baseline", "kind", "uld", "max_weight"}
+    return {"lr", "epochs", "max_weight"} | ({"uld", "lora_rank"} if kind == "uld" else {"optimizer"})
+
+
+def forget_alone(gram: torch.Tensor) -> torch.Tensor:
+    """Coefficients of no surgery: 1 for the first row and 0 for the others, NaN where the Gram matrix is not finite."""
+    return gs.rules.gradient_difference(gram, alpha=0.0)

@@ -1,0 +1,169 @@
+"""Methods whose forgetting is one number: ULD and task vectors, trained once, then matched along their weight."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+import gradsurgery as gs
+from gradsurgery.task_vectors import StateDict, negate, rectified, task_vector
+from lightning_modules.ablation.grid import Run
+from lightning_modules.ablation.matching import Matching, Target
+from lightning_modules.ablation.retention import Ended
+from lightning_modules.ablation.scoring import Scorer
+from lightning_modules.ablation.training import trainer_options
+from lightning_modules.data import ForgetRetainDataModule
+from lightning_modules.loading import make_data
+from lightning_modules.uld import train_assistant
+
+_STATES = 20  # looked at between weight 0 and the largest; bisection does the rest
+
+
+def by_assistant(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: Sequence[Target]) -> Ended:
+    """ULD (2406.08607): train the assistant; the state is the weight that its logits are subtracted with."""
+    options, clock = run.options(), _Clock()
+    unlearned = train_assistant(
+        model,
+        tokenizer,
+        make_data(options, None).read(),
+        lora_rank=options.lora_rank or 32,
+        lr=run.method.lr or run.grid.train.lr,
+        weight_decay=options.weight_decay,
+        warmup_steps=options.warmup_steps,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        seed=options.seed,
+        trainer=trainer_options(run, [clock]),  # with the row's epochs
+        **options.uld_settings(),
+    )
+
+    def load(state: StateDict) -> None:
+        unlearned.weight = float(state["weight"])
+
+    def at(weight: float) -> StateDict:
+        return {"weight": torch.tensor(weight, dtype=torch.float64)}
+
+    return _walk(run, unlearned, at, load, clock, scorer, targets)
+
+
+def by_task_vector(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: Sequence[Target]) -> Ended:
+    """Negation (2212.04089): take away a multiple of what fine-tuning on the forget set adds."""
+    clock, before = _Clock(), copy.deepcopy(model.state_dict())
+    vector = _fine_tuned(run, model, tokenizer, make_data(run.options(), None).read()["forget"], clock, before)
+    return _walk(run, model, partial(negate, before, vector), model.load_state_dict, clock, scorer, targets)
+
+
+def by_rectified(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: Sequence[Target]) -> Ended:
+    """TRU-style (unverified): the task vectors of both halves of the forget set, each the other's reference."""
+    clock, before = _Clock(), copy.deepcopy(model.state_dict())
+    rows = make_data(run.options(), None).read()["forget"]
+    # Halves and not every other row: neighbours are often about one person, and a reference should be about others.
+    halves = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    vectors = [_fine_tuned(run, model, tokenizer, half, clock, before) for half in halves]
+    moved = rectified(before, vectors, vectors[::-1])
+    vector = task_vector(moved, before)  # from the end to the start: what is taken away again
+    return _walk(run, model, partial(negate, before, vector), model.load_state_dict, clock, scorer, targets)
+
+
+def _walk(
+    run: Run,
+    model: nn.Module,
+    at: Callable[[float], StateDict],
+    load: Callable[[StateDict], object],
+    clock: _Clock,
+    scorer: Scorer,
+    targets: Sequence[Target],
+) -> Ended:
+    """Raise the weight from 0 until every target is met, or it is the largest."""
+    matching = Matching(targets, scorer.along, scorer.thoroughly, tolerance=run.grid.evaluate.tolerance)
+    last = weight = 0.0
+    for number in range(_STATES + 1):
+        last, weight = weight, run.method.max_weight * number / _STATES
+        move = _between(last, weight, at, load)
+        move(1.0)
+        matching.look(model, {"step": float(clock.steps), "seconds": clock.seconds, "weight": weight}, move)
+        if not matching.open:
+            break
+    matching.close(f"at weight {weight:.4g}")
+    return Ended(matching, model, load, at(0.0), at(weight))
+
+
+def _between(
+    first: float, second: float, at: Callable[[float], StateDict], load: Callable[[StateDict], object]
+) -> Callable[[float], None]:
+    """The states from one weight (position 0) to another (1): a path for `match`."""
+
+    def move(position: float) -> None:
+        load(at(first + position * (second - first)))
+
+    return move
+
+
+def _fine_tuned(
+    run: Run, model: nn.Module, tokenizer: Any, rows: Sequence[Any], clock: _Clock, before: StateDict
+) -> dict[str, Tensor]:
+    """The task vector of some rows."""
+    options = run.options()
+    model.load_state_dict(before)
+    # The retain half of a batch is not looked at.
+    data = ForgetRetainDataModule(
+        rows, rows, tokenizer, batch_size=options.batch_size, seed=options.seed, max_length=options.max_length
+    )
+    optimizer = partial(options.optimizer_class(), lr=options.lr, weight_decay=options.weight_decay)
+    L.Trainer(**trainer_options(run, [clock])).fit(FineTuning(model.train(), optimizer, options.warmup_steps), data)
+    return task_vector(before, model.state_dict())
+
+
+class FineTuning(L.LightningModule):
+    """Mean cross-entropy of the forget batch's answer tokens, and nothing else.
+
+    Args:
+        model: A causal language model, all of which is trained.
+        optimizer: Parameters -> optimizer.
+        warmup_steps: The learning rate rises linearly over so many steps, then stays.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model, self.make_optimizer, self.warmup_steps = model, optimizer, warmup_steps
+
+    def training_step(self, batch: dict[str, dict[str, Tensor]]) -> Tensor:
+        """The loss."""
+        forget = batch["forget"]
+        logits = self.model(input_ids=forget["input_ids"], attention_mask=forget["attention_mask"]).logits
+        return gs.losses.cross_entropy(*gs.losses.answer_tokens(logits, forget["labels"])).mean()
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, and its warm-up."""
+        optimizer = self.make_optimizer(self.model.parameters())
+        steps = max(1, self.warmup_steps)
+        warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0 / steps, total_iters=steps - 1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
+
+
+class _Clock(Callback):
+    """Steps and seconds of all trainings that it sees."""
+
+    def __init__(self) -> None:
+        self.steps, self.seconds = 0, 0.0
+        self._started = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's)
+        self._started = time.perf_counter()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        self.steps += trainer.global_step
+        self.seconds += time.perf_counter() - self._started
