@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import csv
-import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,13 +15,12 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from torch import nn
 
-import gradsurgery as gs
-from lightning_modules import objectives, outputs
-from lightning_modules.adapters import with_adapters
+from lightning_modules import outputs
+from lightning_modules.assembly import adapted, first_process, make_module, make_trainer, merged, start_model
 from lightning_modules.callbacks import (
     BestTradeoff,
     CollapseAlarm,
@@ -32,16 +29,13 @@ from lightning_modules.callbacks import (
     SurgeryLogger,
     TradeoffCurve,
 )
-from lightning_modules.data import ForgetRetainDataModule
 from lightning_modules.evaluation import Evaluation, evaluate, summary
 from lightning_modules.examples import Example
 from lightning_modules.g_effect import GEffectLogger
 from lightning_modules.likelihood import device_of
 from lightning_modules.loading import load_model, load_reference, make_data
 from lightning_modules.metrics.functional import forget_quality, truth_ratio
-from lightning_modules.module import UnlearningModule
 from lightning_modules.options import DataOptions, EvaluateOptions, UnlearnOptions
-from lightning_modules.references import AdapterOff, Precomputed, Reference, SecondModel, precompute
 from lightning_modules.report import draw, sentences, table
 from lightning_modules.scratch import one_thread
 from lightning_modules.tokenization import encode, padding_id
@@ -73,7 +67,7 @@ def unlearn(options: UnlearnOptions) -> Path:
 
 def _unlearn(options: UnlearnOptions) -> Path:
     folder, console = Path(options.output), Console(stderr=True)
-    first = _first()
+    first = first_process()
     splits = make_data(options, None).read()
     if first and not options.resume:
         outputs.claim(folder)
@@ -82,8 +76,8 @@ def _unlearn(options: UnlearnOptions) -> Path:
     if options.method == "uld":
         return _unlearn_by_assistant(options, splits, model, tokenizer)
     data = make_data(options, tokenizer, options.batch_size)
-    model = _adapted(model, options, data)
-    reference = _start_model(model, options, data, folder)
+    model = adapted(model, options, data)
+    reference = start_model(model, options, data, folder)
     module = make_module(model, options, reference).train()
     steps = -(-len(splits["forget"]) // (options.batch_size * (options.accumulate or 1))) * (options.epochs or 1)
     surgery_log = SurgeryLogger(folder / outputs.SURGERY)
@@ -99,7 +93,7 @@ def _unlearn(options: UnlearnOptions) -> Path:
         every_n_steps=options.score_every or max(1, steps // _CURVE_POINTS),
         stop_below=options.stop_below,
     )
-    trainer = _trainer(folder, options, [surgery_log, layers_log, curve, *_watching(options, curve)], console)
+    trainer = make_trainer(folder, options, [surgery_log, layers_log, curve, *_watching(options, curve)], console)
     score = partial(_score, options, splits)
     started = time.perf_counter()
     before = score(model, tokenizer) if first else None
@@ -119,7 +113,7 @@ def _unlearn(options: UnlearnOptions) -> Path:
     seconds = {"train": training, "evaluate": evaluating}
     if options.probes:
         _probe(options, splits, module.model, tokenizer, curve)
-    return _leave(options, splits, before, _merged(module.model), tokenizer, seconds)
+    return _leave(options, splits, before, merged(module.model), tokenizer, seconds)
 
 
 def _watching(options: UnlearnOptions, curve: TradeoffCurve) -> list[Callback]:
@@ -162,7 +156,7 @@ def _unlearn_by_assistant(
     from lightning_modules.uld import train_assistant
 
     folder = Path(options.output)
-    if not _first():
+    if not first_process():
         raise ValueError("--method uld: expected one process, found several; use --devices 1")
     started = time.perf_counter()
     before = _score(options, splits, model, tokenizer)
@@ -294,104 +288,6 @@ def _resumed(given: UnlearnOptions) -> UnlearnOptions:
             f"--resume: expected the options of {config}, found others for {', '.join(changed)}; leave them out, or start a new run"
         )
     return replace(saved, resume=True)
-
-
-def _first() -> bool:
-    """Lightning starts the other processes of a run with this same command: they only train."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
-
-
-def make_module(model: nn.Module, options: UnlearnOptions, reference: Reference | None) -> UnlearningModule:
-    """The module that these options describe."""
-    return UnlearningModule(
-        model,
-        forget_loss=options.bound_loss(),
-        retain_loss=objectives.by_name(options.retain_loss),
-        optimizer=partial(options.optimizer_class(), lr=options.lr, weight_decay=options.weight_decay),
-        surgery=options.surgery(),
-        warmup_steps=options.warmup_steps,
-        reference=reference,
-        retain_inside=options.retain_inside,
-        dual=gs.losses.DualVariable(**options.dual) if options.dual else None,
-    )
-
-
-def _start_model(
-    model: nn.Module, options: UnlearnOptions, data: ForgetRetainDataModule, folder: Path
-) -> Reference | None:
-    """What a loss that compares with the model before unlearning compares with."""
-    losses = objectives.by_name(options.forget_loss), objectives.by_name(options.retain_loss)
-    if not any(objectives.needs_reference(loss) for loss in losses):
-        return None
-    kind = options.start_model
-    if kind == "auto":
-        few = not any(objectives.needs_logits(loss) for loss in losses)
-        kind = (
-            "precomputed" if few else "adapters_off" if options.lora_rank and options.lora_init == "default" else "copy"
-        )
-    if kind == "copy":
-        return SecondModel(copy.deepcopy(model))
-    if kind == "adapters_off":
-        return AdapterOff()
-    path = folder / outputs.START_MODEL
-    if _first() and not (options.resume and path.exists()):  # another process finds it there
-        data.setup()
-        if data.dataset is None:
-            raise RuntimeError("setup() left no dataset")
-        home = device_of(model)
-        if home.type == "cpu" and torch.cuda.is_available():
-            model.to("cuda")
-        precompute(model, data.dataset, path, pad_token_id=padding_id(data.tokenizer))
-        model.to(home)
-    return Precomputed(path)
-
-
-def _trainer(folder: Path, options: UnlearnOptions, callbacks: Sequence[Callback], console: Console) -> L.Trainer:
-    # With save_top_k=0 nothing is written before training ends, whatever save_last says (Lightning 2.6).
-    checkpoint = ModelCheckpoint(folder / "checkpoints", filename="last", save_top_k=1, enable_version_counter=False)
-    bar = [RichProgressBar()] if console.is_terminal else []
-    devices: Any = options.devices if options.devices == "auto" else int(options.devices)
-    return L.Trainer(
-        accelerator="auto",
-        devices=devices,
-        strategy=options.strategy,
-        precision=options.precision,  # pyright: ignore[reportArgumentType] (Lightning checks the name)
-        max_epochs=options.epochs,
-        accumulate_grad_batches=options.accumulate or 1,
-        callbacks=[*callbacks, checkpoint, *bar],
-        logger=False,
-        enable_progress_bar=bool(bar),
-        enable_model_summary=False,
-        use_distributed_sampler=False,  # PairSampler divides the pairs itself
-        num_sanity_val_steps=0,
-    )
-
-
-def _adapted(model: nn.Module, options: UnlearnOptions, data: ForgetRetainDataModule) -> nn.Module:
-    if options.lora_init == "default" or not options.lora_rank:
-        return with_adapters(model, rank=options.lora_rank, seed=options.seed)
-    data.setup()
-    home = device_of(model)
-    if home.type == "cpu" and torch.cuda.is_available():
-        model.to("cuda")  # a backward pass for every batch of both sets
-    loader, device = data.train_dataloader(), device_of(model)
-
-    def batches(name: str) -> Iterable[Mapping[str, torch.Tensor]]:
-        return ({key: value.to(device) for key, value in batch[name].items()} for batch in loader)
-
-    adapted = with_adapters(
-        model,
-        rank=options.lora_rank,
-        init="fila",
-        forget_batches=batches("forget"),
-        retain_batches=batches("retain"),
-        seed=options.seed,
-    )
-    return adapted.to(home)
-
-
-def _merged(model: nn.Module) -> Any:
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model  # pyright: ignore[reportCallIssue]
 
 
 def _spread(rows: Sequence[Example]) -> list[Example]:

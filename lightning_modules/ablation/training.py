@@ -13,12 +13,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from lightning_modules import assembly
 from lightning_modules.ablation.grid import Run
 from lightning_modules.ablation.matching import Matching, Target, between
 from lightning_modules.ablation.placebo import Placebo
 from lightning_modules.ablation.retention import Ended
 from lightning_modules.ablation.scoring import Scorer
-from lightning_modules.commands import _adapted, _merged, make_module
 from lightning_modules.loading import make_data
 from lightning_modules.module import UnlearningModule
 from lightning_modules.objectives import by_name, needs_reference
@@ -31,7 +31,7 @@ def train(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: S
     data = make_data(options, tokenizer, options.batch_size)
     before = copy.deepcopy(model.state_dict())
     started = time.perf_counter()
-    adapted = _adapted(model, options, data)
+    adapted = assembly.adapted(model, options, data)
     spent = time.perf_counter() - started if options.lora_rank else 0.0
     tally = Tally()
     matching = MatchTargets(
@@ -50,7 +50,7 @@ def train(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: S
         L.Trainer(**trainer_options(run, callbacks)).fit(build_module(adapted, run), data)
     except FloatingPointError as error:
         matching.give_up(f"diverged: {error}")
-    merged = _merged(adapted)
+    merged = assembly.merged(adapted)
     # FILA's importance: a backward pass for every batch of both sets.
     extra = 2 * len(data.train_dataloader()) if options.lora_init == "fila" else 0
     return Ended(matching, merged, merged.load_state_dict, before, copy.deepcopy(merged.state_dict()), extra)
@@ -63,7 +63,7 @@ def build_module(model: nn.Module, run: Run) -> UnlearningModule:
         options = replace(options, rule="gradient_difference", rule_options={"alpha": 0.0})
     losses = by_name(options.forget_loss), by_name(options.retain_loss)
     reference = SecondModel() if any(needs_reference(loss) for loss in losses) else None
-    return make_module(model.train(), options, reference)
+    return assembly.make_module(model.train(), options, reference)
 
 
 def trainer_options(run: Run, callbacks: Sequence[Callback]) -> dict[str, Any]:

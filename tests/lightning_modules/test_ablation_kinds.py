@@ -333,13 +333,13 @@ def test_adapters_end_merged_and_their_start_counts_as_training(grid: Grid, monk
     run = run_of(grid, "FILA")
     model, tokenizer, scorer = start(run)
     names, known = list(model.state_dict()), scorer.along(model)
-    original = training._adapted
+    original = training.assembly.adapted
 
     def slowly(*arguments: Any) -> nn.Module:
         time.sleep(0.3)
         return original(*arguments)
 
-    monkeypatch.setattr(training, "_adapted", slowly)
+    monkeypatch.setattr(training.assembly, "adapted", slowly)
     ended = KINDS["surgery"](run, model, tokenizer, scorer, half(run))
     assert ended.extra_backward_passes == 2 * 2  # both sets, two batches each
     assert ended.matching.curve[0]["seconds"] >= 0.3
