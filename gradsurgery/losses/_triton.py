@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportIndexIssue=false
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
 """Triton kernels over rows of logits: one program a row, every element read once and, for the gradient, written once in place."""
 
 from __future__ import annotations
@@ -7,8 +7,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETED = bool(knobs.runtime.interpret)
 """Triton runs in its interpreter (TRITON_INTERPRET=1): on CPU tensors, to test the kernels where there is no GPU."""
 
 _BLOCK = 4096
