@@ -42,6 +42,7 @@ def scratch_model(
     epochs: int = 25,
     batch_size: int = 8,
     lr: float = 2e-3,
+    device: str | torch.device = "cpu",
     cache_dir: str | Path | None = None,
     description: str = "Training the small model from scratch",
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
@@ -63,6 +64,7 @@ def scratch_model(
         epochs: passes over the examples.
         batch_size: examples a step.
         lr: highest learning rate.
+        device: where it is trained; a model of 100 M parameters wants a GPU. It is returned on the CPU, wherever that was.
         cache_dir: holds one Hugging Face checkpoint for each set of arguments; `$XDG_CACHE_HOME/gradsurgery/scratch` by
             default.
         description: what the progress bar, or without a terminal the first line of text, says.
@@ -83,13 +85,15 @@ def scratch_model(
     texts = list(tokenizer_texts) if tokenizer_texts is not None else [f"Q: {q}\nA: {a}" for q, a in pairs]
     sizes = {"hidden_size": hidden_size, "num_layers": num_layers, "num_heads": num_heads}
     schedule = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
-    folder = _cache_root(cache_dir) / _key({"pairs": pairs, "texts": texts, **sizes, **schedule, "lr": lr})
+    device = torch.device(device)
+    where = {} if device.type == "cpu" else {"device": device.type}  # a GPU rounds otherwise
+    folder = _cache_root(cache_dir) / _key({"pairs": pairs, "texts": texts, **sizes, **schedule, "lr": lr, **where})
     # Making and loading a model both draw random weights; only the CPU's generator is used, and only that one is
     # forked.
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), one_thread(), _without_progress_bars():
         if not folder.is_dir():
             tokenizer = _train_tokenizer(texts)
-            model = _train(pairs, tokenizer, lr=lr, description=description, **sizes, **schedule)
+            model = _train(pairs, tokenizer, lr=lr, device=device, description=description, **sizes, **schedule)
             _save(model, tokenizer, folder)
             if not folder.is_dir():
                 return model, tokenizer
@@ -137,6 +141,7 @@ def _train(
     batch_size: int,
     lr: float,
     seed: int,
+    device: torch.device,
     description: str,
 ) -> LlamaForCausalLM:
     encoded = [encode(tokenizer, question, answer) for question, answer in pairs]
@@ -154,7 +159,8 @@ def _train(
         eos_token_id=special_id(tokenizer, "eos"),
     )
     torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which reseeds every GPU as well
-    model = LlamaForCausalLM(config).train()
+    model = LlamaForCausalLM(config).train()  # on the CPU, so that the same seed is the same start everywhere
+    torch.nn.Module.to(model, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     steps = epochs * -(-len(encoded) // batch_size)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_lr(step, steps))
@@ -162,20 +168,21 @@ def _train(
     console = Console(stderr=True)
     if not console.is_terminal:
         console.print(f"{description}: {len(encoded)} examples, {epochs} epochs")
-    begin, losses = time.perf_counter(), 0.0
+    begin, losses = time.perf_counter(), torch.zeros((), device=device)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=steps)
         for batch in _batches(encoded, batch_size, epochs, seed):
-            loss = _loss(model, collate(batch, padding_id(tokenizer)))
+            tensors = collate(batch, padding_id(tokenizer))
+            loss = _loss(model, {name: tensor.to(device) for name, tensor in tensors.items()})
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
-            losses = 0.9 * losses + 0.1 * loss.item()
+            losses = 0.9 * losses + 0.1 * loss.detach()  # a number is asked for once, so that a GPU is not waited for
             bar.advance(task)
-    console.print(f"{description}: done in {time.perf_counter() - begin:.0f} s, loss {losses:.3f}")
-    return model.eval()
+    console.print(f"{description}: done in {time.perf_counter() - begin:.0f} s, loss {float(losses):.3f}")
+    return model.cpu().eval()
 
 
 def _batches(encoded: Sequence[Encoded], batch_size: int, epochs: int, seed: int) -> Iterator[list[Encoded]]:

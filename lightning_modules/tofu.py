@@ -26,7 +26,8 @@ def tofu_examples(
         folder: holds the splits as JSON lines under their hub names (`forget10.json`, `forget10_perturbed.json`, ...);
             `None` loads them from the hub, which needs the `datasets` package.
         num_authors: keep only so many authors, n, for a small model: the first n - n // 5 of the retain set and the
-            last n // 5 of the forget set. 10 authors are 160 questions to keep and 40 to forget.
+            last n // 5 of the forget set. 10 authors are 160 questions to keep and 40 to forget. 200 are both sets whole,
+            and None is that with `real_authors` and `world_facts`, which a model from scratch cannot know.
 
     Returns:
         `{"forget": [...], "retain": [...]}`, and `real_authors` and `world_facts` for a full-sized model where they are
@@ -45,13 +46,16 @@ def tofu_examples(
         probes = {name: _load(f"{name}_perturbed", folder, required=False) for name in PROBES}
         return {"forget": forget, "retain": retain} | {name: rows for name, rows in probes.items() if rows}
 
+    available = len(forget) // ROWS_PER_AUTHOR, len(retain) // ROWS_PER_AUTHOR
+    if num_authors == sum(available):
+        return {"forget": forget, "retain": retain}
     forgotten = num_authors // 5
     kept = num_authors - forgotten
-    available = len(forget) // ROWS_PER_AUTHOR, len(retain) // ROWS_PER_AUTHOR
     if not 1 <= forgotten <= available[0] or kept > available[1]:
         raise ValueError(
             f"num_authors={num_authors} means {forgotten} authors to forget and {kept} to keep, and {split} has "
-            f"{available[0]} and {available[1]}: use 5 to {min(5 * available[0] + 4, sum(available))} authors"
+            f"{available[0]} and {available[1]}: use 5 to {min(5 * available[0] + 4, sum(available) - 1)} authors, or "
+            f"{sum(available)} for all of them"
         )
     return {"forget": forget[-forgotten * ROWS_PER_AUTHOR :], "retain": retain[: kept * ROWS_PER_AUTHOR]}
 

@@ -11,7 +11,7 @@ from lightning_modules.options import _option
 class AblateOptions:
     """Compare methods where they have forgotten equally much: a grid of methods and seeds, a table, a picture."""
 
-    config: str = _option("", "YAML file of the grid; examples/ablation/ has two")
+    config: str = _option("", "YAML file of the grid; examples/ablation/ has some")
     output: str = _option("runs/ablation", "folder for the runs, results.csv, table.md and tradeoff.png")
     tofu_dir: str | None = _option(None, "folder with TOFU's files, instead of the grid's own")
     jobs: int | None = _option(None, "runs at a time, each a process; as many as there are CUDA devices, or 1")
@@ -23,7 +23,7 @@ class AblateOptions:
     def check(self) -> None:
         """Raise ValueError on options outside their domain."""
         if not self.config:
-            raise ValueError("expected --config FILE.yaml with the grid, found none; examples/ablation/ has two")
+            raise ValueError("expected --config FILE.yaml with the grid, found none; examples/ablation/ has some")
         if (self.jobs is not None and self.jobs < 1) or self.threads < 1:
             raise ValueError(f"expected --jobs and --threads >= 1, found {self.jobs} and {self.threads}")
         if self.only is not None and self.index is not None:

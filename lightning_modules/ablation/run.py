@@ -164,8 +164,9 @@ def _load_reference(run: Run, splits: Splits) -> tuple[nn.Module, Any] | None:
 
 
 def _scratch(run: Run, sizes: Scratch, splits: Splits, rows: Sequence[Example], said: str) -> tuple[nn.Module, Any]:
+    texts = _texts(run.options(), splits)
     return scratch_model(
-        rows, tokenizer_texts=_texts(run.options(), splits), seed=run.model_seed, description=said, **vars(sizes)
+        rows, tokenizer_texts=texts, seed=run.model_seed, device=_device(), description=said, **vars(sizes)
     )
 
 

@@ -230,6 +230,17 @@ def test_a_grid_that_cannot_be_is_refused_with_the_key(
     assert str(path) in str(caught.value)
 
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "ablation"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_grid_of_the_examples_is_one(path: Path) -> None:
+    grid = read_grid(path)
+    assert len({run.id for run in grid.runs()}) == len(list(grid.runs())) > 0
+    for run in grid.runs():
+        run.options().check()
+
+
 def test_a_grid_that_is_not_there_or_no_yaml_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="expected a YAML file"):
         read_grid(tmp_path / "nowhere.yaml")

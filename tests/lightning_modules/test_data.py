@@ -368,7 +368,7 @@ def test_the_whole_split_comes_with_the_probes_that_are_there(folder: Path, tmp_
 
 @pytest.mark.parametrize(("split", "count"), [("forget01", 15), ("forget10", 4), ("forget10", 105), ("forget10", -5)])
 def test_a_number_of_authors_that_the_split_cannot_give_is_refused(folder: Path, split: str, count: int) -> None:
-    with pytest.raises(ValueError, match=rf"num_authors={count}.*use 5 to (14|104) authors"):
+    with pytest.raises(ValueError, match=rf"num_authors={count}.*use 5 to (14|104) authors, or 200 for all"):
         tofu_examples(split, folder, num_authors=count)
 
 
@@ -376,6 +376,14 @@ def test_a_number_of_authors_that_the_split_cannot_give_is_refused(folder: Path,
 def test_the_number_of_authors_that_the_refusal_names_is_given(folder: Path, split: str, count: int) -> None:
     splits = tofu_examples(split, folder, num_authors=count)
     assert (len(splits["forget"]), len(splits["retain"])) == (count // 5 * 20, (count - count // 5) * 20)
+
+
+@pytest.mark.parametrize("split", ["forget01", "forget05", "forget10"])
+def test_all_authors_are_both_sets_whole(folder: Path, split: str) -> None:
+    splits = tofu_examples(split, folder, num_authors=AUTHORS)
+    whole = tofu_examples(split, folder)
+    assert splits == {name: whole[name] for name in ("forget", "retain")}
+    assert sum(map(len, splits.values())) == AUTHORS * 20
 
 
 def test_unknown_splits_and_missing_files_are_said(tmp_path: Path) -> None:

@@ -49,6 +49,22 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path: 
     assert not torch.equal(weights(first), weights(other))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_trains_it_from_the_same_start_and_leaves_it_on_the_cpu(tmp_path: Path) -> None:
+    model, tokenizer = scratch_model(EXAMPLES, **LEARNS, device="cuda", cache_dir=tmp_path)
+    encoded = [encode(tokenizer, row["question"], row["answer"]) for row in EXAMPLES]
+    assert torch.exp(-answer_nll(model, encoded, pad_token_id=tokenizer.pad_token_id)).min() > 0.9
+    few: dict[str, Any] = TINY | {"epochs": 1, "batch_size": 4}
+    (there, _), (here, _) = (
+        scratch_model(EXAMPLES, **few, device=device, cache_dir=tmp_path) for device in ("cuda", "cpu")
+    )
+    assert weights(there).device.type == "cpu"
+    assert (
+        weights(there) - weights(here)
+    ).abs().max() < 5e-3  # one step of Adam, 2e-3 each way; another start is .02 away
+
+
 def test_random_number_generators_are_left_alone(tmp_path: Path) -> None:
     before, python = torch.get_rng_state(), random.getstate()
     for _ in ("trained", "cached"):
@@ -97,7 +113,7 @@ def test_the_second_call_reads_the_cache(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     "change",
     [{"seed": 1}, {"epochs": 3}, {"batch_size": 1}, {"hidden_size": 36}, {"num_layers": 2}, {"num_heads": 4},
-     {"tokenizer_texts": ["other"]}, {"examples": EXAMPLES[:3]}],
+     {"tokenizer_texts": ["other"]}, {"examples": EXAMPLES[:3]}, {"device": "cuda"}],
 )  # fmt: skip
 def test_any_other_argument_is_another_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
