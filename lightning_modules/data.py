@@ -272,6 +272,7 @@ class TOFUDataModule(ForgetRetainDataModule):
         *,
         folder: str | Path | None = None,
         num_authors: int | None = None,
+        forget_authors: int | None = None,
         batch_size: int = 8,
         seed: int = 0,
         max_length: int | None = None,
@@ -284,7 +285,8 @@ class TOFUDataModule(ForgetRetainDataModule):
             split: `"forget01"`, `"forget05"` or `"forget10"`.
             tokenizer: of the model to be trained.
             folder: of JSON lines under the hub names; `None` loads from the hub.
-            num_authors: keep only so many authors, a fifth of them to be forgotten.
+            num_authors: keep only so many authors.
+            forget_authors: so many of them are to be forgotten; a fifth by default.
             batch_size: pairs a batch and process.
             seed: of the order.
             max_length: longer examples lose their end, with one warning.
@@ -304,7 +306,8 @@ class TOFUDataModule(ForgetRetainDataModule):
         self.split = split
         self.folder = folder
         self.num_authors = num_authors
+        self.forget_authors = forget_authors
 
     def read(self) -> dict[str, list[Example]]:
         """Returns the forget and retain examples, and TOFU's two probes of general knowledge where they belong."""
-        return tofu_examples(self.split, self.folder, self.num_authors)
+        return tofu_examples(self.split, self.folder, self.num_authors, self.forget_authors)

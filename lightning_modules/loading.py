@@ -30,15 +30,17 @@ def make_data(options: DataOptions, tokenizer: Any, batch_size: int = 8) -> Forg
     }
     if options.tofu is not None:
         authors = options.authors if options.model == "scratch" else None
-        return TOFUDataModule(options.tofu, tokenizer, folder=options.tofu_dir, num_authors=authors, **common)
+        common |= {"num_authors": authors, "forget_authors": options.forget_authors}
+        return TOFUDataModule(options.tofu, tokenizer, folder=options.tofu_dir, **common)
     if options.forget is not None and options.retain is not None:
         return ForgetRetainDataModule(options.forget, options.retain, tokenizer, **common)
-    if options.authors < 5:
+    forgotten = options.authors // 5 if options.forget_authors is None else options.forget_authors
+    if not forgotten:
         raise ValueError(
-            f"expected at least 5 authors, so that a fifth of them can be forgotten, found {options.authors}"
+            f"expected at least 5 authors, so that a fifth of them can be forgotten, or --forget-authors, found {options.authors}"
         )
     rows = fictional_authors(options.authors)
-    kept = (options.authors - options.authors // 5) * QUESTIONS_PER_AUTHOR
+    kept = (options.authors - forgotten) * QUESTIONS_PER_AUTHOR
     return ForgetRetainDataModule(rows[kept:], rows[:kept], tokenizer, **common)
 
 

@@ -27,7 +27,10 @@ class DataOptions:
     model: str = _option(
         "scratch", "folder or hub name of a causal language model; 'scratch' trains a small Llama first (and caches it)"
     )
-    authors: int = _option(10, "authors that the model from scratch learns; the last fifth of them is to be forgotten")
+    authors: int = _option(10, "authors that the model from scratch learns")
+    forget_authors: int | None = _option(
+        None, "so many of them, the last ones, are to be forgotten; a fifth if not given"
+    )
     forget: str | None = _option(
         None, "examples to forget: JSON, JSON lines, CSV or Parquet (question/answer, prompt/response, messages, text)"
     )
@@ -61,6 +64,15 @@ class DataOptions:
         for name in ("max_length", "max_new_tokens", "evaluation_examples", "evaluation_batch_size", "authors"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected --{name.replace('_', '-')} >= 1, found {getattr(self, name)}")
+        if self.forget_authors is not None:
+            if self.model != "scratch" or any(files):
+                raise ValueError(
+                    "--forget-authors: expected a model from scratch and no --forget, which says what is to be forgotten; leave it out"
+                )
+            if not 1 <= self.forget_authors < self.authors:
+                raise ValueError(
+                    f"expected 1 <= --forget-authors < --authors, {self.authors}, found {self.forget_authors}"
+                )
 
 
 @dataclass

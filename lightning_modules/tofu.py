@@ -13,7 +13,10 @@ PROBES = ("real_authors", "world_facts")
 
 
 def tofu_examples(
-    split: str, folder: str | Path | None = None, num_authors: int | None = None
+    split: str,
+    folder: str | Path | None = None,
+    num_authors: int | None = None,
+    forget_authors: int | None = None,
 ) -> dict[str, list[Example]]:
     """Returns the examples of a TOFU split, with the paraphrased and perturbed answers that the truth ratio needs.
 
@@ -25,9 +28,10 @@ def tofu_examples(
         split: `"forget01"`, `"forget05"` or `"forget10"`.
         folder: holds the splits as JSON lines under their hub names (`forget10.json`, `forget10_perturbed.json`, ...);
             `None` loads them from the hub, which needs the `datasets` package.
-        num_authors: keep only so many authors, n, for a small model: the first n - n // 5 of the retain set and the
-            last n // 5 of the forget set. 10 authors are 160 questions to keep and 40 to forget. 200 are both sets whole,
-            and None is that with `real_authors` and `world_facts`, which a model from scratch cannot know.
+        num_authors: keep only so many authors, n, for a small model: the first n - m of the retain set and the last m
+            of the forget set. 10 authors are 160 questions to keep and 40 to forget. 200 are both sets whole, and None is
+            that with `real_authors` and `world_facts`, which a model from scratch cannot know.
+        forget_authors: m; n // 5 by default. Only with `num_authors`.
 
     Returns:
         `{"forget": [...], "retain": [...]}`, and `real_authors` and `world_facts` for a full-sized model where they are
@@ -43,15 +47,24 @@ def tofu_examples(
     forget = _merged(_load(split, folder), _load(f"{split}_perturbed", folder, required=False))
     retain = _merged(_load(RETAIN_SPLIT[split], folder), _load("retain_perturbed", folder, required=False))
     if num_authors is None:
+        if forget_authors is not None:
+            raise ValueError(
+                f"expected num_authors with forget_authors={forget_authors}, found none: of how many authors?"
+            )
         probes = {name: _load(f"{name}_perturbed", folder, required=False) for name in PROBES}
         return {"forget": forget, "retain": retain} | {name: rows for name, rows in probes.items() if rows}
 
     available = len(forget) // ROWS_PER_AUTHOR, len(retain) // ROWS_PER_AUTHOR
-    if num_authors == sum(available):
+    if num_authors == sum(available) and forget_authors in (None, available[0]):
         return {"forget": forget, "retain": retain}
-    forgotten = num_authors // 5
+    forgotten = num_authors // 5 if forget_authors is None else forget_authors
     kept = num_authors - forgotten
-    if not 1 <= forgotten <= available[0] or kept > available[1]:
+    if not 1 <= forgotten <= available[0] or not 1 <= kept <= available[1]:
+        if forget_authors is not None:
+            raise ValueError(
+                f"num_authors={num_authors} and forget_authors={forget_authors} mean {forgotten} authors to forget and {kept} to "
+                f"keep, and {split} has {available[0]} and {available[1]}"
+            )
         raise ValueError(
             f"num_authors={num_authors} means {forgotten} authors to forget and {kept} to keep, and {split} has "
             f"{available[0]} and {available[1]}: use 5 to {min(5 * available[0] + 4, sum(available) - 1)} authors, or "

@@ -15,6 +15,7 @@ class Data:
     tofu: Split | None = None
     tofu_dir: str | None = None
     authors: int = 10
+    forget_authors: int | None = None
     forget: str | None = None
     retain: str | None = None
     reference: str | None = None
