@@ -14,9 +14,9 @@ from typing import Any
 
 _COMMANDS = {
     "unlearn": "make a model forget, and measure what it forgot and what it kept",
-    "evaluate": "score a model on its splits; writes metrics.json only",
+    "evaluate": "score a model on its splits; writes metrics.json",
     "ablate": "compare methods where they have forgotten equally much: a grid of methods and seeds",
-    "report": "draw report.html, report.md and curves.png again from what is in a run's folder",
+    "report": "draw report.html, report.md and curves.png again from what is in a run's folder; with more, the spread over seeds",
 }
 
 
@@ -65,14 +65,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ablation = ArgumentParser(description=AblateOptions.__doc__)
     _add(ablation, AblateOptions)
     subcommands.add_subcommand("ablate", ablation, help=_COMMANDS["ablate"])
-    report = ArgumentParser(description="Draw the report again.")
-    report.add_argument("folder", type=str, help="the output folder of a run")
+    report = ArgumentParser(
+        description="Draw the report of a run again; with further runs, also the spread over seeds."
+    )
+    report.add_argument(
+        "folder", type=str, metavar="DIR", help="the output folder of a run, where its report is written"
+    )
+    report.add_argument(
+        "others",
+        type=str,
+        nargs="*",
+        default=[],
+        metavar="OTHER_DIR",
+        help="those of the same configuration with other seeds",
+    )
     subcommands.add_subcommand("report", report, help=_COMMANDS["report"])
     parsed = parser.parse_args(list(arguments) if arguments is not None else None)
     quiet()
     try:
         if parsed.subcommand == "report":
-            commands.draw(Path(parsed.report.folder))
+            commands.draw(Path(parsed.report.folder), [Path(other) for other in parsed.report.others or ()])
         elif parsed.subcommand == "ablate":
             ablate(_read(AblateOptions, parsed.ablate))
         elif parsed.subcommand == "evaluate":

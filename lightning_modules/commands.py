@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import partial
@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from torch import nn
 
-from lightning_modules import outputs
+from lightning_modules import outputs, processes
 from lightning_modules.assembly import adapted, first_process, make_module, make_trainer, merged, start_model
 from lightning_modules.callbacks import (
     BestTradeoff,
@@ -29,14 +28,15 @@ from lightning_modules.callbacks import (
     SurgeryLogger,
     TradeoffCurve,
 )
-from lightning_modules.evaluation import Evaluation, evaluate, summary
+from lightning_modules.evaluation import Evaluation
 from lightning_modules.examples import Example
 from lightning_modules.g_effect import GEffectLogger
-from lightning_modules.likelihood import device_of
-from lightning_modules.loading import load_model, load_reference, make_data
-from lightning_modules.metrics.functional import forget_quality, truth_ratio
-from lightning_modules.options import DataOptions, EvaluateOptions, UnlearnOptions
-from lightning_modules.report import draw, sentences, table
+from lightning_modules.loading import load_model, load_reference, make_data, read_splits
+from lightning_modules.options import EvaluateOptions, UnlearnOptions
+from lightning_modules.reference_log import reference_rows
+from lightning_modules.report import draw
+from lightning_modules.report.terminal import sentences, tables
+from lightning_modules.scoring import metrics, score
 from lightning_modules.scratch import one_thread
 from lightning_modules.tokenization import encode, padding_id
 
@@ -68,7 +68,7 @@ def unlearn(options: UnlearnOptions) -> Path:
 def _unlearn(options: UnlearnOptions) -> Path:
     folder, console = Path(options.output), Console(stderr=True)
     first = first_process()
-    splits = make_data(options, None).read()
+    splits = read_splits(options)
     if first and not options.resume:
         outputs.claim(folder)
     L.seed_everything(options.seed, verbose=False)
@@ -94,9 +94,8 @@ def _unlearn(options: UnlearnOptions) -> Path:
         stop_below=options.stop_below,
     )
     trainer = make_trainer(folder, options, [surgery_log, layers_log, curve, *_watching(options, curve)], console)
-    score = partial(_score, options, splits)
     started = time.perf_counter()
-    before = score(model, tokenizer) if first else None
+    before = score(options, splits, model, tokenizer) if first else None
     evaluating = time.perf_counter() - started
     if first and not options.resume:
         # Not before everything that a wrong option can break: the corrected command shall find the folder free.
@@ -106,14 +105,15 @@ def _unlearn(options: UnlearnOptions) -> Path:
     started = time.perf_counter()
     trainer.fit(module, data, ckpt_path=str(last) if options.resume and last.exists() else None)
     training = time.perf_counter() - started
-    if not trainer.is_global_zero or before is None:
+    together = processes.several()  # Lightning's processes are still there, with the same weights
+    if not (trainer.is_global_zero or together):
         return folder
-
-    _write_rows(folder / outputs.CURVE, curve.points)
+    if trainer.is_global_zero:
+        _write_rows(folder / outputs.CURVE, curve.points)
     seconds = {"train": training, "evaluate": evaluating}
-    if options.probes:
-        _probe(options, splits, module.model, tokenizer, curve)
-    return _leave(options, splits, before, merged(module.model), tokenizer, seconds)
+    unlearned = merged(module.model)
+    probe = partial(_probe, options, splits, unlearned, tokenizer, curve) if options.probes else None
+    return _leave(options, splits, before, unlearned, tokenizer, seconds, probe=probe, together=together)
 
 
 def _watching(options: UnlearnOptions, curve: TradeoffCurve) -> list[Callback]:
@@ -159,7 +159,7 @@ def _unlearn_by_assistant(
     if not first_process():
         raise ValueError("--method uld: expected one process, found several; use --devices 1")
     started = time.perf_counter()
-    before = _score(options, splits, model, tokenizer)
+    before = score(options, splits, model, tokenizer)
     evaluating = time.perf_counter() - started
     outputs.write_config(folder, "unlearn", options)
     started = time.perf_counter()
@@ -185,26 +185,43 @@ def _unlearn_by_assistant(
 def _leave(
     options: UnlearnOptions,
     splits: Mapping[str, Sequence[Example]],
-    before: Evaluation,
+    before: Evaluation | None,
     model: Any,
     tokenizer: Any,
     seconds: dict[str, float],
+    *,
+    probe: Callable[[], None] | None = None,
+    together: bool = False,
 ) -> Path:
-    """Save the model, score it beside the reference, and write everything that a run leaves."""
+    """Save the model, score it beside the reference, and write everything that a run leaves.
+
+    Together, all processes of the run score, and then the first does the rest by itself.
+    """
     folder = Path(options.output)
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+
+    def save() -> None:  # first of all: whatever breaks after it, the training was not for nothing
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+
+    if together:
+        processes.from_first(save)
+    else:
+        save()
     started = time.perf_counter()
-    after = _score(options, splits, model, tokenizer)
-    reference = _reference(options, splits, after)
+    after = score(options, splits, model, tokenizer, across_processes=together)
+    reference = reference_rows(options, splits, after, across_processes=together)
     seconds["evaluate"] += time.perf_counter() - started
-    metrics = _metrics(options, before, after, reference, seconds)
-    named = {"before": before.examples, "after": after.examples, "reference": reference}
+    if together and not processes.is_first():
+        return folder
+    if probe is not None:
+        probe()
+    found = metrics(options, before, after, reference, seconds)
+    named = {"before": None if before is None else before.examples, "after": after.examples, "reference": reference}
     outputs.write_evaluation(folder / outputs.EVALUATION, named)
-    outputs.write_json(folder / outputs.METRICS, metrics)
+    outputs.write_json(folder / outputs.METRICS, found)
     draw(folder)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    _show(metrics)
+    _show(found)
     there = ", ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
     Console().print(f"Everything is in [bold]{folder}[/bold]: {there}")
     return folder
@@ -219,44 +236,27 @@ def evaluate_model(options: EvaluateOptions) -> Path:
 
 def _evaluate_model(options: EvaluateOptions) -> Path:
     folder = Path(options.output)
-    splits = make_data(options, None).read()
+    splits = read_splits(options)
     outputs.claim(folder)
     L.seed_everything(options.seed, verbose=False)
     model, tokenizer = load_model(options, splits)
     started = time.perf_counter()
-    after = _score(options, splits, model, tokenizer)
-    reference = _reference(options, splits, after)
-    metrics = _metrics(options, None, after, reference, {"train": 0.0, "evaluate": time.perf_counter() - started})
-    outputs.write_json(folder / outputs.METRICS, metrics)
-    _show(metrics)
+    after = score(options, splits, model, tokenizer)
+    reference = reference_rows(options, splits, after)
+    found = metrics(options, None, after, reference, {"train": 0.0, "evaluate": time.perf_counter() - started})
+    if options.log:
+        outputs.write_evaluation(folder / outputs.EVALUATION, {"after": after.examples, "reference": reference})
+    outputs.write_json(folder / outputs.METRICS, found)
+    _show(found)
     return folder
 
 
-def _show(metrics: Mapping[str, Any]) -> None:
+def _show(found: Mapping[str, Any]) -> None:
     console = Console()
-    console.print(table(metrics))
-    for sentence in sentences(metrics):
+    for table in tables(found, console.width):
+        console.print(table)
+    for sentence in sentences(found):
         console.print(sentence)
-
-
-def _score(
-    options: DataOptions, splits: Mapping[str, Sequence[Example]], model: nn.Module, tokenizer: Any
-) -> Evaluation:
-    """Score a model where that is fastest, and give the memory back."""
-    home = device_of(model)
-    if home.type == "cpu" and torch.cuda.is_available():
-        model.to("cuda")
-    scored = {split: rows[: options.evaluation_examples] for split, rows in splits.items()}
-    found = evaluate(
-        model,
-        tokenizer,
-        scored,
-        batch_size=options.evaluation_batch_size,
-        max_new_tokens=options.max_new_tokens,
-        max_length=options.max_length,
-    )
-    model.to(home)
-    return found
 
 
 def _resumed(given: UnlearnOptions) -> UnlearnOptions:
@@ -294,62 +294,6 @@ def _spread(rows: Sequence[Example]) -> list[Example]:
     """So many of the rows, evenly spread over them."""
     count = min(_CURVE_EXAMPLES, len(rows))
     return [rows[index * len(rows) // count] for index in range(count)]
-
-
-def _reference(
-    options: DataOptions, splits: Mapping[str, Sequence[Example]], after: Evaluation
-) -> dict[str, list[dict[str, Any]]] | None:
-    """The reference's scores of the examples that were scored: from a log, or computed; None if there is no reference."""
-    if options.reference is not None and Path(options.reference).is_file():
-        return _matching(outputs.read_evaluation(Path(options.reference)), after, options.reference)
-    loaded = load_reference(options, splits)
-    return None if loaded is None else _score(options, splits, *loaded).examples
-
-
-def _matching(
-    log: Mapping[str, Sequence[Mapping[str, Any]]], after: Evaluation, name: str
-) -> dict[str, list[dict[str, Any]]]:
-    """The log's rows about the same questions and answers, in the same order."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for split, rows in after.examples.items():
-        known = {(row["question"], row["answer"]): dict(row) for row in log.get(split, [])}
-        missing = sum((row["question"], row["answer"]) not in known for row in rows)
-        if missing:
-            raise ValueError(
-                f"--reference: expected {name} to hold every example of {split}, found {missing} of {len(rows)} missing; two models can "
-                "be compared on the same questions only"
-            )
-        found[split] = [known[row["question"], row["answer"]] for row in rows]
-    return found
-
-
-def _metrics(
-    options: DataOptions,
-    before: Evaluation | None,
-    after: Evaluation,
-    reference: dict[str, list[dict[str, Any]]] | None,
-    seconds: Mapping[str, float],
-) -> dict[str, Any]:
-    quality = None
-    if reference is not None:
-        ours, theirs = _truth_ratios(after.examples.get("forget", [])), _truth_ratios(reference.get("forget", []))
-        quality = forget_quality(ours, theirs)._asdict() if ours and theirs else None
-    return {
-        "before": None if before is None else before.summary,
-        "after": after.summary,
-        "reference": None if reference is None else {split: summary(rows) for split, rows in reference.items()},
-        "forget_quality": quality,
-        "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "seed": options.seed,
-        "versions": outputs.versions(),
-    }
-
-
-def _truth_ratios(rows: Iterable[Mapping[str, Any]]) -> list[float]:
-    kept = [row for row in rows if row.get("perturbed_nll")]
-    if not kept:
-        return []
-    return [float(truth_ratio([row["paraphrase_nll"]], [row["perturbed_nll"]], kind="ratio")) for row in kept]
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -16,8 +16,9 @@ from lightning_modules.tokenization import IGNORED, Encoded, collate
 # Rows of logits held at once, in float32: 0.5 GB with a vocabulary of 128,000.
 _HEAD_ROWS = 1024
 
-# Logits `[rows, vocabulary]` in float32 and labels `[rows]` -> tensors `[rows]`, one number a token each.
-Summary = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+# Logits `[rows, vocabulary]` in float32, labels `[rows]` and the place of each row's example, int64 `[rows]` on the CPU
+# -> tensors `[rows]`, one number a token each.
+Summary = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 # A batch -> the logits that predict its labelled tokens, with those labels, some rows at a time.
 _Rows = Callable[[dict[str, Tensor]], Iterator[tuple[Tensor, Tensor]]]
 
@@ -48,7 +49,12 @@ def answer_nll(
         float64, on the CPU, `[n]`, in the order given. A model that diverged gives NaN.
     """
     losses = over_answer_tokens(
-        model, encoded, _loss, pad_token_id=pad_token_id, batch_size=batch_size, advance=advance
+        model,
+        encoded,
+        lambda logits, labels, _: (_loss(logits, labels),),
+        pad_token_id=pad_token_id,
+        batch_size=batch_size,
+        advance=advance,
     )
     return torch.tensor([float(tokens.double().mean()) for (tokens,) in losses], dtype=torch.float64)
 
@@ -67,8 +73,8 @@ def over_answer_tokens(
     Args:
         model: a causal language model, on any device and in any dtype.
         encoded: n examples; the labelled tokens are the answer.
-        summarize: from logits `[rows, vocabulary]` in float32 and labels `[rows]` to tensors `[rows]`. It is called
-            with at most 1024 rows, of one batch.
+        summarize: from logits `[rows, vocabulary]` in float32, labels `[rows]` and the rows' examples, `[rows]` places
+            in `encoded` on the CPU, to tensors `[rows]`. It is called with at most 1024 rows, of one batch.
         pad_token_id: fills up shorter rows; it is masked.
         batch_size: examples a forward pass. They are sorted by length, so that little is spent on padding.
         advance: called with the number of examples done, after every batch.
@@ -83,9 +89,14 @@ def over_answer_tokens(
         for start in range(0, len(encoded), batch_size):
             indices = longest_first[start : start + batch_size]
             batch = _on_device(model, [encoded[index] for index in indices], pad_token_id)
-            counts = (batch["labels"][:, 1:] != IGNORED).sum(dim=1).tolist()
-            columns = zip(*(summarize(logits.float(), labels) for logits, labels in rows_of(batch)), strict=True)
-            examples = zip(*(torch.cat(column).cpu().split(counts) for column in columns), strict=True)
+            counts = (batch["labels"][:, 1:] != IGNORED).sum(dim=1).cpu()
+            places = torch.tensor(indices).repeat_interleave(counts).split(_HEAD_ROWS)
+            found = (
+                summarize(logits.float(), labels, place)
+                for (logits, labels), place in zip(rows_of(batch), places, strict=True)
+            )
+            columns = (torch.cat(column).cpu() for column in zip(*found, strict=True))
+            examples = zip(*(column.split(counts.tolist()) for column in columns), strict=True)
             for index, tokens in zip(indices, examples, strict=True):
                 result[index] = tokens
             advance(len(indices))
@@ -110,8 +121,8 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def _loss(logits: Tensor, labels: Tensor) -> tuple[Tensor]:
-    return (cross_entropy(logits, labels, reduction="none"),)
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(logits, labels, reduction="none")
 
 
 def _on_device(model: nn.Module, encoded: list[Encoded], pad_token_id: int) -> dict[str, Tensor]:
@@ -140,7 +151,7 @@ def _answer_rows(model: nn.Module, encoded: Sequence[Encoded], pad_token_id: int
             yield head(rows), targets
 
     def losses(rows_of: _Rows) -> Tensor:
-        return torch.cat([_loss(logits.float(), labels)[0] for logits, labels in rows_of(batch)])
+        return torch.cat([_loss(logits.float(), labels) for logits, labels in rows_of(batch)])
 
     # Some models scale or cap their logits after the head (Gemma 2, Cohere, Granite), and a wrapper may mix two models.
     # One short example tells, so that no list of such models has to be kept.

@@ -11,8 +11,9 @@ from torch import nn
 import gradsurgery as gs
 from lightning_modules import objectives
 from lightning_modules.data import REFUSALS, ForgetRetainDataModule, TOFUDataModule
-from lightning_modules.examples import Example
+from lightning_modules.examples import Example, read_examples
 from lightning_modules.fictional_authors import QUESTIONS_PER_AUTHOR, fictional_authors
+from lightning_modules.membership import HOLDOUT
 from lightning_modules.options import DataOptions, UnlearnOptions
 from lightning_modules.scratch import scratch_model
 from lightning_modules.tofu import tofu_examples
@@ -42,6 +43,27 @@ def make_data(options: DataOptions, tokenizer: Any, batch_size: int = 8) -> Forg
     rows = fictional_authors(options.authors)
     kept = (options.authors - forgotten) * QUESTIONS_PER_AUTHOR
     return ForgetRetainDataModule(rows[kept:], rows[:kept], tokenizer, **common)
+
+
+def read_splits(options: DataOptions) -> dict[str, list[Example]]:
+    """The examples to score by split: those of the data module, and the holdout, which no training reads.
+
+    Raises:
+        ValueError: If the holdout has examples that another split has too.
+    """
+    splits = make_data(options, None).read()
+    if options.holdout is None:
+        return splits
+    holdout = read_examples(options.holdout)
+    for split, rows in splits.items():
+        seen = {(row["question"], row["answer"]) for row in rows}
+        common = sum((row["question"], row["answer"]) in seen for row in holdout)
+        if common:
+            raise ValueError(
+                f"--holdout: expected examples that no model has seen, found {common} of {len(holdout)} that are in {split} too: "
+                f"give others than those of {options.holdout}"
+            )
+    return {**splits, HOLDOUT: holdout}
 
 
 def _refusals(options: UnlearnOptions) -> Sequence[str] | None:

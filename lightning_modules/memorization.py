@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_modules.likelihood import over_answer_tokens
+from lightning_modules.metrics.functional import (
+    exact_memorization,
+    extraction_strength,
+    loss_score,
+    min_k_plus_plus_score,
+    min_k_score,
+    zlib_score,
+)
 from lightning_modules.tokenization import IGNORED, Encoded
+
+_SHARE = 0.4  # of the tokens that Min-K looks at; MUSE and open-unlearning take it for PrivLeak
 
 
 class AnswerTokens(NamedTuple):
     """One answer, token by token, given the question and the right tokens before: T tokens, on the CPU.
+
+    `predicted`, `means` and `stds` are empty, `[0]`, where they were not asked for.
 
     Attributes:
         log_probabilities: of the right token, natural logarithm, float64 `[T]`; minus their mean is the example's nll.
@@ -30,6 +43,11 @@ class AnswerTokens(NamedTuple):
     stds: Tensor
 
     @property
+    def nll(self) -> float:
+        """The mean negative log-likelihood per token, in nats: what `likelihood.answer_nll` gives, bit for bit."""
+        return -float(self.log_probabilities.mean())
+
+    @property
     def correct(self) -> Tensor:
         """Whether the most likely token is the right one, bool `[T]`; False where there is none."""
         return self.predicted == self.labels
@@ -41,6 +59,7 @@ def answer_token_statistics(
     *,
     pad_token_id: int,
     batch_size: int = 32,
+    detailed: Collection[int] | None = None,
     advance: Callable[[int], object] = lambda _: None,
 ) -> list[AnswerTokens]:
     r"""Scores every token of every answer, in one pass of the model over the examples.
@@ -60,37 +79,77 @@ def answer_token_statistics(
     towards both.
 
     Cost: one forward pass, with the head at answer positions only; at most four buffers `[1024, vocabulary]` in
-    float32 (2 GB with a vocabulary of 128,000).
+    float32 (2 GB with a vocabulary of 128,000). What `detailed` leaves out costs what `answer_nll` does.
 
     Args:
         model: a causal language model, on any device and in any dtype; its train or eval mode is restored.
         encoded: n examples; the labelled tokens are the answer.
         pad_token_id: fills up shorter rows; it is masked.
         batch_size: examples a forward pass. They are sorted by length, so that little is spent on padding.
+        detailed: the places of the examples of which every number is wanted; of the others there are log-probabilities
+            only. `None` is all of them.
         advance: called with the number of examples done, after every batch.
 
     Returns:
         One `AnswerTokens` for each example, in the order given. A model that diverged gives NaN.
     """
+    whole = torch.ones(len(encoded), dtype=torch.bool)
+    if detailed is not None:
+        whole = torch.zeros_like(whole).index_fill_(0, torch.tensor(list(detailed), dtype=torch.int64), True)
     statistics = over_answer_tokens(
-        model, encoded, _statistics, pad_token_id=pad_token_id, batch_size=batch_size, advance=advance
+        model, encoded, partial(_statistics, whole), pad_token_id=pad_token_id, batch_size=batch_size, advance=advance
     )
-    return [
-        AnswerTokens(log_p.double(), predicted, _labels(example), means.double(), stds.double())
-        for example, (log_p, predicted, means, stds) in zip(encoded, statistics, strict=True)
-    ]
+    found: list[AnswerTokens] = []
+    for example, every, (log_p, *details) in zip(encoded, whole.tolist(), statistics, strict=True):
+        predicted, means, stds = (column if every else column[:0] for column in details)
+        found.append(AnswerTokens(log_p.double(), predicted, _labels(example), means.double(), stds.double()))
+    return found
+
+
+def memory_scores(tokens: AnswerTokens, answer: str) -> dict[str, float]:
+    """Everything that `metrics.functional` makes of one answer's tokens, eos counted, as floats.
+
+    Args:
+        tokens: with every number, see `answer_token_statistics`.
+        answer: the text, whose compressed size `zlib_score` needs.
+
+    Returns:
+        `exact_memorization` and `extraction_strength` in [0, 1], and the membership scores `loss_score`, `min_k_score` and
+        `min_k_plus_plus_score` (both with k = 0.4), `zlib_score`; higher: more likely a member. NaN where the model gives NaN.
+    """
+    likelihoods, means, stds = tokens.log_probabilities, tokens.means, tokens.stds
+    scores = {
+        "exact_memorization": exact_memorization(tokens.predicted, tokens.labels),
+        "extraction_strength": extraction_strength(tokens.predicted, tokens.labels),
+        "loss_score": loss_score(likelihoods),
+        "min_k_score": min_k_score(likelihoods, _SHARE),
+        "min_k_plus_plus_score": min_k_plus_plus_score(likelihoods, means, stds, _SHARE),
+        "zlib_score": zlib_score(likelihoods, answer),
+    }
+    return {name: float(score) for name, score in scores.items()}
 
 
 def _labels(example: Encoded) -> Tensor:
     return torch.tensor([label for label in example.labels[1:] if label != IGNORED], dtype=torch.int64)
 
 
-def _statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+def _statistics(whole: Tensor, logits: Tensor, labels: Tensor, places: Tensor) -> tuple[Tensor, ...]:
     log_p = logits.log_softmax(dim=-1)
     chosen = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    predicted = logits.argmax(dim=-1).masked_fill(chosen.isnan(), -1)  # argmax would take a NaN for the largest
+    predicted, means, stds = (torch.full_like(column, -1) for column in (labels, chosen, chosen))
+    rows = whole[places].nonzero().squeeze(-1).to(logits.device)
+    if len(rows) < len(labels):
+        logits, log_p = logits[rows], log_p[rows]
+    # argmax would take a NaN for the largest
+    predicted[rows] = logits.argmax(dim=-1).masked_fill(chosen[rows].isnan(), -1)
+    means[rows], stds[rows] = _moments(log_p)
+    return chosen, predicted, means, stds
+
+
+def _moments(log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of log p, weighted by p, `[rows]` each; `log_p` is overwritten."""
     p = log_p.exp()
     log_p.masked_fill_(log_p == -torch.inf, 0.0)  # p log p is 0 where p is
     means = (p * log_p).sum(dim=-1)
     variances = log_p.sub_(means.unsqueeze(-1)).square_().mul_(p).sum(dim=-1)
-    return chosen, predicted, means, variances.sqrt()
+    return means, variances.sqrt()

@@ -37,6 +37,11 @@ class DataOptions:
     retain: str | None = _option(None, "examples to keep")
     tofu: Split | None = _option(None, "forget this split of TOFU")
     tofu_dir: str | None = _option(None, "folder with TOFU's files; from the hub if not given")
+    holdout: str | None = _option(
+        None,
+        "examples that neither the model nor the reference has seen, of the kind to forget: attacks on membership are scored with them; "
+        "nothing is trained on them (for TOFU its holdout10)",
+    )
     max_length: int = _option(512, "tokens an example; longer ones lose their end")
     max_new_tokens: int = _option(64, "tokens a generated answer")
     evaluation_examples: int = _option(400, "examples of each split to score, the first ones")
@@ -44,6 +49,9 @@ class DataOptions:
     reference: str | None = _option(
         None,
         "a model that never saw the forget set (folder or hub name), or its evaluation.jsonl; for 'scratch' it is trained",
+    )
+    reference_cache: bool = _option(
+        True, "keep the scores of a reference model and use them again; false scores it anew"
     )
     seed: int = _option(0, "of the data's order, the adapters, and the model from scratch")
     output: str = _option("runs/unlearn", "folder for everything that the run leaves")
@@ -80,6 +88,7 @@ class EvaluateOptions(DataOptions):
     """Score a model on its splits and write metrics.json."""
 
     output: str = _option("runs/evaluate", "folder for metrics.json")
+    log: bool = _option(False, "write evaluation.jsonl too, the scores of every example: a later run's --reference")
 
 
 @dataclass

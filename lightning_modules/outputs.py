@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -35,7 +36,9 @@ def claim(folder: Path) -> None:
         FileExistsError: If it does.
         PermissionError: If it cannot be written.
     """
-    found = [name for name in (METRICS, CONFIG, SURGERY, "model", "checkpoints") if (folder / name).exists()]
+    found = [
+        name for name in (METRICS, EVALUATION, CONFIG, SURGERY, "model", "checkpoints") if (folder / name).exists()
+    ]
     if found:
         raise FileExistsError(
             f"--output: expected a new or empty folder, found {', '.join(found)} of an earlier run in {folder}; choose another folder, "
@@ -65,15 +68,20 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_evaluation(path: Path, evaluations: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]] | None]) -> None:
-    """One line for every model, split and example, so that any aggregate can be computed again."""
-    with path.open("w", encoding="utf-8") as file:
-        for name, splits in evaluations.items():
-            for split, rows in (splits or {}).items():
-                file.writelines(json.dumps(_strict({"model": name, "split": split, **row})) + "\n" for row in rows)
+    """One line for every model, split and example, so that any aggregate can be computed again; whole or not at all."""
+    temporary = path.with_name(f".partial-{uuid.uuid4().hex}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            for name, splits in evaluations.items():
+                for split, rows in (splits or {}).items():
+                    file.writelines(json.dumps(_strict({"model": name, "split": split, **row})) + "\n" for row in rows)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_evaluation(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of a log's reference, or of its unlearned model where it has no reference.
+    """Split -> rows of a log's reference, or of its unlearned model where it has no reference, as `Evaluation.examples`.
 
     Raises:
         ValueError: If there are none, or the file is no log.
@@ -91,8 +99,8 @@ def read_evaluation(path: Path) -> dict[str, list[dict[str, Any]]]:
         )
     splits: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        if row["model"] == model:
-            splits.setdefault(row["split"], []).append(row)
+        if row.pop("model") == model:
+            splits.setdefault(row.pop("split"), []).append(row)
     return splits
 
 

@@ -69,6 +69,7 @@ class Scorer:
     def thoroughly(self, model: nn.Module) -> dict[str, Any]:
         """Means over the examples, forget quality, and under `examples` what they were made of (no texts)."""
         common: dict[str, Any] = {"batch_size": self.given.batch_size, "max_length": self.max_length, "progress": False}
+        common["memorization"] = False  # no target and no column is made of it
         likely = evaluate(
             model, self.tokenizer, {"forget": self.forget, "retain": self.retain}, generate=False, **common
         ).examples

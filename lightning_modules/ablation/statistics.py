@@ -38,7 +38,10 @@ def spread(values: Sequence[float]) -> Spread | None:
     """
     if not values:
         return None
-    return Spread(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
+    if len(values) < 2:
+        return Spread(values[0], None, 1)
+    # Python 3.11's stdev raises AttributeError on a NaN.
+    return Spread(fmean(values), stdev(values) if all(map(math.isfinite, values)) else math.nan, len(values))
 
 
 def paired(ours: Mapping[Seed, float], theirs: Mapping[Seed, float], *, confidence: float = 0.95) -> Paired | None:

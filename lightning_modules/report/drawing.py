@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_modules.g_effect import heat_map
 from lightning_modules.outputs import G_EFFECT
 from lightning_modules.report import figures, html, markdown
-from lightning_modules.report.run import read
+from lightning_modules.report.seeds import read_seeds
 
 
-def draw(folder: Path) -> None:
+def draw(folder: Path, others: Sequence[Path] = ()) -> None:
     """Write report.html, report.md, curves.png where there are curves, and g_effect.png where layers were recorded.
 
     The same files in the folder give the same bytes, with the same versions of matplotlib and jinja2. A file that is missing or cannot be
     read is named in the report, and what it holds is left out.
 
+    Args:
+        folder: Of the run that the report is about, and where it is written.
+        others: Folders of runs of the same configuration with other seeds, which are only read. With them the report has the spread over
+            seeds, and the other curves are drawn behind this run's.
+
     Raises:
-        FileNotFoundError: If the folder holds no metrics.json.
-        ValueError: If metrics.json is not what `gradsurgery unlearn` or `evaluate` write.
+        FileNotFoundError: If a folder holds no metrics.json. Nothing is written then.
+        ValueError: If metrics.json is not what `gradsurgery unlearn` or `evaluate` write; or if, with others, the runs are not of one
+            configuration, or two have the same seed. Nothing is written then.
     """
-    run = read(folder)
+    run = read_seeds(folder, others)
     pictured = figures.write_png(folder / "curves.png", run)
     layers = folder / "g_effect.png"
     if (folder / G_EFFECT).exists():

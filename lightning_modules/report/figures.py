@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from lightning_modules.report.run import Run, number
+from lightning_modules.report.spread import curves
 
 # Names of the page's CSS variables, with the colours of the light scheme, which curves.png has too.
 COLOURS = {
@@ -35,7 +36,7 @@ def panels(run: Run) -> dict[str, tuple[Panel, str]]:
         found["tradeoff"] = (
             _tradeoff,
             f"Line chart over optimizer steps: mean probability of retain answers from {first['retain']:.2f} to {last['retain']:.2f}, of "
-            f"forget answers from {first['forget']:.2f} to {last['forget']:.2f}.",
+            f"forget answers from {first['forget']:.2f} to {last['forget']:.2f}.{_beside(run)}",
         )
     if run.surgery:
         conflicts = sum(row["conflict"] != 0.0 for row in run.surgery)
@@ -106,9 +107,20 @@ def _figure(drawn: Sequence[Panel], run: Run, size: tuple[float, float]) -> Any:
     return figure
 
 
+def _beside(run: Run) -> str:
+    said = curves(run)
+    return f" {said}" if said else ""
+
+
 def _tradeoff(axes: Any, run: Run) -> None:
     steps = [point["step"] for point in run.curve]
-    _lines(axes, steps, {name: ([point[name] for point in run.curve], name, "-") for name in ("retain", "forget")})
+    for other in run.others:
+        for name in ("retain", "forget"):
+            xs, ys = ([point[key] for point in other.curve] for key in ("step", name))
+            axes.plot(xs, ys, color=COLOURS[name], lw=0.8, alpha=0.45, zorder=1)
+    right = max(curve[-1]["step"] for curve in (run.curve, *(other.curve for other in run.others)) if curve)
+    lines = {name: ([point[name] for point in run.curve], name, "-") for name in ("retain", "forget")}
+    _lines(axes, steps, lines, right=right)
     goal = run.value("reference", "forget", "probability")
     if goal is not None:
         axes.axhline(goal, color=COLOURS["forget"], lw=1, ls=":")
@@ -118,7 +130,10 @@ def _tradeoff(axes: Any, run: Run) -> None:
         axes.axvline(best["step"], color=COLOURS["muted"], lw=1, ls="--")
         axes.annotate("kept ", (best["step"], 0.5), color=COLOURS["muted"], fontsize=8, ha="right")
     axes.set(
-        ylim=(-0.03, 1.05), xlabel="optimizer step", ylabel="mean probability", title="Forgetting against retention"
+        ylim=(-0.03, 1.05),
+        xlabel="optimizer step" + (" (thin lines: other seeds)" if any(other.curve for other in run.others) else ""),
+        ylabel="mean probability",
+        title="Forgetting against retention",
     )
 
 
@@ -134,8 +149,14 @@ def _relearning(axes: Any, run: Run) -> None:
     axes.set(ylim=(-0.03, 1.05), xlabel="relearning step", ylabel="mean probability", title="What comes back")
 
 
-def _lines(axes: Any, steps: Sequence[float], lines: Mapping[str, tuple[Sequence[Any], str, str]]) -> None:
-    """Lines with their names at their ends, kept apart where the ends are close."""
+def _lines(
+    axes: Any,
+    steps: Sequence[float],
+    lines: Mapping[str, tuple[Sequence[Any], str, str]],
+    right: float | None = None,
+) -> None:
+    """Lines with their names at their ends (or farther right), kept apart where the ends are close."""
+    side = steps[-1] if right is None else right
     ends = sorted((values[-1], colour) for colour, (values, _, _) in lines.items())
     heights: dict[str, float] = {}
     for end, colour in ends:
@@ -144,7 +165,7 @@ def _lines(axes: Any, steps: Sequence[float], lines: Mapping[str, tuple[Sequence
     for colour, (values, name, style) in lines.items():
         axes.plot(steps, values, style, color=COLOURS[colour], lw=2, marker="o", ms=3)
         place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
-        axes.annotate(name, (steps[-1], heights[colour]), color=COLOURS[colour], fontweight="bold", **place)
+        axes.annotate(name, (side, heights[colour]), color=COLOURS[colour], fontweight="bold", **place)
     axes.margins(x=0.02)
 
 

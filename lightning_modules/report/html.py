@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from lightning_modules.report import figures, findings
-from lightning_modules.report.run import COLUMNS, MODELS, Run
+from lightning_modules.report import figures, findings, leakage, spread
+from lightning_modules.report.run import MODELS, Run, columns
 from lightning_modules.report.samples import degenerate, is_degenerate, samples
 from lightning_modules.report.terminal import sentences, shown
 
@@ -24,6 +24,8 @@ _NOTES = {
     "rouge_l_recall": "of its words, generated",
     "truth_ratio": "max(0, 1 - R)",
     "nll": "nats a token",
+    "exact_memorization": "of its tokens, predicted",
+    "extraction_strength": "completed by itself",
 }
 _WORDS = 24  # of a long text that are shown; a click shows the rest
 
@@ -44,7 +46,9 @@ def page(run: Run, by_layer: Path | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(shown=shown, between=findings.between, code=_code, beginning=_beginning, rest=_rest)
+    environment.filters.update(
+        shown=shown, between=findings.between, percent=leakage.percent, code=_code, beginning=_beginning, rest=_rest
+    )
     drawn = {name: Markup(figures.svg(run, name)) for name in figures.panels(run)}
     return environment.get_template("page.html.jinja").render(
         run=run,
@@ -56,7 +60,9 @@ def page(run: Run, by_layer: Path | None = None) -> str:
         warnings=findings.warnings(run),
         notes=[*findings.notes(run), *run.missing],
         tables=[_table(run, split) for split in run.metrics["after"]],
-        quality=sentences(run.metrics),
+        quality=[*sentences(run.metrics), *leakage.given_back(run)],
+        attacks=leakage.membership(run),
+        attacked=leakage.MEMBERSHIP,
         conflict=findings.conflict(run),
         chosen={split: samples(run, split) for split in ("forget", "retain")},
         degenerates=_degenerates(run),
@@ -65,6 +71,9 @@ def page(run: Run, by_layer: Path | None = None) -> str:
         differences=findings.differences(run),
         unsure=findings.UNSURE,
         one_seed=findings.ONE_SEED,
+        seeds=spread.sentences(run),
+        spreads=_spreads(run),
+        curves=spread.curves(run),
         changed=findings.changed_options(run.config),
         config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "",
     )
@@ -124,14 +133,14 @@ def _table(run: Run, split: str) -> dict[str, Any]:
             "cells": [
                 {
                     "model": model,
-                    "value": shown(run.metrics[model][split][column]),
+                    "value": shown(run.value(model, split, column)),
                     "interval": findings.interval_of(run, model, split, column),
                 }
                 for model in models
             ],
         }
-        for column, heading in COLUMNS
-        if any(run.metrics[model][split][column] is not None for model in models)
+        for column, heading in columns(run)
+        if any(run.value(model, split, column) is not None for model in models)
     ]
     return {
         "split": split,
@@ -140,6 +149,14 @@ def _table(run: Run, split: str) -> dict[str, Any]:
         "rows": rows,
         "n": run.metrics["after"][split]["n"],
     }
+
+
+def _spreads(run: Run) -> dict[str, dict[str, list[spread.Spread]]]:
+    """Split -> model -> rows."""
+    found: dict[str, dict[str, list[spread.Spread]]] = {}
+    for row in spread.spreads(run):
+        found.setdefault(row.split, {}).setdefault(row.model, []).append(row)
+    return found
 
 
 def _degenerates(run: Run) -> list[str]:

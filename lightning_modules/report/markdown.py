@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 
 from lightning_modules.outputs import SURGERY
-from lightning_modules.report import findings
-from lightning_modules.report.run import COLUMNS, MODELS, Run
+from lightning_modules.report import findings, leakage, spread
+from lightning_modules.report.run import MODELS, Run, columns
 from lightning_modules.report.samples import samples
 from lightning_modules.report.terminal import sentences, shown
 
@@ -29,13 +29,15 @@ def page(run: Run, *, pictured: bool, by_layer: Path | None = None) -> str:
         for text in [*findings.warnings(run), *findings.notes(run), *run.missing]
         for line in ("", f"> {_prose(text)}")
     ]
-    lines += ["", "| split | model | " + " | ".join(heading for _, heading in COLUMNS) + " | n |"]
-    lines += ["|---|---|" + "---:|" * (len(COLUMNS) + 1)]
+    headings = [heading for _, heading in columns(run)]
+    lines += ["", f"| split | model | {' | '.join(headings)} | n |", "|---|---|" + "---:|" * (len(headings) + 1)]
     lines += [f"| {' | '.join(row)} |" for row in _rows(run)]
     lines += ["", "Probability, ROUGE and truth ratio are means over examples; NLL in nats a token."]
-    lines += [line for sentence in sentences(metrics) for line in ("", sentence)]
+    lines += [line for text in [*sentences(metrics), *leakage.given_back(run)] for line in ("", text)]
+    lines += _membership(run)
     if pictured:
         lines += ["", "![Forgetting against retention, and the conflict over the steps](curves.png)"]
+        lines += [line for text in filter(None, [spread.curves(run)]) for line in ("", text)]
     if by_layer is not None:
         lines += ["", f"![Cosine of the forget and the retain row by layer and step]({by_layer.name})"]
     if conflict := findings.conflict(run):
@@ -43,9 +45,10 @@ def page(run: Run, *, pictured: bool, by_layer: Path | None = None) -> str:
     lines += _generations(run)
     lines += _probes(run)
     lines += ["", "## How sure it is", ""]
-    lines += [f"{findings.UNSURE} {findings.ONE_SEED}"]
+    lines += [findings.UNSURE if run.others else f"{findings.UNSURE} {findings.ONE_SEED}"]
     for label, mean, interval in findings.differences(run):
         lines += ["", f"- {label}: {mean:+.3f} {findings.between(interval)}"]
+    lines += _seeds(run)
     seconds = metrics["seconds"]
     took = " and ".join(f"{value:.1f} s to {name}" for name, value in seconds.items())
     versions = ", ".join(f"{name} {number}" for name, number in metrics["versions"].items())
@@ -68,11 +71,23 @@ def _rows(run: Run) -> list[list[str]]:
             if scores is None:
                 continue
             cells = [
-                f"{shown(scores[column])} {findings.between(findings.interval_of(run, model, split, column))}".rstrip()
-                for column, _ in COLUMNS
+                f"{shown(scores.get(column))} {findings.between(findings.interval_of(run, model, split, column))}".rstrip()
+                for column, _ in columns(run)
             ]
             found.append([_escaped(split), model, *cells, str(scores["n"])])
     return found
+
+
+def _membership(run: Run) -> list[str]:
+    attacks = leakage.membership(run)
+    if not attacks:
+        return []
+    rows = [
+        f"| {_escaped(name)} | {' | '.join(map(shown, areas))} | {leakage.percent(privleak)} |"
+        for name, *areas, privleak in attacks
+    ]
+    heading = ["| attack, AUC | before | after | reference | PrivLeak |", "|---|---:|---:|---:|---:|"]
+    return ["", *heading, *rows, "", leakage.MEMBERSHIP]
 
 
 def _generations(run: Run) -> list[str]:
@@ -106,6 +121,19 @@ def _probes(run: Run) -> list[str]:
             name = f"{point['bits']} bits" if point["bits"] else "as trained"
             lines.append(f"| {name} | {' | '.join(shown(point[split]) for split in splits)} |")
     return ["", "## Does the forgetting hold?", *lines] if lines else []
+
+
+def _seeds(run: Run) -> list[str]:
+    if not run.others:
+        return []
+    names = ("split", "model", "score", "this run", "mean", "standard deviation", "min", "max", "runs")
+    first, *further = map(_prose, spread.sentences(run))
+    lines = ["", "### Over seeds", "", first, "", *(f"- {text}" for text in further)]
+    lines += ["", f"| {' | '.join(names)} |", "|---|---|---|" + "---:|" * 6]
+    for row in spread.spreads(run):
+        cells = [shown(value) for value in (row.value, row.mean, row.sd, row.low, row.high)]
+        lines.append(f"| {' | '.join([_escaped(row.split), row.model, row.heading, *cells, str(row.n)])} |")
+    return lines
 
 
 def _cell(text: str, words: int = 30) -> str:

@@ -19,6 +19,7 @@ COLUMNS = (
     ("truth_ratio", "truth ratio"),
     ("nll", "NLL"),
 )
+SCORES = (*COLUMNS, ("exact_memorization", "exact memorization"), ("extraction_strength", "extraction strength"))
 MODELS = ("before", "after", "reference")
 
 Found = TypeVar("Found")
@@ -37,6 +38,7 @@ class Run:
         config: config.yaml.
         training: What callbacks said of the training: "best" and "collapse", each only if there is something to say.
         probes: "relearn" and "quantization", each only if measured.
+        others: Runs of the same configuration with other seeds, in the order of their seeds.
         missing: A sentence for each file that is not there or cannot be read, and what the report lacks for it.
     """
 
@@ -47,6 +49,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     probes: dict[str, Any] = field(default_factory=dict)
+    others: list[Run] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
     def rows(self, model: str, split: str) -> Rows:
@@ -93,6 +96,13 @@ def read(folder: Path) -> Run:
             setattr(run, name.partition(".")[0], entries)
     run.missing += list(_disagreements(run))
     return run
+
+
+def columns(run: Run) -> tuple[tuple[str, str], ...]:
+    """The scores that the report shows, with their headings: of those that a run may lack, only what this one has."""
+    every = [scores for model in MODELS for scores in (run.metrics[model] or {}).values()]
+    measured = {name for scores in every for name, value in scores.items() if value is not None}
+    return tuple(entry for entry in SCORES if entry in COLUMNS or entry[0] in measured)
 
 
 def number(value: Any) -> float | None:
@@ -146,7 +156,7 @@ def _examples(text: str) -> dict[str, dict[str, Rows]]:
     for line in text.splitlines():
         if line.strip():
             row = json.loads(line)
-            scores = {name: number(row.get(name)) for name, _ in COLUMNS}
+            scores = {name: number(row.get(name)) for name, _ in SCORES}
             texts = {name: str(row[name]) for name in ("question", "answer")}
             generation = None if row.get("generation") is None else str(row["generation"])
             rows = found.setdefault(row["model"], {}).setdefault(row["split"], [])

@@ -230,6 +230,17 @@ def test_a_grid_that_cannot_be_is_refused_with_the_key(
     assert str(path) in str(caught.value)
 
 
+def test_a_setting_that_came_later_leaves_old_results_valid(tmp_path: Path) -> None:
+    data = {"tofu": "forget10", "authors": 20}
+    (before,), (after,) = (
+        read_grid(write_grid(tmp_path, data=data | more, methods=METHODS[:1], seeds={"data": [0]})).runs()
+        for more in ({}, {"forget_authors": 2})
+    )
+    assert "forget_authors" not in before.config["data"]
+    assert after.config["data"]["forget_authors"] == 2
+    assert after.options().forget_authors == 2
+
+
 EXAMPLES = Path(__file__).parents[2] / "examples" / "ablation"
 
 
@@ -448,6 +459,17 @@ def test_paired_differences_are_scipys(values: list[tuple[float, float]]) -> Non
     if differences.std() > 1e-6:
         interval = ttest_rel(*zip(*values, strict=True)).confidence_interval(0.95)
         assert (found.low, found.high) == pytest.approx((interval.low, interval.high), rel=1e-6, abs=1e-9)
+
+
+def test_a_diverged_run_makes_the_spread_nan() -> None:
+    found = spread([1.0, math.nan, 2.0])
+    assert found is not None
+    assert math.isnan(found.mean)
+    assert found.sd is not None
+    assert math.isnan(found.sd)
+    pairs = paired({0: 1.0, 1: math.nan}, {0: 0.5, 1: 0.5})
+    assert pairs is not None
+    assert math.isnan(pairs.mean)
 
 
 def test_only_seeds_that_both_have_are_paired() -> None:

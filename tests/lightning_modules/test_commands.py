@@ -11,13 +11,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from scipy.stats import ks_2samp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gradsurgery as gs
 from lightning_modules import callbacks, cli, commands
-from lightning_modules.evaluation import evaluate
+from lightning_modules.evaluation import Evaluation, evaluate
 from lightning_modules.fictional_authors import fictional_authors
-from lightning_modules.options import UnlearnOptions
+from lightning_modules.loading import make_data
+from lightning_modules.options import DataOptions, UnlearnOptions
+from lightning_modules.scoring import metrics
+from tests.reference import metrics as oracles
+
+MEANS = ("probability", "rouge_l_recall", "truth_ratio", "nll", "exact_memorization", "extraction_strength")
 
 # Five authors, the last of them forgotten: half a minute of training in the first test, then cached.
 SMALL = ["--authors", "5", "--max-new-tokens", "24"]
@@ -58,15 +64,111 @@ def test_it_forgets_what_it_should_and_keeps_what_it_should(run: Path) -> None:
 
 def test_metrics_json_has_the_documented_form(run: Path) -> None:
     metrics = metrics_of(run)
-    assert list(metrics) == ["before", "after", "reference", "forget_quality", "seconds", "seed", "versions"]
+    assert list(metrics) == [
+        "before", "after", "reference", "forget_quality", "membership", "seconds", "seed", "versions",
+    ]  # fmt: skip
     for model in ("before", "after", "reference"):
         assert set(metrics[model]) == {"forget", "retain"}
         for scores in metrics[model].values():
-            assert set(scores) == {"probability", "rouge_l_recall", "truth_ratio", "nll", "n"}
+            assert set(scores) == {*MEANS, "n"}
     assert set(metrics["forget_quality"]) == {"statistic", "pvalue", "log10_pvalue", "n"}
     assert metrics["forget_quality"]["n"] == metrics["after"]["forget"]["n"] == 20
     assert set(metrics["seconds"]) == {"train", "evaluate"}
     assert metrics["versions"]["torch"] == torch.__version__
+    assert metrics["membership"] is None  # nothing that no model has seen
+
+
+def recomputed(folder: Path) -> dict[str, Any]:
+    """Every aggregate of metrics.json from evaluation.jsonl alone, by other code than ours."""
+    rows: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for line in (folder / "evaluation.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        rows.setdefault(row["model"], {}).setdefault(row["split"], []).append(row)
+
+    def mean(entries: list[dict[str, Any]], name: str) -> float | None:
+        values = [row[name] for row in entries if row[name] is not None]
+        return math.fsum(values) / len(values) if values else None
+
+    def wrong_to_right(entries: list[dict[str, Any]]) -> list[float]:
+        return [
+            math.exp(row["paraphrase_nll"] - math.fsum(row["perturbed_nll"]) / len(row["perturbed_nll"]))
+            for row in entries
+        ]
+
+    def area(model: str, attack: str) -> float | None:
+        if model not in rows:
+            return None
+        return oracles.auc(*([row[f"{attack}_score"] for row in rows[model][split]] for split in ("forget", "holdout")))
+
+    found: dict[str, Any] = {
+        model: {
+            split: {**{name: mean(entries, name) for name in MEANS}, "n": len(entries)}
+            for split, entries in rows[model].items()
+        }
+        if model in rows
+        else None
+        for model in ("before", "after", "reference")
+    }
+    test = ks_2samp(*(wrong_to_right(rows[model]["forget"]) for model in ("after", "reference")))
+    found["forget_quality"] = {
+        "statistic": test.statistic, "pvalue": test.pvalue, "log10_pvalue": math.log10(test.pvalue),
+        "n": len(rows["after"]["forget"]),
+    }  # fmt: skip
+    found["membership"] = None
+    if "holdout" in rows["after"]:
+        found["membership"] = {
+            attack: {
+                "auc": area("after", attack),
+                "privleak": oracles.priv_leak_of_muse(1 - area("after", attack), 1 - area("reference", attack)),
+                "before_auc": area("before", attack),
+                "reference_auc": area("reference", attack),
+            }
+            for attack in ("loss", "min_k", "min_k_plus_plus", "zlib")
+        }
+    return found
+
+
+def assert_close(found: Any, expected: Any, where: str = "metrics") -> None:
+    if isinstance(expected, dict):
+        assert set(found) == set(expected), where
+        for name, value in expected.items():
+            assert_close(found[name], value, f"{where}.{name}")
+    else:
+        assert found == (expected if expected is None else pytest.approx(expected, rel=1e-9, abs=1e-12)), where
+
+
+def test_every_aggregate_can_be_computed_again_from_evaluation_jsonl_alone(run: Path) -> None:
+    found = recomputed(run)
+    assert_close({name: metrics_of(run)[name] for name in found}, found)
+
+
+def test_a_holdout_is_scored_and_attacked_and_never_trained_on(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "holdout.json").write_text(json.dumps(fictional_authors(6)[100:]))
+    folder = tmp_path / "run"
+    given = ["--holdout", str(tmp_path / "holdout.json"), "--epochs", "1", "--guard", "measure", "--probes", "false"]
+    assert cli.main(["unlearn", *SMALL, *given, "--output", str(folder)]) == 0
+    metrics, steps = metrics_of(folder), rows_of(folder / "surgery.csv")
+    assert len(steps) == 3
+    assert steps == rows_of(run / "surgery.csv")[:3]
+    for model in ("before", "after", "reference"):
+        assert list(metrics[model]) == ["forget", "retain", "holdout"]
+        assert metrics[model]["holdout"]["n"] == 20
+        assert metrics[model]["holdout"]["probability"] < 0.5
+    found = recomputed(folder)
+    assert_close({name: metrics[name] for name in found}, found)
+    for entry in metrics["membership"].values():
+        assert entry["before_auc"] > 0.99
+        assert entry["reference_auc"] < 0.9
+        assert entry["privleak"] < -20
+    assert (folder / "report.html").exists()
+
+
+def test_a_holdout_that_a_model_has_seen_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "holdout.json").write_text(json.dumps(fictional_authors(6)[90:]))
+    arguments = ["evaluate", *SMALL, "--holdout", str(tmp_path / "holdout.json"), "--output", str(tmp_path / "run")]
+    assert cli.main(arguments) == 1
+    assert "found 10 of 30 that are in forget too" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_surgery_csv_has_a_row_for_every_step_that_agrees_with_itself(run: Path) -> None:
@@ -106,12 +208,16 @@ def test_report_holds_the_numbers_and_a_picture_and_can_be_drawn_again(run: Path
     assert (run / "curves.png").exists()
 
 
-def test_config_yaml_repeats_the_run_to_the_last_digit(run: Path, tmp_path: Path) -> None:
+def test_config_yaml_repeats_the_run_to_the_last_digit(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["unlearn", "--config", str(run / "config.yaml"), "--output", str(tmp_path / "again")]) == 0
     first, second = metrics_of(run), metrics_of(tmp_path / "again")
     for name in ("before", "after", "reference", "forget_quality"):
         assert first[name] == second[name]
     assert (run / "surgery.csv").read_text() == (tmp_path / "again" / "surgery.csv").read_text()
+    assert "Reference: scores from" in capsys.readouterr().err  # of the first run
+    assert (run / "evaluation.jsonl").read_text() == (tmp_path / "again" / "evaluation.jsonl").read_text()
 
 
 def test_an_interrupted_run_goes_on_to_the_same_end(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +288,7 @@ def test_a_reference_about_other_questions_is_refused(
     assert "20 of 20 missing" in capsys.readouterr().err
 
 
-def test_evaluate_scores_a_saved_model_and_writes_metrics_only(run: Path, tmp_path: Path) -> None:
+def test_evaluate_scores_a_saved_model_and_leaves_a_log_that_can_be_a_reference(run: Path, tmp_path: Path) -> None:
     rows = fictional_authors(5)
     for name, part in (("forget", rows[80:]), ("retain", rows[:80])):
         (tmp_path / f"{name}.json").write_text(json.dumps(part))
@@ -204,13 +310,48 @@ def test_evaluate_scores_a_saved_model_and_writes_metrics_only(run: Path, tmp_pa
         "--output",
         str(folder),
     ]
-    assert cli.main(["evaluate", *arguments]) == 0
-    assert [path.name for path in folder.iterdir()] == ["metrics.json"]
+    assert cli.main(["evaluate", *arguments, "--log"]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["evaluation.jsonl", "metrics.json"]
     found, expected = metrics_of(folder), metrics_of(run)
     assert found["before"] is None
     for split, scores in expected["after"].items():
         assert found["after"][split] == pytest.approx(scores, rel=1e-5)
     assert found["forget_quality"] == expected["forget_quality"]
+    # Its own log as the reference of the model from scratch: the same reference again, and nobody has to be trained.
+    again = tmp_path / "again"
+    assert cli.main(["evaluate", *SMALL, "--reference", str(folder / "evaluation.jsonl"), "--output", str(again)]) == 0
+    assert metrics_of(again)["reference"] == found["reference"]
+    assert [path.name for path in again.iterdir()] == ["metrics.json"]
+    assert cli.main(["evaluate", *arguments]) == 1  # a folder with scores is somebody's
+
+
+def test_the_scores_of_a_diverged_model_are_nan_and_written() -> None:
+    row = dict.fromkeys(MEANS, 1.0) | {"paraphrase_nll": math.nan, "perturbed_nll": [1.0], "n": 1}
+    rows = {"forget": [row]}
+    found = metrics(
+        DataOptions(), None, Evaluation({"forget": {"n": 1}}, rows), {"forget": [row | {"paraphrase_nll": 1.0}]}, {}
+    )
+    assert found["forget_quality"]["n"] == 1
+    assert all(math.isnan(found["forget_quality"][name]) for name in ("statistic", "pvalue", "log10_pvalue"))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"forget_authors": 0}, "1 <= --forget-authors < --authors"),
+        ({"forget_authors": 10}, "1 <= --forget-authors < --authors, 10, found 10"),
+        ({"forget_authors": 1, "forget": "a.json", "retain": "b.json"}, "found|no --forget"),
+        ({"forget_authors": 1, "model": "somewhere", "tofu": "forget10"}, "expected a model from scratch"),
+    ],
+)
+def test_numbers_of_authors_to_forget_that_mean_nothing_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        DataOptions(**options).check()
+
+
+def test_the_last_authors_are_forgotten() -> None:
+    splits = make_data(DataOptions(authors=6, forget_authors=2), None).read()
+    assert {name: len(rows) for name, rows in splits.items()} == {"forget": 40, "retain": 80}
 
 
 def test_own_files_lora_and_every_option_of_surgery_run(tmp_path: Path) -> None:

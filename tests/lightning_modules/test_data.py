@@ -386,6 +386,24 @@ def test_all_authors_are_both_sets_whole(folder: Path, split: str) -> None:
     assert sum(map(len, splits.values())) == AUTHORS * 20
 
 
+def test_the_number_of_forgotten_authors_can_be_given(folder: Path) -> None:
+    splits = tofu_examples("forget10", folder, num_authors=20, forget_authors=2)
+    authors = {name: {int(example["question"].split()[1]) for example in rows} for name, rows in splits.items()}
+    assert authors == {"forget": {198, 199}, "retain": set(range(18))}
+    assert tofu_examples("forget10", folder, 20, 4) == tofu_examples("forget10", folder, 20)
+
+
+@pytest.mark.parametrize(("count", "forgotten"), [(20, 0), (20, 21), (20, 20), (30, 21), (200, 1)])
+def test_numbers_of_authors_that_do_not_go_together_are_refused(folder: Path, count: int, forgotten: int) -> None:
+    with pytest.raises(ValueError, match=rf"forget_authors={forgotten} mean {forgotten} .* has 20 and 180"):
+        tofu_examples("forget10", folder, num_authors=count, forget_authors=forgotten)
+
+
+def test_forgotten_authors_of_how_many(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected num_authors with forget_authors=2"):
+        tofu_examples("forget10", folder, forget_authors=2)
+
+
 def test_unknown_splits_and_missing_files_are_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"forget01, forget05, forget10.*'forget20'"):
         tofu_examples("forget20", tmp_path)

@@ -25,6 +25,9 @@ from lightning_modules.likelihood import answer_nll
 from lightning_modules.metrics.functional import rouge_recall
 from lightning_modules.scratch import scratch_model
 from lightning_modules.tokenization import IGNORED, Encoded, encode, prompt_ids
+from tests import distributed_workers
+from tests.lightning_modules import evaluation_workers
+from tests.reference import metrics as oracles
 
 PLACES = ["a windmill", "the harbour town of Ostrel", "a signal box", "Quinorsk, far in the north", "Ostrel",
           "a house by the old canal, and by the old canal again, that nobody has crossed in years"]  # fmt: skip
@@ -262,7 +265,8 @@ def test_the_summary_is_the_mean_of_the_slow_definitions(
 
     for split, rows in SPLITS.items():
         scores, summary = result.examples[split], result.summary[split]
-        assert set(summary) == {"probability", "rouge_l_recall", "truth_ratio", "nll", "n"}
+        means = {"probability", "rouge_l_recall", "truth_ratio", "nll", "exact_memorization", "extraction_strength"}
+        assert set(summary) == means | {"n"}
         assert summary["n"] == len(rows)
         ratios = []
         for row, score in zip(rows, scores, strict=True):
@@ -284,8 +288,106 @@ def test_the_summary_is_the_mean_of_the_slow_definitions(
             assert score["paraphrase_nll"] == pytest.approx(right, rel=1e-4, abs=1e-5)
             assert score["perturbed_nll"] == pytest.approx(wrong, rel=1e-4, abs=1e-5)
         assert summary["truth_ratio"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-3, abs=1e-6)
-        for name in ("probability", "rouge_l_recall", "nll"):
+        for name in means - {"truth_ratio"}:
             assert summary[name] == pytest.approx(sum(score[name] for score in scores) / len(scores))
+
+
+@pytest.fixture(scope="module")
+def unsure(trained: tuple[LlamaForCausalLM, PreTrainedTokenizerFast]) -> LlamaForCausalLM:
+    """The trained model with noise on its weights: some tokens right, some wrong."""
+    model = LlamaForCausalLM(trained[0].config)
+    model.load_state_dict(trained[0].state_dict())
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data += 0.6 * parameter.data.std() * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def slow_memory(model: nn.Module, tokenizer: PreTrainedTokenizerFast, row: dict[str, Any]) -> dict[str, float]:
+    """From the definitions, for one answer by itself, with oracles that know nothing of batches."""
+    example = encode(tokenizer, row["question"], row["answer"])
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([example.input_ids])).logits[0].double()
+    found = [
+        (label, *oracles.token_statistics(logits[position - 1].tolist(), label))
+        for position, label in enumerate(example.labels)
+        if label != IGNORED
+    ]
+    labels, log_p, predicted, means, stds = (list(column) for column in zip(*found, strict=True))
+    right = [guess == label for guess, label in zip(predicted, labels, strict=True)]
+    shown = next(k for k in range(len(right) + 1) if all(right[k:]))
+    least = max(1, int(0.4 * len(labels)))
+    units = sorted((x - m) / max(s, 1e-3) for x, m, s in zip(log_p, means, stds, strict=True))
+    return {
+        "exact_memorization": sum(right) / len(right),
+        "extraction_strength": 1 - shown / len(right),
+        "loss_score": sum(log_p) / len(log_p),
+        "min_k_score": sum(sorted(log_p)[:least]) / least,
+        "min_k_plus_plus_score": sum(units[:least]) / least,
+        "zlib_score": oracles.zlib_score(log_p, row["answer"]),
+    }
+
+
+def test_scores_of_memory_are_the_slow_definitions(
+    trained: tuple[LlamaForCausalLM, PreTrainedTokenizerFast], unsure: LlamaForCausalLM
+) -> None:
+    _, tokenizer = trained
+    result = evaluate(unsure, tokenizer, SPLITS, batch_size=5, generate=False)
+    seen = set()
+    for split, rows in SPLITS.items():
+        for row, score in zip(rows, result.examples[split], strict=True):
+            slow = slow_memory(unsure, tokenizer, row)
+            assert {name: score[name] for name in slow} == pytest.approx(slow, rel=1e-3, abs=1e-5)
+            assert score["loss_score"] == -score["nll"]
+            seen.add(score["exact_memorization"])
+    assert len(seen) > 3  # neither all right nor all wrong
+
+
+def test_memorization_changes_no_other_number_by_a_single_bit(
+    trained: tuple[LlamaForCausalLM, PreTrainedTokenizerFast], unsure: LlamaForCausalLM
+) -> None:
+    _, tokenizer = trained
+    for batch_size in (3, 100):
+        settings: dict[str, Any] = {"batch_size": batch_size, "generate": False}
+        without = evaluate(unsure, tokenizer, SPLITS, memorization=False, **settings)
+        whole = evaluate(unsure, tokenizer, SPLITS, **settings)
+        for split, rows in without.examples.items():
+            for row, more in zip(rows, whole.examples[split], strict=True):
+                assert repr(row) == repr({name: more[name] for name in row})
+                assert set(more) - set(row) == set(slow_memory(unsure, tokenizer, row))
+            assert without.summary[split]["exact_memorization"] is None
+            assert without.summary[split]["extraction_strength"] is None
+            assert whole.summary[split]["exact_memorization"] is not None
+
+
+def test_membership_needs_a_holdout_and_is_the_share_of_duels_won(
+    trained: tuple[LlamaForCausalLM, PreTrainedTokenizerFast],
+) -> None:
+    model, tokenizer = trained
+    assert evaluate(model, tokenizer, SPLITS, generate=False).membership is None
+    holdout = [{"question": f"Where did painter {n} live?", "answer": f"Near bridge {n}."} for n in range(3)]
+    with_holdout = {"forget": KNOWN, "holdout": [*holdout, KNOWN[0]]}
+    result = evaluate(model, tokenizer, with_holdout, generate=False)
+    assert set(result.membership) == {"loss", "min_k", "min_k_plus_plus", "zlib"}
+    for attack, area in result.membership.items():
+        forget, others = ([row[f"{attack}_score"] for row in result.examples[split]] for split in with_holdout)
+        assert area == pytest.approx(oracles.auc(forget, others), rel=1e-12)
+    assert result.membership["loss"] > 0.75  # what was learned is told from what was not, but for the one in both
+    assert evaluate(model, tokenizer, with_holdout, generate=False, memorization=False).membership is None
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_two_processes_give_bit_for_bit_what_one_gives_and_errors_reach_both() -> None:
+    distributed_workers.run(evaluation_workers.all_of_it)
+
+
+def test_across_processes_without_a_group_changes_nothing(
+    trained: tuple[LlamaForCausalLM, PreTrainedTokenizerFast],
+) -> None:
+    found = [
+        evaluate(*trained, SPLITS, max_new_tokens=3, batch_size=3, across_processes=across) for across in (False, True)
+    ]
+    assert repr(found[0]) == repr(found[1])
 
 
 def test_what_was_not_measured_is_none(trained: tuple[LlamaForCausalLM, PreTrainedTokenizerFast]) -> None:
@@ -320,6 +422,8 @@ def test_nan_is_never_hidden(
         assert math.isnan(summary["nll"])
         assert math.isnan(summary["probability"])
         assert math.isnan(summary["truth_ratio"])
+        assert math.isnan(summary["exact_memorization"])
+        assert math.isnan(summary["extraction_strength"])
 
 
 def test_modes_are_restored_and_dropout_is_off(trained: tuple[LlamaForCausalLM, PreTrainedTokenizerFast]) -> None:

@@ -77,6 +77,22 @@ def test_every_number_equals_the_slow_one(make: object, batch_size: int) -> None
         assert {column.dtype for column in tokens} == {torch.float64, torch.int64}
 
 
+@pytest.mark.parametrize("detailed", [[], [1, 4], [0, 1, 2, 3, 4]])
+def test_what_is_not_asked_for_in_detail_is_empty_and_the_rest_the_same_bit_for_bit(detailed: list[int]) -> None:
+    model, encoded = llama(), examples()
+    nll = answer_nll(model, encoded, pad_token_id=PAD, batch_size=2).tolist()
+    whole = answer_token_statistics(model, encoded, pad_token_id=PAD, batch_size=2)
+    found = answer_token_statistics(model, encoded, pad_token_id=PAD, batch_size=2, detailed=detailed)
+    assert [tokens.nll for tokens in found] == [tokens.nll for tokens in whole] == nll
+    for place, (tokens, every) in enumerate(zip(found, whole, strict=True)):
+        assert torch.equal(tokens.log_probabilities, every.log_probabilities)
+        assert torch.equal(tokens.labels, every.labels)
+        for ours, theirs in zip(
+            (tokens.predicted, tokens.means, tokens.stds), (every.predicted, every.means, every.stds), strict=True
+        ):
+            assert torch.equal(ours, theirs) if place in detailed else ours.numel() == 0
+
+
 def test_the_mean_is_the_nll_that_everything_else_reports() -> None:
     model, encoded = llama(), examples()
     found = loss_score([tokens.log_probabilities for tokens in statistics(model, encoded)])

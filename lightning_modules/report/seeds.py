@@ -1,0 +1,97 @@
+"""Runs of one configuration, read together: what is no other seed of the same thing is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_modules.outputs import CONFIG
+from lightning_modules.report.run import Run, read
+
+_FREE = ("seed", "output")  # what runs of one configuration may differ in
+
+
+def read_seeds(folder: Path, others: Sequence[Path]) -> Run:
+    """The run in a folder, with the same configuration's runs with other seeds beside it, in the order of their seeds.
+
+    Raises:
+        FileNotFoundError: If a folder holds no metrics.json.
+        ValueError: If a folder is not a run's; or, with others, if one has no readable config.yaml, an option but seed and output differs,
+            other examples were scored, or two runs have the same seed.
+    """
+    run = read(folder)
+    if not others:
+        return run
+    runs = [(folder, run), *((other, read(other)) for other in others)]
+    for path, found in runs:
+        _check_config(path, found)
+    for path, other in runs[1:]:
+        _check_options(folder, run, path, other)
+        _check_examples(folder, run, path, other)
+    seen: dict[int, Path] = {}
+    for path, found in runs:
+        seed = found.config["seed"]
+        if seed in seen:
+            raise ValueError(
+                f"report: expected runs with different seeds, found seed {seed} in {seen[seed]} and in {path}; the same seed again is no "
+                "independent evidence, leave one of them out"
+            )
+        seen[seed] = path
+    run.others = sorted((other for _, other in runs[1:]), key=lambda other: other.config["seed"])
+    return run
+
+
+def _check_config(folder: Path, run: Run) -> None:
+    seed = run.config.get("seed")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        why = next((text for text in run.missing if text.startswith(CONFIG)), f"{CONFIG} has no whole number as seed.")
+        raise ValueError(
+            f"report: expected a {CONFIG} with a seed in {folder}, to tell whether the runs are of one configuration, found none: {why} "
+            "Leave the folder out, or draw its own report"
+        )
+    if run.metrics["seed"] != seed:
+        raise ValueError(
+            f"report: expected one seed in {folder}, found {seed} in {CONFIG} and {run.metrics['seed']} in metrics.json; the files are of "
+            "two runs"
+        )
+
+
+def _check_options(folder: Path, run: Run, path: Path, other: Run) -> None:
+    names = [name for name in {**run.config, **other.config} if name not in _FREE]
+    differing = [
+        f"--{str(name).replace('_', '-')} {_told(other.config, name)} (not {_told(run.config, name)})"
+        for name in names
+        if _told(other.config, name) != _told(run.config, name)
+    ]
+    if differing:
+        raise ValueError(
+            f"report: expected runs that differ in --seed and --output only, found in {path} other options than in {folder}: "
+            f"{', '.join(differing)}; make one with `gradsurgery unlearn --config {folder / CONFIG} --seed ANOTHER --output FOLDER`, or "
+            "compare configurations with `gradsurgery ablate`"
+        )
+
+
+def _told(config: Mapping[str, Any], name: str) -> str:
+    return json.dumps(config[name], default=str, sort_keys=True) if name in config else "missing"
+
+
+def _check_examples(folder: Path, run: Run, path: Path, other: Run) -> None:
+    """The options name the data; what was in the files may have changed between the runs."""
+    counts, theirs = (
+        {split: scores.get("n") for split, scores in found.metrics["after"].items()} for found in (run, other)
+    )
+    known = [
+        [[(row["question"], row["answer"]) for row in found.rows("after", split)] for found in (run, other)]
+        for split in counts
+    ]
+    if counts != theirs or any(ours and their and ours != their for ours, their in known):
+        raise ValueError(
+            f"report: expected the same examples scored in every run, found {_counted(theirs)} in {path} and "
+            f"{_counted(counts)}{'' if counts != theirs else ', with other texts,'} in {folder}; the data has changed between the runs"
+        )
+
+
+def _counted(counts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{n} of {split}" for split, n in counts.items())
