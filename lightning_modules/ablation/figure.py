@@ -11,6 +11,7 @@ from lightning_modules.ablation.methods import Method
 from lightning_modules.ablation.statistics import spread
 
 _LEAST = 1e-4  # forget probability at the right edge: below it nobody compares
+_COLOURS = (0, 1, 2, 3, 4, 5, 6, 8, 9)  # of tab10; its grey is the baseline
 
 
 def draw_tradeoff(grid: Grid, results: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -33,7 +34,7 @@ def draw_tradeoff(grid: Grid, results: Sequence[Mapping[str, Any]], path: Path) 
             _draw(axes, grid.baseline, results, "0.6", "-")
         for number, method in enumerate(methods):
             style = "--" if method.placebo or method.rule == "none" else "-"
-            _draw(axes, method.name, results, colormaps["tab10"](number % 10), style)
+            _draw(axes, method.name, results, colormaps["tab10"](_COLOURS[number % len(_COLOURS)]), style)
         axes.set(xscale="log", xlim=(1.1, _LEAST), ylim=(-0.02, 1.02), title=name)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
