@@ -19,8 +19,9 @@ UNSURE = (
     "them as the least that is uncertain."
 )
 ONE_SEED = (
-    "This is one run with one seed. Nothing here says how far another seed would land: `gradsurgery ablate --config GRID.yaml` runs "
-    "methods over data and model seeds, compares them where they have forgotten equally much, with mean, spread and paired differences."
+    "This is one run with one seed. Nothing here says how far another seed would land: `gradsurgery report DIR OTHER_DIR ...` shows the "
+    "spread over runs with other seeds, and `gradsurgery ablate --config GRID.yaml` runs methods over data and model seeds, compares them "
+    "where they have forgotten equally much, with mean, spread and paired differences."
 )
 
 

@@ -12,7 +12,7 @@ import yaml
 from lightning_modules.report import figures, findings, leakage, spread
 from lightning_modules.report.run import MODELS, Run, columns
 from lightning_modules.report.samples import degenerate, is_degenerate, samples
-from lightning_modules.report.terminal import sentences, shown
+from lightning_modules.report.terminal import about_scores, shown
 
 _HERE = Path(__file__).parent
 _HINTS = {
@@ -60,9 +60,9 @@ def page(run: Run, by_layer: Path | None = None) -> str:
         warnings=findings.warnings(run),
         notes=[*findings.notes(run), *run.missing],
         tables=[_table(run, split) for split in run.metrics["after"]],
-        quality=[*sentences(run.metrics), *leakage.given_back(run)],
-        attacks=leakage.membership(run),
-        attacked=leakage.MEMBERSHIP,
+        quality=[*about_scores(run.metrics), *leakage.given_back(run)],
+        attacks=leakage.membership(run.metrics),
+        attacked=" ".join(leakage.explained(run.metrics)),
         conflict=findings.conflict(run),
         chosen={split: samples(run, split) for split in ("forget", "retain")},
         degenerates=_degenerates(run),

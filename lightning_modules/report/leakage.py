@@ -13,11 +13,6 @@ GIVEN_BACK = {
     "extraction_strength": "Extraction strength is the share of an answer that the model completes by itself, given all before it: lower "
     "is better on forget, where 0 means that nothing of the answer is reproduced, and higher on retain.",
 }
-MEMBERSHIP = (
-    "An attack's AUC is the chance that it finds a forget answer more familiar than a holdout answer, which no model has seen: 1 if it "
-    "always does, .5 if it cannot tell them apart. The reference's is the goal, for the two sets differ in more than that; PrivLeak is "
-    "the distance to it, relative to 1 minus it: 0 is best, and below 0 the forget set is still remembered."
-)
 ATTACKS = {"loss": "loss", "min_k": "Min-K", "min_k_plus_plus": "Min-K++", "zlib": "zlib"}
 """Name in metrics.json -> the one that people say."""
 
@@ -37,13 +32,41 @@ class Attack(NamedTuple):
     privleak: float | None
 
 
-def membership(run: Run) -> list[Attack]:
+def membership(metrics: Mapping[str, Any]) -> list[Attack]:
     """The attacks of metrics.json; none where they were not made."""
     keys = ("before_auc", "auc", "reference_auc", "privleak")
-    attacks: Mapping[str, Mapping[str, Any]] = run.metrics.get("membership") or {}
+    attacks: Mapping[str, Mapping[str, Any]] = metrics.get("membership") or {}
     return [
         Attack(ATTACKS.get(name, name), *(number(found.get(key)) for key in keys)) for name, found in attacks.items()
     ]
+
+
+def explained(metrics: Mapping[str, Any]) -> list[str]:
+    """What the numbers of `membership` mean, and why PrivLeak is not among them; nothing where there are none."""
+    attacks = membership(metrics)
+    if not attacks:
+        return []
+    compared = any(attack.reference is not None for attack in attacks)
+    said = [
+        "Membership: an attack's AUC is the chance that it finds a forget answer more familiar than a holdout answer, which no model has "
+        "seen: 1 if it always does, 0.5 if it cannot tell them apart. The two sets may differ in more than what was trained on, so "
+        + ("the goal is the reference's AUC, not 0.5." if compared else "0.5 need not be the goal.")
+    ]
+    perfect = [attack.name for attack in attacks if attack.reference == 1.0]
+    if any(attack.privleak is not None for attack in attacks):
+        said.append(
+            "PrivLeak is how far 1 - AUC is from the reference's, relative to the reference's: 0 is best, below 0 the forget set is still "
+            "remembered, above 0 it was unlearned too far."
+        )
+    elif not perfect:
+        why = "its log has no scores of a holdout" if metrics["reference"] else "there is none"
+        said.append(f"PrivLeak is not computed: it needs the AUCs of a reference, and {why}.")
+    if perfect:
+        said.append(
+            f"PrivLeak is not defined for {', '.join(perfect)}: the reference tells the two sets apart perfectly (AUC 1), so either "
+            "it was trained on the forget set or the holdout is of another kind."
+        )
+    return said
 
 
 def percent(value: float | None) -> str:

@@ -11,7 +11,7 @@ from lightning_modules.outputs import SURGERY
 from lightning_modules.report import findings, leakage, spread
 from lightning_modules.report.run import MODELS, Run, columns
 from lightning_modules.report.samples import samples
-from lightning_modules.report.terminal import sentences, shown
+from lightning_modules.report.terminal import about_scores, shown
 
 
 def page(run: Run, *, pictured: bool, by_layer: Path | None = None) -> str:
@@ -33,7 +33,7 @@ def page(run: Run, *, pictured: bool, by_layer: Path | None = None) -> str:
     lines += ["", f"| split | model | {' | '.join(headings)} | n |", "|---|---|" + "---:|" * (len(headings) + 1)]
     lines += [f"| {' | '.join(row)} |" for row in _rows(run)]
     lines += ["", "Probability, ROUGE and truth ratio are means over examples; NLL in nats a token."]
-    lines += [line for text in [*sentences(metrics), *leakage.given_back(run)] for line in ("", text)]
+    lines += [line for text in [*about_scores(metrics), *leakage.given_back(run)] for line in ("", text)]
     lines += _membership(run)
     if pictured:
         lines += ["", "![Forgetting against retention, and the conflict over the steps](curves.png)"]
@@ -79,7 +79,7 @@ def _rows(run: Run) -> list[list[str]]:
 
 
 def _membership(run: Run) -> list[str]:
-    attacks = leakage.membership(run)
+    attacks = leakage.membership(run.metrics)
     if not attacks:
         return []
     rows = [
@@ -87,7 +87,7 @@ def _membership(run: Run) -> list[str]:
         for name, *areas, privleak in attacks
     ]
     heading = ["| attack, AUC | before | after | reference | PrivLeak |", "|---|---:|---:|---:|---:|"]
-    return ["", *heading, *rows, "", leakage.MEMBERSHIP]
+    return ["", *heading, *rows, "", _escaped(" ".join(leakage.explained(run.metrics)))]
 
 
 def _generations(run: Run) -> list[str]:

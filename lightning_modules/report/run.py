@@ -19,7 +19,8 @@ COLUMNS = (
     ("truth_ratio", "truth ratio"),
     ("nll", "NLL"),
 )
-SCORES = (*COLUMNS, ("exact_memorization", "exact memorization"), ("extraction_strength", "extraction strength"))
+MEMORY = (("exact_memorization", "exact memorization"), ("extraction_strength", "extraction strength"))
+SCORES = (*COLUMNS, *MEMORY)
 MODELS = ("before", "after", "reference")
 
 Found = TypeVar("Found")
@@ -100,9 +101,13 @@ def read(folder: Path) -> Run:
 
 def columns(run: Run) -> tuple[tuple[str, str], ...]:
     """The scores that the report shows, with their headings: of those that a run may lack, only what this one has."""
-    every = [scores for model in MODELS for scores in (run.metrics[model] or {}).values()]
-    measured = {name for scores in every for name, value in scores.items() if value is not None}
-    return tuple(entry for entry in SCORES if entry in COLUMNS or entry[0] in measured)
+    return (*COLUMNS, *memory(run.metrics))
+
+
+def memory(metrics: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """The scores of reproduced text that some model has, with their headings."""
+    every = [scores for model in MODELS for scores in (metrics[model] or {}).values()]
+    return tuple(entry for entry in MEMORY if any(scores.get(entry[0]) is not None for scores in every))
 
 
 def number(value: Any) -> float | None:

@@ -10,16 +10,21 @@ from typing import Any
 from lightning_modules.outputs import CONFIG
 from lightning_modules.report.run import Run, read
 
-_FREE = ("seed", "output")  # what runs of one configuration may differ in
+_FREE = ("output", "probes", "reference_cache", "resume", "seed", "tofu_dir")  # see read_seeds
 
 
 def read_seeds(folder: Path, others: Sequence[Path]) -> Run:
     """The run in a folder, with the same configuration's runs with other seeds beside it, in the order of their seeds.
 
+    Besides the seed, runs may differ in options that change no score: `output`; `probes`, which are made of copies after everything is
+    scored; `reference_cache`, which keeps the same scores; `tofu_dir`, since the scored examples themselves are compared; and `resume`.
+    They may not differ in `evaluation_batch_size`, `start_model` or `devices`, which change the rounding. An option that one config.yaml
+    lacks counts as the default of `UnlearnOptions`; where that is None, for "it depends", only None is the same.
+
     Raises:
         FileNotFoundError: If a folder holds no metrics.json.
-        ValueError: If a folder is not a run's; or, with others, if one has no readable config.yaml, an option but seed and output differs,
-            other examples were scored, or two runs have the same seed.
+        ValueError: If a folder is not a run's; or, with others, if one has no readable config.yaml, an option differs that changes a
+            score, other examples were scored, or two runs have the same seed.
     """
     run = read(folder)
     if not others:
@@ -59,15 +64,18 @@ def _check_config(folder: Path, run: Run) -> None:
 
 
 def _check_options(folder: Path, run: Run, path: Path, other: Run) -> None:
-    names = [name for name in {**run.config, **other.config} if name not in _FREE]
+    from lightning_modules.options import UnlearnOptions
+
+    default = vars(UnlearnOptions())
+    ours, theirs = default | run.config, default | other.config
     differing = [
         f"--{str(name).replace('_', '-')} {_told(other.config, name)} (not {_told(run.config, name)})"
-        for name in names
-        if _told(other.config, name) != _told(run.config, name)
+        for name in {**run.config, **other.config}
+        if name not in _FREE and _told(ours, name) != _told(theirs, name)
     ]
     if differing:
         raise ValueError(
-            f"report: expected runs that differ in --seed and --output only, found in {path} other options than in {folder}: "
+            f"report: expected runs that differ in --seed and in what changes no score, found in {path} other options than in {folder}: "
             f"{', '.join(differing)}; make one with `gradsurgery unlearn --config {folder / CONFIG} --seed ANOTHER --output FOLDER`, or "
             "compare configurations with `gradsurgery ablate`"
         )

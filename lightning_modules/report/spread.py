@@ -139,7 +139,12 @@ def curves(run: Run) -> str | None:
 def _varied(config: Mapping[str, Any]) -> str:
     """What --seed decides, as `commands.py` passes it on."""
     scratch, reference = config.get("model") == "scratch", config.get("reference")
-    parts = ["the order in which the examples are trained on"]
+    parts = [
+        "the order in which the examples are trained on",
+        "which examples to keep a run sees at all if it is shorter than a pass over them",
+    ]
+    if _is_refusing(config):
+        parts.append("which refusal each answer to forget gets")
     if not scratch:
         parts.append("what dropout leaves out, in a model that has any")
     if config.get("lora_rank"):
@@ -152,8 +157,20 @@ def _varied(config: Mapping[str, Any]) -> str:
     same = "" if scratch else "the model before, "
     same += "" if reference is None else "the reference, "
     return (
-        f"Another seed changes {_listed(parts)}. It does not change {same}the examples to forget and to keep, or those scored: the spread "
-        "says nothing about other data."
+        f"Another seed changes {_listed(parts)}. It does not change {same}the sets to forget and to keep, or the examples scored: the "
+        "spread says nothing about other data."
+    )
+
+
+def _is_refusing(config: Mapping[str, Any]) -> bool:
+    """Whether the run trained on refusals; a loss that this version does not know, or ULD, which takes none, did not."""
+    from lightning_modules import objectives
+
+    loss = config.get("forget_loss")
+    return (
+        config.get("method") != "uld"
+        and loss in objectives.NAMES
+        and objectives.needs_refusals(objectives.by_name(loss))
     )
 
 

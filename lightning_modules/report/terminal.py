@@ -9,15 +9,13 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from lightning_modules.report.leakage import ATTACKS
-from lightning_modules.report.run import COLUMNS, MODELS, number
-
-MEMORY = (("exact_memorization", "exact\nmemorization"), ("extraction_strength", "extraction\nstrength"))
+from lightning_modules.report.leakage import explained, membership, percent
+from lightning_modules.report.run import COLUMNS, MODELS, memory, number
 
 
 def tables(metrics: Mapping[str, Any], width: int) -> list[Table]:
     """Everything in metrics.json for a terminal of so many columns: one wide table or two, and a table of attacks if any ran."""
-    measured = [column for column in MEMORY if _is_measured(metrics, column[0])]
+    measured = memory(metrics)
     whole = table(metrics, (*COLUMNS, *measured))
     if Measurement.get(Console(width=1000), Console(width=1000).options, whole).maximum <= width or not measured:
         drawn = [whole]
@@ -49,29 +47,25 @@ def table(
 
 def _attacks(metrics: Mapping[str, Any]) -> Table:
     """How well each attack tells forget from holdout (AUC), and PrivLeak where there is a reference."""
-    attacks: Mapping[str, Mapping[str, Any]] = metrics["membership"]
-    known = [model for model in MODELS if any(row.get(_area(model)) is not None for row in attacks.values())]
-    leaks = any(row.get("privleak") is not None for row in attacks.values())
+    attacks = membership(metrics)
+    known = [model for model in MODELS if any(getattr(attack, model) is not None for attack in attacks)]
+    leaks = any(attack.privleak is not None for attack in attacks)
     drawn = Table(title="AUC of forget against holdout", title_style="bold", header_style="bold")
     drawn.add_column("attack")
     for heading in [*known, *(["PrivLeak"] if leaks else [])]:
         drawn.add_column(heading, justify="right")
-    for name, row in attacks.items():
-        leak = number(row.get("privleak"))
-        cells = [shown(row.get(_area(model))) for model in known]
-        drawn.add_row(ATTACKS.get(name, name), *cells, *(["-" if leak is None else f"{leak:+.1f} %"] if leaks else []))
+    for attack in attacks:
+        cells = [shown(getattr(attack, model)) for model in known]
+        drawn.add_row(attack.name, *cells, *([percent(attack.privleak)] if leaks else []))
     return drawn
 
 
-def _area(model: str) -> str:
-    return "auc" if model == "after" else f"{model}_auc"
-
-
-def _is_measured(metrics: Mapping[str, Any], column: str) -> bool:
-    return any(scores.get(column) is not None for model in MODELS for scores in (metrics[model] or {}).values())
-
-
 def sentences(metrics: Mapping[str, Any]) -> list[str]:
+    """What the numbers of `tables` mean."""
+    return [*about_scores(metrics), *explained(metrics)]
+
+
+def about_scores(metrics: Mapping[str, Any]) -> list[str]:
     """What the numbers of `table` mean."""
     said: list[str] = []
     if metrics["reference"]:
@@ -84,42 +78,14 @@ def sentences(metrics: Mapping[str, Any]) -> list[str]:
             f"(log10 p = {number(quality['log10_pvalue']):.1f}, n = {quality['n']}) between the truth ratios of this model and the "
             "reference; a high p: they cannot be told apart. Compare p at equal n only."
         )
-    return said + _memory_sentences(metrics)
-
-
-def _memory_sentences(metrics: Mapping[str, Any]) -> list[str]:
-    said: list[str] = []
-    reference: Mapping[str, Any] = metrics["reference"] or {}
-    others = {**metrics, "reference": None}
     lacking = [
-        heading.replace("\n", " ")
-        for column, heading in MEMORY
-        if _is_measured(others, column) and any(scores.get(column) is None for scores in reference.values())
+        heading
+        for column, heading in memory({**metrics, "reference": None})
+        if any(scores.get(column) is None for scores in (metrics["reference"] or {}).values())
     ]
     if lacking:
         said.append(
             f"The reference's log has no {' and '.join(lacking)}, as logs of earlier versions: score the reference again to have it."
-        )
-    attacks: Mapping[str, Mapping[str, Any]] | None = metrics.get("membership")
-    if not attacks:
-        return said
-    said.append(
-        "Membership: an attack's AUC is the chance that it finds a forget answer more familiar than a holdout answer, which no model "
-        "has seen. Read it against the reference's, not against 0.5: the two sets differ in more than that."
-    )
-    perfect = [ATTACKS.get(name, name) for name, row in attacks.items() if number(row.get("reference_auc")) == 1.0]
-    if any(row.get("privleak") is not None for row in attacks.values()):
-        said.append(
-            "PrivLeak is how far an AUC is from the reference's, relative to 1 - that: 0 is best, below 0 the forget set is still "
-            "remembered, above 0 it was unlearned too far."
-        )
-    elif not perfect:
-        why = "its log has no scores of a holdout" if reference else "there is none"
-        said.append(f"PrivLeak is not computed: it needs the AUCs of a reference, and {why}.")
-    if perfect:
-        said.append(
-            f"PrivLeak is not defined for {', '.join(perfect)}: the reference tells the two sets apart perfectly (AUC 1), so either "
-            "it was trained on the forget set or the holdout is of another kind."
         )
     return said
 

@@ -85,7 +85,9 @@ def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
     words = page_of(made).words()
     assert "was not measured: --guard measure does" in words
     assert "Not measured. gradsurgery unlearn --probes" in words
-    assert "gradsurgery ablate --config GRID.yaml" in words
+    for said in (words, (made / "report.md").read_text().replace("`", "")):
+        assert "gradsurgery report DIR OTHER_DIR ... shows the spread over runs with other seeds" in said
+        assert "gradsurgery ablate --config GRID.yaml" in said
 
 
 def test_what_was_run_is_there_first_what_is_not_the_default(page: Page) -> None:

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from lightning_modules import outputs
 from lightning_modules.report import draw, mean_interval, table
-from lightning_modules.report.leakage import Attack, membership, percent
-from lightning_modules.report.run import COLUMNS, columns, read
+from lightning_modules.report.leakage import Attack, explained, membership, percent
+from lightning_modules.report.run import COLUMNS, MEMORY, SCORES, columns, read
 from lightning_modules.report.seeds import read_seeds
 from lightning_modules.report.spread import spreads
+from lightning_modules.report.terminal import sentences, tables
 from tests.lightning_modules.reports import Page, make, make_seed, read_metrics, write_rows
 
 NEW = {"exact_memorization": "exact memorization", "extraction_strength": "extraction strength"}
@@ -28,6 +30,13 @@ def measured(folder: Path, names: tuple[str, ...] = tuple(NEW)) -> Path:
             row[name] = row["probability"] ** power
     write_rows(folder, rows)
     return folder
+
+
+def rendered(drawn: list[Any]) -> str:
+    console = Console(width=200, record=True, stderr=True)
+    with console.capture() as capture:
+        console.print(*drawn)
+    return capture.get()
 
 
 def page_of(folder: Path) -> Page:
@@ -81,7 +90,23 @@ def test_only_what_was_measured_is_shown(tmp_path: Path) -> None:
 
 def test_a_terminal_table_does_not_depend_on_them(tmp_path: Path) -> None:
     old, new = make(tmp_path / "old"), measured(make(tmp_path / "new"))
-    assert table(read_metrics(old)).row_count == table(read_metrics(new)).row_count == 6
+    text = rendered([table(read_metrics(old))])
+    assert rendered([table(read_metrics(new))]) == text
+    assert "memorization" not in text
+    assert "memorization" in rendered([table(read_metrics(new), SCORES)])  # what a table of everything would look like
+
+
+def test_every_view_has_the_same_headings(tmp_path: Path) -> None:
+    made = measured(make(tmp_path))
+    drawn = tables(read_metrics(made), 80)
+    assert [str(column.header).replace("\n", " ") for column in drawn[1].columns] == [
+        "split",
+        "model",
+        *NEW.values(),
+        "n",
+    ]
+    assert dict(MEMORY) == NEW
+    assert columns(read(made)) == SCORES
 
 
 def test_the_spread_over_seeds_has_them_and_counts_older_runs(tmp_path: Path) -> None:
@@ -112,20 +137,69 @@ def test_attacks_are_a_table_of_metrics_json(tmp_path: Path) -> None:
     assert "<b>" not in text
     assert "b" not in {tag for tag, _ in page.tags}
     for said in (page.words(), text):
-        assert "1 if it always does, .5 if it cannot tell them apart" in said
-        assert "0 is best, and below 0 the forget set is still remembered" in said
+        assert "1 if it always does, 0.5 if it cannot tell them apart" in said
+        assert "0 is best, below 0 the forget set is still remembered" in said
     assert not page.open
+
+
+LEFT = {"loss": attack(0.9, 0.75, None, None), "zlib": attack(0.9, 0.75, None, None)}
+ALL = {"loss": attack(0.9, 0.75, 0.75, -0.04), "zlib": attack("NaN", "NaN", 0.5, "NaN")}
+PERFECT = {"<b>z|lib</b>": attack(0.9, 0.75, 1.0, None), "loss": attack(0.9, 0.75, 0.5, -50.0)}
+
+
+@pytest.mark.parametrize(
+    ("attacks", "more", "said", "not_said"),
+    [
+        (LEFT, {"reference": None}, ["0.5 need not be the goal", "needs the AUCs of a reference, and there is none."], ["reference's", "PrivLeak is how far"]),
+        (LEFT, {}, ["0.5 need not be the goal", "and its log has no scores of a holdout."], ["the goal is the reference's", "PrivLeak is how far"]),
+        (ALL, {}, ["the goal is the reference's AUC, not 0.5", "PrivLeak is how far"], ["not computed", "not defined", "need not"]),
+        (PERFECT, {}, ["the goal is the reference's AUC", "PrivLeak is how far", "not defined for <b>z|lib</b>: "], ["not computed"]),
+    ],
+)  # fmt: skip
+def test_attacks_are_explained_once_and_alike_everywhere(
+    tmp_path: Path, attacks: dict[str, Any], more: dict[str, Any], said: list[str], not_said: list[str]
+) -> None:
+    made = make(tmp_path, membership=attacks, **more)
+    page, metrics = page_of(made), read_metrics(made)
+    text = " ".join(explained(metrics))
+    for part in said:
+        assert part in text
+    for part in not_said:
+        assert part not in text
+    assert sentences(metrics)[-len(explained(metrics)) :] == explained(metrics)
+    markdown = (made / "report.md").read_text()
+    assert "<b>" not in markdown
+    assert "b" not in {tag for tag, _ in page.tags}
+    plain = markdown.replace("&lt;", "<").replace("&gt;", ">").replace("\\", "")
+    for everything in (page.words(), " ".join(plain.split()), " ".join(sentences(metrics))):
+        assert everything.count(text) == 1
+        assert everything.count("An attack's AUC is") + everything.count("an attack's AUC is") == 1
+
+
+def test_the_terminal_formats_privleak_as_the_reports_do(tmp_path: Path) -> None:
+    made = make(tmp_path, membership=ALL)
+    cells = [percent(entry.privleak) for entry in membership(read_metrics(made))]
+    assert cells == ["+0.0 %", "NaN"]
+    drawn = tables(read_metrics(made), 120)[-1]
+    assert list(drawn.columns[-1].cells) == cells
+    for said in (page_of(made).words(), (made / "report.md").read_text(), rendered([drawn])):
+        assert "+0.0 %" in said
+        assert "-0.0 %" not in said
+        assert "nan" not in said
 
 
 @pytest.mark.parametrize("none", [{}, {"membership": None}, {"membership": {}}])
 def test_no_attacks_no_table(tmp_path: Path, none: dict[str, Any]) -> None:
     made = make(tmp_path, **none)
-    assert membership(read(made)) == []
+    assert membership(read_metrics(made)) == explained(read_metrics(made)) == []
     assert "PrivLeak" not in page_of(made).words() + (made / "report.md").read_text()
 
 
 def test_an_attack_keeps_its_numbers(tmp_path: Path) -> None:
     made = make(tmp_path, membership={"loss": {"auc": 0.25}, "zlib": attack(1.0, 0.5, 0.625, 0.0)})
-    assert membership(read(made)) == [Attack("loss", None, 0.25, None, None), Attack("zlib", 1.0, 0.5, 0.625, 0.0)]
+    assert membership(read_metrics(made)) == [
+        Attack("loss", None, 0.25, None, None),
+        Attack("zlib", 1.0, 0.5, 0.625, 0.0),
+    ]
     shown = {0.0: "+0.0 %", 100.0: "+100.0 %", -0.04: "+0.0 %", None: "-", math.nan: "NaN"}
     assert [percent(value) for value in shown] == list(shown.values())

@@ -77,8 +77,8 @@ def test_the_words_say_what_a_seed_changes_and_how_little_three_runs_tell(runs: 
     for text in (page_of(runs[0]).words(), " ".join(markdown.split())):
         assert "3 runs of this configuration were made, with seeds 3 (this one), 2 and 10." in text
         assert (
-            "Another seed changes the order in which the examples are trained on and the small model that is trained"
-            in text
+            "Another seed changes the order in which the examples are trained on, which examples to keep a run sees at all if it is "
+            "shorter than a pass over them and the small model that is trained" in text
         )
         assert "and with it the reference" in text
         assert "the spread says nothing about other data." in text
@@ -94,13 +94,21 @@ def test_the_words_say_what_a_seed_changes_and_how_little_three_runs_tell(runs: 
     assert page_of(runs[0]).words().index("How sure it is") < page_of(runs[0]).words().index("Over seeds")
 
 
+SOME = "which examples to keep a run sees at all if it is shorter than a pass over them"
+
+
 @pytest.mark.parametrize(
     ("options", "said", "not_said"),
     [
-        ({"model": "m", "tofu": "forget10"}, ["what dropout leaves out", "does not change the model before, the ex"], ["scratch", "adapters", "A run stops"]),
+        ({"model": "m", "tofu": "forget10"}, ["what dropout leaves out", "does not change the model before, the sets"], ["scratch", "adapters", "A run stops", "refusal"]),
         ({"model": "m", "tofu": "forget10", "lora_rank": 4}, ["the first weights of the adapters"], ["scratch"]),
         ({"model": "m", "tofu": "forget10", "method": "uld"}, ["the first weights of the adapters"], ["scratch"]),
-        ({"reference": "log"}, ["from scratch first.", "does not change the reference, the ex"], ["with it the reference", "dropout"]),
+        ({"reference": "log"}, ["from scratch first.", "does not change the reference, the sets"], ["with it the reference", "dropout"]),
+        ({"forget_loss": "dpo"}, [", which refusal each answer to forget gets and", SOME], []),
+        ({"forget_loss": "idk", "retain_weight": 1.0}, ["which refusal each answer to forget gets", SOME], []),
+        ({"forget_loss": "npo"}, [SOME], ["refusal"]),
+        ({"forget_loss": "of a later version"}, [SOME], ["refusal"]),
+        ({"forget_loss": "dpo", "method": "uld"}, [SOME], ["refusal"]),
     ],
 )  # fmt: skip
 def test_what_a_seed_changes_depends_on_what_was_run(
@@ -268,7 +276,28 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.Ca
     assert not (made / "report.md").exists()
 
 
-def test_seed_and_output_are_all_that_may_differ_and_a_missing_log_is_no_reason(tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0)])
+def test_what_changes_no_score_may_differ_and_a_missing_option_is_the_default(
+    tmp_path: Path, order: tuple[int, ...]
+) -> None:
+    made = [make_seed(tmp_path / str(seed), seed) for seed in (0, 1, 2)]
+    change(made[1], reference_cache=False, tofu_dir="elsewhere", probes=False, resume=True)
+    new = ("reference_cache", "holdout", "forget_authors", "best_below", "loss_options", "guard", "probes", "tofu_dir")
+    change(made[2], **dict.fromkeys(new, ...))
+    first, *others = (made[index] for index in order)
+    assert [run.config["seed"] for run in read_seeds(first, others).others] == sorted(order[1:])
+    change(made[1], holdout="h.json", max_norm=..., lr=...)
+    with pytest.raises(ValueError, match="other options than in") as caught:
+        read_seeds(made[0], made[1:])
+    assert '--holdout "h.json" (not null)' in str(caught.value)
+    assert "--lr missing (not 5e-05)" in str(caught.value)  # its default depends on what the run was
+    assert "--max-norm" not in str(caught.value)
+    change(made[1], holdout=None, lr=5e-5, evaluation_batch_size=64)
+    with pytest.raises(ValueError, match="--evaluation-batch-size 64"):
+        read_seeds(made[0], made[1:])
+
+
+def test_the_output_may_differ_and_a_missing_log_is_no_reason(tmp_path: Path) -> None:
     made = [make_seed(tmp_path / str(seed), seed, output=f"out{seed}") for seed in (0, 1, 2)]
     for folder in made[1:]:
         for name in ("evaluation.jsonl", "surgery.csv"):
