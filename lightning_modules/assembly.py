@@ -27,7 +27,7 @@ from lightning_modules.tokenization import padding_id
 
 
 def first_process() -> bool:
-    """Lightning starts the other processes of a run with this same command: they only train."""
+    """Lightning starts the other processes of a run with this same command: they train and score, and write nothing."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 

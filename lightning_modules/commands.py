@@ -33,10 +33,10 @@ from lightning_modules.examples import Example
 from lightning_modules.g_effect import GEffectLogger
 from lightning_modules.loading import load_model, load_reference, make_data, read_splits
 from lightning_modules.options import EvaluateOptions, UnlearnOptions
-from lightning_modules.reference_log import reference_rows
+from lightning_modules.reference_log import reference_rows, rows_of_log
 from lightning_modules.report import draw
 from lightning_modules.report.terminal import sentences, tables
-from lightning_modules.scoring import metrics, score
+from lightning_modules.scoring import Rows, metrics, score
 from lightning_modules.scratch import one_thread
 from lightning_modules.tokenization import encode, padding_id
 
@@ -69,12 +69,13 @@ def _unlearn(options: UnlearnOptions) -> Path:
     folder, console = Path(options.output), Console(stderr=True)
     first = first_process()
     splits = read_splits(options)
+    log = rows_of_log(options, splits)
     if first and not options.resume:
         outputs.claim(folder)
     L.seed_everything(options.seed, verbose=False)
     model, tokenizer = load_model(options, splits)
     if options.method == "uld":
-        return _unlearn_by_assistant(options, splits, model, tokenizer)
+        return _unlearn_by_assistant(options, splits, log, model, tokenizer)
     data = make_data(options, tokenizer, options.batch_size)
     model = adapted(model, options, data)
     reference = start_model(model, options, data, folder)
@@ -113,7 +114,7 @@ def _unlearn(options: UnlearnOptions) -> Path:
     seconds = {"train": training, "evaluate": evaluating}
     unlearned = merged(module.model)
     probe = partial(_probe, options, splits, unlearned, tokenizer, curve) if options.probes else None
-    return _leave(options, splits, before, unlearned, tokenizer, seconds, probe=probe, together=together)
+    return _leave(options, splits, log, before, unlearned, tokenizer, seconds, probe=probe, together=together)
 
 
 def _watching(options: UnlearnOptions, curve: TradeoffCurve) -> list[Callback]:
@@ -150,7 +151,7 @@ def _probe(
 
 
 def _unlearn_by_assistant(
-    options: UnlearnOptions, splits: Mapping[str, Sequence[Example]], model: nn.Module, tokenizer: Any
+    options: UnlearnOptions, splits: Mapping[str, Sequence[Example]], log: Rows | None, model: nn.Module, tokenizer: Any
 ) -> Path:
     """ULD: train a small model whose logits are subtracted; there is no surgery, and so no surgery.csv."""
     from lightning_modules.uld import train_assistant
@@ -179,12 +180,13 @@ def _unlearn_by_assistant(
         **options.uld_settings(),
     )
     seconds = {"train": time.perf_counter() - started, "evaluate": evaluating}
-    return _leave(options, splits, before, unlearned, tokenizer, seconds)
+    return _leave(options, splits, log, before, unlearned, tokenizer, seconds)
 
 
 def _leave(
     options: UnlearnOptions,
     splits: Mapping[str, Sequence[Example]],
+    log: Rows | None,
     before: Evaluation | None,
     model: Any,
     tokenizer: Any,
@@ -209,7 +211,7 @@ def _leave(
         save()
     started = time.perf_counter()
     after = score(options, splits, model, tokenizer, across_processes=together)
-    reference = reference_rows(options, splits, after, across_processes=together)
+    reference = log or reference_rows(options, splits, across_processes=together)
     seconds["evaluate"] += time.perf_counter() - started
     if together and not processes.is_first():
         return folder
@@ -237,12 +239,13 @@ def evaluate_model(options: EvaluateOptions) -> Path:
 def _evaluate_model(options: EvaluateOptions) -> Path:
     folder = Path(options.output)
     splits = read_splits(options)
+    log = rows_of_log(options, splits)
     outputs.claim(folder)
     L.seed_everything(options.seed, verbose=False)
     model, tokenizer = load_model(options, splits)
     started = time.perf_counter()
     after = score(options, splits, model, tokenizer)
-    reference = reference_rows(options, splits, after)
+    reference = log or reference_rows(options, splits)
     found = metrics(options, None, after, reference, {"train": 0.0, "evaluate": time.perf_counter() - started})
     if options.log:
         outputs.write_evaluation(folder / outputs.EVALUATION, {"after": after.examples, "reference": reference})

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import Progress
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lightning_modules.generation import generate_greedily
 from lightning_modules.likelihood import answer_nll
 from lightning_modules.membership import attack_aucs
 from lightning_modules.memorization import answer_token_statistics, memory_scores
 from lightning_modules.metrics.functional import answer_probability, rouge_recall, truth_ratio
-from lightning_modules.processes import dealt
+from lightning_modules.processes import dealt, several
 from lightning_modules.tokenization import Encoded, encode, padding_id, prompt_ids
 
 if TYPE_CHECKING:
@@ -104,13 +105,16 @@ def evaluate(
         memorization: `False` leaves exact memorization, extraction strength and the membership scores out.
         across_processes: every process of the `torch.distributed` group calls this, with the same weights and splits, scores
             whole batches of its own, and gets everything: the same numbers as in one process of the same kind. Weights that are
-            sharded (FSDP) are not for this. Without a group it changes nothing.
+            sharded (FSDP, tensor parallelism) are refused, because their processes have to run every batch together. Without a
+            group it changes nothing.
         progress: draws a progress bar where standard error is a terminal.
 
     Raises:
         ValueError: if there is no split, a split is empty, or an example has no question or answer.
-        RuntimeError: across processes, if another process failed or was given other splits.
+        RuntimeError: across processes, if the weights are sharded, or if another process failed or was given other splits.
     """
+    if across_processes and several():
+        _refuse_shards(model)
     texts: list[Encoded] = []
     prompts: list[list[int]] = []
     items: list[_Item] = []
@@ -159,6 +163,16 @@ def evaluate(
     for item, generation in zip(items, generations, strict=True):
         examples[item.split].append(_scored(item, scores, generation))
     return Evaluation({split: summary(rows) for split, rows in examples.items()}, examples)
+
+
+def _refuse_shards(model: nn.Module) -> None:
+    """Before the first collective: from then on a process that waits for its part of a weight waits for ever."""
+    sharded = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
+    if sharded:
+        raise RuntimeError(
+            f"across_processes: expected whole weights in every process, found {len(sharded)} sharded ones, such as {sharded[0]}; gather "
+            "them into a model that is not sharded, or call evaluate in every process without across_processes: each scores everything"
+        )
 
 
 def _alone(lengths: Sequence[int], *, work: Callable[[list[int]], Sequence[Any]]) -> Sequence[Any]:

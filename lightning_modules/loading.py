@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lightning_modules.fictional_authors import QUESTIONS_PER_AUTHOR, fictional_
 from lightning_modules.membership import HOLDOUT
 from lightning_modules.options import DataOptions, UnlearnOptions
 from lightning_modules.scratch import scratch_model
-from lightning_modules.tofu import tofu_examples
+from lightning_modules.tofu import tofu_examples, tofu_split
 
 _TOKENIZER_AUTHORS = 100
 
@@ -50,11 +51,12 @@ def read_splits(options: DataOptions) -> dict[str, list[Example]]:
 
     Raises:
         ValueError: If the holdout has examples that another split has too.
+        FileNotFoundError: If a file is missing.
     """
     splits = make_data(options, None).read()
     if options.holdout is None:
         return splits
-    holdout = read_examples(options.holdout)
+    holdout = _holdout(options.holdout, options)
     for split, rows in splits.items():
         seen = {(row["question"], row["answer"]) for row in rows}
         common = sum((row["question"], row["answer"]) in seen for row in holdout)
@@ -64,6 +66,13 @@ def read_splits(options: DataOptions) -> dict[str, list[Example]]:
                 f"give others than those of {options.holdout}"
             )
     return {**splits, HOLDOUT: holdout}
+
+
+def _holdout(name: str, options: DataOptions) -> list[Example]:
+    """A file, or with TOFU a split of it: a bare name has neither folder nor ending."""
+    if options.tofu is not None and Path(name).name == name and not Path(name).suffix:
+        return tofu_split(name, options.tofu_dir)
+    return read_examples(name)
 
 
 def _refusals(options: UnlearnOptions) -> Sequence[str] | None:
@@ -125,9 +134,30 @@ def load_pretrained(name: str) -> tuple[nn.Module, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    with _known(name):
+        return AutoModelForCausalLM.from_pretrained(name, dtype="float32"), AutoTokenizer.from_pretrained(name)
+
+
+def check_pretrained(name: str) -> None:
+    """Load what is small of a model, its configuration and tokenizer: most wrong names fail here, before any work.
+
+    Raises:
+        FileNotFoundError: As `load_pretrained`.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils import find_adapter_config_file
+
+    with _known(name):
+        if find_adapter_config_file(name) is None:  # an adapter's folder has no other configuration
+            AutoConfig.from_pretrained(name)
+        AutoTokenizer.from_pretrained(name)
+
+
+@contextmanager
+def _known(name: str) -> Generator[None]:
     _ = gs.logit_difference.LogitDifferenceModel  # makes its folders loadable
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype="float32"), AutoTokenizer.from_pretrained(name)
+        yield
     except (OSError, ValueError) as error:
         where = (
             "is a folder without a loadable model"

@@ -79,7 +79,8 @@ def answer_token_statistics(
     towards both.
 
     Cost: one forward pass, with the head at answer positions only; at most four buffers `[1024, vocabulary]` in
-    float32 (2 GB with a vocabulary of 128,000). What `detailed` leaves out costs what `answer_nll` does.
+    float32 (2 GB with a vocabulary of 128,000), and the logits of a model in another dtype as they are. What
+    `detailed` leaves out costs what `answer_nll` does.
 
     Args:
         model: a causal language model, on any device and in any dtype; its train or eval mode is restored.
@@ -138,10 +139,10 @@ def _statistics(whole: Tensor, logits: Tensor, labels: Tensor, places: Tensor) -
     chosen = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     predicted, means, stds = (torch.full_like(column, -1) for column in (labels, chosen, chosen))
     rows = whole[places].nonzero().squeeze(-1).to(logits.device)
-    if len(rows) < len(labels):
-        logits, log_p = logits[rows], log_p[rows]
+    every = len(rows) == len(labels)
     # argmax would take a NaN for the largest
-    predicted[rows] = logits.argmax(dim=-1).masked_fill(chosen[rows].isnan(), -1)
+    predicted[rows] = (logits if every else logits[rows]).argmax(dim=-1).masked_fill(chosen[rows].isnan(), -1)
+    log_p = log_p if every else log_p[rows]  # the copy above is gone by now, and the whole is after this line
     means[rows], stds[rows] = _moments(log_p)
     return chosen, predicted, means, stds
 

@@ -40,7 +40,7 @@ class DataOptions:
     holdout: str | None = _option(
         None,
         "examples that neither the model nor the reference has seen, of the kind to forget: attacks on membership are scored with them; "
-        "nothing is trained on them (for TOFU its holdout10)",
+        "nothing is trained on them; a file, or with --tofu also a split of TOFU, holdout10",
     )
     max_length: int = _option(512, "tokens an example; longer ones lose their end")
     max_new_tokens: int = _option(64, "tokens a generated answer")
@@ -88,7 +88,9 @@ class EvaluateOptions(DataOptions):
     """Score a model on its splits and write metrics.json."""
 
     output: str = _option("runs/evaluate", "folder for metrics.json")
-    log: bool = _option(False, "write evaluation.jsonl too, the scores of every example: a later run's --reference")
+    log: bool = _option(
+        False, "write evaluation.jsonl too, the scores of every example, which can be a later run's --reference"
+    )
 
 
 @dataclass

@@ -17,6 +17,8 @@ import yaml
 import gradsurgery as gs
 from lightning_modules.options import DataOptions
 
+Log = dict[str, list[dict[str, Any]]]
+
 METRICS, CONFIG, CURVE, SURGERY, EVALUATION, START_MODEL, G_EFFECT = (
     "metrics.json",
     "config.yaml",
@@ -80,28 +82,54 @@ def write_evaluation(path: Path, evaluations: Mapping[str, Mapping[str, Sequence
         temporary.unlink(missing_ok=True)
 
 
-def read_evaluation(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Split -> rows of a log's reference, or of its unlearned model where it has no reference, as `Evaluation.examples`.
+def read_evaluation(path: Path) -> tuple[str, Log]:
+    """The scores in a log of a model that never saw the forget set.
+
+    They are those of its reference. Without one they are those called "after": `gradsurgery evaluate --log` leaves such a log, of whatever
+    model it was given. What a run of `unlearn` calls "after" is never taken, because that model saw what it forgot.
+
+    Returns:
+        "reference" or "after", and split -> rows as in `Evaluation.examples`.
 
     Raises:
         ValueError: If there are none, or the file is no log.
     """
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         rows = [{key: _number(key, value) for key, value in row.items()} for row in rows]
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: expected the lines of an {EVALUATION}, found something else: {error}") from error
-    models = {row.get("model") for row in rows}
+    for number, row in enumerate(rows, start=1):
+        _check_row(row, f"{path}, row {number}")
+    models = {row["model"] for row in rows}
     model = "reference" if "reference" in models else "after"
     if model not in models:
+        raise ValueError(f"{path}: expected rows of a model called reference or after, found {sorted(models)}")
+    if model == "after" and "before" in models:
         raise ValueError(
-            f"{path}: expected rows of a model called reference or after, found {sorted(map(str, models))}"
+            f"{path}: expected the scores of a model that never saw the forget set, found a log of unlearning without a reference: give "
+            "the model that never saw it, or the log that `gradsurgery evaluate --log` leaves of that model"
         )
-    splits: dict[str, list[dict[str, Any]]] = {}
+    splits: Log = {}
     for row in rows:
         if row.pop("model") == model:
             splits.setdefault(row.pop("split"), []).append(row)
-    return splits
+    return model, splits
+
+
+def _check_row(row: Mapping[str, Any], where: str) -> None:
+    expected = ["model", "split", "question", "answer"]
+    lacking = [name for name in expected if not isinstance(row.get(name), str)]
+    if row.get("perturbed_nll") is not None:
+        lacking += [] if isinstance(row["perturbed_nll"], list) else ["perturbed_nll as a list"]
+        lacking += (
+            [] if isinstance(row.get("paraphrase_nll"), (int, float)) else ["paraphrase_nll with its perturbed_nll"]
+        )
+    if lacking:
+        raise ValueError(
+            f"{where}: expected a line of an {EVALUATION}, found one without {', '.join(lacking)} (it has {', '.join(row) or 'nothing'}); "
+            "give the file as `gradsurgery unlearn` or `gradsurgery evaluate --log` left it"
+        )
 
 
 def _number(key: str, value: Any) -> Any:

@@ -13,15 +13,16 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from rich.console import Console
+from torch import nn
 
 import gradsurgery as gs
 from lightning_modules import outputs, scratch
-from lightning_modules.evaluation import Evaluation
+from lightning_modules.assembly import first_process
 from lightning_modules.examples import Example
-from lightning_modules.loading import _texts, load_reference
+from lightning_modules.loading import _texts, check_pretrained, load_reference
 from lightning_modules.membership import HOLDOUT
 from lightning_modules.options import DataOptions
-from lightning_modules.processes import from_first, is_first
+from lightning_modules.processes import every_process, from_first, is_first
 from lightning_modules.scoring import Rows, score, scored
 
 _FORMAT = 1  # raise it when what is scored, or how, changes: old logs are then left alone
@@ -30,41 +31,64 @@ Splits = Mapping[str, Sequence[Example]]
 T = TypeVar("T")
 
 
-def reference_rows(
-    options: DataOptions, splits: Splits, after: Evaluation, *, across_processes: bool = False
-) -> Rows | None:
-    """The reference's scores of the examples that were scored.
+def rows_of_log(options: DataOptions, splits: Splits) -> Rows | None:
+    """The scores in the log that is given as the reference, before any work is spent on what they are compared with.
+
+    Standard error is told whose they are. Cost: reading the log. Of a model that is given the configuration and tokenizer are loaded, to
+    see that there is one.
+
+    Returns:
+        Split -> rows in the order of the examples that are scored; `None` if the reference is a model, or if there is none.
+
+    Raises:
+        ValueError: if the log is none, or about other examples.
+        FileNotFoundError: if there is no such log or model.
+    """
+    name = options.reference
+    if name is None:
+        return None
+    if not Path(name).is_file():
+        check_pretrained(name)
+        return None
+    model, log = outputs.read_evaluation(Path(name))
+    rows = matching(log, scored(options, splits), name)
+    if first_process():
+        _say(f"Reference: the rows of {model!r} in {name}")
+    return rows
+
+
+def reference_rows(options: DataOptions, splits: Splits, *, across_processes: bool = False) -> Rows | None:
+    """The reference's scores of the examples that are scored.
 
     A log that is given is read. A model's scores are computed once: they are kept in `$XDG_CACHE_HOME/gradsurgery/reference` under a
-    hash of everything that determines them (`cache_path`), and a second run needs no model. A failure to cache is no failure.
+    hash of everything that determines them (`cache_path`), and a second run needs no model to score. (The probes load it all the same,
+    as their control.) A failure to cache is no failure.
 
     Args:
         options: with `reference`, `reference_cache`, and how to score.
         splits: all examples; those of the retain split are what the reference of the model from scratch is trained on.
-        after: what was scored: a log has to hold the same examples.
         across_processes: every process calls this, and they share the work, as in `evaluate`.
 
     Returns:
-        Split -> rows in the order of `after`; `None` if there is no reference.
+        Split -> rows in the order of `scored(options, splits)`; `None` if there is no reference.
 
     Raises:
-        ValueError: if a log that is given is none, or lacks examples.
+        ValueError: if a log that is given is none, or about other examples.
         FileNotFoundError: if there is no such model.
+        RuntimeError: across processes, if another process failed.
     """
     if options.reference is not None and Path(options.reference).is_file():
-        return matching(outputs.read_evaluation(Path(options.reference)), after, options.reference)
+        return rows_of_log(options, splits)
 
     def first(work: Callable[[], T]) -> T:
         return from_first(work) if across_processes else work()
 
     path = first(lambda: cache_path(options, splits)) if options.reference_cache else None
     if path is not None:
-        known = first(lambda: _cached(path, after))
+        known = first(lambda: _cached(path, scored(options, splits)))
         if known is not None:
             return known
-    if across_processes:  # so that a model from scratch is trained by one process, and loaded by the others
-        first(lambda: load_reference(options, splits) is not None)
-    loaded = load_reference(options, splits)
+    loaded = _loaded_by_all(options, splits) if across_processes else load_reference(options, splits)
     if loaded is None:
         return None
     rows = score(options, splits, *loaded, across_processes=across_processes).examples
@@ -73,16 +97,33 @@ def reference_rows(
     return rows
 
 
-def matching(log: Mapping[str, Sequence[Mapping[str, Any]]], after: Evaluation, name: str) -> Rows:
+def _loaded_by_all(options: DataOptions, splits: Splits) -> tuple[nn.Module, Any] | None:
+    """The first process goes ahead, so that a model from scratch is trained by one process and found by the others."""
+    found: list[tuple[nn.Module, Any] | None] = []
+
+    def load() -> None:
+        found.append(load_reference(options, splits))
+
+    from_first(load)
+    every_process(lambda: None if is_first() else load())
+    return found[0]
+
+
+def matching(log: Mapping[str, Sequence[Mapping[str, Any]]], examples: Splits, name: str) -> Rows:
     """The log's rows about the same questions and answers, in the same order.
 
     A log of an earlier version will do: what its rows lack is None in the summary. A log without a holdout split gives none.
 
+    Args:
+        log: split -> scored examples.
+        examples: what is scored here, by split, with the wrong answers that a truth ratio is made of.
+        name: of the log, for the messages.
+
     Raises:
-        ValueError: if it lacks examples that were scored.
+        ValueError: if it lacks examples, or scores another number of wrong answers of one.
     """
     found: Rows = {}
-    for split, rows in after.examples.items():
+    for split, rows in examples.items():
         if split == HOLDOUT and split not in log:
             continue
         known = {(row["question"], row["answer"]): dict(row) for row in log.get(split, [])}
@@ -93,6 +134,15 @@ def matching(log: Mapping[str, Sequence[Mapping[str, Any]]], after: Evaluation, 
                 "be compared on the same questions only"
             )
         found[split] = [known[row["question"], row["answer"]] for row in rows]
+        for ours, theirs in zip(rows, found[split], strict=True):
+            wanted, there = (
+                len(row.get(key) or ()) for row, key in ((ours, "perturbed_answer"), (theirs, "perturbed_nll"))
+            )
+            if wanted != there:
+                raise ValueError(
+                    f"--reference: expected {name} to score the same {wanted} perturbed answers of {ours['question']!r:.80} ({split}), "
+                    f"found {there}; truth ratios can be compared with the same wrong answers only: score the reference on these files"
+                )
     return found
 
 
@@ -158,14 +208,18 @@ def _folder(folder: Path) -> object:
     }
 
 
-def _cached(path: Path, after: Evaluation) -> Rows | None:
+def _cached(path: Path, examples: Splits) -> Rows | None:
     try:
-        rows = matching(outputs.read_evaluation(path), after, str(path)) if path.is_file() else None
-    except (OSError, ValueError, KeyError):  # not ours any more, or broken: compute anew and replace it
+        rows = matching(outputs.read_evaluation(path)[1], examples, str(path)) if path.is_file() else None
+    except (OSError, ValueError):  # not ours any more, or broken: compute anew and replace it
         return None
     if rows is not None:
-        Console(stderr=True, soft_wrap=True).print(f"Reference: scores from {path}", markup=False, highlight=False)
+        _say(f"Reference: scores from {path}")
     return rows
+
+
+def _say(sentence: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(sentence, markup=False, highlight=False)
 
 
 def _keep(path: Path, rows: Rows) -> None:

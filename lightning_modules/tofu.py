@@ -73,6 +73,16 @@ def tofu_examples(
     return {"forget": forget[-forgotten * ROWS_PER_AUTHOR :], "retain": retain[: kept * ROWS_PER_AUTHOR]}
 
 
+def tofu_split(name: str, folder: str | Path | None = None) -> list[Example]:
+    """Returns the examples of one file of TOFU, such as `"holdout10"`, by its name on the hub.
+
+    Raises:
+        FileNotFoundError: if the folder lacks it.
+        RuntimeError: if the hub cannot be reached, or lacks it.
+    """
+    return _load(name, folder)
+
+
 def _load(name: str, folder: str | Path | None, required: bool = True) -> list[Example]:
     if folder is not None:
         path = Path(folder) / f"{name}.json"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_modules import processes, scratch
+from lightning_modules import processes, reference_log, scratch
 from lightning_modules.evaluation import evaluate
+from lightning_modules.options import EvaluateOptions
 
 SPLITS = {
     split: [
@@ -38,6 +43,7 @@ def all_of_it(rank: int) -> None:
     an_error_reaches_both(rank)
     other_splits_are_refused(rank)
     what_the_first_finds_is_everybodys(rank)
+    sharded_weights_are_refused_before_anybody_waits(rank)
 
 
 def the_same_numbers_as_alone(rank: int) -> None:
@@ -89,3 +95,44 @@ def what_the_first_finds_is_everybodys(rank: int) -> None:
     with pytest.raises(expected, match=said):
         processes.from_first(fails)
     assert processes.every_process(lambda: rank) == [0, 1]
+
+
+def sharded_weights_are_refused_before_anybody_waits(rank: int) -> None:
+    model, tokenizer = model_and_tokenizer()
+    settings: dict[str, Any] = {"batch_size": 4, "max_new_tokens": 2, "memorization": False, "progress": False}
+    alone = evaluate(model, tokenizer, SPLITS, **settings)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    if rank == 0:  # alone: a collective would wait for the other process, and fail otherwise
+        with pytest.raises(RuntimeError, match=r"found 21 sharded ones, such as model.embed_tokens.weight; gather"):
+            evaluate(model, tokenizer, SPLITS, across_processes=True, **settings)
+    assert repr(evaluate(model, tokenizer, SPLITS, **settings)) == repr(alone)  # the way out that is named
+
+
+def reference_is_loaded_once(rank: int, folder: str) -> None:
+    loaded = Path(folder) / "loaded"
+    calls: list[bool] = []
+
+    def load(*_: object) -> Any:
+        calls.append(loaded.exists())
+        if rank == 0:
+            time.sleep(0.2)  # training
+            loaded.touch()
+        return model_and_tokenizer()
+
+    options = EvaluateOptions(reference="some/reference", reference_cache=False, max_new_tokens=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference_log, "load_reference", load)
+        rows = reference_log.reference_rows(options, SPLITS, across_processes=True)
+        assert rows is not None
+        assert [len(rows[split]) for split in SPLITS] == [5, 6, 3]
+        assert calls == [rank == 1]  # once, and the other process after the first is done
+
+        def broken(*_: object) -> Any:
+            if rank == 1:
+                raise OSError("disk full")
+            return model_and_tokenizer()
+
+        patch.setattr(reference_log, "load_reference", broken)
+        expected, said = (OSError, "disk full") if rank == 1 else (RuntimeError, "process 1 of 2 failed.*disk full")
+        with pytest.raises(expected, match=said):
+            reference_log.reference_rows(options, SPLITS, across_processes=True)

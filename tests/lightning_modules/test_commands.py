@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from scipy.stats import ks_2samp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gradsurgery as gs
-from lightning_modules import callbacks, cli, commands
+from lightning_modules import callbacks, cli, commands, outputs
 from lightning_modules.evaluation import Evaluation, evaluate
 from lightning_modules.fictional_authors import fictional_authors
 from lightning_modules.loading import make_data
@@ -197,6 +200,34 @@ def test_the_saved_model_is_the_one_that_was_scored(run: Path) -> None:
             assert math.isclose(after[split][name], value, rel_tol=1e-5), (split, name)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_two_processes_score_the_model_that_they_leave(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    arguments = [*SMALL, "--devices", "2", "--strategy", "ddp", "--epochs", "2", "--probes", "false", "--holdout"]
+    arguments += [str(tmp_path / "holdout.json"), "--output", str(folder)]
+    (tmp_path / "holdout.json").write_text(json.dumps(fictional_authors(6)[100:]))
+    finished = subprocess.run(
+        [sys.executable, "-m", "lightning_modules.cli", "unlearn", *arguments],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parents[2])},
+        cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert len(rows_of(folder / "surgery.csv")) == 4  # 20 examples, twice 8 a batch: two steps an epoch
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    rows = fictional_authors(6)
+    splits = {"forget": rows[80:100], "retain": rows[:80], "holdout": rows[100:]}
+    again = evaluate(model, tokenizer, splits, max_new_tokens=24, progress=False)
+    found = metrics_of(folder)
+    assert list(found["after"]) == list(splits)
+    for split, scores in again.summary.items():
+        assert found["after"][split] == pytest.approx(scores, rel=1e-5), split
+    # the weights before are those of every other run
+    assert found["before"]["forget"] == pytest.approx(metrics_of(run)["before"]["forget"], rel=1e-5)
+    assert found["reference"]["forget"] == pytest.approx(metrics_of(run)["reference"]["forget"], rel=1e-5)
+
+
 def test_report_holds_the_numbers_and_a_picture_and_can_be_drawn_again(run: Path) -> None:
     text = (run / "report.md").read_text()
     assert f"{metrics_of(run)['after']['retain']['probability']:.3f}" in text
@@ -288,6 +319,39 @@ def test_a_reference_about_other_questions_is_refused(
     assert "20 of 20 missing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["unlearn", "evaluate"])
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        ("other.jsonl", "every example of forget, found 20 of 20 missing"),
+        ("unlearned.jsonl", "a log of unlearning without a reference"),
+        ("empty", "is a folder without a loadable model"),
+        ("broken.jsonl", "expected the lines of an evaluation.jsonl"),
+    ],
+)
+def test_a_wrong_reference_is_refused_before_any_work(
+    command: str,
+    reference: str,
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    row = {"question": "Who?", "answer": "Nobody."}
+    outputs.write_evaluation(tmp_path / "other.jsonl", {"reference": {"forget": [row]}})
+    outputs.write_evaluation(tmp_path / "unlearned.jsonl", {"before": {"forget": [row]}, "after": {"forget": [row]}})
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.jsonl").write_text("{")
+    there = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(commands, "load_model", lambda *_: pytest.fail("work was begun"))
+    arguments = [*SMALL, "--reference", str(tmp_path / reference), "--output", str(tmp_path / "run")]
+    assert cli.main([command, *arguments]) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
+    assert sorted(tmp_path.rglob("*")) == there
+
+
 def test_evaluate_scores_a_saved_model_and_leaves_a_log_that_can_be_a_reference(run: Path, tmp_path: Path) -> None:
     rows = fictional_authors(5)
     for name, part in (("forget", rows[80:]), ("retain", rows[:80])):
@@ -340,7 +404,7 @@ def test_the_scores_of_a_diverged_model_are_nan_and_written() -> None:
     [
         ({"forget_authors": 0}, "1 <= --forget-authors < --authors"),
         ({"forget_authors": 10}, "1 <= --forget-authors < --authors, 10, found 10"),
-        ({"forget_authors": 1, "forget": "a.json", "retain": "b.json"}, "found|no --forget"),
+        ({"forget_authors": 1, "forget": "a.json", "retain": "b.json"}, "no --forget"),
         ({"forget_authors": 1, "model": "somewhere", "tofu": "forget10"}, "expected a model from scratch"),
     ],
 )

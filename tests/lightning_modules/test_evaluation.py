@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -19,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lightning_modules import memorization
 from lightning_modules.evaluation import evaluate
 from lightning_modules.generation import generate_greedily
 from lightning_modules.likelihood import answer_nll
@@ -469,3 +472,29 @@ def test_nothing_to_score_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate(*trained, splits)
+
+
+class PeakMemory(TorchDispatchMode):
+    """How many bytes of tensors were alive at once, in units of so many bytes."""
+
+    def __init__(self, unit: int) -> None:
+        super().__init__()
+        self.unit, self.peak = unit, 0.0
+        self.seen: list[weakref.ref[torch.Tensor]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        result = function(*arguments, **(named or {}))
+        self.seen += [weakref.ref(tensor) for tensor in (*arguments, result) if isinstance(tensor, torch.Tensor)]
+        alive = [tensor.untyped_storage() for tensor in (found() for found in self.seen) if tensor is not None]
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in alive}
+        self.peak = max(self.peak, sum(sizes.values()) / self.unit)
+        return result
+
+
+@pytest.mark.parametrize("left_out", [0, 1, 16, 32])
+def test_scores_of_memory_hold_four_buffers_of_logits_at_most(left_out: int) -> None:
+    rows, vocabulary = 32, 4096
+    logits, labels = torch.randn(rows, vocabulary), torch.zeros(rows, dtype=torch.int64)
+    with PeakMemory(logits.nbytes) as counted:
+        memorization._statistics(torch.arange(rows) >= left_out, logits, labels, torch.arange(rows))
+    assert 2.0 <= counted.peak < 4.1
