@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 import gradsurgery as gs
+from gradsurgery.losses import _sweep
 from tests.reference import losses as reference
 from tests.tolerances import LINEAR, close
 
@@ -241,6 +242,43 @@ def test_losses_of_rows_and_of_a_reference(name: str, own_head: bool) -> None:
         (values @ WEIGHTS["one for each token"].double()).backward()
         results.append([values.detach(), *(tensor.grad for tensor in tensors)])
     agree(*results, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"scale": 0.5, "softcap": 3.0}])
+@pytest.mark.parametrize("near", [False, True])
+@pytest.mark.parametrize("loss", ["kl_divergence", "uniform", "undial", partial(gs.losses.undial, beta=2.0)])
+def test_the_gradient_that_a_divergence_makes_itself_is_that_of_autograd(
+    loss: Any, near: bool, options: dict[str, float], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, other = case(), case(seed=9)
+    if near:  # a small divergence is summed in another way than a large one
+        inputs = inputs._replace(hidden=0.05 * inputs.hidden)
+        other = other._replace(hidden=inputs.hidden + 0.02 * other.hidden)
+    known = loss != "uniform"
+    results = []
+    for by_itself in (True, False):
+        if by_itself:
+            monkeypatch.setattr(_sweep, "_differentiated", lambda *_: pytest.fail("went through autograd"))
+        else:
+            monkeypatch.undo()
+            monkeypatch.setattr(_sweep, "of_pair", lambda loss: None)
+        tensors = [tensor.to(dtype).requires_grad_() for tensor in (inputs.hidden, inputs.weight)]
+        reference = {"reference_hidden": other.hidden.to(dtype)} if known else {}
+        values = linear(*tensors, inputs.labels, loss, chunk_size=5, **reference, **options)
+        (values @ WEIGHTS["one for each token"].to(values.dtype)).backward()
+        results.append([values.detach(), *(tensor.grad for tensor in tensors)])
+    agree(*results, dtype)
+
+
+def test_what_a_divergence_would_refuse_is_refused_within_linear_too() -> None:
+    inputs = case()
+    for loss, error in (
+        (partial(gs.losses.undial, beta=-1.0), ValueError),
+        (partial(gs.losses.kl_divergence, beta=1.0), TypeError),
+    ):
+        with pytest.raises(error, match="beta"):
+            linear(inputs.hidden, inputs.weight, inputs.labels, loss, reference_hidden=inputs.hidden)
 
 
 def test_a_loss_that_does_not_return_a_value_for_each_token_is_refused() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradsurgery.losses import _rows
+from gradsurgery.losses import _pairs
 from gradsurgery.losses._rows import kl_divergence, logit_margin, undial, uniform
 from tests.reference import row_losses as reference
 from tests.test_losses import VOCABULARY, batch
@@ -119,12 +119,51 @@ def test_distributions_that_hardly_differ_have_a_divergence_with_digits(distance
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_series_has_the_last_digits_of_its_type(dtype: torch.dtype) -> None:
-    ratios = torch.linspace(-_rows._NEAR, _rows._NEAR, 101, dtype=dtype)
-    for ratio, value in zip(ratios.tolist(), _rows._expm1_less(ratios).tolist(), strict=True):
+@pytest.mark.parametrize("distance", [2.0**-4, 2.0**-7, 2.0**-13])
+def test_a_distribution_that_is_hardly_not_uniform_has_a_divergence_with_digits(
+    distance: float, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (distance * torch.randint(-4, 5, (4, 300), generator=generator)).to(dtype).requires_grad_()
+    values = uniform(logits)
+    values.sum().backward()
+    for row, value, gradient in zip(logits.tolist(), values.tolist(), logits.grad, strict=True):
+        expected, expected_row = reference.exact("uniform", row, [0.0] * 300, 0, 0.0)
+        assert abs(value - expected) <= NEAR[dtype].relative * expected
+        wanted = torch.tensor(expected_row, dtype=torch.float64)
+        close(gradient.double(), wanted, NEAR_ROW[dtype], scale=wanted.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ["kl_divergence", "uniform"])
+def test_the_two_ways_to_sum_a_divergence_meet(name: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    others = torch.zeros(40, 300) if name == "uniform" else torch.randn(40, 300, generator=generator)
+    steps = torch.linspace(0.5, 1.0, 40)[:, None]
+    logits = (others + steps * torch.randn(40, 300, generator=generator)).to(dtype)
+    values = LOSSES[name](logits, torch.zeros(40), others.to(dtype))
+    assert values.min() < _pairs.LARGE < values.max()
+    for one_by_one in range(40):
+        row = slice(one_by_one, one_by_one + 1)
+        value = LOSSES[name](logits[row], torch.zeros(1), others[row].to(dtype))
+        expected, _ = reference.exact(name, logits[one_by_one].tolist(), others[one_by_one].tolist(), 0, 0.0)
+        for found in (float(value), float(values[one_by_one])):
+            assert abs(found - expected) <= LOSS[dtype].relative / 4 * expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("farthest", "digits"), [(2 * _pairs.NEAR * (1 - 1e-6), 4), (1.0, 12), (30.0, 12)])
+def test_a_term_of_the_divergence_has_the_last_digits_of_its_type(
+    farthest: float, digits: int, dtype: torch.dtype
+) -> None:
+    ratios = torch.linspace(-farthest, farthest, 301, dtype=dtype)
+    near = (ratios / 2).clamp(-_pairs.NEAR, _pairs.NEAR)
+    terms = _pairs._terms(near, (ratios / 2).tanh(), torch.empty_like(near), torch.empty_like(near))
+    for ratio, one, other in zip(ratios.tolist(), terms.tolist(), (ratios / 2 - near).tolist(), strict=True):
         with mpmath.workdps(40):
-            expected = float(mpmath.exp(ratio) - 1 - mpmath.mpf(ratio))
-        assert abs(value - expected) <= 4 * torch.finfo(dtype).eps * expected
+            p = mpmath.exp(ratio)
+            expected, value = p - 1 - mpmath.mpf(ratio), (p + 1) * one - 2 * mpmath.mpf(other)
+            assert abs(value - expected) <= digits * torch.finfo(dtype).eps * expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -172,7 +211,7 @@ def test_gradcheck(name: str) -> None:
 def test_blocks_of_rows_give_what_all_rows_at_once_give(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for size in (1, 2 * VOCABULARY, 1000 * VOCABULARY):
-        monkeypatch.setitem(_rows._BLOCKS, "cpu", size)
+        monkeypatch.setitem(_pairs.BLOCKS, "cpu", size)
         logits, labels, others = triple(None, None, seed=5)
         labels[2] = -100
         loss = LOSSES[name](logits.requires_grad_(), labels, others)

@@ -8,18 +8,15 @@ logits' size is kept for the backward pass but the logits themselves.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradsurgery.losses._log_odds import IGNORED, check_integers, checked
-
-_BLOCKS = {"cpu": 2**18, "other": 2**24}
-"""Logits worked on at once, of which there are up to seven float32 temporaries: 1 MiB each fits a CPU's cache; elsewhere a block must
-outlast the launch of its kernels."""
+from gradsurgery.losses._log_odds import IGNORED, check_integers, checked, float_type
+from gradsurgery.losses._pairs import Pair, Room, Totals, blocks, shifted
 
 
 def kl_divergence(logits: Tensor, reference_logits: Tensor) -> Tensor:
@@ -38,7 +35,8 @@ def kl_divergence(logits: Tensor, reference_logits: Tensor) -> Tensor:
         ValueError: If the shapes are not one ``[N, V]``.
         TypeError: If the logits are not of a floating-point type.
 
-    Gradient row: p - q. Cost: temporaries of a block of rows, nothing kept but the inputs; the backward pass computes the row anew.
+    Gradient row: p - q. Cost: temporaries of a block of rows, nothing kept but the inputs and five numbers a row; the backward
+    pass computes the row anew, and `linear` asks for it in the forward pass.
 
     Source: the "KL" retain loss of TOFU (2401.06121) and open-unlearning. Difference from the authors' code: it takes the mean over all
     B T positions, prompt and padding included; here the caller chooses the rows (``answer_tokens``, or the attention mask) and the mean.
@@ -48,7 +46,7 @@ def kl_divergence(logits: Tensor, reference_logits: Tensor) -> Tensor:
         tensor([0.6931, 0.0000])
     """
     _check(logits, reference_logits)
-    return _Divergence.apply(logits, reference_logits.detach(), None, 0.0)
+    return _Divergence.apply(logits, reference_logits.detach(), None, None)
 
 
 def uniform(logits: Tensor) -> Tensor:
@@ -77,7 +75,7 @@ def uniform(logits: Tensor) -> Tensor:
         tensor([0.0000, 4.9016])
     """
     _check(logits)
-    return _Divergence.apply(logits, None, None, 0.0)
+    return _Divergence.apply(logits, None, None, None)
 
 
 def undial(logits: Tensor, labels: Tensor, reference_logits: Tensor, beta: float = 10.0) -> Tensor:
@@ -108,9 +106,7 @@ def undial(logits: Tensor, labels: Tensor, reference_logits: Tensor, beta: float
     """
     _check(logits, reference_logits)
     checked(logits, labels)
-    if not beta >= 0:
-        raise ValueError(f"beta: expected a number >= 0, found {beta}")
-    return _Divergence.apply(logits, reference_logits.detach(), labels, float(beta))
+    return _Divergence.apply(logits, reference_logits.detach(), labels, _checked_beta(beta))
 
 
 def logit_margin(logits: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -164,114 +160,99 @@ def _check(logits: Tensor, reference_logits: Tensor | None = None) -> None:
             raise TypeError(f"{name}: expected a floating-point type, found {value.dtype}")
 
 
-def _blocks(logits: Tensor) -> Iterator[slice]:
-    size = max(1, _BLOCKS.get(logits.device.type, _BLOCKS["other"]) // logits.shape[1])
-    return (slice(start, start + size) for start in range(0, len(logits), size))
+OF_PAIR = "of_pair"
+"""The attribute in which a loss carries what `of_pair` finds."""
 
 
-def _widened(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy to work in, with the largest logit at 0: a difference of logits is exact where a logsumexp of 1e4 has three decimals."""
-    return logits.to(dtype, copy=True).sub_(logits.amax(1, keepdim=True))
+class OfPair(NamedTuple):
+    """What `linear` finds on the divergences, and calls in place of differentiating them.
+
+    Attributes:
+        beta: What is taken off the labels' reference logits if the loss is the cross-entropy; None for the divergence.
+    """
+
+    beta: float | None
+
+    def __call__(self, logits: Tensor, labels: Tensor, reference: Tensor | None, outer: Tensor | None) -> Tensor:
+        """Values ``[n]`` of float logits, which are overwritten by the gradient of their sum weighted by ``outer``, if that is given."""
+        values, index = torch.empty_like(logits[:, 0]), labels.long()
+        for rows, room in blocks(logits):
+            pair = _pair(rows, room, logits, reference, index, self.beta)
+            values[rows] = pair.divergence() if self.beta is None else pair.cross_entropy()
+            if outer is not None:
+                pair.difference(outer[rows], out=logits[rows])
+        return values
+
+
+def of_pair(loss: Callable[..., Tensor]) -> OfPair | None:
+    """How to have the loss's values and gradient at once, a bound beta included; None for a loss of another kind."""
+    bound: dict[str, Any] = {}
+    while isinstance(loss, functools.partial) and not loss.args:
+        bound = {**loss.keywords, **bound}
+        loss = loss.func
+    found: OfPair | None = getattr(loss, OF_PAIR, None)
+    if found is None or not bound:
+        return found
+    if found.beta is None or set(bound) != {"beta"}:
+        return None
+    return OfPair(_checked_beta(bound["beta"]))
+
+
+vars(undial)[OF_PAIR] = OfPair(10.0)
 
 
 class _Divergence(torch.autograd.Function):
-    """KL(q||p), or the cross-entropy where there are labels to lower in q, ``[N]``; gradient p - q. Without a reference q is uniform."""
+    """KL(q||p), or with a beta the cross-entropy, ``[N]``; gradient p - q. Without a reference q is uniform."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, reference: Tensor | None, labels: Tensor | None, beta: float) -> Tensor:
-        ctx.save_for_backward(logits, reference, labels)
+    def forward(
+        ctx: Any, logits: Tensor, reference: Tensor | None, labels: Tensor | None, beta: float | None
+    ) -> Tensor:
+        index = None if labels is None else torch.where(labels == IGNORED, 0, labels).long()
+        values = logits.new_empty(len(logits), dtype=float_type(logits.dtype))
+        totals = values.new_empty(len(values), len(Totals._fields))
+        for rows, room in blocks(logits):
+            pair = _pair(rows, room, logits, reference, index, beta)
+            values[rows] = pair.divergence() if beta is None else pair.cross_entropy()
+            torch.cat(pair.totals, 1, out=totals[rows])
+        ctx.save_for_backward(logits, reference, labels, index, totals)
         ctx.beta = beta
-        values = logits.new_empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
-        for rows in _blocks(logits):
-            pair = _Pair(rows, logits, reference, labels, beta)
-            values[rows] = pair.divergence() if labels is None else pair.cross_entropy()
         return values if labels is None else values.masked_fill_(labels == IGNORED, 0.0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        logits, reference, labels = ctx.saved_tensors
+        logits, reference, labels, index, totals = ctx.saved_tensors
         result = torch.empty_like(logits)
-        for rows in _blocks(logits):
-            row = _Pair(rows, logits, reference, labels, ctx.beta).difference().mul_(gradients[0][rows, None])
-            result[rows] = row if labels is None else row.masked_fill_((labels[rows] == IGNORED)[:, None], 0.0)
+        for rows, room in blocks(logits):
+            known = Totals(*totals[rows].split(1, 1))
+            pair = _pair(rows, room, logits, reference, index, ctx.beta, known)
+            pair.difference(gradients[0][rows], out=result[rows])
+        if labels is not None:
+            ignored = (labels == IGNORED)[:, None]
+            # A CPU can see that there are none: a mask takes it longer than all the rest.
+            if result.device.type != "cpu" or bool(ignored.any()):
+                result.masked_fill_(ignored, 0.0)
         return result, None, None, None
 
 
-class _Pair:
-    """A block of rows of p and q ``[n, V]``, with their logits less the largest, and those logits' logsumexps ``[n, 1]``.
-
-    It answers one question: the answers consume what they need no more.
-    """
-
-    def __init__(
-        self, rows: slice, logits: Tensor, reference: Tensor | None, labels: Tensor | None, beta: float
-    ) -> None:
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        self.model = _widened(logits[rows], dtype)
-        self.p, self.model_total = _softmax(self.model)
-        if reference is None:
-            size = logits.shape[1]
-            self.reference = self.model.new_zeros(1, 1)
-            self.q, self.reference_total = self.reference + 1.0 / size, self.reference + math.log(size)
-            return
-        self.reference = _widened(reference[rows], dtype)
-        if labels is not None:
-            index = torch.where(labels == IGNORED, 0, labels)[rows, None].long()
-            self.reference.scatter_add_(1, index, self.reference.new_full((), -beta).expand_as(index))
-            self.reference.sub_(self.reference.amax(1, keepdim=True))
-        self.q, self.reference_total = _softmax(self.reference)
-
-    def log_ratio(self) -> Tensor:
-        # The logits' difference first: it is exact where they are close, which a difference of two log-probabilities is not.
-        return self.model.sub_(self.reference).sub_(self.model_total - self.reference_total)
-
-    def divergence(self) -> Tensor:
-        """Sum of q (e^u - 1 - u), ``[n]``."""
-        ratio = self.log_ratio()
-        # What q excludes has no share even where u is infinite; a NaN in q does not equal 0, and stays.
-        far = self.p.sub_(self.q).sub_((ratio * self.q).masked_fill_(self.q == 0.0, 0.0))
-        near = _expm1_less(ratio).mul_(self.q)
-        return torch.where(ratio.abs() < _NEAR, near, far).sum(1)
-
-    def cross_entropy(self) -> Tensor:
-        """Sum of q (-log p), ``[n]``."""
-        surprise = self.model.sub_(self.model_total).neg_()
-        return surprise.mul_(self.q).masked_fill_(self.q == 0.0, 0.0).sum(1)
-
-    def difference(self) -> Tensor:
-        """Row of the gradient, p - q, ``[n, V]``."""
-        ratio = self.log_ratio()
-        far = self.p.sub_(self.q)
-        # Where p is the smaller or hardly larger one p - q cancels; e^u of a large u would overflow.
-        row = torch.where(ratio < 1.0, ratio.expm1_().mul_(self.q), far)
-        # An exact row sums to 0. What this one sums to is the rounding of the logsumexps, which would drown distributions 1e-4 apart.
-        return row.addcmul_(self.q, row.sum(1, keepdim=True), value=-1.0)
+def _pair(
+    rows: slice,
+    room: Room,
+    logits: Tensor,
+    reference: Tensor | None,
+    index: Tensor | None,
+    beta: float | None,
+    totals: Totals | None = None,
+) -> Pair:
+    lowered = None if index is None or beta is None else (index[rows], beta)
+    return Pair(logits[rows], None if reference is None else reference[rows], room, lowered, totals)
 
 
-def _softmax(shifted: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities ``[n, V]`` of logits whose largest is 0, and the logarithm of the sum of their exponentials, ``[n, 1]``.
-
-    The largest is kept out of the sum, so that the logarithm does not round to 0 where one token is certain.
-    """
-    exponentials = shifted.exp()
-    largest = shifted.max(1, keepdim=True).indices  # argmax takes three times as long on a CPU
-    own = exponentials.gather(1, largest)
-    rest = exponentials.scatter_(1, largest, 0.0).sum(1, keepdim=True)
-    return exponentials.scatter_(1, largest, own).div_(own + rest), rest.log1p()
-
-
-_NEAR = 0.25
-"""Log ratios whose e^u - 1 - u comes from its series; for larger ones the difference loses at most three bits."""
-
-
-def _expm1_less(ratio: Tensor) -> Tensor:
-    """e^u - 1 - u for |u| < 1/4, as u^2/2 (1 + u/3 (1 + u/4 (...))) to the last digit of the type; nonsense elsewhere."""
-    # The first term left out is 2 u^(n - 2) / n! of the sum: 1e-8 for n = 8, 8e-17 for n = 13.
-    series = one = ratio.new_ones(())
-    for n in range(12 if ratio.dtype == torch.float64 else 7, 2, -1):
-        series = torch.addcmul(one, series, ratio, value=1.0 / n)
-    return series * ratio.square().mul_(0.5)
+def _checked_beta(beta: float) -> float:
+    if not beta >= 0:
+        raise ValueError(f"beta: expected a number >= 0, found {beta}")
+    return float(beta)
 
 
 class _Margin(torch.autograd.Function):
@@ -279,10 +260,10 @@ class _Margin(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, valid: Tensor | None) -> Tensor:
-        margins = logits.new_empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
-        for rows in _blocks(logits):
+        margins = logits.new_empty(len(logits), dtype=float_type(logits.dtype))
+        for rows, room in blocks(logits):
             # The mean of differences, none of them positive: that of logits of 1e4 has three decimals.
-            margins[rows] = _widened(logits[rows], margins.dtype).mean(1).neg_()
+            margins[rows] = shifted(logits[rows], room[0])[0].mean(1).neg_()
         ctx.save_for_backward(logits.argmax(1, keepdim=True), valid)
         ctx.shape, ctx.dtype = logits.shape, logits.dtype
         return margins

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradsurgery.losses import _kernel
 from gradsurgery.losses._log_odds import IGNORED, OfLogOdds, float_type, gradient, of_log_odds, reduce_
+from gradsurgery.losses._rows import of_pair
 from gradsurgery.losses._table import RowLoss
 
 # Logits held at once, in bytes. On a CPU small chunks stay near the caches; a GPU needs large products.
@@ -166,6 +167,7 @@ def _rows_(
         if differentiate:
             _kernel.gradient_(logits, labels, reduced, own, other, head.scale, head.softcap)
         return values
+    pair = of_pair(head.loss)
     dtype = float_type(logits.dtype)
     values = torch.empty(len(labels), dtype=dtype, device=logits.device)
     block = max(1, _BLOCK_BYTES[_kind(logits)] // (4 * logits.shape[1]))
@@ -177,6 +179,10 @@ def _rows_(
             reduced = reduce_(rows, index, found.runner_up)
             values[part], own, other = _slopes(found, reduced.own, reduced.other, weights, differentiate)
             gradients = gradient(rows, reduced, own, other, in_place=True) if differentiate else rows
+        elif pair is not None:
+            # A product of this chunk alone: it may be overwritten.
+            other = None if reference is None else _capped_(reference[part].to(dtype), head)
+            values[part], gradients = pair(rows, index, other, weights if differentiate else None), rows
         else:
             others = () if reference is None else (_capped_(reference[part].to(dtype, copy=True), head),)
             values[part], gradients = _differentiated(head.loss, rows, (index, *others), weights, differentiate)

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from gradsurgery.losses._log_odds import IGNORED, TokenLoss
-from gradsurgery.losses._rows import kl_divergence, logit_margin, undial, uniform
+from gradsurgery.losses._rows import OF_PAIR, OfPair, kl_divergence, logit_margin, undial, uniform
 from gradsurgery.losses._sequences import dpo, npo, simnpo
 from gradsurgery.losses._tokens import (
     ceu,
@@ -81,7 +81,10 @@ def as_row_loss(loss: Any) -> RowLoss:
         found = beside_reference
     else:
         return loss
-    setattr(found, _PLAIN, plain)
+    marks: dict[str, Any] = {_PLAIN: plain}
+    if loss is plain:  # without options, of which these have none: `linear` need not differentiate it
+        marks[OF_PAIR] = OfPair(None)
+    vars(found).update(marks)
     return found
 
 

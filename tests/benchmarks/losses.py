@@ -1,20 +1,25 @@
 """What a loss and its head cost together: `losses.linear` beside the obvious way and beside the matrix products alone.
 
-Run it: python tests/benchmarks/losses.py [--threads 1] [--device cuda] [--quick] [--default-malloc]
+Run it: python tests/benchmarks/losses.py [--rows] [--threads 1] [--device cuda] [--quick] [--default-malloc]
 
 The obvious way is what the papers' code does: logits of all tokens, a clone with the label at minus infinity, its softmax, cross-entropy
 against that. The products alone are those that nobody can avoid: logits, and the gradients of the hidden states and (with a trainable head)
 of the weight, of the answer tokens in one piece, without any loss. Times are the best of interleaved rounds in one process; only ratios
 mean something. Memory is the largest sum of live allocations above the inputs, the gradients included.
+
+With --rows: `kl_divergence`, `uniform` and `undial` beside plain PyTorch, on logits and with a head, where the model is far from what it is
+compared with, and where it is near: a small divergence is summed in another way than a large one.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
@@ -88,6 +93,93 @@ def torch_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tenso
     valid = labels != -100
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=64 if hidden.device.type == "cpu" else 2048)
     return functional.linear_cross_entropy(hidden[valid], weight, labels[valid], options=options)
+
+
+def plain_divergence(logits: Tensor, labels: Tensor, other: Tensor) -> Tensor:
+    target = torch.log_softmax(other.float(), -1)
+    return functional.kl_div(torch.log_softmax(logits.float(), -1), target, reduction="none", log_target=True).sum(1)
+
+
+def plain_uniform(logits: Tensor, labels: Tensor, other: Tensor) -> Tensor:
+    return -torch.log_softmax(logits.float(), -1).mean(1) - math.log(logits.shape[1])
+
+
+def plain_undial(logits: Tensor, labels: Tensor, other: Tensor) -> Tensor:
+    label = labels.clamp_min(0)[:, None]
+    target = torch.softmax(other.float().scatter_add(1, label, other.new_full((), -10.0).float().expand_as(label)), -1)
+    return functional.cross_entropy(logits.float(), target, reduction="none")
+
+
+ROWS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "kl_divergence": (plain_divergence, lambda logits, labels, other: gs.losses.kl_divergence(logits, other)),
+    "uniform": (plain_uniform, lambda logits, labels, other: gs.losses.uniform(logits)),
+    "undial": (plain_undial, gs.losses.undial),
+}
+"""Losses of rows: in plain PyTorch, and ours."""
+
+
+def compare_rows(device: str, repeats: int, vocabulary: int, tokens: int, dtype: torch.dtype, distance: float) -> None:
+    """On logits: value and gradient, beside plain PyTorch; the models' logits differ by ``distance``, and logits are about 3."""
+    generator = torch.Generator().manual_seed(0)
+    noise, other = (torch.randn(tokens, vocabulary, generator=generator) for _ in range(2))
+    labels = torch.randint(vocabulary, (tokens,), generator=generator).to(device)
+    other = 3.0 * other
+    starts = {name: distance * noise if name == "uniform" else other + distance * noise for name in ROWS}
+    leaves = {name: start.to(device, dtype).requires_grad_() for name, start in starts.items()}
+    other = other.to(device, dtype)
+
+    def act(name: str, function: Callable[..., Tensor]) -> None:
+        function(leaves[name], labels, other).mean().backward()
+        leaves[name].grad = None
+
+    print(f"rows: V={vocabulary} N={tokens} {str(dtype)[6:]}, logits {distance} apart")
+    beside({name: tuple(partial(act, name, way) for way in ways) for name, ways in ROWS.items()}, device, repeats)
+
+
+def compare_heads(
+    device: str, repeats: int, vocabulary: int, tokens: int, dtype: torch.dtype, trainable: bool, distance: float
+) -> None:
+    """With a head, half of the tokens answers; the models' hidden states differ by ``distance``, and logits are about 1."""
+    hidden, weight, labels = case(device, vocabulary, 512, tokens, 0.5, dtype, trainable)
+    noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    near = (hidden.detach() + distance * noise).requires_grad_()
+    flat = (distance * noise).requires_grad_()
+    head = weight.detach().clone()
+    valid = labels != -100
+
+    def plainly(name: str, start: Tensor) -> None:
+        values = ROWS[name][0](start @ weight.T, labels, hidden.detach() @ head.T)
+        ((values * valid).sum() / valid.sum()).backward()
+        start.grad = weight.grad = None
+
+    def ours_(name: str, start: Tensor) -> None:
+        options = {} if name == "uniform" else {"reference_hidden": hidden.detach(), "reference_weight": head}
+        (gs.losses.linear(start, weight, labels, name, **options).sum() / valid.sum()).backward()
+        start.grad = weight.grad = None
+
+    print(
+        f"with a head: V={vocabulary} H=512 N={tokens} (50% answers) {str(dtype)[6:]} {'trainable' if trainable else 'frozen'}, "
+        f"hidden states {distance} apart"
+    )
+    starts = {name: flat if name == "uniform" else near for name in ROWS}
+    beside(
+        {name: tuple(partial(way, name, start) for way in (plainly, ours_)) for name, start in starts.items()},
+        device,
+        repeats,
+    )
+
+
+def beside(actions: dict[str, tuple[Callable[[], None], ...]], device: str, repeats: int) -> None:
+    best = {name: [math.inf, math.inf] for name in actions}
+    for _ in range(repeats + 1):
+        for name, ways in actions.items():
+            best[name] = [min(old, timed(way, device)) for old, way in zip(best[name], ways, strict=True)]
+    for name, ways in actions.items():
+        plain, own = (peak(way, device) for way in ways)
+        print(
+            f"  {name:16s} x {best[name][1] / best[name][0]:5.2f} of plain PyTorch, peak {own:7.1f} MiB beside {plain:7.1f}",
+            flush=True,
+        )
 
 
 def case(
@@ -173,6 +265,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rows", action="store_true", help="losses of whole rows beside plain PyTorch")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one small shape")
     parser.add_argument("--default-malloc", action="store_true")
@@ -182,6 +275,18 @@ if __name__ == "__main__":
         os.execv(sys.executable, [sys.executable, *sys.argv])  # glibc reads them when a process starts
     torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, {arguments.device}, {arguments.threads} threads, {time.strftime('%Y-%m-%d')}")
+    if arguments.rows:
+        for vocabulary, tokens in (
+            [(32000, 64)] if arguments.quick else [(32000, 64), (32000, 512), (128256, 64), (128256, 512)]
+        ):
+            for dtype in (torch.float32, torch.bfloat16):
+                for distance in (3.0, 0.1):
+                    compare_rows(arguments.device, arguments.repeats, vocabulary, tokens, dtype, distance)
+                    for trainable in (True, False):
+                        compare_heads(
+                            arguments.device, arguments.repeats, vocabulary, tokens, dtype, trainable, distance
+                        )
+        sys.exit()
     shapes = [(128256, 512, 512, 0.5), (128256, 512, 512, 1.0), (32000, 2048, 512, 0.5)]
     if arguments.device != "cpu":
         shapes = [(128256, 2048, 8192, 1.0), (128256, 4096, 8192, 0.5)]
