@@ -9,9 +9,10 @@ from lightning_modules.report.run import Run, columns, number
 
 GIVEN_BACK = {
     "exact_memorization": "Exact memorization is the share of an answer's tokens that are the model's first choice, given the right ones "
-    "before them: lower is better on forget, where 0 means that nothing of the answer is reproduced, and higher on retain.",
-    "extraction_strength": "Extraction strength is the share of an answer that the model completes by itself, given all before it: lower "
-    "is better on forget, where 0 means that nothing of the answer is reproduced, and higher on retain.",
+    "before them: on forget lower means that less is reproduced, and a model that never saw the answers guesses some too; on retain higher is "
+    "better.",
+    "extraction_strength": "Extraction strength is the share of an answer that the model completes by itself, given all before it: on "
+    "forget lower means that less is reproduced, down to what a model completes that never saw the answers; on retain higher is better.",
 }
 ATTACKS = {"loss": "loss", "min_k": "Min-K", "min_k_plus_plus": "Min-K++", "zlib": "zlib"}
 """Name in metrics.json -> the one that people say."""

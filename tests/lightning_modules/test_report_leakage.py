@@ -60,7 +60,7 @@ def test_they_are_rows_with_intervals_like_the_others(tmp_path: Path) -> None:
                 for said in (words, text):
                     assert f"{mean:.3f} [{low:.3f}, {high:.3f}]" in said
     for said in (words, text):
-        assert said.count("lower is better on forget, where 0 means that nothing of the answer is reproduced") == 2
+        assert said.count("lower means that less is reproduced") == 2
 
 
 def test_a_run_without_them_has_no_rows_for_them(tmp_path: Path) -> None:
