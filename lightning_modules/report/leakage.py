@@ -9,8 +9,8 @@ from lightning_modules.report.run import Run, columns, number
 
 GIVEN_BACK = {
     "exact_memorization": "Exact memorization is the share of an answer's tokens that are the model's first choice, given the right ones "
-    "before them: on forget lower means that less is reproduced, and a model that never saw the answers guesses some too; on retain higher is "
-    "better.",
+    "before them: on forget lower means that less is reproduced, and a model that never saw the answers guesses some too; on retain "
+    "higher is better.",
     "extraction_strength": "Extraction strength is the share of an answer that the model completes by itself, given all before it: on "
     "forget lower means that less is reproduced, down to what a model completes that never saw the answers; on retain higher is better.",
 }
