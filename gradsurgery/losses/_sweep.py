@@ -18,7 +18,7 @@ from gradsurgery.losses._table import RowLoss
 _BYTES = {"cpu": 64 << 20, "accelerator": 256 << 20}
 # Adding to a half-precision weight gradient rounds it every time, and on a CPU costs as much as the product: few, large chunks.
 _BYTES_HALF_TRAINABLE = {"cpu": 512 << 20, "accelerator": 1 << 30}
-_FROZEN_CPU_ROWS = 64
+_FROZEN_CPU_ROWS = 128
 # Logits worked on at once in float32: on a CPU what is read several times comes from the cache.
 _BLOCK_BYTES = {"cpu": 4 << 20, "accelerator": 64 << 20}
 
