@@ -45,9 +45,9 @@ def linear(
             or any function of logits ``[n, V]`` and labels ``[n]`` (and reference logits, if there are any) whose value i depends on row i
             only.
         bias: ``[V]`` or None.
-        chunk_size: Tokens whose logits are held at once; None chooses: on a CPU 64 with a frozen head, else 64 MiB of logits (512 MiB
-            for a trainable half-precision head, whose gradient would lose digits and time with every chunk added to it); on a GPU 256 MiB,
-            or 1 GiB.
+        chunk_size: Tokens whose logits are held at once; None chooses: on a CPU 64 to 128 with a frozen head, else 64 MiB of logits
+            (512 MiB for a trainable half-precision head, whose gradient would lose digits and time with every chunk added to it); on a GPU
+            256 MiB, or 1 GiB.
         scale: s, by which a model family multiplies its logits (Cohere; 1/s in Granite).
         softcap: c, at which it caps them (Gemma 2); None for no cap.
         reference_hidden: ``[N, H']``, hidden states of the reference model, constants, for losses that need its logits (`undial`,

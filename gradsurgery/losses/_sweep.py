@@ -18,7 +18,8 @@ from gradsurgery.losses._table import RowLoss
 _BYTES = {"cpu": 64 << 20, "accelerator": 256 << 20}
 # Adding to a half-precision weight gradient rounds it every time, and on a CPU costs as much as the product: few, large chunks.
 _BYTES_HALF_TRAINABLE = {"cpu": 512 << 20, "accelerator": 1 << 30}
-_FROZEN_CPU_ROWS = 128
+# With a frozen head the logits are all the memory there is: more rows save little time, and fewer make slow products.
+_FROZEN_CPU_ROWS = (64, 128)
 # Logits worked on at once in float32: on a CPU what is read several times comes from the cache.
 _BLOCK_BYTES = {"cpu": 4 << 20, "accelerator": 64 << 20}
 
@@ -250,7 +251,8 @@ def chunk_rows(weight: Tensor, trainable: bool) -> int:
     """Tokens a chunk where the caller did not say."""
     kind = _kind(weight)
     if kind == "cpu" and not trainable:
-        return _FROZEN_CPU_ROWS
+        least, most = _FROZEN_CPU_ROWS
+        return min(most, max(least, _BYTES[kind] // (weight.element_size() * len(weight))))
     table = _BYTES_HALF_TRAINABLE if trainable and weight.element_size() < 4 else _BYTES
     return max(16, table[kind] // (weight.element_size() * len(weight)))
 
