@@ -96,8 +96,11 @@ def read_evaluation(path: Path) -> tuple[str, Log]:
     """
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row, dict):
+                raise ValueError(f"row {number} is a {type(row).__name__} and no object")
         rows = [{key: _number(key, value) for key, value in row.items()} for row in rows]
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: expected the lines of an {EVALUATION}, found something else: {error}") from error
     for number, row in enumerate(rows, start=1):
         _check_row(row, f"{path}, row {number}")

@@ -6,14 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from lightning_modules.callbacks.notes import note
+from lightning_modules.callbacks.probe import Probe
 from lightning_modules.callbacks.scores import mean_probabilities, plain_copy
-from lightning_modules.outputs import PROBES
 from lightning_modules.tokenization import Encoded
 
 
@@ -117,7 +114,7 @@ def quantization_probe(
     return {"points": points}
 
 
-class QuantizationProbe(Callback):
+class QuantizationProbe(Probe):
     """Runs `quantization_probe` on the trained model at the end of training.
 
     One process does it; the trained model is never touched. Put it after `BestTradeoff`, so that it probes the model that is kept.
@@ -132,6 +129,8 @@ class QuantizationProbe(Callback):
         result: As `quantization_probe` returns it; None before the end.
     """
 
+    name = "quantization"
+
     def __init__(
         self,
         splits: Mapping[str, Sequence[Encoded]],
@@ -140,19 +139,10 @@ class QuantizationProbe(Callback):
         folder: str | Path | None = None,
         **settings: Any,
     ) -> None:
+        super().__init__(folder)
         self.splits = dict(splits)
         self.settings: dict[str, Any] = {"pad_token_id": pad_token_id, **settings}
-        self.folder = None if folder is None else Path(folder)
-        self.result: dict[str, Any] | None = None
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Probe, in one process."""
-        if trainer.is_global_zero:
-            self.run(pl_module.get_submodule("model"))
-
-    def run(self, model: nn.Module) -> dict[str, Any]:
-        """Probe a model, without a trainer too, and write the result down."""
-        self.result = quantization_probe(model, self.splits, **self.settings)
-        if self.folder is not None:
-            note(self.folder / PROBES, "quantization", self.result)
-        return self.result
+    def measure(self, model: nn.Module) -> dict[str, Any]:
+        """As `quantization_probe`."""
+        return quantization_probe(model, self.splits, **self.settings)

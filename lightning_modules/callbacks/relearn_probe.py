@@ -7,17 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 import gradsurgery as gs
-from lightning_modules.callbacks.notes import note
+from lightning_modules.callbacks.probe import Probe
 from lightning_modules.callbacks.scores import mean_probabilities, plain_copy
 from lightning_modules.heads import AnswerHead, answer_values
 from lightning_modules.likelihood import device_of
-from lightning_modules.outputs import PROBES
 from lightning_modules.tokenization import Encoded, collate
 
 
@@ -104,7 +101,7 @@ def relearn_probe(
     return {**settings, "taught": count, "rest": len(forget) - count, "points": points}
 
 
-class RelearnProbe(Callback):
+class RelearnProbe(Probe):
     """Runs `relearn_probe` on the trained model at the end of training, and on a control if there is one.
 
     One process does it; the trained model is never touched. Put it after `BestTradeoff`, so that it probes the model that is kept.
@@ -121,6 +118,8 @@ class RelearnProbe(Callback):
         result: `{"model": ..., "control": ... or None}`, each as `relearn_probe` returns; None before the end.
     """
 
+    name = "relearn"
+
     def __init__(
         self,
         forget: Sequence[Encoded],
@@ -131,23 +130,15 @@ class RelearnProbe(Callback):
         folder: str | Path | None = None,
         **settings: Any,
     ) -> None:
+        super().__init__(folder)
         self.forget, self.retain, self.control = forget, retain, control
         self.settings: dict[str, Any] = {"pad_token_id": pad_token_id, **settings}
-        self.folder = None if folder is None else Path(folder)
-        self.result: dict[str, Any] | None = None
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Probe, in one process."""
-        if trainer.is_global_zero:
-            self.run(pl_module.get_submodule("model"))
-
-    def run(self, model: nn.Module) -> dict[str, Any]:
-        """Probe a model, without a trainer too, and write the result down."""
-        self.result = {"model": relearn_probe(model, self.forget, self.retain, **self.settings), "control": None}
+    def measure(self, model: nn.Module) -> dict[str, Any]:
+        """The model and the control, each as `relearn_probe`."""
+        found = {"model": relearn_probe(model, self.forget, self.retain, **self.settings), "control": None}
         never_saw = None if self.control is None else self.control()
         if never_saw is not None:
             never_saw = never_saw.to(device_of(model))
-            self.result["control"] = relearn_probe(never_saw, self.forget, self.retain, **self.settings)
-        if self.folder is not None:
-            note(self.folder / PROBES, "relearn", self.result)
-        return self.result
+            found["control"] = relearn_probe(never_saw, self.forget, self.retain, **self.settings)
+        return found

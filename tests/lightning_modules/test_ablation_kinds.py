@@ -356,7 +356,7 @@ def test_seconds_before_training_count() -> None:
     late, early = (training.MatchTargets([], lambda model: {}, lambda model: {}, spent=spent) for spent in (7.0, 0.0))
     trainer: Any = SimpleNamespace(global_step=0, should_stop=False)
     for matching in (late, early):
-        matching.on_train_start(trainer, SimpleNamespace(get_submodule=lambda name: nn.Linear(1, 1)))  # type: ignore[arg-type]
+        matching.on_train_start(trainer, SimpleNamespace(get_submodule=lambda name: nn.Linear(1, 1)))
     assert 7.0 <= late.curve[0]["seconds"] < 7.5
     assert early.curve[0]["seconds"] < 0.5
 

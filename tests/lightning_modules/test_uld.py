@@ -145,7 +145,7 @@ def slow_losses(model: Any, batches: dict[str, dict[str, Tensor]], all_positions
 @pytest.mark.parametrize("all_positions", [False, True])
 def test_both_losses_are_the_ones_written_out(all_positions: bool) -> None:
     module = ULDModule(assistant(llama(), 1, 2), all_positions=all_positions, retain_weight=3.0)
-    module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
+    module.log_dict = lambda *_, **__: None
     batches = data(1)[0]
     forget, retain = slow_losses(module.assistant, batches, all_positions)
     close(module.forget_loss(batches["forget"]), torch.tensor(forget), LOSS, scale=forget)
@@ -161,7 +161,7 @@ def test_the_gradient_rows_are_those_of_the_paper() -> None:
         kept.append(torch.randn(*inputs["input_ids"].shape, VOCABULARY, requires_grad=True))
         return kept[-1]
 
-    module._logits = logits  # type: ignore[method-assign]
+    module._logits = logits
     module.forget_loss(batches["forget"]).backward()
     module.retain_loss(batches["retain"]).backward()
     labels = [
