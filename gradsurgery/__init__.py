@@ -15,10 +15,12 @@ Example:
     True
 """
 
-from gradsurgery import elementwise, gram, logit_difference, lora, losses, rules, scope, task_vectors
-from gradsurgery.dual_optimizer import DualOptimizer
-from gradsurgery.optimizer import GRU, GradientSurgery
-from gradsurgery.record import Record
+from gradsurgery import gram, logit_difference, lora, losses, rules, task_vectors
+from gradsurgery.optimizer import scope
+from gradsurgery.optimizer.dual import DualOptimizer
+from gradsurgery.optimizer.record import Record
+from gradsurgery.optimizer.surgery import GRU, GradientSurgery
+from gradsurgery.rules import elementwise
 
 __version__ = "0.1.0"
 __all__ = [

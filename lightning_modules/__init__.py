@@ -9,10 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_modules import callbacks, metrics, objectives, references
-    from lightning_modules.data import ForgetRetainDataModule, TOFUDataModule
-    from lightning_modules.module import UnlearningModule
-    from lightning_modules.uld import ULDModule
+    from lightning_modules import metrics
+    from lightning_modules.data.pairs import ForgetRetainDataModule, TOFUDataModule
+    from lightning_modules.report import g_effect
+    from lightning_modules.training import callbacks, objectives, references
+    from lightning_modules.training.module import UnlearningModule
+    from lightning_modules.training.uld import ULDModule
 
 __all__ = [
     "ForgetRetainDataModule",
@@ -20,25 +22,36 @@ __all__ = [
     "ULDModule",
     "UnlearningModule",
     "callbacks",
+    "g_effect",
     "metrics",
     "objectives",
     "references",
 ]
 
-_HOMES = {"ForgetRetainDataModule": "data", "TOFUDataModule": "data", "ULDModule": "uld", "UnlearningModule": "module"}
+_HOMES = {
+    "ForgetRetainDataModule": "data.pairs",
+    "TOFUDataModule": "data.pairs",
+    "ULDModule": "training.uld",
+    "UnlearningModule": "training.module",
+    "callbacks": "training",
+    "g_effect": "report",
+    "metrics": "",
+    "objectives": "training",
+    "references": "training",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
     try:
-        module = importlib.import_module(f"{__name__}.{_HOMES.get(name, name)}")
+        home = importlib.import_module(f"{__name__}.{_HOMES[name]}".rstrip("."))
+        return getattr(home, name) if name[0].isupper() else importlib.import_module(f"{home.__name__}.{name}")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("gradsurgery", "lightning_modules"):
             raise
         hint = f"lightning_modules.{name} needs {error.name}: pip install 'gradsurgery[lightning]'"
         raise ModuleNotFoundError(hint, name=error.name) from error
-    return getattr(module, name) if name in _HOMES else module
 
 
 def __dir__() -> list[str]:

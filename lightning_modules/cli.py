@@ -48,10 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from jsonargparse import ArgumentParser
 
-        from lightning_modules import commands
         from lightning_modules.ablation.options import AblateOptions
         from lightning_modules.ablation.sweep import ablate
-        from lightning_modules.options import EvaluateOptions, UnlearnOptions
+        from lightning_modules.run import unlearn as commands
+        from lightning_modules.run.options import EvaluateOptions, UnlearnOptions
     except ModuleNotFoundError as error:
         sys.stderr.write(f"gradsurgery: {error.name} is not installed; pip install 'gradsurgery[lightning]'\n")
         return 1
@@ -106,9 +106,10 @@ def _ours(error: Exception) -> bool:
     """Whether our own code raised it, in a sentence that says what to do; of any other the traceback is what helps."""
     if type(error) not in _SENTENCES:
         return False
+    import gradsurgery
+
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    ours = ("gradsurgery", "lightning_modules", "losses", "metrics", "functional", "ablation", "callbacks", "report")
-    return raised_in.parent.name in ours
+    return any(raised_in.is_relative_to(Path(str(package)).parent) for package in (gradsurgery.__file__, __file__))
 
 
 def _add(parser: Any, options: type) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery import GradientSurgery
-from gradsurgery.record import Record
+from gradsurgery.optimizer.record import Record
 
 Losses: TypeAlias = Callable[[nn.Module, int, int], dict[str, Tensor]]
 """(model, step, micro-batch) -> a loss for each objective."""

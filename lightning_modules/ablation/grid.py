@@ -11,7 +11,7 @@ from typing import Any
 import gradsurgery as gs
 from lightning_modules.ablation.methods import Method
 from lightning_modules.ablation.sections import Data, Evaluate, Scratch, Seeds, Targets, Train
-from lightning_modules.options import UnlearnOptions
+from lightning_modules.run.options import UnlearnOptions
 
 
 @dataclass(frozen=True)

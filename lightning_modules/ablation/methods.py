@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 import gradsurgery as gs
-from lightning_modules.options import UnlearnOptions
+from lightning_modules.run.options import UnlearnOptions
 
 Kind = Literal["surgery", "uld", "task_vector", "rectified_task_vector"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_modules.options import _option
+from lightning_modules.run.options import _option
 
 
 @dataclass

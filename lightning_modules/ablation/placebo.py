@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lightning_modules.module import UnlearningModule
+from lightning_modules.training.module import UnlearningModule
 
 
 class Placebo(Callback):

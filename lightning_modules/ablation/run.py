@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from torch import nn
 
-from lightning_modules import outputs
+from lightning_modules import folder as outputs
 from lightning_modules.ablation.grid import Grid, Run, plain
 from lightning_modules.ablation.matching import Target
 from lightning_modules.ablation.methods import Kind
@@ -22,9 +22,9 @@ from lightning_modules.ablation.scoring import Scorer
 from lightning_modules.ablation.sections import Scratch
 from lightning_modules.ablation.training import train
 from lightning_modules.ablation.weights import by_assistant, by_rectified, by_task_vector
-from lightning_modules.examples import Example
-from lightning_modules.loading import _texts, load_model, load_pretrained, make_data
-from lightning_modules.scratch import scratch_model
+from lightning_modules.data.examples import Example
+from lightning_modules.run.loading import _texts, load_model, load_pretrained, make_data
+from lightning_modules.training.scratch import scratch_model
 
 RUNS, MODELS = "runs", "models"
 Splits = Mapping[str, Sequence[Example]]

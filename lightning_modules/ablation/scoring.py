@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from lightning_modules.ablation.grid import Grid
-from lightning_modules.evaluation import evaluate
-from lightning_modules.examples import Example
-from lightning_modules.likelihood import answer_nll
+from lightning_modules.data.examples import Example
+from lightning_modules.data.tokenization import Encoded, encode, padding_id
+from lightning_modules.evaluation.evaluate import evaluate
+from lightning_modules.evaluation.likelihood import answer_nll
 from lightning_modules.metrics.functional import forget_quality, truth_ratio
-from lightning_modules.tokenization import Encoded, encode, padding_id
 
 Item = TypeVar("Item")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_modules.options import Split
+from lightning_modules.run.options import Split
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Scratch:
-    """The small Llama that is trained first: arguments of `lightning_modules.scratch.scratch_model`."""
+    """The small Llama that is trained first: arguments of `lightning_modules.training.scratch.scratch_model`."""
 
     hidden_size: int = 192
     num_layers: int = 2

@@ -19,7 +19,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lightning_modules import outputs
+from lightning_modules import folder as outputs
 from lightning_modules.ablation.figure import draw_tradeoff
 from lightning_modules.ablation.grid import Grid, Run, plain
 from lightning_modules.ablation.options import AblateOptions

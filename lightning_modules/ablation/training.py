@@ -13,16 +13,16 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from lightning_modules import assembly
 from lightning_modules.ablation.grid import Run
 from lightning_modules.ablation.matching import Matching, Target, between
 from lightning_modules.ablation.placebo import Placebo
 from lightning_modules.ablation.retention import Ended
 from lightning_modules.ablation.scoring import Scorer
-from lightning_modules.loading import make_data
-from lightning_modules.module import UnlearningModule
-from lightning_modules.objectives import by_name, needs_reference
-from lightning_modules.references import SecondModel
+from lightning_modules.run import assembly
+from lightning_modules.run.loading import make_data
+from lightning_modules.training.module import UnlearningModule
+from lightning_modules.training.objectives import by_name, needs_reference
+from lightning_modules.training.references import SecondModel
 
 
 def train(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: Sequence[Target]) -> Ended:

@@ -20,9 +20,9 @@ from lightning_modules.ablation.matching import Matching, Target
 from lightning_modules.ablation.retention import Ended
 from lightning_modules.ablation.scoring import Scorer
 from lightning_modules.ablation.training import trainer_options
-from lightning_modules.data import ForgetRetainDataModule
-from lightning_modules.loading import make_data
-from lightning_modules.uld import train_assistant
+from lightning_modules.data.pairs import ForgetRetainDataModule
+from lightning_modules.run.loading import make_data
+from lightning_modules.training.uld import train_assistant
 
 _STATES = 20  # looked at between weight 0 and the largest; bisection does the rest
 

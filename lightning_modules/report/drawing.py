@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_modules.g_effect import heat_map
-from lightning_modules.outputs import G_EFFECT
+from lightning_modules.folder import G_EFFECT
 from lightning_modules.report import figures, html, markdown
+from lightning_modules.report.g_effect import heat_map
 from lightning_modules.report.seeds import read_seeds
 
 

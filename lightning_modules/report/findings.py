@@ -234,7 +234,7 @@ def interval_of(run: Run, model: str, split: str, column: str) -> Interval | Non
 
 def changed_options(config: dict[str, Any]) -> dict[str, str]:
     """The options that are not what `gradsurgery unlearn` with this model and method would have chosen, as flags and their values."""
-    from lightning_modules.options import UnlearnOptions
+    from lightning_modules.run.options import UnlearnOptions
 
     plain = UnlearnOptions()
     kinds: dict[str, Any] = {name: config[name] for name in ("model", "method") if name in config}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from lightning_modules.outputs import SURGERY
+from lightning_modules.folder import SURGERY
 from lightning_modules.report import findings, leakage, spread
 from lightning_modules.report.run import MODELS, Run, columns
 from lightning_modules.report.samples import samples

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from lightning_modules.outputs import CONFIG, CURVE, EVALUATION, METRICS, PROBES, SURGERY, TRAINING
+from lightning_modules.folder import CONFIG, CURVE, EVALUATION, METRICS, PROBES, SURGERY, TRAINING
 
 COLUMNS = (
     ("probability", "probability"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_modules.outputs import CONFIG
+from lightning_modules.folder import CONFIG
 from lightning_modules.report.run import Run, read
 
 _FREE = ("output", "probes", "reference_cache", "resume", "seed", "tofu_dir")  # see read_seeds
@@ -64,7 +64,7 @@ def _check_config(folder: Path, run: Run) -> None:
 
 
 def _check_options(folder: Path, run: Run, path: Path, other: Run) -> None:
-    from lightning_modules.options import UnlearnOptions
+    from lightning_modules.run.options import UnlearnOptions
 
     default = vars(UnlearnOptions())
     ours, theirs = default | run.config, default | other.config

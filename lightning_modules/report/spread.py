@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from lightning_modules.outputs import CURVE
+from lightning_modules.folder import CURVE
 from lightning_modules.report.run import MODELS, Run, columns
 
 
@@ -164,7 +164,7 @@ def _varied(config: Mapping[str, Any]) -> str:
 
 def _is_refusing(config: Mapping[str, Any]) -> bool:
     """Whether the run trained on refusals; a loss that this version does not know, or ULD, which takes none, did not."""
-    from lightning_modules import objectives
+    from lightning_modules.training import objectives
 
     loss = config.get("forget_loss")
     return (

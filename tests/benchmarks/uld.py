@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gradsurgery as gs
 from gradsurgery.logit_difference import assistant
-from lightning_modules.uld import ULDModule
+from lightning_modules.training.uld import ULDModule
 
 
 def make_model(layers: int, width: int, vocabulary: int, device: str) -> LlamaForCausalLM:

@@ -1,7 +1,7 @@
 r"""Membership inference: scores of an example that tell whether a model was trained on it.
 
 Notation: log-probabilities are natural logarithms of the answer's tokens, `[T]` for one example, or n examples of
-different lengths. `lightning_modules.memorization.answer_token_statistics` gives them for a model.
+different lengths. `lightning_modules.evaluation.memorization.answer_token_statistics` gives them for a model.
 
 Direction, everywhere: **a higher score means more likely a member** (open-unlearning and MIMIR score the other way
 round and swap the labels too, so that their AUC is the same number). A score means nothing by itself: `auc` compares the

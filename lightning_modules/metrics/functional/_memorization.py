@@ -8,8 +8,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from lightning_modules.data.tokenization import IGNORED
 from lightning_modules.metrics.functional._numbers import Ragged, as_examples, per_example
-from lightning_modules.tokenization import IGNORED
 
 Tokens = Tensor | Sequence[int]
 TokensOfMany = Sequence[Tensor] | Sequence[Sequence[int]]

@@ -1,0 +1,1 @@
+"""The optimizer: batch -> rows (capture) -> average -> update -> base step -> guard -> record."""

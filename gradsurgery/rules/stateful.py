@@ -1,0 +1,94 @@
+"""Rules with a memory."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from gradsurgery.rules._algebra import rule, vaccinated
+
+
+@runtime_checkable
+class StatefulRule(Protocol):
+    """A rule with a memory. ``GradientSurgery`` commits it with each step that happened, and saves it in ``state_dict``."""
+
+    def __call__(self, gram: Tensor, /) -> Tensor:
+        """The coefficients of the rows."""
+        ...
+
+    def commit(self) -> None:
+        """Adopt the state that the latest call proposed."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The committed state: plain numbers and lists."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        ...
+
+
+class GradVac:
+    """GradVac with its moving target: each protected row's target follows the cosines seen, t <- (1 - beta) t + beta cos, from 0.
+
+    A call proposes the new target; `commit` (the optimizer's, with each step that happened) adopts it. One target a protected row, or
+    one a block and row where the scope has several blocks.
+
+    Source: Gradient Vaccine (2010.05874), equations 3 and 4; the paper's beta is 1e-2, LibMTL's 0.5.
+
+    Args:
+        beta: Weight of the newest cosine, in [0, 1].
+
+    Raises:
+        ValueError: If ``beta`` is outside [0, 1].
+
+    Example:
+        >>> rule = GradVac(beta=0.5)
+        >>> rule(torch.tensor([[1.0, 0.6], [0.6, 1.0]], dtype=torch.float64))
+        tensor([1., 0.], dtype=torch.float64)
+        >>> rule.commit()
+        >>> rule.state_dict()
+        {'target': [0.3]}
+    """
+
+    def __init__(self, beta: float = 1e-2) -> None:
+        if not 0.0 <= beta <= 1.0:
+            raise ValueError(f"beta: expected a weight in [0, 1], found {beta}")
+        self.beta = beta
+        self._target: Tensor | None = None
+        self._proposed: Tensor | None = None
+
+    def __call__(self, gram: Tensor, /) -> Tensor:
+        """Coefficients ``[..., K]`` of ``gram [..., K, K]`` at the committed target."""
+
+        def vaccinate(matrix: Tensor) -> Tensor:
+            target = (
+                matrix.new_zeros(matrix.shape[:-1])[..., 1:] if self._target is None else self._target.to(matrix.device)
+            )
+            if target.shape != (*matrix.shape[:-2], matrix.shape[-1] - 1):
+                raise ValueError(
+                    f"gram: expected the shape that this GradVac's target was made for, {list(target.shape)} targets, found "
+                    f"{list(matrix.shape)}; make a new GradVac for other objectives or another scope"
+                )
+            coefficients, cosines = vaccinated(matrix, target)
+            self._proposed = (1.0 - self.beta) * target + self.beta * cosines
+            return coefficients
+
+        return rule(vaccinate)(gram)
+
+    def commit(self) -> None:
+        """Adopt the target that the latest call proposed."""
+        self._target, self._proposed = self._target if self._proposed is None else self._proposed, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The committed target as (nested) lists of numbers; None before the first step."""
+        return {"target": None if self._target is None else self._target.tolist()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a target."""
+        target = state_dict["target"]
+        self._target = None if target is None else torch.tensor(target, dtype=torch.float64)
+        self._proposed = None

@@ -1,0 +1,1 @@
+"""Reading: examples, tokens, and pairs of forget and retain batches."""

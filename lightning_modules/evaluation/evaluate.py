@@ -1,0 +1,248 @@
+"""Scores a model on its splits: what it knows, what it says, and what it has memorised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from lightning_modules.data.tokenization import Encoded, encode, padding_id, prompt_ids
+from lightning_modules.evaluation.generation import generate_greedily
+from lightning_modules.evaluation.likelihood import answer_nll
+from lightning_modules.evaluation.membership import attack_aucs
+from lightning_modules.evaluation.memorization import answer_token_statistics, memory_scores
+from lightning_modules.evaluation.processes import dealt, several
+from lightning_modules.metrics.functional import answer_probability, rouge_recall, truth_ratio
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Scores = dict[str, float | int | None]
+
+MEANS = ("probability", "rouge_l_recall", "truth_ratio", "nll", "exact_memorization", "extraction_strength")
+"""The numbers of an example that a summary takes the mean of."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model knows.
+
+    Attributes:
+        summary: split -> `{"probability", "rouge_l_recall", "truth_ratio", "nll", "exact_memorization",
+            "extraction_strength", "n"}`, means over the split. `None` where nothing was measured: ROUGE without generation,
+            truth ratio without perturbed answers, the last two without memorization. The truth ratio is min(R, 1/R) on the
+            split named "forget" and max(0, 1 - R) on the others. NaN where the model gives NaN.
+        examples: split -> one dictionary an example, in order: `question`, `answer`, `generation`, `nll`,
+            `probability`, `rouge_l_recall`, `truth_ratio`, the `paraphrase_nll` and `perturbed_nll` that the truth
+            ratio was made of, and with memorization what `memorization.memory_scores` gives. Every aggregate can be computed
+            from them again.
+    """
+
+    summary: dict[str, Scores]
+    examples: dict[str, list[dict[str, Any]]]
+
+    @property
+    def membership(self) -> dict[str, float] | None:
+        """Attack -> AUC of telling the split "forget" from the split "holdout", `membership.attack_aucs`.
+
+        `None` where there is no such split: without examples that the model never saw there is nothing to compare with.
+        """
+        return attack_aucs(self.examples)
+
+
+@dataclass(frozen=True)
+class _Item:
+    """An example with where its scores are: `texts[answer]`, `texts[paraphrase]`, ..., `prompts[position]`."""
+
+    split: str
+    row: Mapping[str, Any]
+    answer: int
+    paraphrase: int
+    perturbed: range
+    target: str
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 64,
+    max_length: int | None = None,
+    generate: bool = True,
+    memorization: bool = True,
+    across_processes: bool = False,
+    progress: bool = True,
+) -> Evaluation:
+    """Scores a model on every split, in one pass over all answers and one over all questions.
+
+    Definitions (TOFU, Maini et al. 2024, section 2.2; formulas in `lightning_modules.metrics.functional`): the
+    probability is exp(-nll) of the answer on *every* split (TOFU's tables show the answer's share among the options for
+    real authors and world facts, which `nll` and `perturbed_nll` of the examples give). Where an example has perturbed
+    answers and no paraphrase, the answer stands in for the paraphrase, as in TOFU. A plain text (empty question) is
+    generated from its first half and scored against what follows.
+
+    Memorization costs a few passes over the logits of the answers, which are there anyway: 11 % of the time without
+    generation, 6 % with it (the 200 questions and the small Llama of the default run, one core). Every other number stays
+    the same to the last bit.
+
+    Args:
+        model: a causal language model, on any device and in any dtype; its train or eval mode is restored.
+        tokenizer: of the model.
+        splits: split -> examples with `question` and `answer`, and maybe `paraphrased_answer` and `perturbed_answer`.
+        batch_size: texts a forward pass.
+        max_new_tokens: the longest generated answer.
+        max_length: tokens a text; longer ones lose their end. The model's own maximum applies too.
+        generate: `False` leaves generation and ROUGE out.
+        memorization: `False` leaves exact memorization, extraction strength and the membership scores out.
+        across_processes: every process of the `torch.distributed` group calls this, with the same weights and splits, scores
+            whole batches of its own, and gets everything: the same numbers as in one process of the same kind. Weights that are
+            sharded (FSDP, tensor parallelism) are refused, because their processes have to run every batch together. Without a
+            group it changes nothing.
+        progress: draws a progress bar where standard error is a terminal.
+
+    Raises:
+        ValueError: if there is no split, a split is empty, or an example has no question or answer.
+        RuntimeError: across processes, if the weights are sharded, or if another process failed or was given other splits.
+    """
+    if across_processes and several():
+        _refuse_shards(model)
+    texts: list[Encoded] = []
+    prompts: list[list[int]] = []
+    items: list[_Item] = []
+    limits = (max_length, getattr(getattr(model, "config", None), "max_position_embeddings", None))
+    longest = min((limit for limit in limits if limit is not None), default=None)
+    for split, row in _rows(splits):
+        first = len(texts)
+        wrong = row.get("perturbed_answer") or []
+        right = [row["paraphrased_answer"]] if wrong and row.get("paraphrased_answer") else []
+        texts += [encode(tokenizer, row["question"], text, longest) for text in (row["answer"], *right, *wrong)]
+        prompt, target = _task(tokenizer, row, texts[first], max_new_tokens)
+        prompts.append(prompt)
+        after = first + 1 + len(right)
+        items.append(_Item(split, row, first, after - 1, range(after, len(texts)), target))
+
+    console = Console(stderr=True)
+    bar = Progress(console=console, transient=True, disable=not (progress and console.is_terminal))
+    deal = partial(dealt, batch_size=batch_size) if across_processes else _alone
+    with bar:
+        scoring = bar.add_task("Scoring answers", total=len(texts))
+        score = partial(
+            _scored_texts,
+            model,
+            texts,
+            {item.answer: item.row["answer"] for item in items} if memorization else {},
+            pad_token_id=padding_id(tokenizer),
+            batch_size=batch_size,
+            advance=lambda n: bar.advance(scoring, n),
+        )
+        scores = deal([len(text.input_ids) for text in texts], work=score)
+        generations: Sequence[str | None] = [None] * len(items)
+        if generate:
+            generating = bar.add_task("Generating answers", total=len(prompts))
+            generations = deal(
+                [len(prompt) for prompt in prompts],
+                work=lambda places: generate_greedily(
+                    model,
+                    tokenizer,
+                    [prompts[place] for place in places],
+                    max_new_tokens=max_new_tokens,
+                    batch_size=batch_size,
+                    advance=lambda n: bar.advance(generating, n),
+                ),
+            )
+    examples: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
+    for item, generation in zip(items, generations, strict=True):
+        examples[item.split].append(_scored(item, scores, generation))
+    return Evaluation({split: summary(rows) for split, rows in examples.items()}, examples)
+
+
+def _refuse_shards(model: nn.Module) -> None:
+    """Before the first collective: from then on a process that waits for its part of a weight waits for ever."""
+    sharded = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
+    if sharded:
+        raise RuntimeError(
+            f"across_processes: expected whole weights in every process, found {len(sharded)} sharded ones, such as {sharded[0]}; gather "
+            "them into a model that is not sharded, or call evaluate in every process without across_processes: each scores everything"
+        )
+
+
+def _alone(lengths: Sequence[int], *, work: Callable[[list[int]], Sequence[Any]]) -> Sequence[Any]:
+    return work(list(range(len(lengths))))
+
+
+def _scored_texts(
+    model: nn.Module, texts: Sequence[Encoded], answers: Mapping[int, str], places: Sequence[int], **settings: Any
+) -> list[tuple[float, dict[str, float]]]:
+    """The nll of the texts at these places, and the scores of memory of those that are answers."""
+    encoded = [texts[place] for place in places]
+    if not answers:
+        return [(nll, {}) for nll in answer_nll(model, encoded, **settings).tolist()]
+    detailed = [position for position, place in enumerate(places) if place in answers]
+    tokens = answer_token_statistics(model, encoded, detailed=detailed, **settings)
+    return [
+        (text.nll, memory_scores(text, answers[place]) if place in answers else {})
+        for place, text in zip(places, tokens, strict=True)
+    ]
+
+
+def _rows(splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, Mapping[str, Any]]]:
+    rows = [(split, row) for split, examples in splits.items() for row in examples]
+    empty = [split for split, examples in splits.items() if not examples]
+    if not rows or empty:
+        raise ValueError(f"expected examples in every split, found none in {', '.join(empty) or 'an empty mapping'}")
+    for split, row in rows:
+        if "question" not in row or "answer" not in row:
+            raise ValueError(
+                f"expected every example of {split} to have question and answer, found {', '.join(row) or 'none'}: "
+                "lightning_modules.data.pairs.read_examples brings other columns into this shape"
+            )
+    return rows
+
+
+def _task(
+    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], text: Encoded, max_new_tokens: int
+) -> tuple[list[int], str]:
+    """Returns the prompt to generate from and the text to find."""
+    if row["question"]:
+        return prompt_ids(tokenizer, row["question"]), row["answer"]
+    half = (len(text.input_ids) + 1) // 2
+    following = text.input_ids[half : half + max_new_tokens]
+    return text.input_ids[:half], str(tokenizer.decode(following, skip_special_tokens=True)).strip()
+
+
+def _scored(item: _Item, scores: Sequence[tuple[float, Mapping[str, float]]], generation: str | None) -> dict[str, Any]:
+    answer, memory = scores[item.answer]
+    paraphrase = scores[item.paraphrase][0]
+    perturbed = [scores[place][0] for place in item.perturbed]
+    kind = "forget" if item.split == "forget" else "utility"
+    ratio = truth_ratio([paraphrase], [perturbed], kind=kind).item() if perturbed else None
+    return {
+        "question": item.row["question"],
+        "answer": item.row["answer"],
+        "generation": generation,
+        "nll": answer,
+        "probability": answer_probability([answer]).item(),
+        "rouge_l_recall": None if generation is None else rouge_recall(generation, item.target),
+        "truth_ratio": ratio,
+        "paraphrase_nll": paraphrase if perturbed else None,
+        "perturbed_nll": perturbed or None,
+        **memory,
+    }
+
+
+def summary(examples: Sequence[Mapping[str, Any]]) -> Scores:
+    """Returns the means over the examples of one split, as in `Evaluation.summary`; logs of earlier versions will do."""
+    means: Scores = {}
+    for name in MEANS:
+        values = [example[name] for example in examples if example.get(name) is not None]
+        means[name] = fmean(values) if values else None
+    return means | {"n": len(examples)}

@@ -1,0 +1,181 @@
+r"""The mean negative log-likelihood per answer token: the number that probability and truth ratio are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import cross_entropy
+
+from lightning_modules.data.tokenization import IGNORED, Encoded, collate
+
+# Rows of logits held at once, in float32: 0.5 GB with a vocabulary of 128,000.
+_HEAD_ROWS = 1024
+
+# Logits `[rows, vocabulary]` in float32, labels `[rows]` and the place of each row's example, int64 `[rows]` on the CPU
+# -> tensors `[rows]`, one number a token each.
+Summary = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+# A batch -> the logits that predict its labelled tokens, with those labels, some rows at a time.
+_Rows = Callable[[dict[str, Tensor]], Iterator[tuple[Tensor, Tensor]]]
+
+
+def answer_nll(
+    model: nn.Module,
+    encoded: Sequence[Encoded],
+    *,
+    pad_token_id: int,
+    batch_size: int = 32,
+    advance: Callable[[int], object] = lambda _: None,
+) -> Tensor:
+    r"""Returns the mean token negative log-likelihood of each answer given its question, eos counted, in nats.
+
+    .. math:: \mathrm{nll}_i = -\frac{1}{T_i} \sum_t \log p(\mathrm{token}_{it} \mid \mathrm{tokens\ before})
+
+    without dropout, as a float32 log-softmax whatever the model's dtype. Where the model has a backbone and a head, the
+    head sees the answer positions only: `[answer tokens, vocabulary]` is never larger than 1024 rows.
+
+    Args:
+        model: a causal language model, on any device and in any dtype.
+        encoded: n examples; the labelled tokens are the answer.
+        pad_token_id: fills up shorter rows; it is masked.
+        batch_size: examples a forward pass. They are sorted by length, so that little is spent on padding.
+        advance: called with the number of examples done, after every batch.
+
+    Returns:
+        float64, on the CPU, `[n]`, in the order given. A model that diverged gives NaN.
+    """
+    losses = over_answer_tokens(
+        model,
+        encoded,
+        lambda logits, labels, _: (_loss(logits, labels),),
+        pad_token_id=pad_token_id,
+        batch_size=batch_size,
+        advance=advance,
+    )
+    return torch.tensor([float(tokens.double().mean()) for (tokens,) in losses], dtype=torch.float64)
+
+
+def over_answer_tokens(
+    model: nn.Module,
+    encoded: Sequence[Encoded],
+    summarize: Summary,
+    *,
+    pad_token_id: int,
+    batch_size: int = 32,
+    advance: Callable[[int], object] = lambda _: None,
+) -> list[tuple[Tensor, ...]]:
+    """Runs the model once over every example and summarizes the logits of its answer's tokens, without dropout.
+
+    Args:
+        model: a causal language model, on any device and in any dtype.
+        encoded: n examples; the labelled tokens are the answer.
+        summarize: from logits `[rows, vocabulary]` in float32, labels `[rows]` and the rows' examples, `[rows]` places
+            in `encoded` on the CPU, to tensors `[rows]`. It is called with at most 1024 rows, of one batch.
+        pad_token_id: fills up shorter rows; it is masked.
+        batch_size: examples a forward pass. They are sorted by length, so that little is spent on padding.
+        advance: called with the number of examples done, after every batch.
+
+    Returns:
+        For every example, in the order given, what `summarize` made of its T answer tokens: tensors `[T]` on the CPU.
+    """
+    result: list[tuple[Tensor, ...]] = [()] * len(encoded)
+    longest_first = sorted(range(len(encoded)), key=lambda index: len(encoded[index].input_ids), reverse=True)
+    with evaluation_mode(model):
+        rows_of = _answer_rows(model, encoded, pad_token_id)
+        for start in range(0, len(encoded), batch_size):
+            indices = longest_first[start : start + batch_size]
+            batch = _on_device(model, [encoded[index] for index in indices], pad_token_id)
+            counts = (batch["labels"][:, 1:] != IGNORED).sum(dim=1).cpu()
+            places = torch.tensor(indices).repeat_interleave(counts).split(_HEAD_ROWS)
+            found = (
+                summarize(logits.float(), labels, place)
+                for (logits, labels), place in zip(rows_of(batch), places, strict=True)
+            )
+            columns = (torch.cat(column).cpu() for column in zip(*found, strict=True))
+            examples = zip(*(column.split(counts.tolist()) for column in columns), strict=True)
+            for index, tokens in zip(indices, examples, strict=True):
+                result[index] = tokens
+            advance(len(indices))
+    return result
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Generator[None]:
+    """Turns dropout and gradients off, and restores the mode of every submodule afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Returns where a model expects its tokens."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(logits, labels, reduction="none")
+
+
+def _on_device(model: nn.Module, encoded: list[Encoded], pad_token_id: int) -> dict[str, Tensor]:
+    return {name: tensor.to(device_of(model)) for name, tensor in collate(encoded, pad_token_id).items()}
+
+
+def _answer_rows(model: nn.Module, encoded: Sequence[Encoded], pad_token_id: int) -> _Rows:
+    """Returns batch -> logits at answer positions: backbone, then head on those alone, where that is the model."""
+
+    def plain(batch: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        labels = batch["labels"][:, 1:]
+        keep = labels != IGNORED
+        logits = model(**_inputs(batch)).logits[:, :-1][keep]
+        yield from zip(logits.split(_HEAD_ROWS), labels[keep].split(_HEAD_ROWS), strict=True)
+
+    parts = _backbone_and_head(model)
+    if parts is None or not encoded:
+        return plain
+    backbone, head = parts
+
+    def gathered(batch: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        labels = batch["labels"][:, 1:]
+        keep = labels != IGNORED
+        hidden = backbone(**_inputs(batch)).last_hidden_state[:, :-1][keep]
+        for rows, targets in zip(hidden.split(_HEAD_ROWS), labels[keep].split(_HEAD_ROWS), strict=True):
+            yield head(rows), targets
+
+    def losses(rows_of: _Rows) -> Tensor:
+        return torch.cat([_loss(logits.float(), labels) for logits, labels in rows_of(batch)])
+
+    # Some models scale or cap their logits after the head (Gemma 2, Cohere, Granite), and a wrapper may mix two models.
+    # One short example tells, so that no list of such models has to be kept.
+    batch = _on_device(model, [min(encoded, key=lambda example: len(example.input_ids))], pad_token_id)
+    tolerance = 1e-4 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 2e-2
+    same = torch.allclose(losses(gathered), losses(plain), rtol=tolerance, atol=tolerance, equal_nan=True)
+    return gathered if same else plain
+
+
+def _backbone_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return None  # FSDP gathers its shards in the outermost forward, which calling a part would go round
+    core: Any = model
+    if hasattr(core, "peft_config") and hasattr(core, "get_base_model"):
+        if any(config.is_prompt_learning for config in core.peft_config.values()):
+            return None  # the learned prompt is put in front by the outermost forward
+        core = core.get_base_model()
+    backbone = getattr(core, getattr(core, "base_model_prefix", "") or "-", None)
+    head = core.get_output_embeddings() if hasattr(core, "get_output_embeddings") else None
+    return (backbone, head) if isinstance(backbone, nn.Module) and isinstance(head, nn.Module) else None
+
+
+def _inputs(batch: dict[str, Tensor]) -> dict[str, object]:
+    inputs: dict[str, object] = {"input_ids": batch["input_ids"], "use_cache": False}
+    if not batch["attention_mask"].all():  # without padding, attention takes its faster path
+        inputs["attention_mask"] = batch["attention_mask"]
+    return inputs

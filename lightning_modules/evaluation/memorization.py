@@ -1,0 +1,156 @@
+"""What a model thinks of every token of an answer: the numbers that extraction and membership inference are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.data.tokenization import IGNORED, Encoded
+from lightning_modules.evaluation.likelihood import over_answer_tokens
+from lightning_modules.metrics.functional import (
+    exact_memorization,
+    extraction_strength,
+    loss_score,
+    min_k_plus_plus_score,
+    min_k_score,
+    zlib_score,
+)
+
+_SHARE = 0.4  # of the tokens that Min-K looks at; MUSE and open-unlearning take it for PrivLeak
+
+
+class AnswerTokens(NamedTuple):
+    """One answer, token by token, given the question and the right tokens before: T tokens, on the CPU.
+
+    `predicted`, `means` and `stds` are empty, `[0]`, where they were not asked for.
+
+    Attributes:
+        log_probabilities: of the right token, natural logarithm, float64 `[T]`; minus their mean is the example's nll.
+        predicted: the most likely token, int64 `[T]`; -1 where the logits are NaN.
+        labels: the right token, int64 `[T]`.
+        means: the mean of log p over the vocabulary, weighted by p (minus the entropy), float64 `[T]`.
+        stds: the standard deviation of the same, float64 `[T]`.
+    """
+
+    log_probabilities: Tensor
+    predicted: Tensor
+    labels: Tensor
+    means: Tensor
+    stds: Tensor
+
+    @property
+    def nll(self) -> float:
+        """The mean negative log-likelihood per token, in nats: what `likelihood.answer_nll` gives, bit for bit."""
+        return -float(self.log_probabilities.mean())
+
+    @property
+    def correct(self) -> Tensor:
+        """Whether the most likely token is the right one, bool `[T]`; False where there is none."""
+        return self.predicted == self.labels
+
+
+def answer_token_statistics(
+    model: nn.Module,
+    encoded: Sequence[Encoded],
+    *,
+    pad_token_id: int,
+    batch_size: int = 32,
+    detailed: Collection[int] | None = None,
+    advance: Callable[[int], object] = lambda _: None,
+) -> list[AnswerTokens]:
+    r"""Scores every token of every answer, in one pass of the model over the examples.
+
+    .. math:: \mu_t = \sum_v p_t(v) \log p_t(v), \qquad \sigma_t^2 = \sum_v p_t(v) (\log p_t(v) - \mu_t)^2
+
+    beside log p of the right token and the argmax, from a float32 log-softmax whatever the model's dtype, without
+    dropout. With these, and `lightning_modules.metrics.functional`:
+
+    - `loss_score`, `min_k_score`, `zlib_score`, `reference_score` take `log_probabilities`,
+    - `min_k_plus_plus_score` takes `log_probabilities, means, stds`,
+    - `extraction_strength` and `exact_memorization` take `predicted, labels`.
+
+    The eos counts as a token of the answer. open-unlearning leaves it out of these measures, which slicing off the last
+    entry of each tensor does too. The variance is summed from its definition, not as E[x^2] - E[x]^2, which is rounding
+    noise where a model that forgot is nearly uniform. A token that is ruled out (logit of minus infinity) counts 0
+    towards both.
+
+    Cost: one forward pass, with the head at answer positions only; at most four buffers `[1024, vocabulary]` in
+    float32 (2 GB with a vocabulary of 128,000), and the logits of a model in another dtype as they are. What
+    `detailed` leaves out costs what `answer_nll` does.
+
+    Args:
+        model: a causal language model, on any device and in any dtype; its train or eval mode is restored.
+        encoded: n examples; the labelled tokens are the answer.
+        pad_token_id: fills up shorter rows; it is masked.
+        batch_size: examples a forward pass. They are sorted by length, so that little is spent on padding.
+        detailed: the places of the examples of which every number is wanted; of the others there are log-probabilities
+            only. `None` is all of them.
+        advance: called with the number of examples done, after every batch.
+
+    Returns:
+        One `AnswerTokens` for each example, in the order given. A model that diverged gives NaN.
+    """
+    whole = torch.ones(len(encoded), dtype=torch.bool)
+    if detailed is not None:
+        whole = torch.zeros_like(whole).index_fill_(0, torch.tensor(list(detailed), dtype=torch.int64), True)
+    statistics = over_answer_tokens(
+        model, encoded, partial(_statistics, whole), pad_token_id=pad_token_id, batch_size=batch_size, advance=advance
+    )
+    found: list[AnswerTokens] = []
+    for example, every, (log_p, *details) in zip(encoded, whole.tolist(), statistics, strict=True):
+        predicted, means, stds = (column if every else column[:0] for column in details)
+        found.append(AnswerTokens(log_p.double(), predicted, _labels(example), means.double(), stds.double()))
+    return found
+
+
+def memory_scores(tokens: AnswerTokens, answer: str) -> dict[str, float]:
+    """Everything that `metrics.functional` makes of one answer's tokens, eos counted, as floats.
+
+    Args:
+        tokens: with every number, see `answer_token_statistics`.
+        answer: the text, whose compressed size `zlib_score` needs.
+
+    Returns:
+        `exact_memorization` and `extraction_strength` in [0, 1], and the membership scores `loss_score`, `min_k_score` and
+        `min_k_plus_plus_score` (both with k = 0.4), `zlib_score`; higher: more likely a member. NaN where the model gives NaN.
+    """
+    likelihoods, means, stds = tokens.log_probabilities, tokens.means, tokens.stds
+    scores = {
+        "exact_memorization": exact_memorization(tokens.predicted, tokens.labels),
+        "extraction_strength": extraction_strength(tokens.predicted, tokens.labels),
+        "loss_score": loss_score(likelihoods),
+        "min_k_score": min_k_score(likelihoods, _SHARE),
+        "min_k_plus_plus_score": min_k_plus_plus_score(likelihoods, means, stds, _SHARE),
+        "zlib_score": zlib_score(likelihoods, answer),
+    }
+    return {name: float(score) for name, score in scores.items()}
+
+
+def _labels(example: Encoded) -> Tensor:
+    return torch.tensor([label for label in example.labels[1:] if label != IGNORED], dtype=torch.int64)
+
+
+def _statistics(whole: Tensor, logits: Tensor, labels: Tensor, places: Tensor) -> tuple[Tensor, ...]:
+    log_p = logits.log_softmax(dim=-1)
+    chosen = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    predicted, means, stds = (torch.full_like(column, -1) for column in (labels, chosen, chosen))
+    rows = whole[places].nonzero().squeeze(-1).to(logits.device)
+    every = len(rows) == len(labels)
+    # argmax would take a NaN for the largest
+    predicted[rows] = (logits if every else logits[rows]).argmax(dim=-1).masked_fill(chosen[rows].isnan(), -1)
+    log_p = log_p if every else log_p[rows]  # the copy above is gone by now, and the whole is after this line
+    means[rows], stds[rows] = _moments(log_p)
+    return chosen, predicted, means, stds
+
+
+def _moments(log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of log p, weighted by p, `[rows]` each; `log_p` is overwritten."""
+    p = log_p.exp()
+    log_p.masked_fill_(log_p == -torch.inf, 0.0)  # p log p is 0 where p is
+    means = (p * log_p).sum(dim=-1)
+    variances = log_p.sub_(means.unsqueeze(-1)).square_().mul_(p).sum(dim=-1)
+    return means, variances.sqrt()

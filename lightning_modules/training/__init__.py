@@ -1,0 +1,1 @@
+"""What Lightning trains: modules, objectives, heads, references, adapters and callbacks."""

@@ -1,0 +1,148 @@
+"""What the model knows once its weights are rounded to a few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.data.tokenization import Encoded
+from lightning_modules.training.callbacks.probe import Probe
+from lightning_modules.training.callbacks.scores import mean_probabilities, plain_copy
+
+
+def round_to_nearest(weight: Tensor, bits: int, *, dim: int = -1) -> Tensor:
+    r"""The weight as symmetric integers of so many bits would hold it, one scale a row.
+
+    .. math:: \hat w_{ij} = s_i \operatorname{round}(w_{ij} / s_i), \quad s_i = \max_j |w_{ij}| / (2^{b-1} - 1)
+
+    The baseline "RTN" of the quantization papers (GPTQ, 2210.17323; AWQ, 2306.00978), simulated: computed in float32, returned in the
+    weight's dtype. A row of zeros stays; a row with NaN or infinity becomes NaN.
+
+    Args:
+        weight: Floating point, any shape.
+        bits: From 2 to 16.
+        dim: Along which a scale is shared: the inputs of a neuron.
+
+    Raises:
+        ValueError: If the bits are outside their range.
+
+    Example:
+        >>> round_to_nearest(torch.tensor([[1.0, 0.6, -0.2]]), 2)
+        tensor([[1., 1., -0.]])
+    """
+    if not 2 <= bits <= 16:
+        raise ValueError(f"round_to_nearest: expected 2 to 16 bits, found {bits}")
+    wide = weight.float()
+    scale = wide.abs().amax(dim, keepdim=True) / (2 ** (bits - 1) - 1)
+    return torch.where(scale == 0.0, wide, (wide / scale).round() * scale).to(weight.dtype)
+
+
+def quantize_(model: nn.Module, bits: int) -> nn.Module:
+    """Round every linear weight but the head's in place, a scale for each neuron; biases, norms and embeddings stay.
+
+    Linear are `torch.nn.Linear` and GPT-2's `Conv1D`, whose weight is transposed. What is left out is what weight-only inference libraries
+    leave out; a head tied to the embeddings would otherwise round those as well.
+
+    Raises:
+        ValueError: If the bits are outside their range, or the model has no such weight.
+    """
+    layers = list(_linear(model))
+    if not layers:
+        raise ValueError(
+            f"quantize_: expected a model with linear layers besides its head, found none in {type(model).__name__}"
+        )
+    with torch.no_grad():
+        for weight, dim in layers:
+            weight.copy_(round_to_nearest(weight, bits, dim=dim))
+    return model
+
+
+def _linear(model: Any) -> Iterator[tuple[Tensor, int]]:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for module in model.modules():
+        if module is head:
+            continue
+        if isinstance(module, nn.Linear):
+            yield module.weight, 1
+        elif (
+            type(module).__name__ == "Conv1D"
+            and getattr(module, "weight", None) is not None
+            and module.weight.ndim == 2
+        ):
+            yield module.weight, 0
+
+
+def quantization_probe(
+    model: nn.Module,
+    splits: Mapping[str, Sequence[Encoded]],
+    *,
+    pad_token_id: int,
+    bits: Sequence[int] = (8, 4),
+    batch_size: int = 32,
+) -> dict[str, Any]:
+    """Scores copies of a model whose weights are rounded to 8 and 4 bits.
+
+    An unlearning step that is smaller than a rounding step is undone by rounding: Zhang et al., "Catastrophic failure of LLM unlearning via
+    quantization" (2410.16454), found methods that keep utility well to be the ones that 4 bits undo. Rounding is simulated
+    (`round_to_nearest`), so it runs anywhere and says nothing about speed. The model stays as it is.
+
+    Args:
+        model: A causal language model; adapters are merged into the copies.
+        splits: Name -> examples to score, usually "forget" and "retain".
+        pad_token_id: Of the tokenizer.
+        bits: Of the copies, made one at a time.
+        batch_size: Examples a forward pass.
+
+    Returns:
+        `{"points": [{"bits": None, split: mean probability, ...}, {"bits": 8, ...}, ...]}`, None for the model as it is.
+
+    Raises:
+        ValueError: If bits are outside 2 to 16, or the model has no linear layer.
+        RuntimeError: If the weights are sharded.
+    """
+    points: list[dict[str, Any]] = [
+        {"bits": None, **mean_probabilities(model, splits, pad_token_id=pad_token_id, batch_size=batch_size)}
+    ]
+    for number in bits:
+        rounded = quantize_(plain_copy(model), number)
+        scores = mean_probabilities(rounded, splits, pad_token_id=pad_token_id, batch_size=batch_size)
+        points.append({"bits": number, **scores})
+    return {"points": points}
+
+
+class QuantizationProbe(Probe):
+    """Runs `quantization_probe` on the trained model at the end of training.
+
+    One process does it; the trained model is never touched. Put it after `BestTradeoff`, so that it probes the model that is kept.
+
+    Args:
+        splits: Name -> examples to score.
+        pad_token_id: Of the tokenizer.
+        folder: The run's folder, to write the result as "quantization" of `probes.json` for the report; None writes nothing.
+        settings: Further arguments of `quantization_probe`.
+
+    Attributes:
+        result: As `quantization_probe` returns it; None before the end.
+    """
+
+    name = "quantization"
+
+    def __init__(
+        self,
+        splits: Mapping[str, Sequence[Encoded]],
+        *,
+        pad_token_id: int,
+        folder: str | Path | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(folder)
+        self.splits = dict(splits)
+        self.settings: dict[str, Any] = {"pad_token_id": pad_token_id, **settings}
+
+    def measure(self, model: nn.Module) -> dict[str, Any]:
+        """As `quantization_probe`."""
+        return quantization_probe(model, self.splits, **self.settings)

@@ -1,0 +1,80 @@
+"""The record of every step, as rows of a CSV file."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from lightning_modules.training.module import UnlearningModule
+
+
+class SurgeryLogger(Callback):
+    """One row of a CSV file for every optimizer step, from its `gradsurgery.Record`.
+
+    Columns: step, loss_<objective>, norm_<objective>, update_norm, cosine (of the first two rows), coefficient_<objective>, conflict,
+    predicted_change_<objective> (per unit of learning rate), and with a guard actual_change_<protected objective>. With several blocks
+    norms are over all of them, and cosine and coefficients are means; an elementwise rule has no coefficients. Losses are those of the
+    step's last batch on this process.
+
+    Args:
+        path: The file; it is written anew at the start and every `flush_every` steps.
+        flush_every: Steps between writes.
+    """
+
+    def __init__(self, path: str | Path, flush_every: int = 20) -> None:
+        self.path, self.flush_every = Path(path), flush_every
+        self.rows: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Add a row if this batch ended with a step."""
+        step = trainer.global_step
+        if not isinstance(pl_module, UnlearningModule) or (self.rows and self.rows[-1]["step"] >= step) or step == 0:
+            return
+        record = pl_module.surgery.record
+        if record is None or not record.applied:
+            return  # a GradScaler skipped it
+        names, gram = record.objectives, record.gram if record.blocks is None else record.gram.sum(0)
+        coefficients = record.coefficients  # None: the rule is elementwise
+        if coefficients is not None and record.blocks is not None:
+            coefficients = coefficients.mean(0)
+        row: dict[str, float] = {"step": step}
+        row |= {f"loss_{name}": float(pl_module.losses[name]) for name in names}
+        row |= {f"norm_{name}": value for name, value in zip(names, gram.diagonal().sqrt().tolist(), strict=True)}
+        row |= {"update_norm": float(record.update_norm), "cosine": float(record.cosines[..., 0, 1].mean())}
+        if coefficients is not None:
+            row |= {f"coefficient_{name}": value for name, value in zip(names, coefficients.tolist(), strict=True)}
+        row["conflict"] = float(record.conflict)
+        row |= {f"predicted_change_{n}": v for n, v in zip(names, record.predicted_change.tolist(), strict=True)}
+        if record.actual_change is not None:
+            row |= {f"actual_change_{n}": v for n, v in zip(names[1:], record.actual_change.tolist(), strict=True)}
+        self.rows.append(row)
+        if len(self.rows) % self.flush_every == 0:
+            self._write(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Write what is left."""
+        self._write(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:  # noqa: ARG002 (so)
+        """Write what led there."""
+        self._write(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows, so that a resumed run goes on where the checkpoint was made."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the rows."""
+        self.rows = list(state_dict["rows"])
+
+    def _write(self, trainer: L.Trainer) -> None:
+        if not trainer.is_global_zero or not self.rows:
+            return
+        with self.path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(self.rows[0]))
+            writer.writeheader()
+            writer.writerows(self.rows)

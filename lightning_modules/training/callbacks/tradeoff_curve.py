@@ -1,0 +1,88 @@
+"""Forgetting against retention over the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from lightning_modules.data.tokenization import Encoded
+from lightning_modules.training.callbacks.scores import mean_probabilities
+
+
+class TradeoffCurve(Callback):
+    """Mean answer probability on forget and retain examples while training, and a stop once enough is forgotten.
+
+    Args:
+        encoded: Split -> tokenized examples to score.
+        pad_token_id: Of the tokenizer.
+        every_n_steps: Optimizer steps between scores; the start and the end are scored too.
+        stop_below: Stop training when the probability of the split "forget" falls below this.
+        batch_size: Examples a forward pass.
+    """
+
+    def __init__(
+        self,
+        encoded: Mapping[str, Sequence[Encoded]],
+        *,
+        pad_token_id: int,
+        every_n_steps: int,
+        stop_below: float | None = None,
+        batch_size: int = 32,
+    ) -> None:
+        self.encoded = dict(encoded)
+        self.pad_token_id, self.every_n_steps = pad_token_id, every_n_steps
+        self.stop_below, self.batch_size = stop_below, batch_size
+        self.points: list[dict[str, float]] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Score the start; a resumed run may have forgotten enough already."""
+        self._score(trainer, pl_module)
+        self._stop(trainer)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Score every so many steps."""
+        if trainer.global_step % self.every_n_steps == 0:
+            self._score(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Score the end."""
+        self._score(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The points so far."""
+        return {"points": self.points}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the points."""
+        self.points = list(state_dict["points"])
+
+    def _score(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        step = trainer.global_step
+        if self.points and self.points[-1]["step"] >= step:
+            return
+        model = pl_module.get_submodule("model")
+        scores = mean_probabilities(model, self.encoded, pad_token_id=self.pad_token_id, batch_size=self.batch_size)
+        self.points.append({"step": step, **scores})
+        self._stop(trainer)
+
+    def _stop(self, trainer: L.Trainer) -> None:
+        if self.stop_below is not None and self.points[-1].get("forget", 1.0) < self.stop_below:
+            trainer.should_stop = True
+
+
+def follows(follower: Callback, curve: TradeoffCurve, trainer: L.Trainer) -> None:
+    """Check that a callback that reads the curve's points comes after it: Lightning calls them in order.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    order: list[Any] = list(getattr(trainer, "callbacks", []))
+    if curve not in order or order.index(curve) > order.index(follower):
+        name = type(follower).__name__
+        raise ValueError(
+            f"{name}: expected its TradeoffCurve before it among the trainer's callbacks, found it "
+            f"{'after' if curve in order else 'not at all'}; L.Trainer(callbacks=[curve, {name}(curve, ...)])"
+        )

@@ -1,0 +1,198 @@
+"""From a loss and a batch to one number: which reference and which mean each kind of loss takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Protocol, TypeAlias, cast
+
+from torch import Tensor
+
+import gradsurgery as gs
+from lightning_modules.training.heads import AnswerHead, answer_values
+from lightning_modules.training.references import Reference, SecondModel, sequence_nll
+
+Batches: TypeAlias = Mapping[str, Mapping[str, Tensor]]
+
+
+class Context(Protocol):
+    """What an objective may use: `UnlearningModule` is one."""
+
+    reference: Reference | None
+
+    @property
+    def head(self) -> AnswerHead:
+        """The trained model in two parts."""
+        ...
+
+    def mean_count(self, count: int) -> Tensor:
+        """The mean of a count over all processes."""
+        ...
+
+
+Objective: TypeAlias = Callable[[Context, Batches, str], Tensor]
+"""(module, batches by name, name of the batch) -> a scalar to be minimised."""
+
+NAMES: tuple[str, ...] = (*gs.losses.LOSSES, *gs.losses.SEQUENCE_LOSSES, *gs.losses.ROW_LOSSES, "idk")
+"""What the command line can name; `dpo` and `idk` need refusals in the data."""
+
+
+def by_name(name: str) -> Any:
+    """The loss or objective called ``name``.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    tables: dict[str, Any] = gs.losses.LOSSES | gs.losses.SEQUENCE_LOSSES | gs.losses.ROW_LOSSES | {"idk": idk}
+    if name not in tables:
+        raise ValueError(f"loss: expected one of {', '.join(NAMES)}, found {name!r}")
+    return tables[name]
+
+
+def objective(loss: Any, skip_first: int | None = None) -> Objective:
+    """What a loss means as an objective.
+
+    - A loss per token: its mean over the answer tokens of all processes.
+    - `npo`, `simnpo`, `dpo` (or a `functools.partial` of one): per sequence, their mean over the sequences.
+    - `undial`, `kl_divergence`, `uniform`, `logit_margin`: per row, as a loss per token, with the reference's logits where they take them.
+    - An `Objective` made here, such as `idk` or `rmu(...)`: itself.
+
+    Args:
+        loss: The loss.
+        skip_first: Answer tokens left out at the start of each answer; None: 1 for `ceu`, as in its paper, 0 for any other.
+
+    Raises:
+        TypeError: If the loss is no function.
+        ValueError: If ``skip_first`` is given to an objective that chooses its own tokens.
+    """
+    if not callable(loss):
+        raise TypeError(f"loss: expected a function, found {loss!r}; lm.objectives.by_name finds one by its name")
+    plain = _unbound(loss)
+    skip = int(plain is gs.losses.ceu) if skip_first is None else skip_first
+    if getattr(plain, "is_objective", False):
+        if skip:
+            raise ValueError(
+                f"skip_first: expected 0 or None with {name_of(loss)}, which chooses its own tokens, found {skip}"
+            )
+        return cast(Objective, loss)
+    kind = next((name for name, known in gs.losses.SEQUENCE_LOSSES.items() if known is plain), None)
+    if kind is not None:
+        return partial(_sequence_mean, loss, kind, skip)
+    return partial(_token_mean, gs.losses.as_row_loss(loss), skip, needs_logits(loss))
+
+
+def as_objective(function: Any) -> Any:
+    """Mark a function of (module, batches, name) as an `Objective`, so that it is not taken for a loss per token."""
+    function.is_objective = True
+    return function
+
+
+@as_objective
+def idk(context: Context, batches: Batches, name: str) -> Tensor:
+    """IdkNLL: cross-entropy of a refusal to the forget questions, mean over its tokens (TOFU, 2401.06121)."""
+    return _token_mean(gs.losses.cross_entropy, 0, False, context, batches, _refusal(batches, name))
+
+
+def rmu(layer: int, direction: Tensor | None = None) -> Objective:
+    """RMU (2403.03218) on the hidden states after a layer, `gradsurgery.losses.rmu`, mean over the sequences.
+
+    Args:
+        layer: Index into the model's `hidden_states`: 0 is the embedding, l the output of layer l (the authors' layer 7 is 8 here). To
+            train some layers only, freeze the others' parameters.
+        direction: `[H]`, where forget states are steered (`gradsurgery.losses.rmu_direction`). None: to the reference's own hidden
+            states, which is the retain half.
+    """
+
+    @as_objective
+    def steer(context: Context, batches: Batches, name: str) -> Tensor:
+        batch = batches[name]
+        hidden = context.head.hidden(batch, layer)
+        target = direction
+        if target is None:
+            if not isinstance(context.reference, SecondModel):
+                raise TypeError("rmu: expected reference=SecondModel(...) for the retain half, found another or none")
+            target = context.reference.hidden(context.head, batch, layer)
+        return gs.losses.rmu(hidden, target.to(hidden), batch["labels"] != gs.losses.IGNORED).mean()
+
+    steer.needs_reference = direction is None  # pyright: ignore[reportFunctionMemberAccess]
+    return steer
+
+
+def _token_mean(loss: Any, skip: int, with_reference: bool, context: Context, batches: Batches, name: str) -> Tensor:
+    batch = batches[name]
+    states = context.head.states(batch)
+    others = None
+    if with_reference:
+        others = _reference(context, loss).states(context.head, batch, split=states.head is not None)
+        if (others.head is None) != (states.head is None):
+            states = context.head.states(batch, split=False)
+            others = _reference(context, loss).states(context.head, batch, split=False)
+    values, tokens = answer_values(loss, states, batch["labels"], skip_first=skip, reference=others)
+    return values.sum() / context.mean_count(len(tokens))
+
+
+def _sequence_mean(loss: Any, kind: str, skip: int, context: Context, batches: Batches, name: str) -> Tensor:
+    def nll(of: str) -> Tensor:
+        return sequence_nll(context.head.states(batches[of]), batches[of]["labels"], skip)
+
+    def before(of: str) -> Tensor:
+        return _reference(context, loss).nll(context.head, batches[of], skip, of)
+
+    if kind == "simnpo":
+        lengths = gs.losses.answer_lengths(batches[name]["labels"], skip_first=skip)
+        return loss(nll(name), lengths).mean()
+    if kind == "npo":
+        return loss(nll(name), before(name)).mean()
+    refusal = _refusal(batches, name)
+    return loss(nll(refusal), nll(name), before(refusal), before(name)).mean()
+
+
+def _refusal(batches: Batches, name: str) -> str:
+    if name != "forget" or "refusal" not in batches:
+        raise ValueError(
+            "expected refusals beside the forget batch, found none; give ForgetRetainDataModule refusals=..., and use this loss to forget"
+        )
+    return "refusal"
+
+
+def _reference(context: Context, loss: Any) -> Reference:
+    if context.reference is None:
+        raise ValueError(
+            f"{name_of(loss)}: expected a reference, found none; give UnlearningModule "
+            "reference=SecondModel(), AdapterOff() or Precomputed(path)"
+        )
+    return context.reference
+
+
+def _unbound(loss: Any) -> Any:
+    while isinstance(loss, partial):
+        loss = loss.func
+    return loss
+
+
+def name_of(loss: Any) -> str:
+    """The loss's own name, for messages."""
+    return getattr(_unbound(loss), "__name__", type(loss).__name__)
+
+
+def needs_reference(loss: Any) -> bool:
+    """Whether a loss compares with the model before unlearning."""
+    plain = _unbound(loss)
+    return (
+        needs_logits(loss)
+        or plain is gs.losses.npo
+        or plain is gs.losses.dpo
+        or getattr(plain, "needs_reference", False)
+    )
+
+
+def needs_logits(loss: Any) -> bool:
+    """Whether that comparison takes whole rows of logits, which no file holds."""
+    plain = _unbound(loss)
+    return plain is gs.losses.undial or plain is gs.losses.kl_divergence
+
+
+def needs_refusals(loss: Any) -> bool:
+    """Whether a loss teaches a refusal: `ForgetRetainDataModule(refusals=...)`."""
+    plain = _unbound(loss)
+    return plain is gs.losses.dpo or plain is idk

@@ -1,0 +1,218 @@
+# ruff: noqa: ARG002 (three classes with the same methods, which need not all arguments)
+"""Where a loss's reference comes from: a second model, the model with its adapters off, or numbers on a disk."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+import gradsurgery as gs
+from lightning_modules.data.tokenization import IGNORED, Encoded, collate
+from lightning_modules.evaluation.likelihood import answer_nll, device_of, evaluation_mode
+from lightning_modules.training.heads import AnswerHead, Batch, States, answer_values
+
+
+class SecondModel:
+    """A frozen model beside the one that is trained: right for every loss, and twice the memory for weights.
+
+    It is not part of the module: no optimizer, checkpoint or strategy sees it.
+
+    Args:
+        model: The reference, which is frozen; None copies the model that an `UnlearningModule` is made of, as it is then.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self.model = model
+        self._copied: nn.Module | None = None
+        self._head: AnswerHead | None = None
+
+    def prepare(self, model: nn.Module) -> None:
+        """Copy the model if there is none yet, and freeze it.
+
+        Raises:
+            ValueError: If it is the trained model itself, or holds a copy of another one.
+        """
+        if self.model is model:
+            raise ValueError(
+                "SecondModel: expected another model than the one that is trained; SecondModel() copies it"
+            )
+        if self._copied is not None and self._copied is not model:
+            raise ValueError(
+                "SecondModel: expected the model that it is a copy of, found another; make a new SecondModel()"
+            )
+        if self._head is None:
+            if self.model is None:
+                self._copied, self.model = model, copy.deepcopy(model)
+            self.model.requires_grad_(False).eval()
+            self._head = AnswerHead(self.model)
+
+    def hidden(self, head: AnswerHead, batch: Batch, layer: int) -> Tensor:
+        """Hidden states after a layer, see `AnswerHead.hidden`."""
+        with torch.no_grad():
+            return self._on_device(head, batch).hidden(batch, layer)
+
+    def states(self, head: AnswerHead, batch: Batch, *, split: bool) -> States:
+        """The reference's states; logits if the trained model gives logits."""
+        with torch.no_grad():
+            return self._on_device(head, batch).states(batch, split=split)
+
+    def _on_device(self, head: AnswerHead, batch: Batch) -> AnswerHead:
+        self.prepare(head.model)
+        if self.model is None or self._head is None:
+            raise RuntimeError("expected prepare(model) before the first batch")
+        if device_of(self.model) != batch["input_ids"].device:
+            self.model.to(batch["input_ids"].device)
+        return self._head
+
+    def nll(self, head: AnswerHead, batch: Batch, skip_first: int, name: str) -> Tensor:
+        """Negative log-likelihood of each answer, summed over its tokens, `[B]`."""
+        with torch.no_grad():
+            return sequence_nll(self.states(head, batch, split=True), batch["labels"], skip_first)
+
+
+class AdapterOff:
+    """The trained model with its adapters switched off: no second copy, one more forward pass.
+
+    Right where the base weights are those of the start model. FILA changes them: take `SecondModel` or `Precomputed` there.
+    """
+
+    def prepare(self, model: nn.Module) -> None:
+        """Refuse a model without adapters.
+
+        Raises:
+            TypeError: If it has none.
+        """
+        if not hasattr(model, "disable_adapter"):
+            raise TypeError(
+                f"AdapterOff: expected a PEFT model with adapters, found {type(model).__name__}; use SecondModel() or Precomputed(path)"
+            )
+
+    def states(self, head: AnswerHead, batch: Batch, *, split: bool) -> States:
+        """The base model's states."""
+        model: Any = head.model
+        with evaluation_mode(model), model.disable_adapter():  # no dropout in a reference
+            return head.states(batch, split=split)
+
+    def nll(self, head: AnswerHead, batch: Batch, skip_first: int, name: str) -> Tensor:
+        """Negative log-likelihood of each answer, summed over its tokens, `[B]`."""
+        with torch.no_grad():
+            return sequence_nll(self.states(head, batch, split=True), batch["labels"], skip_first)
+
+
+class Precomputed:
+    """Log-likelihoods that `precompute` wrote: no second model and no second forward pass.
+
+    For losses that need one number per sequence (`npo`, `dpo`); a loss that needs the reference's logits would need `[tokens, vocabulary]`
+    numbers.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        from safetensors.torch import load_file
+
+        self.path = Path(path)
+        if not self.path.exists():
+            raise FileNotFoundError(f"expected log-likelihoods in {self.path}, found no file; `precompute` writes it")
+        self.tensors = load_file(self.path)
+
+    def prepare(self, model: nn.Module) -> None:
+        """Nothing to do."""
+
+    def states(self, head: AnswerHead, batch: Batch, *, split: bool) -> States:
+        """Refuse.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "expected a reference that gives logits, found log-likelihoods from a file; use SecondModel() or AdapterOff() with this loss"
+        )
+
+    def nll(self, head: AnswerHead, batch: Batch, skip_first: int, name: str) -> Tensor:
+        """Negative log-likelihood of each answer, summed over its tokens, `[B]`.
+
+        Raises:
+            ValueError: If the file is about other examples.
+        """
+        if skip_first:
+            raise ValueError(
+                f"skip_first: expected 0 with precomputed log-likelihoods, which are of whole answers, found {skip_first}"
+            )
+        if "index" not in batch:
+            raise ValueError(
+                "expected the batch to hold the examples' index, as those of ForgetRetainDataModule do, found none"
+            )
+        index, found = batch["index"].cpu(), checksums(batch).cpu()
+        values, known = self.tensors.get(f"{name}_nll"), self.tensors.get(f"{name}_checksums")
+        if values is None or known is None or int(index.max()) >= len(values) or not torch.equal(known[index], found):
+            raise ValueError(
+                f"expected {self.path} to be about these {name} examples, found others; write it again with `precompute`"
+            )
+        return values[index].to(batch["labels"].device)
+
+
+Reference: TypeAlias = SecondModel | AdapterOff | Precomputed
+
+
+class Examples(Protocol):
+    """What `precompute` reads: `lightning_modules.data.pairs.PairDataset`."""
+
+    forget: Sequence[Encoded]
+    retain: Sequence[Encoded]
+    refusal: Sequence[Encoded] | None
+
+
+def precompute(
+    model: nn.Module, dataset: Examples, path: str | Path, *, pad_token_id: int, batch_size: int = 32
+) -> None:
+    """Write the log-likelihoods of every answer under the model that is about to forget, for `Precomputed`.
+
+    Args:
+        model: The reference, before unlearning.
+        dataset: `ForgetRetainDataModule(...).dataset` after `setup()`.
+        path: Of the file to write, safetensors; 12 bytes an example.
+        pad_token_id: Of the tokenizer.
+        batch_size: Examples a forward pass.
+    """
+    from safetensors.torch import save_file
+
+    splits: Mapping[str, Sequence[Encoded] | None] = {
+        "forget": dataset.forget,
+        "retain": dataset.retain,
+        "refusal": dataset.refusal,
+    }
+    tensors: dict[str, Tensor] = {}
+    for name, encoded in splits.items():
+        if encoded is None:
+            continue
+        lengths = torch.tensor([sum(label != IGNORED for label in example.labels[1:]) for example in encoded])
+        sums = torch.cat([checksums(collate([example], pad_token_id)) for example in encoded])
+        means = answer_nll(model, encoded, pad_token_id=pad_token_id, batch_size=batch_size)
+        tensors |= {f"{name}_nll": (means * lengths).float(), f"{name}_checksums": sums}
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, target)
+
+
+def checksums(batch: Batch) -> Tensor:
+    """A number of each row's tokens and labels, `[B]` int64, that does not depend on the padding."""
+    mask = batch["attention_mask"].long()
+    place = mask.cumsum(1)
+    mixed = batch["input_ids"] * 1_000_003 + batch["labels"] * 7_919 + 12_345
+    return (mixed * (place * 2_654_435_761 + place.square()) * mask).sum(1)
+
+
+def sequence_nll(states: States, labels: Tensor, skip_first: int) -> Tensor:
+    """Negative log-likelihood of each answer, summed over its tokens, `[B]`."""
+    values, _ = answer_values(gs.losses.cross_entropy, states, labels, skip_first=skip_first, again=True)
+    return gs.losses.sequence_sum(values, labels, skip_first=skip_first)
