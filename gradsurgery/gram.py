@@ -26,9 +26,9 @@ Metric: TypeAlias = Callable[[int], "tuple[Tensor, Callable[[Tensor], Tensor]] |
 
 The weights are computed chunk by chunk from the statistic, so that no tensor of the parameter's size is ever made."""
 
-# A chunk's two rows stay in a core's cache while all their products are taken, and 2^17 float32 products summed by torch.dot are within
-# 1e-7 of float64 (bf16 within 5e-6, because its sums are often ties; whole-tensor calls are off by up to 2e-2 at 1e8 elements on the
-# CPU). Accelerators sum in trees: fewer launches.
+# The chunks of all rows stay in a core's cache while their products are taken. 2^17 float32 products of full precision, summed by
+# torch.dot, are within 1e-7 of their float64 sum; a call on a whole tensor of 1e8 elements is off by up to 2e-2 on a CPU. Accelerators
+# sum in trees, so their chunks can be large, which means fewer launches.
 _CPU_CHUNK = 1 << 17
 _ACCELERATOR_CHUNK = 1 << 24
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -37,7 +37,8 @@ _LOW_PRECISION = (torch.bfloat16, torch.float16)
 def gram(rows: Sequence[Row]) -> Tensor:
     r"""Gram matrix of K rows, :math:`G_{ij} = \langle \mathrm{row}_i, \mathrm{row}_j \rangle`.
 
-    Products are taken in float32 (float64 for float64 rows; bf16 and fp16 are converted chunk by chunk) and summed in float64. Rows may
+    Products are taken in float32 (in float64 for float64 rows, and on a CPU for bf16 and fp16 rows), chunk by chunk, and the chunks are
+    summed in float64. Rows may
     hold ``None`` (a zero gradient) and DTensors: each rank multiplies what it holds and one ``all_reduce`` of K x K numbers a
     sharding pattern adds it up, so every rank of the mesh must call this.
 
@@ -232,12 +233,12 @@ def _products(
     present = [(k, tensor.detach()) for k, tensor in enumerate(tensors) if tensor is not None]
     pairs = [(a, b) for a in range(len(present)) for b in range(a, len(present))]
     partial: list[list[Tensor]] = [[] for _ in pairs]
-    dtype = (
-        torch.float64
-        if any(tensor.dtype in (torch.float64, torch.complex128) for _, tensor in present)
-        else torch.float32
-    )
-    chunk = _CPU_CHUNK if present[0][1].device.type == "cpu" else _ACCELERATOR_CHUNK
+    on_cpu = present[0][1].device.type == "cpu"
+    # Sums of bf16 or fp16 products are often exact ties in float32, which all round the same way: off by 6e-6 to 5e-5, depending on how
+    # many partial sums the processor's registers hold. A float64 sum of a chunk in cache costs a little time and no bandwidth.
+    wide_types = (torch.float64, torch.complex128, *(_LOW_PRECISION if on_cpu else ()))
+    dtype = torch.float64 if any(tensor.dtype in wide_types for _, tensor in present) else torch.float32
+    chunk = _CPU_CHUNK if on_cpu else _ACCELERATOR_CHUNK
     operands = [tensor for _, tensor in present] + ([] if weights is None else [weights[0]])
     for parts in _chunks(operands, chunk, copy=True):
         left = wide = [part.to(dtype) for part in parts[: len(present)]]

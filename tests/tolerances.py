@@ -42,17 +42,15 @@ GRAM: dict[torch.dtype, Tolerance] = {
         1e-6, "products in float32, 2^17 of them summed by torch.dot (1e-7), chunks summed in float64"
     ),
     torch.bfloat16: Tolerance(
-        1e-5, "products are exact in float32, but their sums are often ties, all rounded alike: 4e-6 measured"
+        1e-12, "on a CPU products and sums are float64: at most 2^17 roundings of 1.1e-16 a chunk"
     ),
-    torch.float16: Tolerance(1e-5, "products are exact in float32, but their sums are often ties, all rounded alike"),
+    torch.float16: Tolerance(1e-12, "as bfloat16"),
     torch.complex64: Tolerance(1e-6, "a complex row is its real and imaginary parts, in float32"),
     torch.complex128: Tolerance(1e-14, "a complex row is its real and imaginary parts, in float64"),
 }
 LARGE_GRAM: dict[torch.dtype, Tolerance] = {
     torch.float32: Tolerance(1e-6, "rounding of a chunk's sum is random in sign, and averages out over 150 chunks"),
-    torch.bfloat16: Tolerance(
-        1e-5, "ties rounded alike do not average out: 4e-6 measured, whatever the number of chunks"
-    ),
+    torch.bfloat16: Tolerance(1e-12, "as GRAM, and the chunks' float64 sums add the same again"),
 }
 COMBINED: dict[torch.dtype, Tolerance] = {
     torch.float64: Tolerance(1e-15, "one rounding of float64 (1.1e-16) a row, at most six rows"),

@@ -233,6 +233,14 @@ def test_a_large_tensor_keeps_its_precision(dtype: torch.dtype) -> None:
     close(found, expected, tolerances.LARGE_GRAM[dtype], scale=norms[:, None] * norms)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_equal_numbers_of_low_precision_do_not_drift(dtype: torch.dtype) -> None:
+    """Their float32 sums are exact ties, which all round the same way: off by 5e-5, the more the fewer partial sums a CPU keeps."""
+    row = torch.full((1 << 22,), 1.0078125, dtype=dtype)
+    expected = torch.tensor([[row.numel() * 1.0078125**2]], dtype=torch.float64)
+    close(gram([[row]]), expected, tolerances.LARGE_GRAM[torch.bfloat16], scale=expected)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64])
 def test_a_bad_element_anywhere_shows_on_the_diagonal(bad: float, dtype: torch.dtype) -> None:
