@@ -6,12 +6,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import gradsurgery as gs
 
 ROOT = Path(__file__).parents[1]
+PAGES = ["examples/README.md", "examples/ablation/README.md", "tests/benchmarks/RESULTS.md"]
 
 BLOCKED = """
 import importlib.abc, sys
@@ -71,11 +74,11 @@ def test_the_core_never_imports_the_lightning_modules() -> None:
         assert "lightning_modules" not in path.read_text(), path
 
 
-def test_the_readme_lists_every_rule_and_every_loss() -> None:
-    text = (ROOT / "README.md").read_text()
+def test_package_docstrings_list_every_rule_and_every_loss() -> None:
     losses = [*gs.losses.LOSSES, *gs.losses.ROW_LOSSES, *gs.losses.SEQUENCE_LOSSES, "rmu"]
-    for name in [*gs.rules.RULES, *gs.elementwise.ELEMENTWISE, *losses]:
-        assert re.search(rf"`(gs\.losses\.)?{name}`", text), name
+    for package, names in ((gs.rules, [*gs.rules.RULES, *gs.elementwise.ELEMENTWISE]), (gs.losses, losses)):
+        for name in names:
+            assert f"`{name}`" in (package.__doc__ or ""), name
 
 
 def test_the_readme_has_exactly_the_two_set_up_lines_and_its_files_exist() -> None:
@@ -85,8 +88,43 @@ def test_the_readme_has_exactly_the_two_set_up_lines_and_its_files_exist() -> No
         "pip install -c constraints.txt '.[lightning]' && gradsurgery unlearn",
         "pip install -c constraints.txt -e '.[lightning,dev]' && pytest",
     ]
-    for target in re.findall(r"\]\(([^):]+)\)", text):
-        assert (ROOT / target).exists(), target
+
+
+class TinyModel(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.lm_head = torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.embedding(tokens))
+
+
+def test_the_readme_code_runs_block_after_block() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 3
+    model, labels = TinyModel(), torch.tensor([1, 2, 3])
+    names: dict[str, Any] = {
+        "torch": torch,
+        "gs": gs,
+        "model": model,
+        "forget_batch": torch.tensor([0, 1]),
+        "retain_batch": torch.tensor([2, 3]),
+        "forget_loss": lambda model, batch: -model(batch).square().mean(),
+        "retain_loss": lambda model, batch: model(batch).square().mean(),
+        "hidden": model.embedding(labels),
+        "labels": labels,
+    }
+    for block in blocks:
+        exec(block, names)
+    assert model.lm_head.weight.grad is not None
+    assert names["half_way"](torch.eye(2, dtype=torch.float64)).tolist() == [1.0, 0.5]
+    torch.testing.assert_close(names["values"], names["patient_unlikelihood"](model(labels), labels))
+
+
+@pytest.mark.parametrize("page", [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("*.md"))] + PAGES)
+def test_every_link_to_a_file_leads_to_one(page: str) -> None:
+    for target in re.findall(r"\]\(([^):#]+)[#)]", (ROOT / page).read_text()):
+        assert ((ROOT / page).parent / target).exists(), target
 
 
 def test_no_tofu_text_and_no_path_of_one_machine_is_in_the_tree() -> None:
