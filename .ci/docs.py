@@ -1,8 +1,8 @@
-"""Build the browsable reference of both packages from their docstrings, and fail where a name that they mention leads nowhere.
+"""Build the browsable reference of both packages from their docstrings; fail where a name in them leads nowhere.
 
     python .ci/docs.py site
 
-`pdoc` alone would leave out rooms that a package's ``__all__`` does not name, and what is imported only when it is used.
+`pdoc` alone leaves out rooms that a package's ``__all__`` does not name, and names that are imported when first used.
 """
 
 from __future__ import annotations
