@@ -87,7 +87,7 @@ def block_gram(
         ValueError: As `gram`.
         RuntimeError: As `gram`.
     """
-    num_rows, num_parameters = _checked(rows)
+    num_rows, num_parameters = check_rows(rows)
     products: dict[_Sharding, dict[torch.device, list[tuple[int, Tensor]]]] = {}
     for index in range(num_parameters):
         tensors = [row[index] for row in rows]
@@ -95,7 +95,7 @@ def block_gram(
         example = placed if like is None else like[index]
         if example is None:
             continue
-        sharding, local = _local_parts(example, tensors, index)
+        sharding, local = local_parts(example, tensors, index)
         by_device = products.setdefault(sharding, {})
         if placed is None:
             continue
@@ -167,7 +167,7 @@ def combine_blocks_(
     Returns:
         ``rows[0]``.
     """
-    _, num_parameters = _checked(rows)
+    _, num_parameters = check_rows(rows)
     first = rows[0]
     # On the CPU the numbers are at hand; elsewhere they stay on the device, because reading them would stall its queue.
     numbers = coefficients.tolist() if coefficients.device.type == "cpu" else None
@@ -182,7 +182,7 @@ def combine_blocks_(
                     f"rows[0]: expected a list, because it is given a tensor at {index}, found {type(first).__name__}"
                 )
             tensors[0] = first[index] = torch.zeros_like(placed)
-        _, local = _local_parts(placed, tensors, index)
+        _, local = local_parts(placed, tensors, index)
         block = 0 if blocks is None else blocks[index]
         target = local[0]
         assert target is not None
@@ -203,8 +203,8 @@ def _combine_on_host(target: Tensor, scale: float, others: list[tuple[float, Ten
         for coefficient, other in others:
             target.add_(other, alpha=coefficient)
         return
-    size = _CPU_CHUNK if target.device.type == "cpu" else _ACCELERATOR_CHUNK
-    for part, *parts in _chunks([target, *(other for _, other in others)], size):
+    size = chunk_size(target.device)
+    for part, *parts in chunks([target, *(other for _, other in others)], size):
         wide = part.float() if low else part
         if scale != 1.0:
             wide.mul_(scale)
@@ -215,7 +215,7 @@ def _combine_on_host(target: Tensor, scale: float, others: list[tuple[float, Ten
 
 
 def _combine_on_device(target: Tensor, scale: Tensor, others: list[tuple[Tensor, Tensor]]) -> None:
-    for part, *parts in _chunks([target, *(other for _, other in others)], _ACCELERATOR_CHUNK):
+    for part, *parts in chunks([target, *(other for _, other in others)], _ACCELERATOR_CHUNK):
         wide = part.float() if part.dtype in _LOW_PRECISION else part
         real = wide.dtype.to_real()
         wide.mul_(scale.to(real))
@@ -237,9 +237,9 @@ def _products(
         if any(tensor.dtype in (torch.float64, torch.complex128) for _, tensor in present)
         else torch.float32
     )
-    chunk = _CPU_CHUNK if present[0][1].device.type == "cpu" else _ACCELERATOR_CHUNK
+    chunk = chunk_size(present[0][1].device)
     operands = [tensor for _, tensor in present] + ([] if weights is None else [weights[0]])
-    for parts in _chunks(operands, chunk, copy=True):
+    for parts in chunks(operands, chunk, copy=True):
         left = wide = [part.to(dtype) for part in parts[: len(present)]]
         if weights is not None:
             weight = weights[1](parts[-1].to(dtype))
@@ -250,7 +250,12 @@ def _products(
     return [(present[a][0], present[b][0], value) for (a, b), value in zip(pairs, total, strict=True)]
 
 
-def _chunks(tensors: list[Tensor], size: int, *, copy: bool = False) -> list[tuple[Tensor, ...]]:
+def chunk_size(device: torch.device) -> int:
+    """The number of elements a chunk on that device should have."""
+    return _CPU_CHUNK if device.type == "cpu" else _ACCELERATOR_CHUNK
+
+
+def chunks(tensors: list[Tensor], size: int, *, copy: bool = False) -> list[tuple[Tensor, ...]]:
     """The tensors cut alike into one-dimensional views, complex ones as pairs; whole where there is no view, unless ``copy``."""
     if copy:
         tensors = [tensor.resolve_conj() for tensor in tensors]
@@ -265,7 +270,7 @@ def _chunks(tensors: list[Tensor], size: int, *, copy: bool = False) -> list[tup
 _Sharding: TypeAlias = "tuple[DeviceMesh, tuple[int, ...]] | None"
 
 
-def _local_parts(example: Tensor, tensors: list[Tensor | None], index: int) -> tuple[_Sharding, list[Tensor | None]]:
+def local_parts(example: Tensor, tensors: list[Tensor | None], index: int) -> tuple[_Sharding, list[Tensor | None]]:
     """How one parameter is sharded, and what this rank holds of each of its tensors."""
     for tensor in tensors:
         if tensor is not None and tensor.shape != example.shape:
@@ -317,7 +322,8 @@ def _first_device(rows: Sequence[Row], like: Sequence[Tensor] | None) -> torch.d
     return local_tensor(candidates[0]).device if candidates else torch.device("cpu")
 
 
-def _checked(rows: Sequence[Row]) -> tuple[int, int]:
+def check_rows(rows: Sequence[Row]) -> tuple[int, int]:
+    """The number of rows and of parameters; ValueError if there is no row or they differ in length."""
     if not rows:
         raise ValueError("rows: expected at least one row, found none")
     lengths = [len(row) for row in rows]
