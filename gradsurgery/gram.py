@@ -1,8 +1,8 @@
-"""Inner products and linear combinations of rows: plain tensors, DTensors and every device behind one door.
+"""Inner products and linear combinations of rows, for plain tensors, DTensors and every device.
 
-A *row* is one objective's gradient: a list with one tensor (or ``None``) per parameter, never flattened into one vector. Everything
-a coordinate-free rule needs to know of K rows is their Gram matrix ``gram[i, j] = <row_i, row_j>``, and everything it can do to them
-is a linear combination; this module computes the one and applies the other.
+A *row* is one objective's gradient: a list with one tensor (or ``None``) per parameter, never flattened into one
+vector. A coordinate-free rule sees nothing of K rows but their Gram matrix ``gram[i, j] = <row_i, row_j>``, and it can
+do nothing with them but a linear combination. This module computes the matrix and applies the combination.
 """
 
 from __future__ import annotations
@@ -22,31 +22,33 @@ Row: TypeAlias = Sequence[Tensor | None]
 """One objective's gradient: a tensor, or None where it has no gradient, for each parameter."""
 
 Metric: TypeAlias = Callable[[int], "tuple[Tensor, Callable[[Tensor], Tensor]] | None"]
-"""Parameter index -> (statistic shaped like the parameter, statistic -> positive weights), or None for the Euclidean metric.
+"""The weights of an inner product: parameter index -> (statistic, function), or None where it is Euclidean.
 
-The weights are computed chunk by chunk from the statistic, so that no tensor of the parameter's size is ever made."""
+The statistic is a tensor shaped like the parameter; the function makes positive weights of it. It is called chunk by
+chunk, so that no tensor of the parameter's size is ever allocated."""
 
-# The chunks of all rows stay in a core's cache while their products are taken. 2^17 float32 products of full precision, summed by
-# torch.dot, are within 1e-7 of their float64 sum; a call on a whole tensor of 1e8 elements is off by up to 2e-2 on a CPU. Accelerators
-# sum in trees, so their chunks can be large, which means fewer launches.
+# The chunks of all rows stay in a core's cache while their products are taken. torch.dot of 2^17 float32 numbers is
+# off by 1e-7 to 6e-7; of a whole tensor of 1e8 it is off by up to 2e-2 on a CPU. Accelerators sum in trees, so their
+# chunks can be large, which means fewer launches.
 _CPU_CHUNK = 1 << 17
 _ACCELERATOR_CHUNK = 1 << 24
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def gram(rows: Sequence[Row]) -> Tensor:
-    r"""Gram matrix of K rows, :math:`G_{ij} = \langle \mathrm{row}_i, \mathrm{row}_j \rangle`.
+    r"""Gram matrix of K rows, $G_{ij} = \langle \mathrm{row}_i, \mathrm{row}_j \rangle$.
 
-    Products are taken in float32 (in float64 for float64 rows, and on a CPU for bf16 and fp16 rows), chunk by chunk, and the chunks are
-    summed in float64. Rows may
-    hold ``None`` (a zero gradient) and DTensors: each rank multiplies what it holds and one ``all_reduce`` of K x K numbers a
-    sharding pattern adds it up, so every rank of the mesh must call this.
+    Products are taken in float32, chunk by chunk (in float64 for float64 rows, and on a CPU for bf16 and fp16 rows).
+    The sums of the chunks are added in float64. A ``None`` in a row is a zero gradient. Of DTensors each rank
+    multiplies what it holds, and one ``all_reduce`` of K x K numbers for each sharding pattern adds the ranks' parts,
+    so every rank of the mesh must call this.
 
     Args:
         rows: K rows over the same parameters.
 
     Returns:
-        Float64 ``[K, K]``, symmetric, on the rows' device. A NaN or inf anywhere in row k makes entry ``[k, k]`` non-finite.
+        Float64 ``[K, K]``, symmetric, on the rows' device. A NaN or inf anywhere in row k makes entry ``[k, k]``
+        non-finite.
 
     Raises:
         ValueError: If there is no row, the rows differ in length, or two tensors of one parameter differ in shape.
@@ -72,14 +74,15 @@ def block_gram(
     metric: Metric | None = None,
     like: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    r"""Gram matrices of S blocks of parameters, in a metric: ``G[s, i, j] = sum over block s of row_i * weight * row_j``.
+    """Gram matrices of S blocks of parameters, ``G[s, i, j] = sum over block s of row_i * weight * row_j``.
 
     Args:
         rows: K rows over the same P parameters.
         blocks: The block of each parameter, P numbers below ``num_blocks``; all in block 0 when None.
         num_blocks: S.
         metric: Weights of the inner product (see `Metric`); Euclidean when None.
-        like: The P parameters. They settle which ranks take part in which ``all_reduce`` even where a rank's own gradient is None.
+        like: The P parameters. With them a rank knows which ``all_reduce`` it takes part in even where its own gradient
+            is None.
 
     Returns:
         Float64 ``[S, K, K]``.
@@ -88,7 +91,7 @@ def block_gram(
         ValueError: As `gram`.
         RuntimeError: As `gram`.
     """
-    num_rows, num_parameters = _checked(rows)
+    num_rows, num_parameters = check_rows(rows)
     products: dict[_Sharding, dict[torch.device, list[tuple[int, Tensor]]]] = {}
     for index in range(num_parameters):
         tensors = [row[index] for row in rows]
@@ -96,7 +99,7 @@ def block_gram(
         example = placed if like is None else like[index]
         if example is None:
             continue
-        sharding, local = _local_parts(example, tensors, index)
+        sharding, local = local_parts(example, tensors, index)
         by_device = products.setdefault(sharding, {})
         if placed is None:
             continue
@@ -111,7 +114,8 @@ def block_gram(
                 by_device[product.device].append((entry + (j - i) * (num_rows - 1), product))
     device = _first_device(rows, like)
     total = torch.zeros(num_blocks * num_rows * num_rows, dtype=torch.float64, device=device)
-    # Insertion order is parameter order, the same on every rank, so the collectives of different shardings cannot cross.
+    # Insertion order is parameter order, the same on every rank, so the collectives of different shardings cannot
+    # cross.
     for sharding, by_device in products.items():
         part = torch.zeros_like(total)
         for found in by_device.values():
@@ -126,12 +130,12 @@ def block_gram(
 
 
 def combine_(rows: Sequence[Row], coefficients: Tensor) -> list[Tensor | None]:
-    r"""Overwrite the first row by :math:`\sum_k \mathrm{coefficients}_k\,\mathrm{row}_k`.
+    r"""Overwrite the first row by $\sum_k c_k\, \mathrm{row}_k$.
 
     Args:
-        rows: K rows over the same parameters. Tensors of ``rows[0]`` are overwritten in place; where it holds None and another row
-            does not, a new tensor is made (``rows[0]`` must then be a list).
-        coefficients: ``[K]``.
+        rows: K rows over the same parameters. Tensors of ``rows[0]`` are overwritten in place. Where it holds None and
+            another row does not, a new tensor is put there, so ``rows[0]`` must then be a list.
+        coefficients: The c_k, ``[K]``.
 
     Returns:
         ``rows[0]``.
@@ -139,8 +143,10 @@ def combine_(rows: Sequence[Row], coefficients: Tensor) -> list[Tensor | None]:
     Raises:
         ValueError: If the rows differ in length or ``coefficients`` is not ``[K]``.
 
-    Cost: reads every row once and writes one; no temporaries beyond one chunk. Where a parameter has no gradient in any row it stays
-    None. Low-precision rows are combined in float32 and rounded once. A NaN coefficient gives NaN, and so does 0 times inf.
+    Where a parameter has no gradient in any row it stays None. Low-precision rows are combined in float32 and rounded
+    once. A NaN coefficient gives NaN, and so does 0 times inf.
+
+    Cost: reads every row once and writes one; no temporaries beyond one chunk.
 
     Example:
         >>> forget, retain = [torch.tensor([3.0, 0.0]), None], [torch.tensor([-1.0, 2.0]), torch.tensor([1.0])]
@@ -168,9 +174,9 @@ def combine_blocks_(
     Returns:
         ``rows[0]``.
     """
-    _, num_parameters = _checked(rows)
+    _, num_parameters = check_rows(rows)
     first = rows[0]
-    # On the CPU the numbers are at hand; elsewhere they stay on the device, because reading them would stall its queue.
+    # On an accelerator the coefficients stay where they are, because reading them would make the host wait.
     numbers = coefficients.tolist() if coefficients.device.type == "cpu" else None
     for index in range(num_parameters):
         tensors = [row[index] for row in rows]
@@ -183,7 +189,7 @@ def combine_blocks_(
                     f"rows[0]: expected a list, because it is given a tensor at {index}, found {type(first).__name__}"
                 )
             tensors[0] = first[index] = torch.zeros_like(placed)
-        _, local = _local_parts(placed, tensors, index)
+        _, local = local_parts(placed, tensors, index)
         block = 0 if blocks is None else blocks[index]
         target = local[0]
         assert target is not None
@@ -204,8 +210,8 @@ def _combine_on_host(target: Tensor, scale: float, others: list[tuple[float, Ten
         for coefficient, other in others:
             target.add_(other, alpha=coefficient)
         return
-    size = _CPU_CHUNK if target.device.type == "cpu" else _ACCELERATOR_CHUNK
-    for part, *parts in _chunks([target, *(other for _, other in others)], size):
+    size = chunk_size(target.device)
+    for part, *parts in chunks([target, *(other for _, other in others)], size):
         wide = part.float() if low else part
         if scale != 1.0:
             wide.mul_(scale)
@@ -216,7 +222,7 @@ def _combine_on_host(target: Tensor, scale: float, others: list[tuple[float, Ten
 
 
 def _combine_on_device(target: Tensor, scale: Tensor, others: list[tuple[Tensor, Tensor]]) -> None:
-    for part, *parts in _chunks([target, *(other for _, other in others)], _ACCELERATOR_CHUNK):
+    for part, *parts in chunks([target, *(other for _, other in others)], _ACCELERATOR_CHUNK):
         wide = part.float() if part.dtype in _LOW_PRECISION else part
         real = wide.dtype.to_real()
         wide.mul_(scale.to(real))
@@ -229,18 +235,18 @@ def _combine_on_device(target: Tensor, scale: Tensor, others: list[tuple[Tensor,
 def _products(
     tensors: list[Tensor | None], weights: tuple[Tensor, Callable[[Tensor], Tensor]] | None
 ) -> list[tuple[int, int, Tensor]]:
-    """The float64 product of every pair i <= j of tensors that are there."""
+    """The float64 inner product of every pair i <= j of the tensors that are not None."""
     present = [(k, tensor.detach()) for k, tensor in enumerate(tensors) if tensor is not None]
     pairs = [(a, b) for a in range(len(present)) for b in range(a, len(present))]
     partial: list[list[Tensor]] = [[] for _ in pairs]
-    on_cpu = present[0][1].device.type == "cpu"
-    # Sums of bf16 or fp16 products are often exact ties in float32, which all round the same way: off by 6e-6 to 5e-5, depending on how
-    # many partial sums the processor's registers hold. A float64 sum of a chunk in cache costs a little time and no bandwidth.
-    wide_types = (torch.float64, torch.complex128, *(_LOW_PRECISION if on_cpu else ()))
+    device = present[0][1].device
+    # Sums of bf16 or fp16 products are often exact ties in float32, and ties all round the same way. Such a sum is
+    # off by 6e-6 to 5e-5, the more the fewer partial sums a processor keeps. Float64 sums of a chunk in cache are
+    # exact enough on every processor, and need no more of the memory's bandwidth.
+    wide_types = (torch.float64, torch.complex128, *(_LOW_PRECISION if device.type == "cpu" else ()))
     dtype = torch.float64 if any(tensor.dtype in wide_types for _, tensor in present) else torch.float32
-    chunk = _CPU_CHUNK if on_cpu else _ACCELERATOR_CHUNK
     operands = [tensor for _, tensor in present] + ([] if weights is None else [weights[0]])
-    for parts in _chunks(operands, chunk, copy=True):
+    for parts in chunks(operands, chunk_size(device), copy=True):
         left = wide = [part.to(dtype) for part in parts[: len(present)]]
         if weights is not None:
             weight = weights[1](parts[-1].to(dtype))
@@ -251,8 +257,17 @@ def _products(
     return [(present[a][0], present[b][0], value) for (a, b), value in zip(pairs, total, strict=True)]
 
 
-def _chunks(tensors: list[Tensor], size: int, *, copy: bool = False) -> list[tuple[Tensor, ...]]:
-    """The tensors cut alike into one-dimensional views, complex ones as pairs; whole where there is no view, unless ``copy``."""
+def chunk_size(device: torch.device) -> int:
+    """The number of elements a chunk on that device should have."""
+    return _CPU_CHUNK if device.type == "cpu" else _ACCELERATOR_CHUNK
+
+
+def chunks(tensors: list[Tensor], size: int, *, copy: bool = False) -> list[tuple[Tensor, ...]]:
+    """The tensors cut alike into one-dimensional views of ``size`` numbers, complex tensors viewed as pairs of reals.
+
+    Where a tensor is not contiguous and so has no such view, it is copied, or without ``copy`` all are handed back
+    whole.
+    """
     if copy:
         tensors = [tensor.resolve_conj() for tensor in tensors]
     elif not all(tensor.is_contiguous() and not tensor.is_conj() for tensor in tensors):
@@ -266,7 +281,7 @@ def _chunks(tensors: list[Tensor], size: int, *, copy: bool = False) -> list[tup
 _Sharding: TypeAlias = "tuple[DeviceMesh, tuple[int, ...]] | None"
 
 
-def _local_parts(example: Tensor, tensors: list[Tensor | None], index: int) -> tuple[_Sharding, list[Tensor | None]]:
+def local_parts(example: Tensor, tensors: list[Tensor | None], index: int) -> tuple[_Sharding, list[Tensor | None]]:
     """How one parameter is sharded, and what this rank holds of each of its tensors."""
     for tensor in tensors:
         if tensor is not None and tensor.shape != example.shape:
@@ -301,15 +316,15 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def numbers_on(device: torch.device, values: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """A few numbers of the host as a tensor on a device, without waiting for the device's queue."""
+    """A few numbers of the host as a tensor on a device; the host does not wait for the device."""
     tensor = torch.as_tensor(values, dtype=dtype)
     if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()  # from pageable memory the copy would wait
+        tensor = tensor.pin_memory()  # a copy from pageable memory makes the host wait
     return tensor.to(device, non_blocking=True)
 
 
 def dtensor_type() -> type[DTensor] | None:
-    """The DTensor class, or None while nobody has imported it (and so no DTensor can exist); importing it ourselves is slow."""
+    """The DTensor class, or None while nobody has imported it, so that no DTensor can exist; the import is slow."""
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
@@ -318,7 +333,8 @@ def _first_device(rows: Sequence[Row], like: Sequence[Tensor] | None) -> torch.d
     return local_tensor(candidates[0]).device if candidates else torch.device("cpu")
 
 
-def _checked(rows: Sequence[Row]) -> tuple[int, int]:
+def check_rows(rows: Sequence[Row]) -> tuple[int, int]:
+    """The number of rows and of parameters; ValueError if there is no row or they differ in length."""
     if not rows:
         raise ValueError("rows: expected at least one row, found none")
     lengths = [len(row) for row in rows]

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gradsurgery.gram import _ACCELERATOR_CHUNK, _CPU_CHUNK, Row, _checked, _chunks, _local_parts, local_tensor
+from gradsurgery.gram import Row, check_rows, chunk_size, chunks, local_parts, local_tensor
 
 __all__ = [
     "ELEMENTWISE",
@@ -89,7 +89,7 @@ def each(rows: Sequence[Row], function: Callable[..., Tensor]) -> list[Tensor | 
     Cost: reads every row once and writes one; temporaries of one chunk (2^17 numbers on a CPU, 2^24 on an accelerator).
     """
     result: list[Tensor | None] = []
-    for index in range(_checked(rows)[1]):
+    for index in range(check_rows(rows)[1]):
         tensors = [row[index] for row in rows]
         placed = next((tensor for tensor in tensors if tensor is not None), None)
         if placed is None:
@@ -99,7 +99,7 @@ def each(rows: Sequence[Row], function: Callable[..., Tensor]) -> list[Tensor | 
             if tensor is not None and not tensor.is_floating_point():
                 raise TypeError(f"parameter {index}: expected real floating-point rows, found {tensor.dtype}")
         made = torch.empty_like(placed, requires_grad=False)
-        _, (target, *local) = _local_parts(placed, [made, *tensors], index)
+        _, (target, *local) = local_parts(placed, [made, *tensors], index)
         _apply(function, target, local)
         result.append(made)
     return result
@@ -120,7 +120,7 @@ def _apply(function: Callable[..., Tensor], target: Tensor | None, tensors: list
 
 
 def _parts(tensors: list[Tensor]) -> list[tuple[Tensor, ...]]:
-    return _chunks(tensors, _CPU_CHUNK if tensors[0].device.type == "cpu" else _ACCELERATOR_CHUNK)
+    return chunks(tensors, chunk_size(tensors[0].device))
 
 
 def _mean(parts: Sequence[Tensor]) -> Tensor:
@@ -273,7 +273,7 @@ def saliency_mask(rows: Sequence[Row], *, quantile: float = 0.5) -> list[Tensor 
     """
     if not 0.0 <= quantile < 1.0:
         raise ValueError(f"quantile: expected a number in [0, 1), found {quantile}")
-    _checked(rows)
+    check_rows(rows)
     threshold = _order_statistic(rows[0], quantile)
     return each(rows, lambda f, *_: torch.where(f.abs() < threshold, 0.0, f))
 
