@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 Example = dict[str, Any]
+Row = TypeVar("Row")
 
 _ACCEPTED = "question and answer, prompt and response, messages, or text"
 _PAIRS = (("question", "answer"), ("prompt", "response"))
@@ -57,6 +58,17 @@ def read_examples(path: str | Path) -> list[Example]:
     if not examples:
         raise ValueError(f"{path} is empty: expected at least one row with {_ACCEPTED}")
     return examples
+
+
+def evenly_spaced(rows: Sequence[Row], count: int) -> list[Row]:
+    """Returns at most `count` of the rows, at equal distances, in their order.
+
+    Example:
+        >>> evenly_spaced([0, 1, 2, 3, 4, 5], 3), evenly_spaced([0, 1], 3)
+        ([0, 2, 4], [0, 1])
+    """
+    count = min(count, len(rows))
+    return [rows[index * len(rows) // count] for index in range(count)]
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
