@@ -47,8 +47,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
     `trainer.validate` and `trainer.fit` score both sets while training, see `val_dataloader`.
 
     Attributes:
-        splits: the examples by split, `forget` and `retain` first, for `lightning_modules.evaluation.evaluate.evaluate`.
-            `setup` fills it.
+        splits: the examples by split, `forget` and `retain` first, for
+            `lightning_modules.evaluation.evaluate.evaluate`. `setup` fills it.
         dataset: the tokenized examples; `None` before `setup`.
     """
 
@@ -124,9 +124,9 @@ class ForgetRetainDataModule(L.LightningDataModule):
     def val_dataloader(self) -> list[DataLoader[Encoded]]:
         """One loader for each of `VALIDATION_SPLITS`: batches of plain question and answer, to be scored.
 
-        A batch holds `input_ids`, `attention_mask` and `labels` as `tokenization.collate` makes them. Each split gives up
-        to 64 examples, evenly spaced over it, always the same and in the same order. Every process scores all of them,
-        so that the mean does not depend on the number of processes.
+        A batch holds `input_ids`, `attention_mask` and `labels` as `tokenization.collate` makes them. Each split gives
+        up to 64 examples, evenly spaced over it, always the same and in the same order. Every process scores all of
+        them, so that the mean does not depend on the number of processes.
         """
         dataset = self._pairs()
         loaders: list[DataLoader[Encoded]] = []

@@ -29,8 +29,8 @@ def tofu_examples(
         folder: holds the splits as JSON lines under their hub names (`forget10.json`, `forget10_perturbed.json`, ...);
             `None` loads them from the hub, which needs the `datasets` package.
         num_authors: keep only so many authors, n, for a small model: the first n - m of the retain set and the last m
-            of the forget set. 10 authors are 160 questions to keep and 40 to forget. 200 are both sets whole, and None is
-            that with `real_authors` and `world_facts`, which a model from scratch cannot know.
+            of the forget set. 10 authors are 160 questions to keep and 40 to forget. 200 are both sets whole, and None
+            is that with `real_authors` and `world_facts`, which a model from scratch cannot know.
         forget_authors: m; n // 5 by default. Only with `num_authors`.
 
     Returns:

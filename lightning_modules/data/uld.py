@@ -19,17 +19,17 @@ def uld_data(
 
     ULD (Ji et al. 2024, arXiv 2406.08607, section 3.3 and appendix B.3):
 
-    - D'_f: every forget question with its answer, and with the paraphrase of its answer: the assistant shall recognise the fact, and
-      not one wording of it;
-    - D'_r: the retain set, and every forget question with its first wrong answers: the assistant shall know the right answer, not the
-      shape of an answer. Being uniform on a wrong answer leaves its probability to the base.
+    - D'_f: every forget question with its answer, and with the paraphrase of its answer: the assistant shall recognise
+      the fact, and not one wording of it;
+    - D'_r: the retain set, and every forget question with its first wrong answers: the assistant shall know the right
+      answer, not the shape of an answer. Being uniform on a wrong answer leaves its probability to the base.
 
-    The paper has two paraphrases and two wrong answers a question, made by GPT-3.5; TOFU's files and `fictional_authors` come with one
-    paraphrase and five wrong answers.
+    The paper has two paraphrases and two wrong answers a question, made by GPT-3.5; TOFU's files and
+    `fictional_authors` come with one paraphrase and five wrong answers.
 
     Args:
-        splits: `forget` and `retain`, examples with `question` and `answer`, in the forget set with `paraphrased_answer` and
-            `perturbed_answer`. Other splits are not used.
+        splits: `forget` and `retain`, examples with `question` and `answer`, in the forget set with
+            `paraphrased_answer` and `perturbed_answer`. Other splits are not used.
         perturbed_per_row: wrong answers of a forget question that are used, the first ones; the paper's number is 2.
         require_augmentation: False goes on without paraphrases or wrong answers, with a warning.
 

@@ -25,8 +25,8 @@ def attack_aucs(examples: Examples | None) -> dict[str, float] | None:
         examples: split -> scored examples, as in `Evaluation.examples`.
 
     Returns:
-        attack -> AUC in [0, 1], NaN for a model that diverged; `None` where there is no split called "holdout", none called
-        "forget", or where an example of them lacks a score (a log of an earlier version).
+        attack -> AUC in [0, 1], NaN for a model that diverged; `None` where there is no split called "holdout", none
+        called "forget", or where an example of them lacks a score (a log of an earlier version).
     """
     rows = {split: (examples or {}).get(split, ()) for split in (MEMBERS, HOLDOUT)}
     names = [f"{attack}_score" for attack in ATTACKS]
@@ -52,9 +52,9 @@ def membership(
 
     Returns:
         attack -> `{"auc", "privleak", "before_auc", "reference_auc"}`; `auc` is the unlearned model's, `privleak` is
-        `metrics.functional.priv_leak` in percent: nearest 0 is best, below it is still remembered. An AUC is `None` where
-        there is no such model (or its log has no scores), `privleak` where there is no reference AUC, or where that is 1, relative to
-        which nothing can be said. `None` altogether as for `attack_aucs` of the unlearned model.
+        `metrics.functional.priv_leak` in percent: nearest 0 is best, below it is still remembered. An AUC is `None`
+        where there is no such model (or its log has no scores), `privleak` where there is no reference AUC, or where
+        that is 1, relative to which nothing can be said. `None` altogether as for `attack_aucs` of the unlearned model.
     """
     found, start, goal = attack_aucs(after), attack_aucs(before) or {}, attack_aucs(reference) or {}
     if found is None:

@@ -67,15 +67,15 @@ def answer_token_statistics(
 
     .. math:: \mu_t = \sum_v p_t(v) \log p_t(v), \qquad \sigma_t^2 = \sum_v p_t(v) (\log p_t(v) - \mu_t)^2
 
-    and in the same pass the right token's log p and the argmax. They come from a float32 log-softmax whatever the model's
-    dtype, without dropout. In `lightning_modules.metrics.functional`
+    and in the same pass the right token's log p and the argmax. They come from a float32 log-softmax whatever the
+    model's dtype, without dropout. In `lightning_modules.metrics.functional`
 
     - `loss_score`, `min_k_score` and `zlib_score` take `log_probabilities`,
     - `min_k_plus_plus_score` takes `log_probabilities, means, stds`,
     - `extraction_strength` and `exact_memorization` take `predicted, labels`.
 
-    The eos counts as a token of the answer. open-unlearning leaves it out of these measures; to do the same, slice off the
-    last entry of each tensor. The variance is summed from its definition instead of E[x^2] - E[x]^2, which would be
+    The eos counts as a token of the answer. open-unlearning leaves it out of these measures; to do the same, slice off
+    the last entry of each tensor. The variance is summed from its definition instead of E[x^2] - E[x]^2, which would be
     rounding noise where a model that forgot is nearly uniform. A token with a logit of minus infinity contributes 0 to
     mean and variance.
 
@@ -116,9 +116,9 @@ def memory_scores(tokens: AnswerTokens, answer: str) -> dict[str, float]:
         answer: the answer's text; `zlib_score` needs its compressed size.
 
     Returns:
-        `exact_memorization` and `extraction_strength` in [0, 1], and the membership scores `loss_score`, `min_k_score` and
-        `min_k_plus_plus_score` (both with k = 0.4), and `zlib_score`, where higher means more likely a member. NaN where
-        the model gives NaN.
+        `exact_memorization` and `extraction_strength` in [0, 1], and the membership scores `loss_score`, `min_k_score`
+        and `min_k_plus_plus_score` (both with k = 0.4), and `zlib_score`, where higher means more likely a member. NaN
+        where the model gives NaN.
     """
     likelihoods, means, stds = tokens.log_probabilities, tokens.means, tokens.stds
     scores = {

@@ -22,16 +22,16 @@ def utility_inputs(examples: Examples | None) -> dict[str, float] | None:
     """Returns the nine means that model utility is computed from, of one model.
 
     They are probability, ROUGE-L recall and truth ratio on retain, real authors and world facts. The probability of
-    retain is exp(-nll) of the answer, as in the tables. That of real authors and world facts is the answer's share among
-    the options, `metrics.functional.option_probability`, as TOFU defines it there (section 2.2.2).
+    retain is exp(-nll) of the answer, as in the tables. That of real authors and world facts is the answer's share
+    among the options, `metrics.functional.option_probability`, as TOFU defines it there (section 2.2.2).
 
     Args:
         examples: split -> scored examples, as in `Evaluation.examples`; `None` for no model.
 
     Returns:
         "<split>/<metric>" -> mean over the examples that have it, in the order of `UTILITY_NAMES`; NaN where the model
-        gives NaN. `None` if one of the nine is missing: a split was not scored, or was scored without generation, or has
-        no perturbed answers.
+        gives NaN. `None` if one of the nine is missing: a split was not scored, or was scored without generation, or
+        has no perturbed answers.
     """
     found: dict[str, float] = {}
     for split in UTILITY_SPLITS:

@@ -18,8 +18,8 @@ class ForgetQuality(ExampleMetric):
     about 1e-3, 1e-14 and 1e-20 on TOFU's 1, 5 and 10 % splits. So `compute` returns the statistic, p, its base-10
     logarithm and n together; compare models by `statistic`, or by p at equal n.
 
-    Direction: a higher p-value (and a lower statistic) is better. Llama-2-7B on 300 questions of forget10: fine-tuned on
-    everything p = 1.8e-21 (statistic .397), the retrained model 1 by definition, and .999 against a second retrained
+    Direction: a higher p-value (and a lower statistic) is better. Llama-2-7B on 300 questions of forget10: fine-tuned
+    on everything p = 1.8e-21 (statistic .397), the retrained model 1 by definition, and .999 against a second retrained
     model. At p above .05 the two are usually called indistinguishable.
 
     Args:

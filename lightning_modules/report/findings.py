@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import operator
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lightning_modules.report.intervals import Interval, mean_interval
 from lightning_modules.report.run import MODELS, Run, number
@@ -230,21 +229,3 @@ def interval_of(run: Run, model: str, split: str, column: str) -> Interval | Non
     """Of one cell of the table; None where the examples were not kept."""
     values = [row[column] for row in run.rows(model, split) if row[column] is not None]
     return mean_interval(values)
-
-
-def changed_options(config: dict[str, Any]) -> dict[str, str]:
-    """The options that are not what `gradsurgery unlearn` with this model and method would have chosen, as flags and their values."""
-    from lightning_modules.run.options import UnlearnOptions
-
-    plain = UnlearnOptions()
-    kinds: dict[str, Any] = {name: config[name] for name in ("model", "method") if name in config}
-    usual = vars(UnlearnOptions(**kinds).resolved()) | {name: getattr(plain, name) for name in kinds}
-    usual["precision"] = (
-        "bf16-mixed" if config.get("precision") == "bf16-mixed" else "32-true"
-    )  # depends on the machine
-    changed = {name: value for name, value in config.items() if name not in usual or usual[name] != value}
-    return {
-        f"--{name.replace('_', '-')}": value if isinstance(value, str) else json.dumps(value, default=str)
-        for name, value in changed.items()
-        if name not in ("output", "resume")
-    }

@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 
-from lightning_modules.report import figures, findings, leakage, spread
+from lightning_modules.report import figures, findings, leakage, over_seeds, svg
 from lightning_modules.report.run import MODELS, Run, columns
 from lightning_modules.report.samples import degenerate, is_degenerate, samples
 from lightning_modules.report.terminal import about_scores, shown
+from lightning_modules.report.utility import utility_explained, utility_rows
 
 _HERE = Path(__file__).parent
 _HINTS = {
@@ -49,11 +50,10 @@ def page(run: Run, by_layer: Path | None = None) -> str:
     environment.filters.update(
         shown=shown, between=findings.between, percent=leakage.percent, code=_code, beginning=_beginning, rest=_rest
     )
-    drawn = {name: Markup(figures.svg(run, name)) for name in figures.panels(run)}
     return environment.get_template("page.html.jinja").render(
         run=run,
-        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
-        drawn=drawn,
+        style=Markup((_HERE / "page.css").read_text(encoding="utf-8") + svg.style(figures.COLOURS)),
+        drawn={name: Markup(figure) for name, figure in figures.drawn(run).items()},
         by_layer="" if by_layer is None else base64.b64encode(by_layer.read_bytes()).decode("ascii"),
         title=_title(run),
         summary=findings.summary(run),
@@ -63,6 +63,8 @@ def page(run: Run, by_layer: Path | None = None) -> str:
         quality=[*about_scores(run.metrics), *leakage.given_back(run)],
         attacks=leakage.membership(run.metrics),
         attacked=" ".join(leakage.explained(run.metrics)),
+        utility=utility_rows(run.metrics),
+        useful=" ".join(utility_explained(run.metrics)),
         conflict=findings.conflict(run),
         chosen={split: samples(run, split) for split in ("forget", "retain")},
         degenerates=_degenerates(run),
@@ -71,10 +73,10 @@ def page(run: Run, by_layer: Path | None = None) -> str:
         differences=findings.differences(run),
         unsure=findings.UNSURE,
         one_seed=findings.ONE_SEED,
-        seeds=spread.sentences(run),
-        spreads=_spreads(run),
-        curves=spread.curves(run),
-        changed=findings.changed_options(run.config),
+        seeds=over_seeds.sentences(run),
+        by_split=_by_split(run),
+        curves=over_seeds.curves(run),
+        changed=run.changed,
         config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "",
     )
 
@@ -151,10 +153,10 @@ def _table(run: Run, split: str) -> dict[str, Any]:
     }
 
 
-def _spreads(run: Run) -> dict[str, dict[str, list[spread.Spread]]]:
-    """Split -> model -> rows."""
-    found: dict[str, dict[str, list[spread.Spread]]] = {}
-    for row in spread.spreads(run):
+def _by_split(run: Run) -> dict[str, dict[str, list[over_seeds.ScoreOverSeeds]]]:
+    """Split -> model -> scores over seeds."""
+    found: dict[str, dict[str, list[over_seeds.ScoreOverSeeds]]] = {}
+    for row in over_seeds.scores_over_seeds(run):
         found.setdefault(row.split, {}).setdefault(row.model, []).append(row)
     return found
 

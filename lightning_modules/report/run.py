@@ -40,7 +40,8 @@ class Run:
         training: What callbacks said of the training: "best" and "collapse", each only if there is something to say.
         probes: "relearn" and "quantization", each only if measured.
         others: Runs of the same configuration with other seeds, in the order of their seeds.
-        missing: A sentence for each file that is not there or cannot be read, and what the report lacks for it.
+        changed: Flag -> value of the options that are not the default; None if the defaults are not known.
+        missing: For each file that is missing or cannot be read, a sentence that says what the report lacks without it.
     """
 
     metrics: Mapping[str, Any]
@@ -51,6 +52,7 @@ class Run:
     training: dict[str, Any] = field(default_factory=dict)
     probes: dict[str, Any] = field(default_factory=dict)
     others: list[Run] = field(default_factory=list)
+    changed: dict[str, str] | None = None
     missing: list[str] = field(default_factory=list)
 
     def rows(self, model: str, split: str) -> Rows:

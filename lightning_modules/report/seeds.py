@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lightning_modules.folder import CONFIG
@@ -13,7 +14,7 @@ from lightning_modules.report.run import Run, read
 _FREE = ("output", "probes", "reference_cache", "resume", "seed", "tofu_dir")  # see read_seeds
 
 
-def read_seeds(folder: Path, others: Sequence[Path]) -> Run:
+def read_seeds(folder: Path, others: Sequence[Path], defaults: Mapping[str, Any] = MappingProxyType({})) -> Run:
     """The run in a folder, with the same configuration's runs with other seeds beside it, in the order of their seeds.
 
     Besides the seed, runs may differ in options that change no score: `output`; `probes`, which are made of copies after everything is
@@ -33,7 +34,7 @@ def read_seeds(folder: Path, others: Sequence[Path]) -> Run:
     for path, found in runs:
         _check_config(path, found)
     for path, other in runs[1:]:
-        _check_options(folder, run, path, other)
+        _check_options((folder, run), (path, other), defaults)
         _check_examples(folder, run, path, other)
     seen: dict[int, Path] = {}
     for path, found in runs:
@@ -63,11 +64,9 @@ def _check_config(folder: Path, run: Run) -> None:
         )
 
 
-def _check_options(folder: Path, run: Run, path: Path, other: Run) -> None:
-    from lightning_modules.run.options import UnlearnOptions
-
-    default = vars(UnlearnOptions())
-    ours, theirs = default | run.config, default | other.config
+def _check_options(this: tuple[Path, Run], that: tuple[Path, Run], defaults: Mapping[str, Any]) -> None:
+    (folder, run), (path, other) = this, that
+    ours, theirs = {**defaults, **run.config}, {**defaults, **other.config}
     differing = [
         f"--{str(name).replace('_', '-')} {_told(other.config, name)} (not {_told(run.config, name)})"
         for name in {**run.config, **other.config}

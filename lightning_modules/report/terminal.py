@@ -11,6 +11,7 @@ from rich.table import Table
 
 from lightning_modules.report.leakage import explained, membership, percent
 from lightning_modules.report.run import COLUMNS, MODELS, memory, number
+from lightning_modules.report.utility import utility_explained, utility_rows
 
 
 def tables(metrics: Mapping[str, Any], width: int) -> list[Table]:
@@ -21,6 +22,7 @@ def tables(metrics: Mapping[str, Any], width: int) -> list[Table]:
         drawn = [whole]
     else:
         drawn = [table(metrics), table(metrics, measured, title="What it gives back word for word")]
+    drawn += [_utility(metrics)] if utility_rows(metrics) else []
     return drawn + ([_attacks(metrics)] if metrics.get("membership") else [])
 
 
@@ -60,9 +62,22 @@ def _attacks(metrics: Mapping[str, Any]) -> Table:
     return drawn
 
 
+def _utility(metrics: Mapping[str, Any]) -> Table:
+    """Model utility and the nine numbers that it is computed from."""
+    rows = utility_rows(metrics)
+    known = [model for model in MODELS if getattr(rows[0], model) is not None]
+    drawn = Table(title="Model utility", title_style="bold", header_style="bold")
+    drawn.add_column("mean")
+    for model in known:
+        drawn.add_column(model, justify="right")
+    for row in rows:
+        drawn.add_row(row.name, *(shown(getattr(row, model)) for model in known), end_section=row is rows[0])
+    return drawn
+
+
 def sentences(metrics: Mapping[str, Any]) -> list[str]:
     """What the numbers of `tables` mean."""
-    return [*about_scores(metrics), *explained(metrics)]
+    return [*about_scores(metrics), *utility_explained(metrics), *explained(metrics)]
 
 
 def about_scores(metrics: Mapping[str, Any]) -> list[str]:

@@ -8,8 +8,8 @@ definition behind the published tables. Two other definitions circulate under th
 and each docstring says how.
 
 Inputs may be tensors or sequences of numbers. Arithmetic is float64; a float32 tensor `[n]` gives a float32 result of
-the same shape. Invalid shapes and unknown kinds raise a `ValueError`. A NaN stays a NaN, because a diverged model must not
-be mistaken for one that forgot. The functions need torch alone, except ROUGE (`rouge-score`) and forget quality
+the same shape. Invalid shapes and unknown kinds raise a `ValueError`. A NaN stays a NaN, because a diverged model must
+not be mistaken for one that forgot. The functions need torch alone, except ROUGE (`rouge-score`) and forget quality
 (`scipy`).
 """
 

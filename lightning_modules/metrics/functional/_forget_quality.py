@@ -14,8 +14,8 @@ class ForgetQualityResult(NamedTuple):
     Attributes:
         statistic: the largest distance between the two distribution functions.
         pvalue: scipy's, exact up to 10,000 examples.
-        log10_pvalue: its base-10 logarithm, finite also where `pvalue` underflows to 0. There it is exact for two samples
-            of one size. For others it is the leading term of the asymptotic series, which is too small.
+        log10_pvalue: its base-10 logarithm, finite also where `pvalue` underflows to 0. There it is exact for two
+            samples of one size. For others it is the leading term of the asymptotic series, which is too small.
         n: the size of the first sample.
     """
 
@@ -28,10 +28,10 @@ class ForgetQualityResult(NamedTuple):
 def forget_quality(truth_ratio: Numbers, reference_truth_ratio: Numbers) -> ForgetQualityResult:
     """TOFU's forget quality: whether two models' truth ratios on the forget set can be told apart.
 
-    It is the p-value of the two-sample Kolmogorov-Smirnov test between the truth ratios R of the unlearned model and those
-    of a model that never saw the forget set (TOFU, section 2.2.2). Higher is better: the retrained model itself has 1. A
-    model that still knows everything has about 1e-3, 1e-14 and 1e-20 on TOFU's 1, 5 and 10 % splits, because at an equal
-    statistic p falls with n. The test compares ranks only, so R and 1/R give the same result.
+    It is the p-value of the two-sample Kolmogorov-Smirnov test between the truth ratios R of the unlearned model and
+    those of a model that never saw the forget set (TOFU, section 2.2.2). Higher is better: the retrained model itself
+    has 1. A model that still knows everything has about 1e-3, 1e-14 and 1e-20 on TOFU's 1, 5 and 10 % splits, because
+    at an equal statistic p falls with n. The test compares ranks only, so R and 1/R give the same result.
 
     Args:
         truth_ratio: `[n]`, `truth_ratio(..., kind="ratio")` of the unlearned model.

@@ -4,8 +4,8 @@ Notation: log-probabilities are natural logarithms of the answer's tokens, `[T]`
 different lengths. `lightning_modules.evaluation.memorization.answer_token_statistics` gives them for a model.
 
 Direction of every score: **higher means more likely a member**. (open-unlearning and MIMIR use the opposite sign and
-swap the labels too, so their AUC is the same number.) A score means nothing by itself: `auc` compares the forget set with
-a holdout set that no model saw, and `priv_leak` compares that AUC with the retrained model's.
+swap the labels too, so their AUC is the same number.) A score means nothing by itself: `auc` compares the forget set
+with a holdout set that no model saw, and `priv_leak` compares that AUC with the retrained model's.
 """
 
 from __future__ import annotations

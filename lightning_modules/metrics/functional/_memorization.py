@@ -37,8 +37,9 @@ def extraction_strength(predicted: Tokens | TokensOfMany, labels: Tokens | Token
 
     Source: Carlini et al. 2021 (arXiv 2012.07805) for the idea, UWC (arXiv 2406.09179) for this measure. The authors'
     code finds k by decoding from prefixes, word by word or by bisection, and compares strings: many generations for the
-    same number, counted in words. open-unlearning uses teacher forcing too, but scores 1 / T where nothing is reproduced
-    (0 here), and leaves out the eos. Here the eos counts if `labels` hold it, as in every other metric of this package.
+    same number, counted in words. open-unlearning uses teacher forcing too, but scores 1 / T where nothing is
+    reproduced (0 here), and leaves out the eos. Here the eos counts if `labels` hold it, as in every other metric of
+    this package.
 
     Args:
         predicted: argmax tokens of one example `[T]`, or of n examples, each `[T_i]`. A negative token stands for
@@ -72,8 +73,8 @@ def exact_memorization(predicted: Tokens | TokensOfMany, labels: Tokens | Tokens
 
     .. math:: \mathrm{EM} = \frac{1}{T} \sum_t [\mathrm{predicted}_t = \mathrm{label}_t]
 
-    On the forget set lower is better, down to the retrained model's score. That is far from 0, because much of a sentence
-    can be guessed from its other words. It is never below `extraction_strength`.
+    On the forget set lower is better, down to the retrained model's score. That is far from 0, because much of a
+    sentence can be guessed from its other words. It is never below `extraction_strength`.
 
     Source: Tirumala et al. 2022 (arXiv 2205.10770); open-unlearning computes the same without the eos.
 

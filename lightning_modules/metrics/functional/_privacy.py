@@ -15,9 +15,9 @@ def auc(forget_scores: Numbers, holdout_scores: Numbers) -> float:
     .. math:: \mathrm{AUC} = P(s_{\mathrm{forget}} > s_{\mathrm{holdout}}) + \tfrac{1}{2} P(s_{\mathrm{forget}} = s_{\mathrm{holdout}})
 
     which is the Mann-Whitney statistic, computed exactly, with ties counted half. 1 says that the forget set is
-    remembered, 0 that it stands out because it was unlearned too far. A model that never saw it usually does *not* score
-    1/2, because the forget and the holdout set differ in more than membership. So compare with the retrained model
-    instead of 1/2 (`priv_leak`).
+    remembered, 0 that it stands out because it was unlearned too far. A model that never saw it usually does *not*
+    score 1/2, because the forget and the holdout set differ in more than membership. So compare with the retrained
+    model instead of 1/2 (`priv_leak`).
 
     open-unlearning's `mia_auc` is the same number (its scores and its labels are both reversed); MUSE prints 1 - AUC.
     Cost: O((n + m) log m).
@@ -50,9 +50,9 @@ def priv_leak(auc: float, reference_auc: float) -> float:
 
     .. math:: \mathrm{PrivLeak} = 100 \cdot \frac{(1 - \mathrm{AUC}) - (1 - \mathrm{AUC}_{\mathrm{ref}})}{1 - \mathrm{AUC}_{\mathrm{ref}}}
 
-    0 is best: the attack does on the unlearned model as well as on one that never saw the forget set. Below 0 the set is
-    still remembered (-100 at AUC 1), above 0 it was unlearned too far. There is no upper bound: with a reference of .98,
-    an AUC of 0 gives +4900.
+    0 is best: the attack does on the unlearned model as well as on one that never saw the forget set. Below 0 the set
+    is still remembered (-100 at AUC 1), above 0 it was unlearned too far. There is no upper bound: with a reference of
+    .98, an AUC of 0 gives +4900.
 
     Source: MUSE (Shi et al. 2024, arXiv 2407.06460), (AUC - AUC_ref) / AUC_ref, where *its* AUC is 1 - AUC of ours.
     open-unlearning's `privleak` computes the formula above from AUCs in our direction, and adds 1e-10 to the

@@ -30,9 +30,9 @@ def rouge_recall(
     """The share of the target's words that the prediction has, in order (ROUGE-L) or in any order (ROUGE-1).
 
     Source: Lin 2004, as the `rouge-score` package computes it, recall only. TOFU uses stems (without them a forget set
-    scores .4015 instead of .4082) and reports recall. The F1 that other packages print by default is another number (.287
-    where recall is .923), because it penalises full sentences. open-unlearning first strips the text and cuts it at stop
-    words; here text is scored as it is. Words are runs of a-z and 0-9, so a text in another script scores 0.
+    scores .4015 instead of .4082) and reports recall. The F1 that other packages print by default is another number
+    (.287 where recall is .923), because it penalises full sentences. open-unlearning first strips the text and cuts it
+    at stop words; here text is scored as it is. Words are runs of a-z and 0-9, so a text in another script scores 0.
 
     Args:
         prediction: the model's text, or n of them.

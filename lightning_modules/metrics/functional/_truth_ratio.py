@@ -20,9 +20,9 @@ def truth_ratio(
     .. math::
         \log R_i = \mathrm{nll}^{\mathrm{paraphrase}}_i - \frac{1}{m} \sum_j \mathrm{nll}^{\mathrm{perturbed}}_{ij}
 
-    so that R is (geometric mean of the wrong answers' probabilities) / (the right one's). It is below 1 for a model that
-    knows the answer, and around 1 for one that does not. Everything is computed in log space, so that a diverged model
-    (nll of 1000) gives finite numbers.
+    so that R is (geometric mean of the wrong answers' probabilities) / (the right one's). It is below 1 for a model
+    that knows the answer, and around 1 for one that does not. Everything is computed in log space, so that a diverged
+    model (nll of 1000) gives finite numbers.
 
     - `"ratio"`: R itself, which `forget_quality` compares (at most the largest number of its dtype);
     - `"forget"`: min(R, 1/R) = exp(-abs(log R)), near 1 when the model cannot tell right from wrong: higher is better

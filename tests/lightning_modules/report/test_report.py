@@ -16,11 +16,12 @@ from scipy import stats
 
 from lightning_modules import cli
 from lightning_modules import folder as outputs
-from lightning_modules.report import draw, mean_interval
-from lightning_modules.report.findings import changed_options
+from lightning_modules.report import mean_interval
+from lightning_modules.report.changed import changed_options
 from lightning_modules.report.run import read
 from lightning_modules.report.samples import is_degenerate, samples
 from lightning_modules.run.options import UnlearnOptions
+from lightning_modules.run.report import defaults, draw
 from tests.lightning_modules.report.reports import Page, make
 
 HOSTILE = "<script>alert(1)</script> & \"quotes\" | `code` ![x](http://example.com/x.png) <img src='//evil/x'> \x00\u202e\ud800"
@@ -104,10 +105,10 @@ def test_what_was_run_is_there_first_what_is_not_the_default(page: Page) -> None
 def test_a_default_run_has_no_changed_options(kind: dict[str, Any]) -> None:
     resolved = UnlearnOptions(**kind).resolved()
     config = yaml.safe_load(yaml.safe_dump({name: value for name, value in vars(resolved).items() if name != "resume"}))
-    assert changed_options(config) == {f"--{name}": value for name, value in kind.items()}
+    assert changed_options(config, defaults()) == {f"--{name}": value for name, value in kind.items()}
     config |= {"ema_decay": None, "dual": {"limit": 0.3}, "precision": "16-mixed", "output": "elsewhere", "added": 3}
     expected = {"--ema-decay": "null", "--dual": '{"limit": 0.3}', "--precision": "16-mixed", "--added": "3"}
-    assert changed_options(config) == {f"--{name}": value for name, value in kind.items()} | expected
+    assert changed_options(config, defaults()) == {f"--{name}": value for name, value in kind.items()} | expected
 
 
 def test_the_curves_show_every_series_and_can_be_read_aloud(page: Page) -> None:

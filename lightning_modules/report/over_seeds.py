@@ -11,7 +11,7 @@ from lightning_modules.folder import CURVE
 from lightning_modules.report.run import MODELS, Run, columns
 
 
-class Spread(NamedTuple):
+class ScoreOverSeeds(NamedTuple):
     """A score of one split and model over runs.
 
     Attributes:
@@ -37,14 +37,14 @@ class Spread(NamedTuple):
     n: int
 
 
-def spreads(run: Run) -> list[Spread]:
+def scores_over_seeds(run: Run) -> list[ScoreOverSeeds]:
     """Every score of the main table over the runs that have it; none for a run alone.
 
     A score that is not finite in some run is NaN in mean, standard deviation, least and largest: a run that diverged is not left out.
     """
     if not run.others:
         return []
-    found: list[Spread] = []
+    found: list[ScoreOverSeeds] = []
     for split in run.metrics["after"]:
         for model in MODELS:
             for column, heading in columns(run):
@@ -53,7 +53,7 @@ def spreads(run: Run) -> list[Spread]:
                     continue
                 beside = (other.value(model, split, column) for other in run.others)
                 found.append(
-                    Spread(split, model, heading, value, *_over([value, *(x for x in beside if x is not None)]))
+                    ScoreOverSeeds(split, model, heading, value, *_over([value, *(x for x in beside if x is not None)]))
                 )
     return found
 
@@ -120,7 +120,7 @@ def sentences(run: Run) -> list[str]:
     stopped = [other for other in run.others if other.training.get("collapse")]
     if stopped:
         said.append(f"The collapse alarm stopped the run{'s' if len(stopped) > 1 else ''}{_with(stopped)}.")
-    if any(row.mean != row.mean for row in spreads(run)):
+    if any(row.mean != row.mean for row in scores_over_seeds(run)):
         said.append("Where a score is not finite in some run, its spread is NaN: no run was left out.")
     return said
 
