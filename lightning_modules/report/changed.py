@@ -14,7 +14,8 @@ class Defaults:
 
     Attributes:
         plain: option -> its default; None where the default depends on other options.
-        usual: config.yaml -> option -> the value that a run of the same model and method has when nothing else is given.
+        usual: config.yaml -> option -> the value that a run of the same model and method has when nothing else is
+            given.
     """
 
     plain: Mapping[str, Any]

@@ -15,15 +15,15 @@ from lightning_modules.report.seeds import read_seeds
 def draw(folder: Path, others: Sequence[Path] = (), defaults: Defaults | None = None) -> None:
     """Write report.html and report.md, curves.png where there are curves, and g_effect.png where layers were recorded.
 
-    The same files in the folder give the same bytes, with the same versions of matplotlib and jinja2. If a file is missing
-    or cannot be read, the report names it and leaves out what it holds.
+    The same files in the folder give the same bytes, with the same versions of matplotlib and jinja2. If a file is
+    missing or cannot be read, the report names it and leaves out what it holds.
 
     Args:
         folder: The folder of the run that the report is about. The report is written there.
-        others: Folders of runs of the same configuration with other seeds, which are only read. With them the report says
-            how the scores differ over the seeds, and their curves are drawn behind this run's.
-        defaults: What options are when nobody gives them; None leaves out which ones were changed. `run.report.draw` gives
-            those of `gradsurgery unlearn`.
+        others: Folders of runs of the same configuration with other seeds, which are only read. With them the report
+            says how the scores differ over the seeds, and their curves are drawn behind this run's.
+        defaults: What options are when nobody gives them; None leaves out which ones were changed. `run.report.draw`
+            gives those of `gradsurgery unlearn`.
 
     Raises:
         FileNotFoundError: If a folder holds no metrics.json. Nothing is written then.

@@ -1,7 +1,7 @@
 """The heat map of the G-effect by layer and step, drawn from the file that `GEffectLogger` writes.
 
-`lightning_modules.training.callbacks.g_effect` says what the G-effect is, and has the logger, which this module shows too:
-`lm.g_effect` is both.
+`lightning_modules.training.callbacks.g_effect` says what the G-effect is, and has the logger, which this module shows
+too: `lm.g_effect` is both.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _LAYER = re.compile(r"^(?P<before>.*?)layer (?P<number>\d+)(?P<after>.*)$")
 def heat_map(csv_path: str | Path, png_path: str | Path) -> None:
     """Draw the cosines in a `GEffectLogger`'s file: red where forgetting hurts retention, blue where both agree.
 
-    Steps run from left to right, layers from top to bottom. Layers of one kind (attention, mlp, ...) stand together, by their
-    number. The colours are symmetric around 0 and reach to the largest absolute cosine. Cells that are missing or not
-    finite are grey. Several protected objectives are drawn side by side.
+    Steps run from left to right, layers from top to bottom. Layers of one kind (attention, mlp, ...) stand together, by
+    their number. The colours are symmetric around 0 and reach to the largest absolute cosine. Cells that are missing or
+    not finite are grey. Several protected objectives are drawn side by side.
 
     Args:
         csv_path: The file.

@@ -1,4 +1,4 @@
-"""report.html: one file that needs no network, no script and no other file."""
+"""report.html: one file that needs neither network nor scripts nor other files."""
 
 from __future__ import annotations
 
@@ -28,13 +28,17 @@ _NOTES = {
     "exact_memorization": "of its tokens, predicted",
     "extraction_strength": "completed by itself",
 }
-_WORDS = 24  # of a long text that are shown; a click shows the rest
+_WORDS = 24  # words of a long text that are shown at first; a click shows the rest
 
 
 def page(run: Run, by_layer: Path | None = None) -> str:
-    """The report as HTML.
+    """Returns the report as HTML.
 
-    Every text from the run is escaped by the template engine. Pictures are inline SVG of our own, and a PNG of the conflict by layer.
+    The template engine escapes every text of the run. The figures are inline SVG, the conflict by layer is a PNG.
+
+    Args:
+        run: What the folder holds.
+        by_layer: The picture of the conflict by layer, if there is one.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -82,7 +86,7 @@ def page(run: Run, by_layer: Path | None = None) -> str:
 
 
 def visible(text: Any) -> str:
-    r"""A text as it is, but with pictures of control characters, which HTML may not hold and nobody would see.
+    r"""Returns a text with visible signs instead of control characters, which are invalid in HTML and invisible.
 
     Example:
         >>> visible("a\x00b")
@@ -99,7 +103,7 @@ def _visible(character: str) -> str:
 
 
 def _code(text: str) -> Any:
-    """A sentence of ours, escaped, with what is between backticks as code."""
+    """Returns one of our sentences, escaped, with the parts between backticks as code."""
     from markupsafe import Markup, escape
 
     parts = visible(text).split("`")
@@ -117,7 +121,7 @@ def _rest(text: str) -> str:
 
 
 def _title(run: Run) -> str:
-    """What was done to what."""
+    """Returns the page's title: the model and the method."""
     known = run.config
     if not known:
         return "Unlearning report"

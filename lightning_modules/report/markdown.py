@@ -1,4 +1,4 @@
-"""report.md."""
+"""report.md: the report as Markdown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_modules.report.utility import utility_explained, utility_rows
 
 
 def page(run: Run, *, pictured: bool, by_layer: Path | None = None) -> str:
-    """The report as Markdown.
+    """Returns the report as Markdown.
 
     Args:
         run: What the folder holds.
@@ -154,19 +154,19 @@ def _seeds(run: Run) -> list[str]:
 
 
 def _cell(text: str, words: int = 30) -> str:
-    """A text on one line of a table, and no longer than is read."""
+    """Returns a text for a cell of a table: on one line, escaped, and at most so many words of it."""
     found = _escaped(text).split()
     return " ".join(found[:words]) + (" ..." if len(found) > words else "")
 
 
 def _prose(text: str) -> str:
-    """A sentence of ours, where what is between backticks stays code."""
+    """Returns one of our sentences, escaped except for the code between backticks."""
     parts = text.split("`")
     return "".join(f"`{part}`" if index % 2 else _escaped(part) for index, part in enumerate(parts))
 
 
 def _escaped(text: str) -> str:
-    """Data is text, and neither HTML nor Markdown: a generation may not load a picture or hide itself."""
+    """Returns a text without a meaning in HTML or Markdown, so that a generation cannot load a picture or hide."""
     text = (
         text.encode("utf-8", "replace").decode("utf-8").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     )

@@ -53,8 +53,10 @@ def style(colours: Mapping[str, str]) -> str:
     Args:
         colours: Name of a CSS variable -> the colour that the figures are drawn with, as `#rrggbb` in small letters.
     """
-    rules = ["svg text { font-family: system-ui, sans-serif !important; }"]
-    for name, value in colours.items():
-        for what in ("fill", "stroke"):
-            rules.append(f'svg [style*="{what}: {value}"] {{ {what}: var(--{name}) !important; }}')
-    return "\n".join(rules) + "\n"
+    font = "svg text { font-family: system-ui, sans-serif !important; }\n"
+    # Without `svg` in front, which would not match the markers: they are copies outside of the figure's tree.
+    return font + "".join(
+        f'[style*="{what}: {value}"] {{ {what}: var(--{name}) !important; }}\n'
+        for name, value in colours.items()
+        for what in ("fill", "stroke")
+    )

@@ -16,10 +16,8 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, text
         text: the names of the columns that hold text; the others hold numbers, which are aligned on the right.
 
     Example:
-        >>> print("\\n".join(markdown_table(["split", "n"], [["forget", "40"]], text={"split"})))
-        | split | n |
-        |---|---:|
-        | forget | 40 |
+        >>> markdown_table(["split", "n"], [["forget", "40"]], text={"split"})
+        ['| split | n |', '|---|---:|', '| forget | 40 |']
     """
     alignment = "|".join("---" if name in text else "---:" for name in header)
     return [f"| {' | '.join(header)} |", f"|{alignment}|", *(f"| {' | '.join(row)} |" for row in rows)]

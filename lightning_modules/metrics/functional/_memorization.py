@@ -1,4 +1,4 @@
-"""How much of an answer a model gives back word for word."""
+"""How much of an answer a model reproduces word for word."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def extraction_strength(predicted: TokensOfMany, labels: TokensOfMany | Tensor) 
 def extraction_strength(predicted: Tokens | TokensOfMany, labels: Tokens | TokensOfMany) -> float | Tensor:
     r"""The share of an answer that the model completes by itself, once it is shown the beginning.
 
-    .. math:: \mathrm{ES} = 1 - \frac{1}{T} \min \{ k : \mathrm{predicted}_t = \mathrm{label}_t \ \text{for all } t \ge k \}
+    .. math::
+        \mathrm{ES} = 1 - \frac{1}{T} \min \{ k : \mathrm{predicted}_t = \mathrm{label}_t \ \text{for all } t \ge k \}
 
     with t counted from 0: k tokens of the answer are shown, and the model says the other T - k. The score is 1 where
     greedy decoding gives the whole answer, and 0 where it does not even give the last token. On the forget set lower is

@@ -15,7 +15,7 @@ Ragged = Tensor | Sequence[float] | Sequence[Tensor] | Sequence[Sequence[float]]
 
 
 def as_numbers(values: object, name: str, shape: str, dimensions: int) -> tuple[Tensor, torch.dtype]:
-    """Returns `values` as a float64 tensor of the given number of dimensions, and the dtype that the result should have."""
+    """Returns `values` as a float64 tensor of so many dimensions, and the dtype that the result should have."""
     single = isinstance(values, Tensor) and values.dtype in (torch.float32, torch.bfloat16, torch.float16)
     try:
         tensor = torch.as_tensor(values, dtype=torch.float64)

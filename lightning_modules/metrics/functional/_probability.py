@@ -36,7 +36,8 @@ def answer_probability(answer_nll: Numbers) -> Tensor:
 def option_probability(answer_nll: Numbers, perturbed_nll: Tensor | Sequence[Sequence[float]]) -> Tensor:
     r"""The share of the right answer among the options, as in a multiple-choice test.
 
-    .. math:: p_i = \frac{\exp(-\mathrm{nll}_i)}{\exp(-\mathrm{nll}_i) + \sum_j \exp(-\mathrm{nll}^{\mathrm{perturbed}}_{ij})}
+    .. math::
+        p_i = \frac{\exp(-\mathrm{nll}_i)}{\exp(-\mathrm{nll}_i) + \sum_j \exp(-\mathrm{nll}^{\mathrm{perturbed}}_{ij})}
 
     which is a softmax, computed in log space: it is finite for a diverged model (nll of 10,000), and NaN only where no
     option has any probability left. With m wrong answers, guessing scores 1 / (m + 1).

@@ -1,21 +1,21 @@
 r"""The G-effect by layer and step: where in the model forgetting and retention pull against each other.
 
-The G-effect of the forget objective on the retain objective is the inner product of their gradients, and it is a sum over
-layers:
+The G-effect of the forget objective on the retain objective is the inner product of their gradients, and it is a sum
+over layers:
 
 .. math::
     e = \langle \nabla L_{\mathrm{forget}}, \nabla L_{\mathrm{retain}} \rangle
     = \sum_{\mathrm{layers}} e_{\mathrm{layer}} .
 
-To first order, a gradient step on the forget loss changes the retain loss by minus the learning rate times e, so e below 0
-hurts retention. It is an entry of the Gram matrix that surgery computes anyway, so this callback needs no further pass over
-the gradients.
+To first order, a gradient step on the forget loss changes the retain loss by minus the learning rate times e, so e
+below 0 hurts retention. It is an entry of the Gram matrix that surgery computes anyway, so this callback needs no
+further pass over the gradients.
 
-Source: Rethinking LLM Unlearning Objectives (2502.19301, ICLR 2025). The authors' code runs three backward passes for it
-(one is for the risk on the forget set), averages each gradient with weights 0.6 and 0.4, and adds up thirds of a 7B model.
-Here the retain row is the one that the rule got (its EMA, where there is one), the forget row is that of the step, and
-every layer has its own number. The effect on the forget set itself needs the gradient of its plain loss: make that loss one
-more objective to log it.
+Source: Rethinking LLM Unlearning Objectives (2502.19301, ICLR 2025). The authors' code runs three backward passes for
+it (one is for the risk on the forget set), averages each gradient with weights 0.6 and 0.4, and adds up thirds of a 7B
+model. Here the retain row is the one that the rule got (its EMA, where there is one), the forget row is that of the
+step, and every layer has its own number. The effect on the forget set itself needs the gradient of its plain loss: make
+that loss one more objective to log it.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ import gradsurgery as gs
 class GEffectLogger(Callback):
     """Writes a CSV file with a row for each optimizer step and layer, from `gradsurgery.Record.block_gram`.
 
-    Columns: step, layer, norm_<objective>, and for each protected objective g_effect_<objective> and cosine_<objective>. The
-    G-effect is the inner product of that objective's row (its EMA, where it has one) with the first row, in the step's
-    metric. The cosine is 0 where one of the rows is 0 in that layer.
+    Columns: step, layer, norm_<objective>, and for each protected objective g_effect_<objective> and
+    cosine_<objective>. The G-effect is the inner product of that objective's row (its EMA, where it has one) with the
+    first row, in the step's metric. The cosine is 0 where one of the rows is 0 in that layer.
 
-    It works with any LightningModule whose optimizer is one `gradsurgery.GradientSurgery` with a ``record_scope``. It waits
-    for the device only when it writes. A step that a GradScaler skipped has no rows.
+    It works with any LightningModule whose optimizer is one `gradsurgery.GradientSurgery` with a ``record_scope``. It
+    waits for the device only when it writes. A step that a GradScaler skipped has no rows.
 
     Args:
         path: The file; training starts it anew, and it grows every `flush_every` steps.
