@@ -131,6 +131,24 @@ def test_the_curves_show_every_series_and_can_be_read_aloud(page: Page) -> None:
         assert "width" not in attributes  # it takes the width there is
 
 
+def test_every_colour_of_a_figure_is_one_of_the_page_in_light_and_in_dark(folder: Path, page: Page) -> None:
+    source = (folder / "report.html").read_text()
+    style = source.partition("<style>")[2].partition("</style>")[0]
+    found: set[tuple[str, str]] = set()
+    for _, attributes in page.tags:
+        for entry in (attributes.get("style") or "").split(";"):
+            what, _, value = entry.strip().partition(": ")
+            if what in ("fill", "stroke") and value != "none":
+                found.add((what, value))
+    assert len(found) > 6
+    for what, value in found:
+        rule = re.search(rf'\[style\*="{what}: {value}"\] {{ {what}: var\(--(\w+)\) !important; }}', style)
+        assert rule is not None, (what, value)
+        light, dark = re.findall(rf"--{rule[1]}: (#\w+);", style)
+        assert light == value
+        assert dark != value
+
+
 def test_the_page_has_its_language_headings_and_labels(page: Page) -> None:
     names = [tag for tag, _ in page.tags]
     assert ("html", {"lang": "en"}) in page.tags
