@@ -86,7 +86,7 @@ def _utility(run: Run) -> list[str]:
     rows = [(_escaped(name), *map(shown, values)) for name, *values in utility_rows(run.metrics)]
     if not rows:
         return []
-    table = markdown_table(("model utility", *MODELS), rows, text={"model utility"})
+    table = markdown_table(("mean", *MODELS), rows, text={"mean"})
     return ["", *table, "", _escaped(" ".join(utility_explained(run.metrics)))]
 
 
