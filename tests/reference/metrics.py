@@ -52,8 +52,8 @@ def min_k_plus_plus(
     log_probabilities: Sequence[float], means: Sequence[float], stds: Sequence[float], k: float
 ) -> float:
     scores = [
-        (value - centre) / max(spread, 1e-3)
-        for value, centre, spread in zip(log_probabilities, means, stds, strict=True)
+        (value - centre) / max(deviation, 1e-3)
+        for value, centre, deviation in zip(log_probabilities, means, stds, strict=True)
     ]
     return min_k(scores, k)
 

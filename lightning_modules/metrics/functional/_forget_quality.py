@@ -15,7 +15,7 @@ class ForgetQualityResult(NamedTuple):
         statistic: the largest distance between the two distribution functions.
         pvalue: scipy's, exact up to 10,000 examples.
         log10_pvalue: its base-10 logarithm, finite also where `pvalue` underflows to 0. There it is exact for two
-            samples of one size. For others it is the leading term of the asymptotic series, which is too small.
+            samples of one size. For others it is the leading term of the asymptotic series, which lies above it.
         n: the size of the first sample.
     """
 
