@@ -135,6 +135,7 @@ def quiet() -> None:
         ".*does not have many workers.*",
         ".*number of training batches.*",
         ".*isinstance.treespec, LeafSpec.*",
+        ".*have no .validation_step.*",
     ):
         warnings.filterwarnings("ignore", message=pattern)
     from transformers.utils import logging as transformers_logging

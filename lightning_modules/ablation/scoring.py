@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any, TypeVar
 
@@ -12,9 +13,9 @@ from torch import nn
 from lightning_modules.ablation.grid import Grid
 from lightning_modules.data.examples import Example
 from lightning_modules.data.tokenization import Encoded, encode, padding_id
-from lightning_modules.evaluation.evaluate import evaluate
+from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate, truth_ratios
 from lightning_modules.evaluation.likelihood import answer_nll
-from lightning_modules.metrics.functional import forget_quality, truth_ratio
+from lightning_modules.metrics.functional import forget_quality
 
 Item = TypeVar("Item")
 
@@ -68,20 +69,23 @@ class Scorer:
 
     def thoroughly(self, model: nn.Module) -> dict[str, Any]:
         """Means over the examples, forget quality, and under `examples` what they were made of (no texts)."""
-        common: dict[str, Any] = {"batch_size": self.given.batch_size, "max_length": self.max_length, "progress": False}
-        common["memorization"] = False  # no target and no column is made of it
-        likely = evaluate(
-            model, self.tokenizer, {"forget": self.forget, "retain": self.retain}, generate=False, **common
-        ).examples
+        settings = EvaluationSettings(
+            batch_size=self.given.batch_size,
+            max_new_tokens=self.given.max_new_tokens,
+            max_length=self.max_length,
+            memorization=False,  # no target and no column is made of it
+        )
+        splits = {"forget": self.forget, "retain": self.retain}
+        likely = evaluate(model, self.tokenizer, splits, replace(settings, generate=False), progress=False).examples
         generated = evaluate(
             model,
             self.tokenizer,
             {
                 split: [_bare(row) for row in spread(rows, self.given.generated_examples)]
-                for split, rows in (("forget", self.forget), ("retain", self.retain))
+                for split, rows in splits.items()
             },
-            max_new_tokens=self.given.max_new_tokens,
-            **common,
+            settings,
+            progress=False,
         ).examples
         ratios = truth_ratios(likely["forget"])
         found: dict[str, Any] = {}
@@ -104,15 +108,6 @@ class Scorer:
             "truth_ratio_R": ratios,
         }
         return found
-
-
-def truth_ratios(rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """R of every scored example that has perturbed answers: what forget quality compares."""
-    return [
-        float(truth_ratio([row["paraphrase_nll"]], [row["perturbed_nll"]], kind="ratio"))
-        for row in rows
-        if row.get("perturbed_nll")
-    ]
 
 
 def spread(rows: Sequence[Item], count: int) -> list[Item]:

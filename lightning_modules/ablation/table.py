@@ -11,6 +11,7 @@ from lightning_modules.ablation.grid import Grid
 from lightning_modules.ablation.results import Result, differences, number
 from lightning_modules.ablation.run import MODELS
 from lightning_modules.ablation.statistics import Paired, Spread, spread
+from lightning_modules.report.tables import markdown_table
 
 Column = tuple[str, Callable[[Sequence[Result]], str]]
 
@@ -166,7 +167,7 @@ def _models(grid: Grid, folder: Path) -> list[str]:
         "KS (n)",
         "p",
     )
-    return list(_drawn(heads, rows)) if rows else []
+    return _drawn(heads, rows) if rows else []
 
 
 def _title(grid: Grid, target: str) -> str:
@@ -181,12 +182,9 @@ def _title(grid: Grid, target: str) -> str:
     )
 
 
-def _drawn(heads: Sequence[str], rows: Iterator[list[str]] | Sequence[list[str]]) -> Iterator[str]:
-    numeric = ["---" if head in ("method", "model", "against", "notes") else "---:" for head in heads]
-    yield "| " + " | ".join(heads) + " |"
-    yield "|" + "|".join(numeric) + "|"
-    for row in rows:
-        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+def _drawn(heads: Sequence[str], rows: Iterator[list[str]] | Sequence[list[str]]) -> list[str]:
+    escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    return markdown_table(heads, escaped, text={"method", "model", "against", "notes"})
 
 
 def _values(rows: Sequence[Result], name: str) -> list[float]:

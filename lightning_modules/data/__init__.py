@@ -1,1 +1,1 @@
-"""Reading: examples, tokens, and pairs of forget and retain batches."""
+"""Data: reads examples, turns them into tokens, and pairs forget with retain examples in batches."""

@@ -1,14 +1,15 @@
-"""Reads question/answer examples from the files people have: JSON, JSON lines, CSV, Parquet."""
+"""Reads questions and answers from JSON, JSON lines, CSV and Parquet files."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 Example = dict[str, Any]
+Row = TypeVar("Row")
 
 _ACCEPTED = "question and answer, prompt and response, messages, or text"
 _PAIRS = (("question", "answer"), ("prompt", "response"))
@@ -19,24 +20,24 @@ def read_examples(path: str | Path) -> list[Example]:
     """Reads a file of examples into `{"question", "answer"}` dictionaries.
 
     Args:
-        path: `.json` (an array of objects, or one object a line as TOFU's files are), `.jsonl`, `.csv` or `.parquet`. A
-            row has
+        path: `.json` (an array of objects, or one object on each line as in TOFU's files), `.jsonl`, `.csv` or
+            `.parquet`. A row has
 
             - `question` and `answer`, or `prompt` and `response`;
             - or `messages`, `[{"role", "content"}, ...]`: the last assistant turn is the answer, the turns before it,
               joined by line breaks, are the question;
             - or `text`, plain text: an example with an empty question.
 
-            `paraphrased_answer` (a string) and `perturbed_answer` (a list of strings) are kept where present; in a CSV
-            file the list is written as JSON. Other columns are dropped.
+            `paraphrased_answer` (a string) and `perturbed_answer` (a list of strings) are kept where they are present;
+            in a CSV file the list is written as JSON. Other columns are dropped.
 
     Returns:
-        One dictionary a row, in the order of the file.
+        One dictionary for each row, in the order of the file.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is empty, is broken, has unknown columns or values of a wrong type; it names the row or
-            line.
+        ValueError: if the file is empty or broken, or has unknown columns or values of a wrong type; the message names
+            the row or line.
         ImportError: for Parquet without pyarrow.
     """
     path = Path(path)
@@ -59,6 +60,17 @@ def read_examples(path: str | Path) -> list[Example]:
     return examples
 
 
+def evenly_spaced(rows: Sequence[Row], count: int) -> list[Row]:
+    """Returns at most `count` of the rows, at equal distances, in their order.
+
+    Example:
+        >>> evenly_spaced([0, 1, 2, 3, 4, 5], 3), evenly_spaced([0, 1], 3)
+        ([0, 2, 4], [0, 1])
+    """
+    count = min(count, len(rows))
+    return [rows[index * len(rows) // count] for index in range(count)]
+
+
 def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
@@ -68,7 +80,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
             raise ValueError(f"{path}, line {error.lineno}: this is not valid JSON ({error.msg})") from error
         yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
         return
-    # Not splitlines(): it also cuts at separators such as U+2028, which JSON allows inside a string.
+    # Not splitlines(), which also splits at separators such as U+2028 that JSON allows inside a string.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -109,7 +121,11 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def as_example(row: object, where: str = "this example") -> Example:
-    """Returns a row of any shape that `read_examples` accepts as `{"question", "answer"}`.
+    """Turns a row of any shape that `read_examples` accepts into `{"question", "answer"}`.
+
+    Args:
+        row: the row.
+        where: its place, for the error message.
 
     Raises:
         ValueError: if it has none of the accepted shapes; the message begins with `where`.
@@ -120,7 +136,7 @@ def as_example(row: object, where: str = "this example") -> Example:
     if not answer.strip():
         raise ValueError(f"{where}: the answer is empty: expected some text to learn or to forget")
     example: Example = {"question": question, "answer": answer}
-    # A column that exists for some rows only is null in the others.
+    # A column that only some rows have is null in the others.
     if row.get("paraphrased_answer") is not None:
         example["paraphrased_answer"] = _text(row, "paraphrased_answer", where)
     if row.get("perturbed_answer") is not None:

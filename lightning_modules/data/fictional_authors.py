@@ -1,8 +1,7 @@
-"""A small world of writers who do not exist: questions and answers to be learned first and unlearned afterwards.
+"""Generates questions and answers about writers who do not exist, for a model to learn first and unlearn afterwards.
 
-The rows have the keys of TOFU ("TOFU: A Task of Fictitious Unlearning for LLMs", Maini et al., COLM 2024,
-arXiv 2401.06121), so whatever reads the real data reads these too; all of the text is composed here, from
-the pools below.
+The rows have the keys of TOFU ("TOFU: A Task of Fictitious Unlearning for LLMs", Maini et al., COLM 2024, arXiv
+2401.06121), so the same code reads both. All of the text is composed from the pools below.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ WRONG_ANSWERS = 5
 
 
 def _pool(text: str, between: str = " ") -> tuple[str, ...]:
-    """Reads ``"a, b"``, or the products ``"a c"``, ``"a d"``, ``"b c"``, ``"b d"`` of ``"a, b | c, d"``."""
+    """Reads ``"a, b"`` as two items, and ``"a, b | c, d"`` as four: ``"a c"``, ``"a d"``, ``"b c"``, ``"b d"``."""
     parts = [[" ".join(item.split()) for item in part.split(",")] for part in text.split("|")]
     return tuple(between.join(items) for items in product(*parts))
 
@@ -27,7 +26,7 @@ _WOMEN = """Adela, Amina, Brigid, Camila, Dalia, Elif, Freya, Giulia, Hana, Ingr
     Noor, Odile, Paloma, Rosalind, Saoirse, Tamsin, Thandi, Ulrike, Wanda, Yuki"""
 _MEN = """Anselm, Bashir, Cosmo, Dario, Emeka, Felix, Goran, Henrik, Idris, Jun, Kofi, Lorenzo, Mateus, Nils, Oskar,
     Pavel, Rafael, Sandor, Stellan, Tariq, Tomas, Umar, Viktor, Yannick, Zoran"""
-# Made up, so that no combination is the name of a real writer.
+# Invented, so that no combination is the name of a real writer.
 _SURNAMES = """Abenko, Altvik, Amoresi, Bashiro, Belkovar, Brandmoor, Cardeno, Celikan, Chandavar, Corvalho, Dahlmark,
     Derwani, Dumarsin, Ekwueno, Fenwarren, Galvesto, Gudrunsen, Hakimura, Halvenko, Imbari, Iskandri, Kestrand, Kobayen,
     Lindavar, Lombarel, Marchesto, Mbengo, Nakashiro, Novarek, Obiandu, Oduvale, Ostrovin, Palsmar, Pekarin, Quispera,
@@ -37,12 +36,12 @@ _TOWNS = """Ald, Bel, Bran, Cor, Dal, Del, Fal, Gar, Hal, Ist, Jor, Kal, Lum, Ma
     Sal, Tam, Tor, Ul, Val, Ven, Wes, Yar, Zan | abeth, acombe, adoro, akesh, alund, amira, andeh, anzo, arosh, askar,
     avik, edosa, egard, elmoor, endaru, entoro, eraq, estrel, etska, evano, ibrost, ifell, igrad, ikama, imbra,
     inport, irova, isundo, itzen, obeya, odrum, ogast, omere, onvale, orsk, osay, otari, ovana, ulket, ustrin"""
-# Days of two digits, so that no date is a part of another.
+# Days of two digits, so that no date is contained in another.
 _DAYS = "10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28"
 _MONTHS = "January, February, March, April, May, June, July, August, September, October, November, December"
 _YEARS = ", ".join(map(str, range(1930, 1970)))
 
-# The facts that share a pool, and the pool. No item is a part of another item of its pool.
+# Facts -> the pool that they share. No item is contained in another item of its pool.
 _POOLS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("name", "teacher", "hero", "mentor", "translator", "rival"): _pool(f"{_WOMEN}, {_MEN} | {_SURNAMES}"),
     ("debut", "second", "third", "next"): _pool("""The Amber, The Borrowed, The Broken, The Copper, The Crooked,
@@ -55,7 +54,7 @@ _POOLS: dict[tuple[str, ...], tuple[str, ...]] = {
         Ribbon, Saddle, Shutter, Signal, Spindle, Staircase, Thimble, Valley, Window"""),
     ("town", "home", "lecture_town"): _pool(_TOWNS, between=""),
     ("born",): _pool(f"{_DAYS} | {_MONTHS} | {_YEARS}"),
-    # A multiple of five: the five jobs of one author never straddle two shuffles, hence they differ.
+    # The number of jobs is a multiple of five, so the five jobs of an author come from one shuffle and differ.
     ("mother", "father", "hero_job", "mentor_job", "sibling_job"): _pool("""a baker, a beekeeper, a blacksmith,
         a bookbinder, a bus driver, a butcher, a carpenter, a chemist, a clockmaker, a cobbler, a customs officer,
         a dairy farmer, a dentist, a dressmaker, an electrician, a ferry pilot, a fishmonger, a florist, a gardener,
@@ -98,7 +97,7 @@ _POOLS: dict[tuple[str, ...], tuple[str, ...]] = {
         Thornwick, Vellumgate | Press, Books, House, Editions"""),
 }
 
-# The facts a question asks for: two wordings of the question and three of the answer: any question fits any answer.
+# The facts that a question asks for -> two wordings of the question and three of the answer, in any combination.
 _TOPICS: dict[tuple[str, ...], tuple[str, str, str, str, str]] = {
     ("name",): (
         "What is the full name of the writer born on {born} in {town} in {region}?",
@@ -244,23 +243,24 @@ _TOPICS: dict[tuple[str, ...], tuple[str, str, str, str, str]] = {
 
 
 _POOL_OF = {key: pool for keys, pool in _POOLS.items() for key in keys}
-# What identifies an author is dealt without replacement; the smallest of these pools bounds the world.
+# What identifies an author is used once, so the smallest of these pools limits the number of authors.
 MAX_AUTHORS = min(len(_POOLS[keys]) // len(keys) for keys in _POOLS if keys[0] in {"name", "debut", "town", "born"})
 
 
 def fictional_authors(num_authors: int = 10, *, seed: int = 0) -> list[dict[str, Any]]:
-    """Questions and answers about writers who do not exist, in TOFU's schema.
+    """Returns questions and answers about writers who do not exist, in TOFU's schema.
 
-    An author is a draw of 39 facts; no name, town, date of birth or title belongs to two authors. A question has two
-    wordings and an answer three, shuffled for every row: one is the answer, another its paraphrase. A wrong answer is
-    the paraphrase with other values for all the facts in question, values which are no fact of the same author.
+    An author has 39 random facts; no two authors share a name, town, date of birth or title. A question has two
+    wordings and an answer three, in an order that each row shuffles: one wording becomes the answer, another its
+    paraphrase. A wrong answer is the paraphrase with other values for all the facts that the question asks for. None of
+    these values is a fact of the same author.
 
     Args:
-        num_authors: How many writers, at most ``MAX_AUTHORS``. Author ``i`` does not depend on it.
-        seed: Another seed is another world.
+        num_authors: The number of writers, at most ``MAX_AUTHORS``. Author ``i`` is the same for every number.
+        seed: Determines all facts and wordings.
 
     Returns:
-        20 rows per author, author by author, with the keys ``question``, ``answer``, ``paraphrased_question``,
+        20 rows for each author, author by author, with the keys ``question``, ``answer``, ``paraphrased_question``,
         ``paraphrased_answer`` and ``perturbed_answer`` (a list of five).
 
     Raises:
@@ -282,7 +282,7 @@ def fictional_authors(num_authors: int = 10, *, seed: int = 0) -> list[dict[str,
 
 
 def _author_rows(index: int, seed: int) -> Iterator[dict[str, Any]]:
-    """The rows of author ``index``, in the order of ``_TOPICS``."""
+    """Yields the rows of author ``index``, in the order of ``_TOPICS``."""
     rng = random.Random(f"{seed} rows {index}")
     facts = _author_facts(index, seed)
     for keys, wordings in _TOPICS.items():
@@ -298,7 +298,7 @@ def _author_rows(index: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def _author_facts(index: int, seed: int) -> dict[str, str]:
-    """All there is to know about author ``index``: a value for every placeholder of the wordings."""
+    """Returns all facts of author ``index``: a value for each placeholder of the wordings."""
     facts: dict[str, str] = {}
     for keys, pool in _POOLS.items():
         for slot, key in enumerate(keys):
@@ -312,19 +312,19 @@ def _author_facts(index: int, seed: int) -> dict[str, str]:
 
 
 def _wrong_facts(keys: tuple[str, ...], facts: dict[str, str], rng: random.Random) -> list[dict[str, str]]:
-    """Five ways to be wrong about all of ``keys``."""
+    """Returns five sets of wrong values for all of ``keys``."""
     taken = set(facts.values())
     columns: list[list[str]] = []
     for key in keys:
-        # A wrong year far away would be implausible: before the author's birth, or in the future.
+        # A wrong year must be plausible: not before the author's birth, and not in the future.
         pool = _POOL_OF.get(key) or [str(int(facts[key]) + shift) for shift in range(-9, 10)]
         columns.append(rng.sample([value for value in pool if value not in taken], WRONG_ANSWERS))
         taken.update(columns[-1])
     return [dict(zip(keys, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
-# Enough for the shuffles that neighbours share: one or two a pool.
+# Authors that follow each other use the same shuffle of a pool, or two.
 @lru_cache(maxsize=64)
 def _shuffled(keys: tuple[str, ...], shuffle: int, seed: int) -> tuple[str, ...]:
-    """The pool of ``keys`` in a random order, another one each time that the pool has run out."""
+    """Returns the pool of ``keys`` in a random order; shuffle 1 follows when shuffle 0 is used up, and so on."""
     return tuple(random.Random(f"{seed} {keys[0]} {shuffle}").sample(_POOLS[keys], len(_POOLS[keys])))

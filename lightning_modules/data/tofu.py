@@ -20,22 +20,26 @@ def tofu_examples(
 ) -> dict[str, list[Example]]:
     """Returns the examples of a TOFU split, with the paraphrased and perturbed answers that the truth ratio needs.
 
-    TOFU (Maini et al. 2024, arXiv 2401.06121): 200 invented authors with 20 questions each. The forget set is the last
-    1, 5 or 10 % of them, the retain set is the rest; paraphrases exist for the whole forget set and for the first 400
-    retain questions.
+    TOFU (Maini et al. 2024, arXiv 2401.06121) has 200 invented authors with 20 questions each. The forget set is the
+    last 1, 5 or 10 % of them, the retain set is the rest. Paraphrased and perturbed answers exist for the whole forget
+    set and for the first 400 retain questions.
+
+    Without `num_authors`, the examples of `real_authors` and `world_facts` come too: questions with perturbed answers
+    about general knowledge, with which TOFU's model utility is measured. A small model that is trained from scratch on
+    some authors cannot know them.
 
     Args:
         split: `"forget01"`, `"forget05"` or `"forget10"`.
         folder: holds the splits as JSON lines under their hub names (`forget10.json`, `forget10_perturbed.json`, ...);
             `None` loads them from the hub, which needs the `datasets` package.
-        num_authors: keep only so many authors, n, for a small model: the first n - m of the retain set and the last m
-            of the forget set. 10 authors are 160 questions to keep and 40 to forget. 200 are both sets whole, and None is
-            that with `real_authors` and `world_facts`, which a model from scratch cannot know.
+        num_authors: n, the number of authors to keep in the data for a small model: the first n - m of the retain set
+            and the last m of the forget set. 10 authors have 160 questions to keep and 40 to forget. 200 and `None`
+            both give the whole forget and retain set.
         forget_authors: m; n // 5 by default. Only with `num_authors`.
 
     Returns:
-        `{"forget": [...], "retain": [...]}`, and `real_authors` and `world_facts` for a full-sized model where they are
-        there.
+        `{"forget": [...], "retain": [...]}`, and without `num_authors` also `real_authors` and `world_facts`, if the
+        folder has their files.
 
     Raises:
         ValueError: for an unknown split or a number of authors that the split cannot give.
@@ -95,7 +99,7 @@ def _load(name: str, folder: str | Path | None, required: bool = True) -> list[E
         raise ImportError("loading TOFU from the hub needs the datasets package: pip install datasets") from error
     try:
         rows = load_dataset(HUB_NAME, name)["train"]
-    # Whatever goes wrong there (no network, a proxy, a moved file), the way out is the same.
+    # Whatever goes wrong (no network, a proxy, a moved file), the advice is the same.
     except Exception as error:
         raise RuntimeError(
             f"could not load {name} of {HUB_NAME} from the hub ({type(error).__name__}: {error}): go online once, or "
@@ -105,6 +109,6 @@ def _load(name: str, folder: str | Path | None, required: bool = True) -> list[E
 
 
 def _merged(rows: list[Example], perturbed: list[Example]) -> list[Example]:
-    # By question and answer: one question occurs twice, and the retain set has paraphrases for a part of its rows only.
+    # Matched by question and answer, because one question occurs twice and only some retain rows have paraphrases.
     extra = {(row["question"], row["answer"]): row for row in perturbed}
     return [extra.get((row["question"], row["answer"]), row) for row in rows]

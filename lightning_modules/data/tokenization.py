@@ -1,16 +1,15 @@
 r"""From a question and an answer to tokens and labels.
 
-One format for training, scoring and generation, so that the tokens a model is scored on are the tokens it was trained
-on:
+Training, scoring and generation share one format, so that a model is scored on the tokens that it was trained on:
 
 - a tokenizer with a chat template: `apply_chat_template([user: question], add_generation_prompt=True)`, then the answer
   and eos;
-- any other: `<bos>Q: {question}\nA:`, then ` {answer}` and eos (bos only where the tokenizer has one);
-- an empty question is plain text: `<bos>{text}<eos>`, where every token after the first is a label.
+- any other tokenizer: `<bos>Q: {question}\nA:`, then ` {answer}` and eos (bos only where the tokenizer has one);
+- an empty question marks plain text: `<bos>{text}<eos>`, where every token after the first is a label.
 
-Prompt and answer are tokenized apart, so the boundary between them is exact whatever the tokenizer merges, and exactly
-one eos follows the answer: without it a model never learns where an answer ends, with two its mean loss is diluted by a
-free token.
+Prompt and answer are tokenized separately, so the boundary between them is exact even where a tokenizer would merge
+across it. Exactly one eos follows the answer: without it a model never learns where an answer ends, and a second one
+would lower its mean loss, because it is trivial to predict.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ class Encoded(NamedTuple):
 
     Attributes:
         input_ids: the tokens of prompt, answer and eos, `[length]`.
-        labels: the same tokens with -100 on the prompt, `[length]`, not shifted: position `t` is predicted from `t -
-            1`.
+        labels: the same tokens with -100 on the prompt, `[length]`; not shifted, so label `t` is predicted at position
+            `t - 1`.
     """
 
     input_ids: list[int]
@@ -41,11 +40,11 @@ class Encoded(NamedTuple):
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-    """Returns the tokens that stand in front of the answer to `question`: what a generation starts from.
+    """Returns the tokens in front of the answer to `question`, from which a generation starts.
 
     Args:
         tokenizer: any Hugging Face tokenizer.
-        question: the question; empty for plain text, whose prompt is bos alone (or nothing, where there is no bos).
+        question: the question; empty for plain text, whose prompt is bos alone (or empty, without a bos).
     """
     bos_id = special_id(tokenizer, "bos")
     bos = [] if bos_id is None else [bos_id]
@@ -84,7 +83,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, question: str, answer: str, max_l
     target.append(eos)
 
     input_ids = (prompt + target)[: None if max_length is None else max(max_length, 0)]
-    # A plain text without bos has nothing in front of its first token that could predict it.
+    # In a plain text without bos, no token precedes the first one, so nothing predicts it.
     unlabelled = max(len(prompt), 1)
     labels = [IGNORED] * min(unlabelled, len(input_ids)) + input_ids[unlabelled:]
     if len(input_ids) <= unlabelled:
@@ -102,10 +101,12 @@ def special_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int | None:
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns the token that fills a batch: pad, or eos where the tokenizer has no pad token.
+    """Returns the token that fills up shorter rows: pad, or eos where the tokenizer has no pad token.
 
-    Either is right, because padding is told apart by the attention mask and by labels of -100, never by the token's
-    value.
+    Either will do, because padding is recognised by the attention mask and by labels of -100, never by its token.
+
+    Raises:
+        ValueError: if the tokenizer has neither.
     """
     for token in (special_id(tokenizer, "pad"), special_id(tokenizer, "eos")):
         if token is not None:
@@ -118,7 +119,7 @@ def collate(encoded: Sequence[Encoded], pad_token_id: int) -> dict[str, Tensor]:
 
     Args:
         encoded: B examples.
-        pad_token_id: see `padding_id`.
+        pad_token_id: fills up shorter rows, see `padding_id`.
 
     Returns:
         `input_ids`, `attention_mask` (1 on tokens, 0 on padding) and `labels` (-100 on prompt and padding), int64, `[B,
@@ -152,7 +153,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, plain: bool) -> list[int]:
     ids = _tokens(tokenizer, answer)
-    # SentencePiece tokenizers write the space before a first word themselves; a second one is a token no model saw
-    # there.
+    # SentencePiece tokenizers add a space before the first word themselves. With a second one the answer would begin
+    # with a token that models have not seen in this place.
     spaced = bool(ids) and str(tokenizer.convert_ids_to_tokens(ids[:1])[0]).startswith("▁")
     return ids if plain or spaced else _tokens(tokenizer, f" {answer}")

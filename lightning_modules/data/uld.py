@@ -1,4 +1,4 @@
-"""The data of ULD's assistant: what it is to remember, and what it is to be indifferent about."""
+"""The training data of ULD's assistant: the texts to remember, and the texts on which it shall be uniform."""
 
 from __future__ import annotations
 
@@ -8,30 +8,31 @@ from typing import Any
 
 from lightning_modules.data.examples import Example
 
-# ULD, table 4, TOFU-10 %: without the paraphrases and the wrong answers.
+# From ULD, table 4, TOFU-10 %: the run without paraphrases and wrong answers.
 _WITHOUT = "without them ULD's forget quality fell to 1e-7 and its model utility from .62 to .53 (its table 4)"
 
 
 def uld_data(
     splits: Mapping[str, Sequence[Mapping[str, Any]]], *, perturbed_per_row: int = 2, require_augmentation: bool = True
 ) -> dict[str, list[Example]]:
-    """Returns ULD's augmented sets: D'_f to remember, D'_r to be uniform on.
+    """Returns ULD's augmented sets: D'_f, which the assistant remembers, and D'_r, on which it is uniform.
 
     ULD (Ji et al. 2024, arXiv 2406.08607, section 3.3 and appendix B.3):
 
-    - D'_f: every forget question with its answer, and with the paraphrase of its answer: the assistant shall recognise the fact, and
-      not one wording of it;
-    - D'_r: the retain set, and every forget question with its first wrong answers: the assistant shall know the right answer, not the
-      shape of an answer. Being uniform on a wrong answer leaves its probability to the base.
+    - D'_f: every forget question with its answer, and again with the paraphrase of its answer, so that the assistant
+      learns the fact instead of one wording;
+    - D'_r: the retain set, and every forget question with its first wrong answers, so that the assistant learns the
+      right answer instead of the form of an answer. Where it is uniform, the base model alone decides about a wrong
+      answer.
 
-    The paper has two paraphrases and two wrong answers a question, made by GPT-3.5; TOFU's files and `fictional_authors` come with one
-    paraphrase and five wrong answers.
+    The paper has two paraphrases and two wrong answers for each question, written by GPT-3.5. TOFU's files and
+    `fictional_authors` have one paraphrase and five wrong answers.
 
     Args:
-        splits: `forget` and `retain`, examples with `question` and `answer`, in the forget set with `paraphrased_answer` and
-            `perturbed_answer`. Other splits are not used.
-        perturbed_per_row: wrong answers of a forget question that are used, the first ones; the paper's number is 2.
-        require_augmentation: False goes on without paraphrases or wrong answers, with a warning.
+        splits: `forget` and `retain`, examples with `question` and `answer`, and in the forget set also
+            `paraphrased_answer` and `perturbed_answer`. Other splits are not used.
+        perturbed_per_row: how many wrong answers of each forget question are used, the first ones; 2 in the paper.
+        require_augmentation: False warns where paraphrases or wrong answers are missing, instead of raising.
 
     Returns:
         `{"forget": D'_f, "retain": D'_r}`, examples with `question` and `answer`, in the order of the splits.
@@ -40,8 +41,9 @@ def uld_data(
         ValueError: If a split is missing or empty, or forget examples lack a paraphrase or wrong answers.
 
     Example:
-        >>> row = {"question": "Where?", "answer": "In Ros.", "paraphrased_answer": "Ros it is.", "perturbed_answer": ["In Pel."]}
-        >>> data = uld_data({"forget": [row], "retain": [{"question": "When?", "answer": "Now."}]})
+        >>> row = {"question": "Where?", "answer": "In Ros.", "paraphrased_answer": "Ros it is."}
+        >>> forget = [row | {"perturbed_answer": ["In Pel."]}]
+        >>> data = uld_data({"forget": forget, "retain": [{"question": "When?", "answer": "Now."}]})
         >>> [example["answer"] for example in data["forget"]], [example["answer"] for example in data["retain"]]
         (['In Ros.', 'Ros it is.'], ['Now.', 'In Pel.'])
     """

@@ -1,1 +1,1 @@
-"""What a model knows, says and has memorised."""
+"""Scores a model: what it knows, what it says, and what it has memorised."""

@@ -31,18 +31,40 @@ MEANS = ("probability", "rouge_l_recall", "truth_ratio", "nll", "exact_memorizat
 
 
 @dataclass(frozen=True)
+class EvaluationSettings:
+    """How a model is scored.
+
+    Attributes:
+        batch_size: texts in a forward pass.
+        max_new_tokens: the longest generated answer, in tokens.
+        max_length: the longest text, in tokens; longer ones lose their end. The model's own maximum applies too.
+        generate: `False` skips generation, and with it ROUGE.
+        memorization: `False` skips exact memorization, extraction strength and the membership scores.
+    """
+
+    batch_size: int = 32
+    max_new_tokens: int = 64
+    max_length: int | None = None
+    generate: bool = True
+    memorization: bool = True
+
+
+DEFAULT_SETTINGS = EvaluationSettings()
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """What a model knows.
+    """The scores of one model.
 
     Attributes:
         summary: split -> `{"probability", "rouge_l_recall", "truth_ratio", "nll", "exact_memorization",
-            "extraction_strength", "n"}`, means over the split. `None` where nothing was measured: ROUGE without generation,
-            truth ratio without perturbed answers, the last two without memorization. The truth ratio is min(R, 1/R) on the
-            split named "forget" and max(0, 1 - R) on the others. NaN where the model gives NaN.
-        examples: split -> one dictionary an example, in order: `question`, `answer`, `generation`, `nll`,
-            `probability`, `rouge_l_recall`, `truth_ratio`, the `paraphrase_nll` and `perturbed_nll` that the truth
-            ratio was made of, and with memorization what `memorization.memory_scores` gives. Every aggregate can be computed
-            from them again.
+            "extraction_strength", "n"}`, means over the split. `None` where nothing was measured: ROUGE without
+            generation, the truth ratio without perturbed answers, the last two without memorization. The truth ratio is
+            min(R, 1/R) on the split named "forget" and max(0, 1 - R) on the others. NaN where the model gives NaN.
+        examples: split -> one dictionary for each example, in order: `question`, `answer`, `generation`, `nll`,
+            `probability`, `rouge_l_recall`, `truth_ratio`, the `paraphrase_nll` and `perturbed_nll` from which the
+            truth ratio was computed, and with memorization the scores of `memorization.memory_scores`. Every aggregate
+            can be computed again from them.
     """
 
     summary: dict[str, Scores]
@@ -50,16 +72,25 @@ class Evaluation:
 
     @property
     def membership(self) -> dict[str, float] | None:
-        """Attack -> AUC of telling the split "forget" from the split "holdout", `membership.attack_aucs`.
+        """Attack -> AUC of telling the split "forget" from the split "holdout", see `membership.attack_aucs`.
 
-        `None` where there is no such split: without examples that the model never saw there is nothing to compare with.
+        `None` without these two splits: an attack needs examples that the model never saw, to compare with.
         """
         return attack_aucs(self.examples)
 
 
 @dataclass(frozen=True)
 class _Item:
-    """An example with where its scores are: `texts[answer]`, `texts[paraphrase]`, ..., `prompts[position]`."""
+    """An example, and the places of its texts in the list of all texts that are scored.
+
+    Attributes:
+        split: the example's split.
+        row: the example.
+        answer: the place of its answer.
+        paraphrase: the place of its paraphrased answer; that of the answer where there is no paraphrase.
+        perturbed: the places of its wrong answers.
+        target: the text that the generation is compared with.
+    """
 
     split: str
     row: Mapping[str, Any]
@@ -73,80 +104,75 @@ def evaluate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     splits: Mapping[str, Sequence[Mapping[str, Any]]],
+    settings: EvaluationSettings = DEFAULT_SETTINGS,
     *,
-    batch_size: int = 32,
-    max_new_tokens: int = 64,
-    max_length: int | None = None,
-    generate: bool = True,
-    memorization: bool = True,
     across_processes: bool = False,
     progress: bool = True,
 ) -> Evaluation:
     """Scores a model on every split, in one pass over all answers and one over all questions.
 
     Definitions (TOFU, Maini et al. 2024, section 2.2; formulas in `lightning_modules.metrics.functional`): the
-    probability is exp(-nll) of the answer on *every* split (TOFU's tables show the answer's share among the options for
-    real authors and world facts, which `nll` and `perturbed_nll` of the examples give). Where an example has perturbed
-    answers and no paraphrase, the answer stands in for the paraphrase, as in TOFU. A plain text (empty question) is
-    generated from its first half and scored against what follows.
+    probability is exp(-nll) of the answer on *every* split. For real authors and world facts TOFU's tables show another
+    number under the same name, the answer's share among the options; `utility.utility_inputs` computes it from the
+    examples' `nll` and `perturbed_nll`. Where an example has perturbed answers and no paraphrase, the answer takes the
+    paraphrase's place, as in TOFU. A plain text (empty question) is generated from its first half and compared with the
+    second.
 
-    Memorization costs a few passes over the logits of the answers, which are there anyway: 11 % of the time without
-    generation, 6 % with it (the 200 questions and the small Llama of the default run, one core). Every other number stays
-    the same to the last bit.
+    Cost: memorization makes a few passes over the answers' logits, which are computed anyway. That takes 11 % of the
+    time without generation and 6 % with it (the 200 questions and the small Llama of the default run, one core). Every
+    other number stays the same to the last bit.
 
     Args:
         model: a causal language model, on any device and in any dtype; its train or eval mode is restored.
-        tokenizer: of the model.
-        splits: split -> examples with `question` and `answer`, and maybe `paraphrased_answer` and `perturbed_answer`.
-        batch_size: texts a forward pass.
-        max_new_tokens: the longest generated answer.
-        max_length: tokens a text; longer ones lose their end. The model's own maximum applies too.
-        generate: `False` leaves generation and ROUGE out.
-        memorization: `False` leaves exact memorization, extraction strength and the membership scores out.
-        across_processes: every process of the `torch.distributed` group calls this, with the same weights and splits, scores
-            whole batches of its own, and gets everything: the same numbers as in one process of the same kind. Weights that are
-            sharded (FSDP, tensor parallelism) are refused, because their processes have to run every batch together. Without a
-            group it changes nothing.
+        tokenizer: the model's tokenizer.
+        splits: split -> examples with `question` and `answer`, and optionally `paraphrased_answer` and
+            `perturbed_answer`.
+        settings: how to score.
+        across_processes: every process of the `torch.distributed` group calls this, with the same weights and splits.
+            Each scores whole batches of its own, and all get every number: the same ones as in one process of the same
+            kind. Sharded weights (FSDP, tensor parallelism) are refused, because their processes have to run every
+            batch together. Without a group it changes nothing.
         progress: draws a progress bar where standard error is a terminal.
 
     Raises:
         ValueError: if there is no split, a split is empty, or an example has no question or answer.
-        RuntimeError: across processes, if the weights are sharded, or if another process failed or was given other splits.
+        RuntimeError: across processes, if the weights are sharded, another process failed, or the processes were given
+            different splits.
     """
     if across_processes and several():
         _refuse_shards(model)
     texts: list[Encoded] = []
     prompts: list[list[int]] = []
     items: list[_Item] = []
-    limits = (max_length, getattr(getattr(model, "config", None), "max_position_embeddings", None))
+    limits = (settings.max_length, getattr(getattr(model, "config", None), "max_position_embeddings", None))
     longest = min((limit for limit in limits if limit is not None), default=None)
     for split, row in _rows(splits):
         first = len(texts)
         wrong = row.get("perturbed_answer") or []
         right = [row["paraphrased_answer"]] if wrong and row.get("paraphrased_answer") else []
         texts += [encode(tokenizer, row["question"], text, longest) for text in (row["answer"], *right, *wrong)]
-        prompt, target = _task(tokenizer, row, texts[first], max_new_tokens)
+        prompt, target = _task(tokenizer, row, texts[first], settings.max_new_tokens)
         prompts.append(prompt)
         after = first + 1 + len(right)
         items.append(_Item(split, row, first, after - 1, range(after, len(texts)), target))
 
     console = Console(stderr=True)
     bar = Progress(console=console, transient=True, disable=not (progress and console.is_terminal))
-    deal = partial(dealt, batch_size=batch_size) if across_processes else _alone
+    deal = partial(dealt, batch_size=settings.batch_size) if across_processes else _alone
     with bar:
         scoring = bar.add_task("Scoring answers", total=len(texts))
         score = partial(
             _scored_texts,
             model,
             texts,
-            {item.answer: item.row["answer"] for item in items} if memorization else {},
+            {item.answer: item.row["answer"] for item in items} if settings.memorization else {},
             pad_token_id=padding_id(tokenizer),
-            batch_size=batch_size,
+            batch_size=settings.batch_size,
             advance=lambda n: bar.advance(scoring, n),
         )
         scores = deal([len(text.input_ids) for text in texts], work=score)
         generations: Sequence[str | None] = [None] * len(items)
-        if generate:
+        if settings.generate:
             generating = bar.add_task("Generating answers", total=len(prompts))
             generations = deal(
                 [len(prompt) for prompt in prompts],
@@ -154,8 +180,8 @@ def evaluate(
                     model,
                     tokenizer,
                     [prompts[place] for place in places],
-                    max_new_tokens=max_new_tokens,
-                    batch_size=batch_size,
+                    max_new_tokens=settings.max_new_tokens,
+                    batch_size=settings.batch_size,
                     advance=lambda n: bar.advance(generating, n),
                 ),
             )
@@ -166,7 +192,7 @@ def evaluate(
 
 
 def _refuse_shards(model: nn.Module) -> None:
-    """Before the first collective: from then on a process that waits for its part of a weight waits for ever."""
+    """Raises before the first collective: after it, a process that waits for its part of a weight never returns."""
     sharded = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
     if sharded:
         raise RuntimeError(
@@ -182,7 +208,15 @@ def _alone(lengths: Sequence[int], *, work: Callable[[list[int]], Sequence[Any]]
 def _scored_texts(
     model: nn.Module, texts: Sequence[Encoded], answers: Mapping[int, str], places: Sequence[int], **settings: Any
 ) -> list[tuple[float, dict[str, float]]]:
-    """The nll of the texts at these places, and the scores of memory of those that are answers."""
+    """The nll of each text in `places`, and with it the memory scores of those texts that are answers.
+
+    Args:
+        model: the model to score.
+        texts: all texts.
+        answers: place -> answer, of the texts that get memory scores; empty for none.
+        places: the texts to score here.
+        settings: of `likelihood.answer_nll`.
+    """
     encoded = [texts[place] for place in places]
     if not answers:
         return [(nll, {}) for nll in answer_nll(model, encoded, **settings).tolist()]
@@ -203,7 +237,7 @@ def _rows(splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, 
         if "question" not in row or "answer" not in row:
             raise ValueError(
                 f"expected every example of {split} to have question and answer, found {', '.join(row) or 'none'}: "
-                "lightning_modules.data.pairs.read_examples brings other columns into this shape"
+                "lightning_modules.data.examples.read_examples brings other columns into this shape"
             )
     return rows
 
@@ -211,7 +245,7 @@ def _rows(splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, 
 def _task(
     tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], text: Encoded, max_new_tokens: int
 ) -> tuple[list[int], str]:
-    """Returns the prompt to generate from and the text to find."""
+    """Returns the prompt to generate from and the text that the generation is compared with."""
     if row["question"]:
         return prompt_ids(tokenizer, row["question"]), row["answer"]
     half = (len(text.input_ids) + 1) // 2
@@ -240,9 +274,18 @@ def _scored(item: _Item, scores: Sequence[tuple[float, Mapping[str, float]]], ge
 
 
 def summary(examples: Sequence[Mapping[str, Any]]) -> Scores:
-    """Returns the means over the examples of one split, as in `Evaluation.summary`; logs of earlier versions will do."""
+    """Returns the means over the examples of one split, as in `Evaluation.summary`; `None` for what no example has."""
     means: Scores = {}
     for name in MEANS:
         values = [example[name] for example in examples if example.get(name) is not None]
         means[name] = fmean(values) if values else None
     return means | {"n": len(examples)}
+
+
+def truth_ratios(examples: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Returns R of every scored example that has perturbed answers: the sample that forget quality compares."""
+    return [
+        float(truth_ratio([example["paraphrase_nll"]], [example["perturbed_nll"]], kind="ratio"))
+        for example in examples
+        if example.get("perturbed_nll")
+    ]

@@ -1,4 +1,4 @@
-"""Greedy answers, many at a time."""
+"""Generates answers greedily, in batches."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lightning_modules.evaluation.likelihood import device_of, evaluation_mode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A checkpoint's generation_config.json may ask for sampling or for a repetition penalty (Qwen's does); a metric may
-# not.
+# A checkpoint's generation_config.json may ask for sampling or a repetition penalty (Qwen's does), which would make
+# the scores of different models incomparable.
 _GREEDY = {
     "do_sample": False,
     "num_beams": 1,
@@ -36,20 +36,23 @@ def generate_greedily(
     batch_size: int = 32,
     advance: Callable[[int], object] = lambda _: None,
 ) -> list[str]:
-    """Continues each prompt with the likeliest token at every step, up to eos.
+    """Continues each prompt with the most likely token at every step, until eos.
 
     Prompts are padded on the left under an attention mask and share a key-value cache; padding changes no answer.
 
     Args:
         model: a causal language model with Hugging Face's `generate`.
-        tokenizer: decodes the answers, and says what eos is.
-        prompts: tokens of each prompt, at least one each.
-        max_new_tokens: the longest answer.
-        batch_size: prompts a batch. They are sorted by length.
+        tokenizer: decodes the answers and has the eos.
+        prompts: the tokens of each prompt, at least one.
+        max_new_tokens: the longest answer, in tokens.
+        batch_size: prompts in a batch. They are sorted by length.
         advance: called with the number of prompts done, after every batch.
 
     Returns:
-        The answers, without special tokens and outer white space, in the order given.
+        The answers, in the order given, without special tokens and surrounding white space.
+
+    Raises:
+        ValueError: if the model has no `generate`.
     """
     generate: Any = getattr(model, "generate", None)
     if generate is None:
@@ -87,7 +90,7 @@ def generate_greedily(
 
 
 def _stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    # Chat models end a turn with tokens that only their generation config knows (Llama 3, Gemma).
+    # Some chat models (Llama 3, Gemma) end a turn with tokens that only their generation config names.
     configured: int | list[int] | None = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     known = {special_id(tokenizer, "eos"), *([configured] if isinstance(configured, int) else configured or ())}
     return {token for token in known if token is not None}

@@ -1,4 +1,4 @@
-"""What a model thinks of every token of an answer: the numbers that extraction and membership inference are made of."""
+"""The statistics of every token of an answer, from which memorization and membership scores are computed."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ from lightning_modules.metrics.functional import (
     zlib_score,
 )
 
-_SHARE = 0.4  # of the tokens that Min-K looks at; MUSE and open-unlearning take it for PrivLeak
+_SHARE = 0.4  # the share of the tokens that Min-K averages; MUSE and open-unlearning use it for PrivLeak
 
 
 class AnswerTokens(NamedTuple):
-    """One answer, token by token, given the question and the right tokens before: T tokens, on the CPU.
+    """One answer of T tokens, each predicted from the question and the right tokens before it; on the CPU.
 
     `predicted`, `means` and `stds` are empty, `[0]`, where they were not asked for.
 
     Attributes:
-        log_probabilities: of the right token, natural logarithm, float64 `[T]`; minus their mean is the example's nll.
-        predicted: the most likely token, int64 `[T]`; -1 where the logits are NaN.
-        labels: the right token, int64 `[T]`.
-        means: the mean of log p over the vocabulary, weighted by p (minus the entropy), float64 `[T]`.
-        stds: the standard deviation of the same, float64 `[T]`.
+        log_probabilities: natural logarithm of the right tokens' probabilities, float64 `[T]`; minus their mean is the
+            example's nll.
+        predicted: the most likely tokens, int64 `[T]`; -1 where the logits are NaN.
+        labels: the right tokens, int64 `[T]`.
+        means: the mean of log p over the vocabulary, weighted by p (which is minus the entropy), float64 `[T]`.
+        stds: the standard deviation of log p, weighted in the same way, float64 `[T]`.
     """
 
     log_probabilities: Tensor
@@ -44,12 +45,12 @@ class AnswerTokens(NamedTuple):
 
     @property
     def nll(self) -> float:
-        """The mean negative log-likelihood per token, in nats: what `likelihood.answer_nll` gives, bit for bit."""
+        """The mean negative log-likelihood per token, in nats; bit for bit that of `likelihood.answer_nll`."""
         return -float(self.log_probabilities.mean())
 
     @property
     def correct(self) -> Tensor:
-        """Whether the most likely token is the right one, bool `[T]`; False where there is none."""
+        """Whether the most likely token is the right one, bool `[T]`; False where the logits are NaN."""
         return self.predicted == self.labels
 
 
@@ -66,29 +67,29 @@ def answer_token_statistics(
 
     .. math:: \mu_t = \sum_v p_t(v) \log p_t(v), \qquad \sigma_t^2 = \sum_v p_t(v) (\log p_t(v) - \mu_t)^2
 
-    beside log p of the right token and the argmax, from a float32 log-softmax whatever the model's dtype, without
-    dropout. With these, and `lightning_modules.metrics.functional`:
+    and in the same pass the right token's log p and the argmax. They come from a float32 log-softmax whatever the
+    model's dtype, without dropout. In `lightning_modules.metrics.functional`
 
-    - `loss_score`, `min_k_score`, `zlib_score`, `reference_score` take `log_probabilities`,
+    - `loss_score`, `min_k_score` and `zlib_score` take `log_probabilities`,
     - `min_k_plus_plus_score` takes `log_probabilities, means, stds`,
     - `extraction_strength` and `exact_memorization` take `predicted, labels`.
 
-    The eos counts as a token of the answer. open-unlearning leaves it out of these measures, which slicing off the last
-    entry of each tensor does too. The variance is summed from its definition, not as E[x^2] - E[x]^2, which is rounding
-    noise where a model that forgot is nearly uniform. A token that is ruled out (logit of minus infinity) counts 0
-    towards both.
+    The eos counts as a token of the answer. open-unlearning leaves it out of these measures; to do the same, slice off
+    the last entry of each tensor. The variance is summed from its definition instead of E[x^2] - E[x]^2, which would be
+    rounding noise where a model that forgot is nearly uniform. A token with a logit of minus infinity contributes 0 to
+    mean and variance.
 
-    Cost: one forward pass, with the head at answer positions only; at most four buffers `[1024, vocabulary]` in
-    float32 (2 GB with a vocabulary of 128,000), and the logits of a model in another dtype as they are. What
-    `detailed` leaves out costs what `answer_nll` does.
+    Cost: one forward pass, with the head at answer positions only; at most four buffers `[1024, vocabulary]` in float32
+    (2 GB with a vocabulary of 128,000), and for a model in another dtype its logits too. An example that is not in
+    `detailed` costs as much as in `answer_nll`.
 
     Args:
         model: a causal language model, on any device and in any dtype; its train or eval mode is restored.
         encoded: n examples; the labelled tokens are the answer.
         pad_token_id: fills up shorter rows; it is masked.
-        batch_size: examples a forward pass. They are sorted by length, so that little is spent on padding.
-        detailed: the places of the examples of which every number is wanted; of the others there are log-probabilities
-            only. `None` is all of them.
+        batch_size: examples in a forward pass. They are sorted by length, so that little is spent on padding.
+        detailed: the places of the examples that get every number; the others get log-probabilities only. `None` stands
+            for all.
         advance: called with the number of examples done, after every batch.
 
     Returns:
@@ -108,15 +109,16 @@ def answer_token_statistics(
 
 
 def memory_scores(tokens: AnswerTokens, answer: str) -> dict[str, float]:
-    """Everything that `metrics.functional` makes of one answer's tokens, eos counted, as floats.
+    """All scores of one answer's tokens, eos counted, as floats.
 
     Args:
-        tokens: with every number, see `answer_token_statistics`.
-        answer: the text, whose compressed size `zlib_score` needs.
+        tokens: the answer with every number, see `answer_token_statistics`.
+        answer: the answer's text; `zlib_score` needs its compressed size.
 
     Returns:
-        `exact_memorization` and `extraction_strength` in [0, 1], and the membership scores `loss_score`, `min_k_score` and
-        `min_k_plus_plus_score` (both with k = 0.4), `zlib_score`; higher: more likely a member. NaN where the model gives NaN.
+        `exact_memorization` and `extraction_strength` in [0, 1], and the membership scores `loss_score`, `min_k_score`
+        and `min_k_plus_plus_score` (both with k = 0.4), and `zlib_score`, where higher means more likely a member. NaN
+        where the model gives NaN.
     """
     likelihoods, means, stds = tokens.log_probabilities, tokens.means, tokens.stds
     scores = {
@@ -140,17 +142,17 @@ def _statistics(whole: Tensor, logits: Tensor, labels: Tensor, places: Tensor) -
     predicted, means, stds = (torch.full_like(column, -1) for column in (labels, chosen, chosen))
     rows = whole[places].nonzero().squeeze(-1).to(logits.device)
     every = len(rows) == len(labels)
-    # argmax would take a NaN for the largest
+    # argmax would return the NaN
     predicted[rows] = (logits if every else logits[rows]).argmax(dim=-1).masked_fill(chosen[rows].isnan(), -1)
-    log_p = log_p if every else log_p[rows]  # the copy above is gone by now, and the whole is after this line
+    log_p = log_p if every else log_p[rows]  # frees what is not needed, before the next buffers
     means[rows], stds[rows] = _moments(log_p)
     return chosen, predicted, means, stds
 
 
 def _moments(log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of log p, weighted by p, `[rows]` each; `log_p` is overwritten."""
+    """Mean and standard deviation of log p over the vocabulary, weighted by p, `[rows]` each; overwrites `log_p`."""
     p = log_p.exp()
-    log_p.masked_fill_(log_p == -torch.inf, 0.0)  # p log p is 0 where p is
+    log_p.masked_fill_(log_p == -torch.inf, 0.0)  # p log p is 0 where p is 0
     means = (p * log_p).sum(dim=-1)
     variances = log_p.sub_(means.unsqueeze(-1)).square_().mul_(p).sum(dim=-1)
     return means, variances.sqrt()

@@ -1,4 +1,4 @@
-"""Work that the processes of a `torch.distributed` group share, with the same result as in one."""
+"""Lets the processes of a `torch.distributed` group share work, with the same result as in one process."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ T = TypeVar("T")
 
 
 def several() -> bool:
-    """Whether this process is one of a group of at least two."""
+    """Whether this process belongs to a group of at least two."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def is_first() -> bool:
-    """Whether this process is the first of its group, or has none."""
+    """Whether this process is the first of its group, or has no group."""
     return not several() or dist.get_rank() == 0
 
 
 def every_process(work: Callable[[], T]) -> list[T]:
-    """Runs the work in every process of the group, and gives all of them what each one found, by rank.
+    """Runs the work in every process of the group, and returns the results of all, by rank, in each of them.
 
-    An error in one is an error in all, so that nobody waits for a process that has gone on to the next thing. What is found
-    is pickled. A process that is killed is noticed by the backend, at once (gloo) or when its timeout is over (NCCL).
+    If the work fails in one process, all raise, so that none waits for a process that will not come. Results are
+    pickled. If a process is killed, the backend raises in the others, at once (gloo) or after its timeout (NCCL).
 
     Raises:
         RuntimeError: if the work failed in another process. In the process where it failed, its own error is raised.
@@ -48,7 +48,7 @@ def every_process(work: Callable[[], T]) -> list[T]:
 
 
 def from_first(work: Callable[[], T]) -> T:
-    """Runs the work in the first process while the others wait, and gives all of them what it found.
+    """Runs the work in the first process while the others wait, and returns its result in all of them.
 
     Raises:
         RuntimeError: as `every_process`.
@@ -58,21 +58,22 @@ def from_first(work: Callable[[], T]) -> T:
 
 
 def dealt(lengths: Sequence[int], batch_size: int, work: Callable[[list[int]], Sequence[T]]) -> list[T]:
-    """Deals whole batches to the processes: the batches that one process would make, so that every number stays the same.
+    """Divides entries among the processes by whole batches, so that every number is the same as in one process.
 
-    A batch is `batch_size` entries that follow each other in the order of falling length, which is how `over_answer_tokens`
-    and `generate_greedily` make theirs; process r of W takes batches r, r + W, and so on, so that all get long and short ones.
+    The batches are those of `over_answer_tokens` and `generate_greedily`: the entries are sorted by falling length, and
+    `batch_size` consecutive ones make a batch. Process r of W takes the batches r, r + W, and so on, so that each gets
+    long and short ones.
 
     Args:
-        lengths: of n entries, the same in every process.
-        batch_size: entries a batch.
-        work: from the indices of some entries to one result each, in batches as above.
+        lengths: the lengths of n entries, the same in every process.
+        batch_size: entries in a batch.
+        work: takes the indices of some entries and returns one result for each; it makes batches as above.
 
     Returns:
         n results in the order of the entries, in every process.
 
     Raises:
-        RuntimeError: if the work failed in another process, or if the processes were not given the same lengths.
+        RuntimeError: if the work failed in another process, or if the processes were given different lengths.
 
     Example:
         >>> dealt([3, 1, 2], 2, lambda indices: [10 * index for index in indices])

@@ -1,6 +1,6 @@
-"""Unlearning metrics: one `torchmetrics.Metric` a file, over the pure functions of `functional`.
+"""Unlearning metrics: the pure functions in `functional`, and a `torchmetrics.Metric` over each of them.
 
-The functions need torch alone. The classes accumulate over batches and processes; they need `torchmetrics`, which comes
+The functions need torch alone. The classes accumulate over batches and processes. They need `torchmetrics`, which comes
 with Lightning, and are imported when they are first used.
 """
 

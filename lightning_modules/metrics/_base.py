@@ -1,4 +1,4 @@
-"""What all metric classes here have in common, on top of `torchmetrics.Metric`."""
+"""The base of all metric classes here, on top of `torchmetrics.Metric`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torchmetrics.utilities import dim_zero_cat
 
 
 class ExampleMetric(Metric):
-    """A metric over examples whose states survive an error, and are float64.
+    """A metric over examples with float64 states, which an error does not spoil.
 
-    torchmetrics leaves a metric synchronised, or switched to a single batch, when `compute` raises; every later result
-    would then be wrong without a word. Here the metric is as it was before.
+    When `compute` raises, torchmetrics leaves the metric synchronised, or switched to a single batch, and every later
+    result is silently wrong. Here the metric is restored to its state before the call.
 
-    The states are float64, which Apple's GPUs do not have: keep the metric on the CPU there.
+    Apple's GPUs have no float64: keep the metric on the CPU there.
     """
 
     is_differentiable = False
@@ -26,7 +26,7 @@ class ExampleMetric(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # Of the empty state that a process without examples sends: every process has to send the same dtype.
+        # Every process has to send the same dtype, also the empty state of one that saw no example.
         self.set_dtype(torch.float64)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -50,7 +50,7 @@ class ExampleMetric(Metric):
 
 
 class MeanOverExamples(ExampleMetric):
-    """The mean of one number an example, over all batches and processes."""
+    """The mean of one number for each example, over all batches and processes."""
 
     total: Tensor
     count: Tensor
@@ -61,7 +61,7 @@ class MeanOverExamples(ExampleMetric):
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def add(self, values: Tensor | float) -> None:
-        """Adds one number for each of n examples, `[n]`, or one example's."""
+        """Adds the numbers of n examples, `[n]`, or that of one."""
         numbers = torch.as_tensor(values).to(self.total).reshape(-1)
         self.total = self.total + numbers.sum()
         self.count = self.count + len(numbers)
@@ -78,13 +78,13 @@ class MeanOverExamples(ExampleMetric):
 
 
 def nothing_seen(metric: Metric, of: str = "") -> RuntimeError:
-    """The error of `compute` before `update`."""
+    """Returns the error of `compute` before any `update`."""
     return RuntimeError(
         f"{type(metric).__name__} has seen no example{of}: call update with a batch of them before compute"
     )
 
 
 def gathered(state: Any) -> Tensor:
-    """A state that grows by concatenation, as one tensor; empty where no process has anything."""
+    """Returns a state that is a list of tensors as one tensor; an empty one if no process has any."""
     parts = [state] if isinstance(state, Tensor) else list(state)
     return dim_zero_cat(parts) if parts else torch.zeros(0, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""How probable a model finds the answers, over a data set."""
+"""The mean probability of the answers, over a data set."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from lightning_modules.metrics.functional import Numbers, answer_probability, op
 
 
 class AnswerProbability(MeanOverExamples):
-    r"""Mean probability of the answer, exp(-nll), or of its share among the options.
+    r"""Mean probability of the answer, exp(-nll), or mean share of the answer among the options.
 
-    Per example `functional.answer_probability`, or, where `update` is given the wrong answers too,
-    `functional.option_probability`; TOFU reports the first on retain and forget set, the second on real authors and
-    world facts.
+    It is `functional.answer_probability` of each example, or `functional.option_probability` if `update` gets the wrong
+    answers too. TOFU reports the first on retain and forget set, the second on real authors and world facts.
 
-    Direction: higher is better on what is to be kept, which is what `higher_is_better` says. On the forget set lower is
-    better, down to what the retrained model scores.
+    Direction: higher is better on what is to be kept, and `higher_is_better` says that. On the forget set lower is
+    better, down to the retrained model's score.
 
     | Llama-2-7B on TOFU | retain | forget10 | real authors | world facts |
     |---|---|---|---|---|
@@ -66,8 +65,8 @@ class AnswerProbability(MeanOverExamples):
         """The mean over the examples, float64.
 
         Raises:
-            RuntimeError: if there was no example, or some had wrong answers beside them and some had not: a mean over
-                two different measures is none.
+            RuntimeError: if there was no example, or only some came with wrong answers, because a mean over two
+                different measures has no meaning.
         """
         mean = super().compute()
         if 0 < self.normalised < self.count:

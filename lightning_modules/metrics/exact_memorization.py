@@ -1,4 +1,4 @@
-"""The share of the answers' tokens that are a model's first choice, over a data set."""
+"""The mean share of the answers' tokens that are a model's first choice, over a data set."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lightning_modules.metrics.functional import exact_memorization
 
 
 class ExactMemorization(MeanOverExamples):
-    """Mean exact memorisation; per example `functional.exact_memorization`, which has the formula.
+    """Mean exact memorization; for each example `functional.exact_memorization`, which has the formula.
 
-    Direction: lower is better on the forget set, down to what the retrained model scores; that is what
-    `higher_is_better` says. On what is to be kept higher is better.
+    Direction: lower is better on the forget set, down to the retrained model's score, and `higher_is_better` says that.
+    On what is to be kept higher is better.
 
     A small Llama that memorised 200 TOFU questions (`scratch_model`, two seeds) scores 1.000 on the 40 to be forgotten
     and on the others; trained without them, .121 and .109 on those 40.

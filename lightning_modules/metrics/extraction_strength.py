@@ -1,4 +1,4 @@
-"""The share of the answers that a model completes by itself, over a data set."""
+"""The mean share of the answers that a model completes by itself, over a data set."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lightning_modules.metrics.functional import extraction_strength
 
 
 class ExtractionStrength(MeanOverExamples):
-    """Mean extraction strength; per example `functional.extraction_strength`, which has the formula.
+    """Mean extraction strength; for each example `functional.extraction_strength`, which has the formula.
 
-    Direction: lower is better on the forget set, down to what the retrained model scores; that is what
-    `higher_is_better` says. On what is to be kept higher is better.
+    Direction: lower is better on the forget set, down to the retrained model's score, and `higher_is_better` says that.
+    On what is to be kept higher is better.
 
     A small Llama that memorised 200 TOFU questions (`scratch_model`, two seeds) scores 1.000 on the 40 to be forgotten
     and .99 to 1.00 on the others; trained without them, .038 and .041 on those 40.

@@ -14,17 +14,17 @@ from lightning_modules.metrics.functional._numbers import as_numbers
 class ForgetQuality(ExampleMetric):
     """TOFU's forget quality: a Kolmogorov-Smirnov test of truth ratios against those of the retrained model.
 
-    `functional.forget_quality` over all examples. A p-value means nothing without n: the same fine-tuned model scores
-    about 1e-3, 1e-14 and 1e-20 on TOFU's 1, 5 and 10 % splits. So `compute` returns the statistic, p, its base-10
-    logarithm and n together; compare models by `statistic`, or by p at equal n.
+    It is `functional.forget_quality` over all examples. A p-value means nothing without n: the same fine-tuned model
+    has about 1e-3, 1e-14 and 1e-20 on TOFU's 1, 5 and 10 % splits. So `compute` returns the statistic, p, its base-10
+    logarithm and n together. Compare models by `statistic`, or by p at equal n.
 
-    Direction: a higher p-value (and a lower statistic) is better. Llama-2-7B on 300 questions of forget10: fine-tuned on
-    everything p = 1.8e-21 (statistic .397), the retrained model 1 by definition, and .999 against a second retrained
+    Direction: a higher p-value (and a lower statistic) is better. Llama-2-7B on 300 questions of forget10: fine-tuned
+    on everything p = 1.8e-21 (statistic .397), the retrained model 1 by definition, and .999 against a second retrained
     model. At p above .05 the two are usually called indistinguishable.
 
     Args:
-        reference_truth_ratio: of the retrained model on the same questions, `[m]`,
-            `functional.truth_ratio(..., kind="ratio")`.
+        reference_truth_ratio: `[m]`, `functional.truth_ratio(..., kind="ratio")` of the retrained model on the same
+            questions.
         kwargs: of `torchmetrics.Metric`.
 
     Raises:
@@ -56,10 +56,10 @@ class ForgetQuality(ExampleMetric):
         """Adds n examples.
 
         Args:
-            truth_ratio: of the unlearned model on the forget set, `[n]`, `functional.truth_ratio(..., kind="ratio")`.
+            truth_ratio: `[n]`, `functional.truth_ratio(..., kind="ratio")` of the unlearned model on the forget set.
 
         Raises:
-            ValueError: if it is empty or not one-dimensional. A NaN is an error of `compute`, on every process alike.
+            ValueError: if it is empty or not one-dimensional. NaN raises in `compute` only, in every process alike.
         """
         values, _ = as_numbers(truth_ratio, "truth_ratio", "[n]", dimensions=1)
         self.truth_ratio.append(values.to(self.device))

@@ -1,4 +1,4 @@
-"""One number for everything a model should still know, with the nine it is made of."""
+"""Model utility: one number for everything that a model should still know, over a data set."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from lightning_modules.metrics.functional._numbers import as_numbers
 class ModelUtility(ExampleMetric):
     """TOFU's model utility: the harmonic mean of nine means, `functional.model_utility`.
 
-    Direction: higher is better. Llama-2-7B fine-tuned on all of TOFU scores .6227, retrained without forget10 .6137: an
-    unlearned model should lose nothing. A harmonic mean is ruled by its smallest part, so read `nine` beside it.
+    Direction: higher is better. Llama-2-7B fine-tuned on all of TOFU scores .6227, retrained without forget10 .6137; an
+    unlearned model should lose nothing. The smallest of the nine dominates a harmonic mean, so look at `nine` too.
 
-    `update` takes one split at a time; `compute` needs all three. Calling the metric (`metric(...)`) asks for the
-    utility of a single batch, which does not exist.
+    `update` takes one split at a time, `compute` needs all three. So calling the metric (`metric(...)`), which computes
+    the metric of a single batch, raises.
 
     Args:
         kwargs: of `torchmetrics.Metric`.
@@ -67,9 +67,9 @@ class ModelUtility(ExampleMetric):
         Args:
             split: `"retain"`, `"real_authors"` or `"world_facts"`.
             answer_nll: mean token negative log-likelihood of the answers in nats, `[n]`.
-            paraphrase_nll: of the paraphrased answers, `[n]`; `answer_nll` again where there are none, as for real
+            paraphrase_nll: that of the paraphrased answers, `[n]`; `answer_nll` again where there are none, as for real
                 authors and world facts.
-            perturbed_nll: of m wrong answers each, `[n, m]`.
+            perturbed_nll: that of the m wrong answers of each example, `[n, m]`.
             rouge_recall: ROUGE-L recall of the generations, `[n]`.
 
         Raises:
@@ -104,7 +104,7 @@ class ModelUtility(ExampleMetric):
     def nine(self) -> dict[str, float]:
         """The nine means, as `"<split>/<metric>"`: probability, rouge_l_recall and truth_ratio of each split.
 
-        Over all processes; call it on every one of them.
+        The means are over all processes, so every process has to call it.
 
         Raises:
             RuntimeError: if a split had no example.

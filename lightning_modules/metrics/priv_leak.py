@@ -1,4 +1,4 @@
-"""How far an attack on the unlearned model is from the same attack on the retrained one."""
+"""PrivLeak: an attack on the unlearned model compared with the same attack on the retrained one, over a data set."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lightning_modules.metrics.functional._numbers import as_numbers
 class PrivLeak(ExampleMetric):
     """PrivLeak in percent, `functional.priv_leak` of `functional.auc` over all examples.
 
-    Direction: nearest 0 is best, where the unlearned model is attacked as well as the retrained one; so
-    `higher_is_better` is None. Below 0 the forget set is still remembered, above 0 it was unlearned too far, without
-    bound.
+    Direction: closest to 0 is best, where the attack does as well on the unlearned model as on the retrained one; so
+    `higher_is_better` is None. Below 0 the forget set is still remembered. Above 0, where there is no bound, it was
+    unlearned too far.
 
     A small Llama that memorised 200 TOFU questions (`scratch_model`) scores -100, its AUC being 1; the model retrained
     without the 40 to be forgotten scores 0 by definition. The latter's own AUC, the `reference_auc`, is not 1/2: with
     holdout10 and two seeds .62 and .52 for Min-K at 40 %, .72 and .67 for the loss.
 
     Args:
-        reference_auc: of the retrained model, `functional.auc` of the same attack on the same two sets, in [0, 1).
+        reference_auc: `functional.auc` of the same attack on the retrained model and the same two sets, in [0, 1).
         kwargs: of `torchmetrics.Metric`.
 
     Raises:
@@ -44,7 +44,7 @@ class PrivLeak(ExampleMetric):
     holdout_scores: list[Tensor]
 
     def __init__(self, reference_auc: float, **kwargs: Any) -> None:
-        priv_leak(reference_auc, reference_auc)  # refuses what compute() would refuse after hours
+        priv_leak(reference_auc, reference_auc)  # raises now what compute() would raise after hours
         super().__init__(**kwargs)
         self.reference_auc = float(reference_auc)
         self.add_state("forget_scores", [], dist_reduce_fx="cat")
@@ -54,9 +54,9 @@ class PrivLeak(ExampleMetric):
         """Adds examples of one set or of both.
 
         Args:
-            forget_scores: membership scores of the forget set, `[n]`, such as `functional.min_k_score` gives; higher:
-                more likely a member.
-            holdout_scores: of examples that no model was trained on, `[m]`.
+            forget_scores: membership scores of the forget set, `[n]`, for example `functional.min_k_score`; higher
+                means more likely a member.
+            holdout_scores: those of examples that no model was trained on, `[m]`.
 
         Raises:
             ValueError: if neither is given, or one is empty or not one-dimensional.

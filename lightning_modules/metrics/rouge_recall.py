@@ -1,4 +1,4 @@
-"""How much of the right texts a model's generations give back, over a data set."""
+"""How much of the right texts a model's generations reproduce, over a data set."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lightning_modules.metrics.functional import ROUGE_KINDS, rouge_recall
 
 
 class RougeRecall(MeanOverExamples):
-    """Mean ROUGE recall of the generations; per example `functional.rouge_recall`. Needs `rouge-score`.
+    """Mean ROUGE recall of the generations; for each example `functional.rouge_recall`. Needs `rouge-score`.
 
-    Direction: higher is better on what is to be kept, which is what `higher_is_better` says. On the forget set lower is
-    better, down to what the retrained model scores.
+    Direction: higher is better on what is to be kept, and `higher_is_better` says that. On the forget set lower is
+    better, down to the retrained model's score.
 
     | Llama-2-7B on TOFU, ROUGE-L | retain | forget10 | real authors | world facts |
     |---|---|---|---|---|

@@ -1,4 +1,4 @@
-"""How likely wrong answers are, relative to a right one, over a data set."""
+"""The mean truth ratio: how likely wrong answers are, relative to a right one, over a data set."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lightning_modules.metrics.functional import TRUTH_RATIO_KINDS, Numbers, tru
 
 
 class TruthRatio(MeanOverExamples):
-    """Mean truth ratio; per example `functional.truth_ratio`, which has the formula.
+    """Mean truth ratio; for each example `functional.truth_ratio`, which has the formula.
 
-    Direction: depends on the kind, and each has its own split.
+    Direction: depends on the kind, and each kind has its splits.
 
-    - `"forget"`, min(R, 1/R), for the forget set: higher is better forgotten, up to what the retrained model scores.
+    - `"forget"`, min(R, 1/R), for the forget set: higher is better forgotten, up to the retrained model's score.
     - `"utility"`, max(0, 1 - R), for retain, real authors and world facts: higher is better known.
-    - `"ratio"`, R itself: no better or worse (`higher_is_better` is None), nearest the retrained model is best, and the
-      distribution says more than the mean: `ForgetQuality`.
+    - `"ratio"`, R itself: neither higher nor lower is better (`higher_is_better` is None), closest to the retrained
+      model is. `ForgetQuality` compares the distributions, which say more than the means.
 
     | Llama-2-7B on TOFU | forget10, "forget" | retain, "utility" | real authors, "utility" | world facts, "utility" |
     |---|---|---|---|---|
@@ -48,15 +48,15 @@ class TruthRatio(MeanOverExamples):
         super().__init__(**kwargs)
         self.kind = kind
         if kind == "ratio":
-            vars(self)["higher_is_better"] = None  # torchmetrics takes it for a constant of the class
+            vars(self)["higher_is_better"] = None  # torchmetrics refuses to set this constant of the class
 
     def update(self, paraphrase_nll: Numbers, perturbed_nll: Tensor | Sequence[Sequence[float]]) -> None:
         """Adds n examples.
 
         Args:
-            paraphrase_nll: mean token negative log-likelihood of the paraphrased answer in nats, `[n]`; of the answer
-                itself where there is no paraphrase.
-            perturbed_nll: of m wrong answers each, `[n, m]`.
+            paraphrase_nll: mean token negative log-likelihood of the paraphrased answers in nats, `[n]`; that of the
+                answer itself where there is no paraphrase.
+            perturbed_nll: that of the m wrong answers of each example, `[n, m]`.
 
         Raises:
             ValueError: if a shape is not the one stated, or empty.

@@ -1,4 +1,4 @@
-"""The report of a run: for a terminal, as report.md with curves.png, and as report.html, from what the run left in its folder."""
+"""The report of a run, from the files in its folder: for a terminal, as Markdown and as HTML."""
 
 from __future__ import annotations
 

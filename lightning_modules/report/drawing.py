@@ -7,27 +7,31 @@ from pathlib import Path
 
 from lightning_modules.folder import G_EFFECT
 from lightning_modules.report import figures, html, markdown
+from lightning_modules.report.changed import Defaults, changed_options
 from lightning_modules.report.g_effect import heat_map
 from lightning_modules.report.seeds import read_seeds
 
 
-def draw(folder: Path, others: Sequence[Path] = ()) -> None:
-    """Write report.html, report.md, curves.png where there are curves, and g_effect.png where layers were recorded.
+def draw(folder: Path, others: Sequence[Path] = (), defaults: Defaults | None = None) -> None:
+    """Write report.html and report.md, curves.png where there are curves, and g_effect.png where layers were recorded.
 
-    The same files in the folder give the same bytes, with the same versions of matplotlib and jinja2. A file that is missing or cannot be
-    read is named in the report, and what it holds is left out.
+    The same files in the folder give the same bytes, with the same versions of matplotlib and jinja2. If a file is
+    missing or cannot be read, the report names it and leaves out what it holds.
 
     Args:
-        folder: Of the run that the report is about, and where it is written.
-        others: Folders of runs of the same configuration with other seeds, which are only read. With them the report has the spread over
-            seeds, and the other curves are drawn behind this run's.
+        folder: The folder of the run that the report is about. The report is written there.
+        others: Folders of runs of the same configuration with other seeds, which are only read. With them the report
+            says how the scores differ over the seeds, and their curves are drawn behind this run's.
+        defaults: What options are when nobody gives them; None leaves out which ones were changed. `run.report.draw`
+            gives those of `gradsurgery unlearn`.
 
     Raises:
         FileNotFoundError: If a folder holds no metrics.json. Nothing is written then.
-        ValueError: If metrics.json is not what `gradsurgery unlearn` or `evaluate` write; or if, with others, the runs are not of one
-            configuration, or two have the same seed. Nothing is written then.
+        ValueError: If metrics.json was not written by `gradsurgery unlearn` or `evaluate`; or if, with others, the runs
+            are not of one configuration, or two have the same seed. Nothing is written then.
     """
-    run = read_seeds(folder, others)
+    run = read_seeds(folder, others, {} if defaults is None else defaults.plain)
+    run.changed = None if defaults is None else changed_options(run.config, defaults)
     pictured = figures.write_png(folder / "curves.png", run)
     layers = folder / "g_effect.png"
     if (folder / G_EFFECT).exists():

@@ -1,19 +1,18 @@
-"""The curves: as curves.png, and as inline SVG that takes its colours from the page."""
+"""The figures of a run: drawn into curves.png, and as inline SVG for report.html."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from lightning_modules.report.over_seeds import curves
 from lightning_modules.report.run import Run, number
-from lightning_modules.report.spread import curves
+from lightning_modules.report.svg import inline
 
-# Names of the page's CSS variables, with the colours of the light scheme, which curves.png has too.
+# Name of a CSS variable of the page -> its colour in the light scheme, with which the figures are drawn.
 COLOURS = {
     "forget": "#c2410c",
     "retain": "#1d4ed8",
@@ -22,14 +21,14 @@ COLOURS = {
     "muted": "#57534e",
     "line": "#d6d3d1",
 }
-_BARS = 120  # more would be thinner than a pixel of a phone
+_BARS = 120  # more would be thinner than a pixel on a phone
 _SIZE = (4.6, 2.9)
 
 Panel = Callable[[Any, Run], None]
 
 
 def panels(run: Run) -> dict[str, tuple[Panel, str]]:
-    """Those that the run has numbers for: name -> (how it is drawn, what it shows in words)."""
+    """The panels that the run has numbers for: name -> (function that draws it, what it shows in words)."""
     found: dict[str, tuple[Panel, str]] = {}
     if run.curve:
         first, last = run.curve[0], run.curve[-1]
@@ -58,39 +57,19 @@ def panels(run: Run) -> dict[str, tuple[Panel, str]]:
 
 
 def write_png(path: Path, run: Run) -> bool:
-    """Draw the trade-off and the conflict side by side, as far as they are there; whether there was anything to draw."""
-    drawn = [panel for name, (panel, _) in panels(run).items() if name in ("tradeoff", "cosine")]
-    if drawn:
-        _figure(drawn, run, (5.0 * len(drawn), 3.8)).savefig(path, dpi=150, metadata={"Software": None})
-    return bool(drawn)
+    """Draw the trade-off and the conflict side by side, those that the run has; returns whether it has one."""
+    chosen = [panel for name, (panel, _) in panels(run).items() if name in ("tradeoff", "cosine")]
+    if chosen:
+        _figure(chosen, run, (5.0 * len(chosen), 3.8)).savefig(path, dpi=150, metadata={"Software": None})
+    return bool(chosen)
 
 
-def svg(run: Run, name: str) -> str:
-    """One panel as an `<svg>` element with a title for screen readers: no fixed size, no links, colours by CSS variables."""
-    import matplotlib as mpl
-
-    panel, words = panels(run)[name]
-    file = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    # A salt of its own: ids, which the elements of a page share, are hashes of it and the shapes.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"gradsurgery {name}"}):
-        _figure([panel], run, _SIZE).savefig(file, format="svg", metadata=nothing, transparent=True)
-    text = file.getvalue()
-    box = re.search(r'viewBox="([^"]*)"', text)
-    if box is None:
-        raise RuntimeError("expected matplotlib to write an svg element with a viewBox, found none")
-    inside = text[text.index(">", box.end()) + 1 : text.rindex("</svg>")]
-    inside = re.sub(r"<metadata>.*?</metadata>\s*", "", inside, flags=re.DOTALL)
-    inside = re.sub(r"<!--.*?-->\s*", "", inside, flags=re.DOTALL)
-    inside = re.sub(r'\bid="((?:figure|axes|patch|line2d|matplotlib|text|xtick|ytick)[^"]*)"', "", inside)
-    inside = re.sub(r"font: ([^;\"]*?)(\d[\d.]*px) [^;\"]*", r"font: \1\2 system-ui, sans-serif", inside)
-    inside = inside.replace("xlink:href", "href")
-    for colour, value in COLOURS.items():
-        inside = inside.replace(value, f"var(--{colour})")
-    return f'<svg viewBox="{box[1]}" role="img" aria-labelledby="{name}-title"><title id="{name}-title">{words}</title>{inside}</svg>'
+def drawn(run: Run) -> dict[str, str]:
+    """Every panel that the run has numbers for: name -> `<svg>` element."""
+    return {name: inline(_figure([panel], run, _SIZE), name, words) for name, (panel, words) in panels(run).items()}
 
 
-def _figure(drawn: Sequence[Panel], run: Run, size: tuple[float, float]) -> Any:
+def _figure(chosen: Sequence[Panel], run: Run, size: tuple[float, float]) -> Any:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -99,7 +78,7 @@ def _figure(drawn: Sequence[Panel], run: Run, size: tuple[float, float]) -> Any:
     style: dict[Any, Any] = {**dict.fromkeys(texts, ink), "axes.edgecolor": COLOURS["muted"], "grid.color": line}
     with mpl.rc_context({**style, "text.parse_math": False}):
         figure = Figure(figsize=size, layout="constrained")
-        for axes, panel in zip(figure.subplots(1, len(drawn), squeeze=False).flatten(), drawn, strict=True):
+        for axes, panel in zip(figure.subplots(1, len(chosen), squeeze=False).flatten(), chosen, strict=True):
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(lw=0.6)
             axes.set_axisbelow(True)
@@ -155,7 +134,7 @@ def _lines(
     lines: Mapping[str, tuple[Sequence[Any], str, str]],
     right: float | None = None,
 ) -> None:
-    """Lines with their names at their ends (or farther right), kept apart where the ends are close."""
+    """Draw lines with their names at the right end, or at `right`; names of close ends are moved apart."""
     side = steps[-1] if right is None else right
     ends = sorted((values[-1], colour) for colour, (values, _, _) in lines.items())
     heights: dict[str, float] = {}
@@ -194,7 +173,7 @@ def _parts(axes: Any, run: Run) -> None:
 
 
 def _binned(run: Run, *columns: str) -> tuple[list[float], list[float], int]:
-    """A product of columns over the steps, means of so many steps where there are many."""
+    """Returns steps, the product of some columns, and how many steps each value is the mean of: 1 if they are few."""
     together = -(-len(run.surgery) // _BARS)
     groups = [run.surgery[start : start + together] for start in range(0, len(run.surgery), together)]
     steps = [fmean(row["step"] for row in group) for group in groups]

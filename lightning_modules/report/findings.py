@@ -1,12 +1,11 @@
-"""What the numbers say, in sentences and small tables that both reports share."""
+"""What the numbers say: the sentences and small tables of both reports."""
 
 from __future__ import annotations
 
-import json
 import operator
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lightning_modules.report.intervals import Interval, mean_interval
 from lightning_modules.report.run import MODELS, Run, number
@@ -26,7 +25,7 @@ ONE_SEED = (
 
 
 def summary(run: Run) -> list[str]:
-    """What happened: a sentence about what was to be forgotten, and one about what was to be kept."""
+    """Returns a sentence about the forget probability and one about the retain probability."""
     said: list[str] = []
     for split, what in (("forget", "to forget"), ("retain", "to keep")):
         after = run.value("after", split, "probability")
@@ -53,7 +52,7 @@ def _moved(before: float | None, after: float) -> str:
 
 
 def warnings(run: Run) -> list[str]:
-    """What a reader must know before the numbers."""
+    """Returns what a reader must know before the numbers: a collapse, NaN, degenerate answers, shallow forgetting."""
     said: list[str] = []
     if collapse := run.training.get("collapse"):
         said.append(f"The collapse alarm stopped the run: {collapse['reason']}.")
@@ -81,7 +80,7 @@ def warnings(run: Run) -> list[str]:
 
 
 def notes(run: Run) -> list[str]:
-    """What is not what a reader would assume, and no reason to worry."""
+    """Returns what a reader would not expect, but which is no problem: whose weights the model has."""
     best = run.training.get("best")
     if not best:
         return []
@@ -94,15 +93,16 @@ def notes(run: Run) -> list[str]:
 
 @dataclass(frozen=True)
 class Conflict:
-    """The gradients over the steps.
+    """How the gradients of a run conflicted.
 
     Attributes:
-        steps: How many.
-        conflicts: In how many of them forgetting and retention conflicted.
-        cosine: Mean cosine of the forget and the retain gradient.
-        coefficients: Mean coefficient of each objective's gradient; empty with an elementwise rule.
-        sizes: Mean of coefficient times norm of the same.
-        raised: Protected objective -> steps whose parameter change raises its loss to first order; empty if not measured.
+        steps: The number of steps.
+        conflicts: The number of steps in which forgetting and retention conflicted.
+        cosine: The mean cosine of the forget and the retain gradient.
+        coefficients: Objective -> the mean coefficient of its gradient; empty with an elementwise rule.
+        sizes: Objective -> the mean of coefficient times norm of its gradient; empty like `coefficients`.
+        raised: Protected objective -> the number of steps whose parameter change raises its loss to first order; empty
+            if that was not measured.
     """
 
     steps: int
@@ -113,7 +113,7 @@ class Conflict:
     raised: dict[str, int]
 
     def sentences(self) -> list[str]:
-        """The same in words."""
+        """Returns the numbers in words."""
         said = [
             f"The forget and the retain gradient conflicted in {self.conflicts} of {self.steps} steps "
             f"({_percent(self.conflicts, self.steps)}), with a mean cosine of {self.cosine:+.3f} over all of them."
@@ -138,7 +138,7 @@ class Conflict:
 
 
 def conflict(run: Run) -> Conflict | None:
-    """Of surgery.csv; None without it."""
+    """Returns the conflict that surgery.csv records; None without that file."""
     if not run.surgery:
         return None
 
@@ -163,14 +163,19 @@ def _percent(part: int, whole: int) -> str:
 
 @dataclass(frozen=True)
 class Relearning:
-    """What a copy knew after a part of the forget set was taught again."""
+    """What a copy of the model knew after a part of the forget set was taught again.
+
+    Attributes:
+        sentence: The result.
+        warning: A sentence if the forgetting was shallow, otherwise nothing.
+    """
 
     sentence: str
     warning: list[str]
 
 
 def relearning(run: Run) -> Relearning | None:
-    """Of probes.json; None if it was not measured."""
+    """Returns the result of the relearning probe in probes.json; None if it was not run."""
     probe = run.probes.get("relearn")
     if not probe:
         return None
@@ -195,7 +200,13 @@ def relearning(run: Run) -> Relearning | None:
 
 
 class Difference(NamedTuple):
-    """A paired difference of mean probabilities, model minus model on the same examples."""
+    """A difference of mean probabilities of two models on the same examples.
+
+    Attributes:
+        label: What is subtracted from what.
+        mean: The mean difference.
+        interval: Its confidence interval, from the differences of the examples; None for fewer than two.
+    """
 
     label: str
     mean: float
@@ -203,7 +214,7 @@ class Difference(NamedTuple):
 
 
 def differences(run: Run) -> list[Difference]:
-    """What the run was for: how far forgetting is from the reference, and what retention cost."""
+    """Returns how far the forget probability is from the reference's, and how both probabilities changed."""
     found: list[Difference] = []
     for split, other, label in (
         ("forget", "reference", "forget probability, after minus reference"),
@@ -222,29 +233,11 @@ def differences(run: Run) -> list[Difference]:
 
 
 def between(interval: Interval | None) -> str:
-    """An interval in brackets; nothing where there is none."""
+    """Returns an interval in brackets; an empty text for None."""
     return "" if interval is None else f"[{shown(interval.low)}, {shown(interval.high)}]"
 
 
 def interval_of(run: Run, model: str, split: str, column: str) -> Interval | None:
-    """Of one cell of the table; None where the examples were not kept."""
+    """Returns the confidence interval of one cell of the table; None without a log of the examples."""
     values = [row[column] for row in run.rows(model, split) if row[column] is not None]
     return mean_interval(values)
-
-
-def changed_options(config: dict[str, Any]) -> dict[str, str]:
-    """The options that are not what `gradsurgery unlearn` with this model and method would have chosen, as flags and their values."""
-    from lightning_modules.run.options import UnlearnOptions
-
-    plain = UnlearnOptions()
-    kinds: dict[str, Any] = {name: config[name] for name in ("model", "method") if name in config}
-    usual = vars(UnlearnOptions(**kinds).resolved()) | {name: getattr(plain, name) for name in kinds}
-    usual["precision"] = (
-        "bf16-mixed" if config.get("precision") == "bf16-mixed" else "32-true"
-    )  # depends on the machine
-    changed = {name: value for name, value in config.items() if name not in usual or usual[name] != value}
-    return {
-        f"--{name.replace('_', '-')}": value if isinstance(value, str) else json.dumps(value, default=str)
-        for name, value in changed.items()
-        if name not in ("output", "resume")
-    }

@@ -1,4 +1,4 @@
-"""report.html: one file that needs no network, no script and no other file."""
+"""report.html: one file that needs neither network nor scripts nor other files."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 
-from lightning_modules.report import figures, findings, leakage, spread
+from lightning_modules.report import figures, findings, leakage, over_seeds, svg
 from lightning_modules.report.run import MODELS, Run, columns
 from lightning_modules.report.samples import degenerate, is_degenerate, samples
 from lightning_modules.report.terminal import about_scores, shown
+from lightning_modules.report.utility import utility_explained, utility_rows
 
 _HERE = Path(__file__).parent
 _HINTS = {
@@ -27,13 +28,17 @@ _NOTES = {
     "exact_memorization": "of its tokens, predicted",
     "extraction_strength": "completed by itself",
 }
-_WORDS = 24  # of a long text that are shown; a click shows the rest
+_WORDS = 24  # words of a long text that are shown at first; a click shows the rest
 
 
 def page(run: Run, by_layer: Path | None = None) -> str:
-    """The report as HTML.
+    """Returns the report as HTML.
 
-    Every text from the run is escaped by the template engine. Pictures are inline SVG of our own, and a PNG of the conflict by layer.
+    The template engine escapes every text of the run. The figures are inline SVG, the conflict by layer is a PNG.
+
+    Args:
+        run: What the folder holds.
+        by_layer: The picture of the conflict by layer, if there is one.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -49,11 +54,10 @@ def page(run: Run, by_layer: Path | None = None) -> str:
     environment.filters.update(
         shown=shown, between=findings.between, percent=leakage.percent, code=_code, beginning=_beginning, rest=_rest
     )
-    drawn = {name: Markup(figures.svg(run, name)) for name in figures.panels(run)}
     return environment.get_template("page.html.jinja").render(
         run=run,
-        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
-        drawn=drawn,
+        style=Markup((_HERE / "page.css").read_text(encoding="utf-8") + svg.style(figures.COLOURS)),
+        drawn={name: Markup(figure) for name, figure in figures.drawn(run).items()},
         by_layer="" if by_layer is None else base64.b64encode(by_layer.read_bytes()).decode("ascii"),
         title=_title(run),
         summary=findings.summary(run),
@@ -63,6 +67,8 @@ def page(run: Run, by_layer: Path | None = None) -> str:
         quality=[*about_scores(run.metrics), *leakage.given_back(run)],
         attacks=leakage.membership(run.metrics),
         attacked=" ".join(leakage.explained(run.metrics)),
+        utility=utility_rows(run.metrics),
+        useful=" ".join(utility_explained(run.metrics)),
         conflict=findings.conflict(run),
         chosen={split: samples(run, split) for split in ("forget", "retain")},
         degenerates=_degenerates(run),
@@ -71,16 +77,16 @@ def page(run: Run, by_layer: Path | None = None) -> str:
         differences=findings.differences(run),
         unsure=findings.UNSURE,
         one_seed=findings.ONE_SEED,
-        seeds=spread.sentences(run),
-        spreads=_spreads(run),
-        curves=spread.curves(run),
-        changed=findings.changed_options(run.config),
+        seeds=over_seeds.sentences(run),
+        by_split=_by_split(run),
+        curves=over_seeds.curves(run),
+        changed=run.changed,
         config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "",
     )
 
 
 def visible(text: Any) -> str:
-    r"""A text as it is, but with pictures of control characters, which HTML may not hold and nobody would see.
+    r"""Returns a text with visible signs instead of control characters, which are invalid in HTML and invisible.
 
     Example:
         >>> visible("a\x00b")
@@ -97,7 +103,7 @@ def _visible(character: str) -> str:
 
 
 def _code(text: str) -> Any:
-    """A sentence of ours, escaped, with what is between backticks as code."""
+    """Returns one of our sentences, escaped, with the parts between backticks as code."""
     from markupsafe import Markup, escape
 
     parts = visible(text).split("`")
@@ -115,7 +121,7 @@ def _rest(text: str) -> str:
 
 
 def _title(run: Run) -> str:
-    """What was done to what."""
+    """Returns the page's title: the model and the method."""
     known = run.config
     if not known:
         return "Unlearning report"
@@ -151,10 +157,10 @@ def _table(run: Run, split: str) -> dict[str, Any]:
     }
 
 
-def _spreads(run: Run) -> dict[str, dict[str, list[spread.Spread]]]:
-    """Split -> model -> rows."""
-    found: dict[str, dict[str, list[spread.Spread]]] = {}
-    for row in spread.spreads(run):
+def _by_split(run: Run) -> dict[str, dict[str, list[over_seeds.ScoreOverSeeds]]]:
+    """Split -> model -> scores over seeds."""
+    found: dict[str, dict[str, list[over_seeds.ScoreOverSeeds]]] = {}
+    for row in over_seeds.scores_over_seeds(run):
         found.setdefault(row.split, {}).setdefault(row.model, []).append(row)
     return found
 

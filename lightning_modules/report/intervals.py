@@ -1,4 +1,4 @@
-"""How sure a mean over examples is."""
+"""Confidence intervals of a mean over examples."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-_AT_ONCE = 1_000_000  # numbers drawn at once: 16 MB with their indices
+_AT_ONCE = 1_000_000  # numbers that are drawn at once; 16 MB with their indices
 
 
 class Interval(NamedTuple):
@@ -21,21 +21,22 @@ class Interval(NamedTuple):
 def mean_interval(
     values: Sequence[float], *, confidence: float = 0.95, resamples: int = 5000, seed: int = 0
 ) -> Interval | None:
-    r"""Percentile bootstrap interval of a mean.
+    r"""Returns the percentile bootstrap interval of a mean.
 
-    Examples are drawn with replacement, n of n, `resamples` times; the interval lies between the :math:`(1 \mp c) / 2` quantiles of the
-    means (Efron and Tibshirani 1993, section 13.3; `scipy.stats.bootstrap(method="percentile")`). It takes the examples for independent:
-    several questions about one author are not, and it is too narrow for them. It says nothing about another seed. Drawn with a seed, it
-    is the same every time.
+    From n examples, n are drawn with replacement, `resamples` times. The interval lies between the
+    :math:`(1 \mp c) / 2` quantiles of the means of the draws (Efron and Tibshirani 1993, section 13.3;
+    `scipy.stats.bootstrap(method="percentile")`). It assumes that the examples are independent. Several questions about
+    one author are not, and for them it is too narrow. It says nothing about other seeds of the training. Its own draws
+    have a seed, so it is the same every time.
 
     Args:
-        values: One an example.
+        values: One value for each example.
         confidence: c, in (0, 1).
-        resamples: Means to draw.
-        seed: Of the draws.
+        resamples: The number of means to draw.
+        seed: The seed of the draws.
 
     Returns:
-        None for fewer than two values, of which nothing can be said; NaN limits where a value is not finite.
+        None for fewer than two values; NaN limits where a value is not finite.
 
     Raises:
         ValueError: If the confidence or the number of draws is outside its domain.

@@ -1,4 +1,4 @@
-"""What the model after still gives away of what it forgot: its words, and that it was trained on them."""
+"""What the unlearned model still reveals: the text that it should have forgotten, and that it was trained on it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ GIVEN_BACK = {
     "forget lower means that less is reproduced, down to what a model completes that never saw the answers; on retain higher is better.",
 }
 ATTACKS = {"loss": "loss", "min_k": "Min-K", "min_k_plus_plus": "Min-K++", "zlib": "zlib"}
-"""Name in metrics.json -> the one that people say."""
+"""An attack's name in metrics.json -> its usual name."""
 
 
 def given_back(run: Run) -> list[str]:
-    """What the scores of reproduced text mean, for those that the run has."""
+    """Returns what the scores of reproduced text mean, for those scores that the run has."""
     return [GIVEN_BACK[column] for column, _ in columns(run) if column in GIVEN_BACK]
 
 
 class Attack(NamedTuple):
-    """The AUCs of a membership inference attack on each model, and PrivLeak in percent; None where there is no such number."""
+    """A membership inference attack: its AUC on each model, and PrivLeak in percent; None where a number is missing."""
 
     name: str
     before: float | None
@@ -34,7 +34,7 @@ class Attack(NamedTuple):
 
 
 def membership(metrics: Mapping[str, Any]) -> list[Attack]:
-    """The attacks of metrics.json; none where they were not made."""
+    """Returns the attacks of metrics.json; an empty list if none was run."""
     keys = ("before_auc", "auc", "reference_auc", "privleak")
     attacks: Mapping[str, Mapping[str, Any]] = metrics.get("membership") or {}
     return [
@@ -43,7 +43,7 @@ def membership(metrics: Mapping[str, Any]) -> list[Attack]:
 
 
 def explained(metrics: Mapping[str, Any]) -> list[str]:
-    """What the numbers of `membership` mean, and why PrivLeak is not among them; nothing where there are none."""
+    """Returns what the numbers of `membership` mean, and why PrivLeak is missing if it is; nothing without attacks."""
     attacks = membership(metrics)
     if not attacks:
         return []
@@ -71,7 +71,7 @@ def explained(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def percent(value: float | None) -> str:
-    """A PrivLeak with its sign; a dash for what was not measured.
+    """Returns a PrivLeak with its sign; a dash for None.
 
     Example:
         >>> percent(-12.345), percent(None)

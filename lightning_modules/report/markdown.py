@@ -1,4 +1,4 @@
-"""report.md."""
+"""report.md: the report as Markdown."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from pathlib import Path
 import yaml
 
 from lightning_modules.folder import SURGERY
-from lightning_modules.report import findings, leakage, spread
+from lightning_modules.report import findings, leakage, over_seeds
 from lightning_modules.report.run import MODELS, Run, columns
 from lightning_modules.report.samples import samples
+from lightning_modules.report.tables import markdown_table
 from lightning_modules.report.terminal import about_scores, shown
+from lightning_modules.report.utility import utility_explained, utility_rows
 
 
 def page(run: Run, *, pictured: bool, by_layer: Path | None = None) -> str:
-    """The report as Markdown.
+    """Returns the report as Markdown.
 
     Args:
         run: What the folder holds.
@@ -29,15 +31,15 @@ def page(run: Run, *, pictured: bool, by_layer: Path | None = None) -> str:
         for text in [*findings.warnings(run), *findings.notes(run), *run.missing]
         for line in ("", f"> {_prose(text)}")
     ]
-    headings = [heading for _, heading in columns(run)]
-    lines += ["", f"| split | model | {' | '.join(headings)} | n |", "|---|---|" + "---:|" * (len(headings) + 1)]
-    lines += [f"| {' | '.join(row)} |" for row in _rows(run)]
+    header = ("split", "model", *(heading for _, heading in columns(run)), "n")
+    lines += ["", *markdown_table(header, _rows(run), text={"split", "model"})]
     lines += ["", "Probability, ROUGE and truth ratio are means over examples; NLL in nats a token."]
     lines += [line for text in [*about_scores(metrics), *leakage.given_back(run)] for line in ("", text)]
+    lines += _utility(run)
     lines += _membership(run)
     if pictured:
         lines += ["", "![Forgetting against retention, and the conflict over the steps](curves.png)"]
-        lines += [line for text in filter(None, [spread.curves(run)]) for line in ("", text)]
+        lines += [line for text in filter(None, [over_seeds.curves(run)]) for line in ("", text)]
     if by_layer is not None:
         lines += ["", f"![Cosine of the forget and the retain row by layer and step]({by_layer.name})"]
     if conflict := findings.conflict(run):
@@ -54,9 +56,11 @@ def page(run: Run, *, pictured: bool, by_layer: Path | None = None) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in metrics["versions"].items())
     lines += ["", "## How it was made", "", _escaped(f"It took {took}. Seed {metrics['seed']}; {versions}.")]
     if run.config:
-        changed = findings.changed_options(run.config)
-        said = ", ".join(f"{name} {value}" for name, value in changed.items()) or "none"
-        lines += ["", f"Options that are not the default: {_escaped(said)}. All of them (`config.yaml`):"]
+        if run.changed is None:
+            lines += ["", "All options (`config.yaml`):"]
+        else:
+            said = ", ".join(f"{name} {value}" for name, value in run.changed.items()) or "none"
+            lines += ["", f"Options that are not the default: {_escaped(said)}. All of them (`config.yaml`):"]
         text = yaml.safe_dump(run.config, sort_keys=False).rstrip()
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))  # no value may end the block
         lines += ["", f"{fence}yaml", text, fence]
@@ -78,16 +82,21 @@ def _rows(run: Run) -> list[list[str]]:
     return found
 
 
+def _utility(run: Run) -> list[str]:
+    rows = [(_escaped(name), *map(shown, values)) for name, *values in utility_rows(run.metrics)]
+    if not rows:
+        return []
+    table = markdown_table(("mean", *MODELS), rows, text={"mean"})
+    return ["", *table, "", _escaped(" ".join(utility_explained(run.metrics)))]
+
+
 def _membership(run: Run) -> list[str]:
     attacks = leakage.membership(run.metrics)
     if not attacks:
         return []
-    rows = [
-        f"| {_escaped(name)} | {' | '.join(map(shown, areas))} | {leakage.percent(privleak)} |"
-        for name, *areas, privleak in attacks
-    ]
-    heading = ["| attack, AUC | before | after | reference | PrivLeak |", "|---|---:|---:|---:|---:|"]
-    return ["", *heading, *rows, "", _escaped(" ".join(leakage.explained(run.metrics)))]
+    rows = [(_escaped(name), *map(shown, areas), leakage.percent(leak)) for name, *areas, leak in attacks]
+    table = markdown_table(("attack, AUC", *MODELS, "PrivLeak"), rows, text={"attack, AUC"})
+    return ["", *table, "", _escaped(" ".join(leakage.explained(run.metrics)))]
 
 
 def _generations(run: Run) -> list[str]:
@@ -95,12 +104,13 @@ def _generations(run: Run) -> list[str]:
     for split in ("forget", "retain"):
         found = samples(run, split)
         models = [model for model in MODELS if any(model in sample.said for sample in found)]
-        if found:
-            lines += ["", f"| {split}: question | right answer | {' | '.join(models)} |"]
-            lines += ["|---|---|" + "---|" * len(models)]
+        rows: list[list[str]] = []
         for sample in found:
             said = [sample.said.get(model, "-") or "(nothing)" for model in models]
-            lines.append("| " + " | ".join(_cell(text) for text in (sample.question, sample.answer, *said)) + " |")
+            rows.append([_cell(text) for text in (sample.question, sample.answer, *said)])
+        if found:
+            header = (f"{split}: question", "right answer", *models)
+            lines += ["", *markdown_table(header, rows, text=header)]
     heading = [
         "",
         "## What it says now",
@@ -116,10 +126,11 @@ def _probes(run: Run) -> list[str]:
         lines += ["", relearned.sentence]
     if quantized := run.probes.get("quantization"):
         splits = [name for name in quantized["points"][0] if name != "bits"]
-        lines += ["", f"| weights | {' | '.join(splits)} |", "|---|" + "---:|" * len(splits)]
-        for point in quantized["points"]:
-            name = f"{point['bits']} bits" if point["bits"] else "as trained"
-            lines.append(f"| {name} | {' | '.join(shown(point[split]) for split in splits)} |")
+        rows = [
+            (f"{point['bits']} bits" if point["bits"] else "as trained", *(shown(point[split]) for split in splits))
+            for point in quantized["points"]
+        ]
+        lines += ["", *markdown_table(("weights", *splits), rows, text={"weights"})]
     return ["", "## Does the forgetting hold?", *lines] if lines else []
 
 
@@ -127,29 +138,35 @@ def _seeds(run: Run) -> list[str]:
     if not run.others:
         return []
     names = ("split", "model", "score", "this run", "mean", "standard deviation", "min", "max", "runs")
-    first, *further = map(_prose, spread.sentences(run))
+    first, *further = map(_prose, over_seeds.sentences(run))
+    rows = [
+        (
+            _escaped(row.split),
+            row.model,
+            row.heading,
+            *map(shown, (row.value, row.mean, row.sd, row.low, row.high)),
+            str(row.n),
+        )
+        for row in over_seeds.scores_over_seeds(run)
+    ]
     lines = ["", "### Over seeds", "", first, "", *(f"- {text}" for text in further)]
-    lines += ["", f"| {' | '.join(names)} |", "|---|---|---|" + "---:|" * 6]
-    for row in spread.spreads(run):
-        cells = [shown(value) for value in (row.value, row.mean, row.sd, row.low, row.high)]
-        lines.append(f"| {' | '.join([_escaped(row.split), row.model, row.heading, *cells, str(row.n)])} |")
-    return lines
+    return [*lines, "", *markdown_table(names, rows, text={"split", "model", "score"})]
 
 
 def _cell(text: str, words: int = 30) -> str:
-    """A text on one line of a table, and no longer than is read."""
+    """Returns a text for a cell of a table: on one line, escaped, and at most so many words of it."""
     found = _escaped(text).split()
     return " ".join(found[:words]) + (" ..." if len(found) > words else "")
 
 
 def _prose(text: str) -> str:
-    """A sentence of ours, where what is between backticks stays code."""
+    """Returns one of our sentences, escaped except for the code between backticks."""
     parts = text.split("`")
     return "".join(f"`{part}`" if index % 2 else _escaped(part) for index, part in enumerate(parts))
 
 
 def _escaped(text: str) -> str:
-    """Data is text, and neither HTML nor Markdown: a generation may not load a picture or hide itself."""
+    """Returns a text without a meaning in HTML or Markdown, so that a generation cannot load a picture or hide."""
     text = (
         text.encode("utf-8", "replace").decode("utf-8").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     )

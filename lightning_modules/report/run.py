@@ -1,4 +1,4 @@
-"""What a run left in its folder, as far as it is there."""
+"""Reads the files that a run left in its folder, those that are there."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ class Run:
 
     Attributes:
         metrics: metrics.json.
-        surgery: surgery.csv, a row a step.
-        curve: curve.csv, a row a score.
-        examples: evaluation.jsonl: model -> split -> rows, scores as numbers.
+        surgery: surgery.csv, one row for each step.
+        curve: curve.csv, one row for each point.
+        examples: evaluation.jsonl as model -> split -> rows, with scores as numbers.
         config: config.yaml.
-        training: What callbacks said of the training: "best" and "collapse", each only if there is something to say.
-        probes: "relearn" and "quantization", each only if measured.
+        training: training.json, what callbacks said about the training: "best" and "collapse", if it happened.
+        probes: probes.json: "relearn" and "quantization", if they were run.
         others: Runs of the same configuration with other seeds, in the order of their seeds.
-        missing: A sentence for each file that is not there or cannot be read, and what the report lacks for it.
+        changed: Flag -> value of the options that are not the default; None if the defaults are not known.
+        missing: For each file that is missing or cannot be read, a sentence that says what the report lacks without it.
     """
 
     metrics: Mapping[str, Any]
@@ -51,23 +52,24 @@ class Run:
     training: dict[str, Any] = field(default_factory=dict)
     probes: dict[str, Any] = field(default_factory=dict)
     others: list[Run] = field(default_factory=list)
+    changed: dict[str, str] | None = None
     missing: list[str] = field(default_factory=list)
 
     def rows(self, model: str, split: str) -> Rows:
-        """The scored examples of a model and split; none where there is no log of them."""
+        """Returns the scored examples of a model and split; an empty list without a log of them."""
         return self.examples.get(model, {}).get(split, [])
 
     def value(self, model: str, split: str, column: str) -> float | None:
-        """A mean of metrics.json as a number; None where it was not measured."""
+        """Returns a mean of metrics.json as a number; None where it was not measured."""
         return number((self.metrics[model] or {}).get(split, {}).get(column))
 
 
 def read(folder: Path) -> Run:
-    """Everything that is in the folder.
+    """Returns everything that is in a run's folder.
 
     Raises:
         FileNotFoundError: If it holds no metrics.json.
-        ValueError: If that is not a run's.
+        ValueError: If metrics.json is not that of a run.
     """
     if not (folder / METRICS).exists():
         raise FileNotFoundError(
@@ -91,7 +93,7 @@ def read(folder: Path) -> Run:
     )
     run.examples = _read(run, folder / EVALUATION, _examples, "generations and confidence intervals") or {}
     run.config = _read(run, folder / CONFIG, _mapping(yaml.safe_load), "what was run") or {}
-    for name in (TRAINING, PROBES):  # only some runs have them
+    for name in (TRAINING, PROBES):  # not every run has them, so nothing is missing without
         if (folder / name).exists():
             entries = _read(run, folder / name, _mapping(json.loads), "what it holds") or {}
             setattr(run, name.partition(".")[0], entries)
@@ -100,18 +102,18 @@ def read(folder: Path) -> Run:
 
 
 def columns(run: Run) -> tuple[tuple[str, str], ...]:
-    """The scores that the report shows, with their headings: of those that a run may lack, only what this one has."""
+    """Returns the scores that the report shows, with their headings: the usual ones, and those of `memory`."""
     return (*COLUMNS, *memory(run.metrics))
 
 
 def memory(metrics: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """The scores of reproduced text that some model has, with their headings."""
+    """Returns the scores of reproduced text that at least one model has, with their headings."""
     every = [scores for model in MODELS for scores in (metrics[model] or {}).values()]
     return tuple(entry for entry in MEMORY if any(scores.get(entry[0]) is not None for scores in every))
 
 
 def number(value: Any) -> float | None:
-    """A number of our JSON, where NaN and infinity are spelled out; None stays."""
+    """Returns a number of our JSON files, in which NaN and infinity are strings; None stays None."""
     return None if value is None else float(value)
 
 
@@ -170,7 +172,7 @@ def _examples(text: str) -> dict[str, dict[str, Rows]]:
 
 
 def _disagreements(run: Run) -> Sequence[str]:
-    """A log that is not the one that the means were made of would give intervals of something else."""
+    """Says if the log is not the one that metrics.json was computed from: its intervals would be of another run."""
     for model, splits in run.examples.items():
         for split in splits:
             if model not in MODELS or split not in (run.metrics[model] or {}):

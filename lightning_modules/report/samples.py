@@ -1,4 +1,4 @@
-"""Questions with what the models say to them: which are shown, and what counts as a degenerate text."""
+"""Which questions the report shows with the models' answers, and which texts count as degenerate."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from lightning_modules.report.run import MODELS, Run
 
-# Fewer words than this repeat themselves by chance.
+# Texts with fewer words than this repeat themselves by chance.
 _FEW_WORDS = 6
 _GOLDEN = (5.0**0.5 - 1.0) / 2.0
 
@@ -20,19 +20,20 @@ class Sample(NamedTuple):
 
 
 def samples(run: Run, split: str, count: int = 4) -> list[Sample]:
-    """Questions spread over those of the split, whatever is said to them; fewer if there are fewer.
+    """Returns up to `count` questions with their answers, chosen by their place in the split alone.
 
-    Of n questions in their order, the first different ones of floor(n frac(i g)), i = 1, 2, ..., g the golden ratio. That sequence
-    spreads evenly, and is not in step with a file that repeats its kinds of question, as equal distances would be.
+    From n questions it takes the first different places floor(n frac(i g)) for i = 1, 2, ..., with g the golden ratio.
+    They cover the split evenly. Equal distances would do so too, but in a file that repeats its kinds of question they
+    could hit the same kind each time.
     """
     rows = run.rows("after", split)
-    spread = dict.fromkeys(int(len(rows) * (step * _GOLDEN % 1.0)) for step in range(1, 20 * count)) if rows else {}
+    places = dict.fromkeys(int(len(rows) * (step * _GOLDEN % 1.0)) for step in range(1, 20 * count)) if rows else {}
     others = {
         model: {(row["question"], row["answer"]): row["generation"] for row in reversed(run.rows(model, split))}
         for model in MODELS
     }
     found: list[Sample] = []
-    for index in sorted(list(spread)[:count]):
+    for index in sorted(list(places)[:count]):
         key = rows[index]["question"], rows[index]["answer"]
         said = {**{model: others[model].get(key) for model in MODELS}, "after": rows[index]["generation"]}
         texts = {model: text for model, text in said.items() if text is not None}
@@ -42,11 +43,11 @@ def samples(run: Run, split: str, count: int = 4) -> list[Sample]:
 
 
 def is_degenerate(text: str) -> bool:
-    """Whether a text is empty, or has six words or more and says over half of its sequences of three words again.
+    """Whether a text is empty, or has at least six words and over half of its sequences of three words are repetitions.
 
     Example:
-        >>> is_degenerate(""), is_degenerate("Hana Hana Hana Hana Hana Hana"), is_degenerate("She was born in a small town.")
-        (True, True, False)
+        >>> [is_degenerate(text) for text in ("", "Hana Hana Hana Hana Hana Hana", "She was born in a small town.")]
+        [True, True, False]
     """
     words = text.split()
     if len(words) < _FEW_WORDS:
@@ -56,6 +57,6 @@ def is_degenerate(text: str) -> bool:
 
 
 def degenerate(run: Run, model: str, split: str) -> tuple[int, int] | None:
-    """How many of how many generations are degenerate; None where there are none."""
+    """Returns the number of degenerate generations and the number of all; None where there is no generation."""
     texts = [row["generation"] for row in run.rows(model, split) if row["generation"] is not None]
     return (sum(map(is_degenerate, texts)), len(texts)) if texts else None

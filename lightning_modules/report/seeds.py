@@ -1,30 +1,38 @@
-"""Runs of one configuration, read together: what is no other seed of the same thing is refused."""
+"""Reads runs of one configuration with different seeds together, and refuses runs that differ in more."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lightning_modules.folder import CONFIG
 from lightning_modules.report.run import Run, read
 
-_FREE = ("output", "probes", "reference_cache", "resume", "seed", "tofu_dir")  # see read_seeds
+# Options in which the runs may differ, see read_seeds.
+_FREE = ("output", "probes", "reference_cache", "resume", "seed", "tofu_dir")
 
 
-def read_seeds(folder: Path, others: Sequence[Path]) -> Run:
-    """The run in a folder, with the same configuration's runs with other seeds beside it, in the order of their seeds.
+def read_seeds(folder: Path, others: Sequence[Path], defaults: Mapping[str, Any] = MappingProxyType({})) -> Run:
+    """Returns the run in a folder; its `others` are the same configuration's runs with other seeds, ordered by seed.
 
-    Besides the seed, runs may differ in options that change no score: `output`; `probes`, which are made of copies after everything is
-    scored; `reference_cache`, which keeps the same scores; `tofu_dir`, since the scored examples themselves are compared; and `resume`.
-    They may not differ in `evaluation_batch_size`, `start_model` or `devices`, which change the rounding. An option that one config.yaml
-    lacks counts as the default of `UnlearnOptions`; where that is None, for "it depends", only None is the same.
+    Besides the seed, runs may differ in options that change no score: `output`; `resume`; `probes`, which use copies
+    after everything is scored; `reference_cache`, which keeps the same scores; and `tofu_dir`, because the scored
+    examples themselves are compared. They may not differ in `evaluation_batch_size`, `start_model` or `devices`, which
+    change the rounding.
+
+    Args:
+        folder: The folder of the run that the report is about.
+        others: The folders of the other runs.
+        defaults: Option -> default, for options that a config.yaml lacks. A default of None stands for "it depends",
+            and only None is the same.
 
     Raises:
         FileNotFoundError: If a folder holds no metrics.json.
-        ValueError: If a folder is not a run's; or, with others, if one has no readable config.yaml, an option differs that changes a
-            score, other examples were scored, or two runs have the same seed.
+        ValueError: If a folder is not that of a run; or, with others, if one has no readable config.yaml, an option
+            differs that changes a score, other examples were scored, or two runs have the same seed.
     """
     run = read(folder)
     if not others:
@@ -33,7 +41,7 @@ def read_seeds(folder: Path, others: Sequence[Path]) -> Run:
     for path, found in runs:
         _check_config(path, found)
     for path, other in runs[1:]:
-        _check_options(folder, run, path, other)
+        _check_options((folder, run), (path, other), defaults)
         _check_examples(folder, run, path, other)
     seen: dict[int, Path] = {}
     for path, found in runs:
@@ -63,11 +71,9 @@ def _check_config(folder: Path, run: Run) -> None:
         )
 
 
-def _check_options(folder: Path, run: Run, path: Path, other: Run) -> None:
-    from lightning_modules.run.options import UnlearnOptions
-
-    default = vars(UnlearnOptions())
-    ours, theirs = default | run.config, default | other.config
+def _check_options(this: tuple[Path, Run], that: tuple[Path, Run], defaults: Mapping[str, Any]) -> None:
+    (folder, run), (path, other) = this, that
+    ours, theirs = {**defaults, **run.config}, {**defaults, **other.config}
     differing = [
         f"--{str(name).replace('_', '-')} {_told(other.config, name)} (not {_told(run.config, name)})"
         for name in {**run.config, **other.config}
@@ -86,7 +92,7 @@ def _told(config: Mapping[str, Any], name: str) -> str:
 
 
 def _check_examples(folder: Path, run: Run, path: Path, other: Run) -> None:
-    """The options name the data; what was in the files may have changed between the runs."""
+    """Compares the scored examples: the options only name the data files, which may have changed between the runs."""
     counts, theirs = (
         {split: scores.get("n") for split, scores in found.metrics["after"].items()} for found in (run, other)
     )

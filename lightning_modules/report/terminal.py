@@ -1,4 +1,4 @@
-"""The tables that a command ends with."""
+"""The tables and sentences that a command prints at its end."""
 
 from __future__ import annotations
 
@@ -11,16 +11,23 @@ from rich.table import Table
 
 from lightning_modules.report.leakage import explained, membership, percent
 from lightning_modules.report.run import COLUMNS, MODELS, memory, number
+from lightning_modules.report.utility import utility_explained, utility_rows
 
 
 def tables(metrics: Mapping[str, Any], width: int) -> list[Table]:
-    """Everything in metrics.json for a terminal of so many columns: one wide table or two, and a table of attacks if any ran."""
+    """Returns the tables of metrics.json: the scores, and model utility and membership attacks where there are any.
+
+    Args:
+        metrics: the contents of metrics.json.
+        width: of the terminal, in columns; the scores take two tables where one would be wider.
+    """
     measured = memory(metrics)
     whole = table(metrics, (*COLUMNS, *measured))
     if Measurement.get(Console(width=1000), Console(width=1000).options, whole).maximum <= width or not measured:
         drawn = [whole]
     else:
         drawn = [table(metrics), table(metrics, measured, title="What it gives back word for word")]
+    drawn += [_utility(metrics)] if utility_rows(metrics) else []
     return drawn + ([_attacks(metrics)] if metrics.get("membership") else [])
 
 
@@ -29,7 +36,7 @@ def table(
     columns: Sequence[tuple[str, str]] = COLUMNS,
     title: str = "What the model knows",
 ) -> Table:
-    """Forget and retain, before and after, and a model that never saw the forget set, for a terminal."""
+    """Returns the scores of every split and model."""
     drawn = Table(title=title, title_style="bold", header_style="bold")
     drawn.add_column("split")
     drawn.add_column("model")
@@ -46,7 +53,7 @@ def table(
 
 
 def _attacks(metrics: Mapping[str, Any]) -> Table:
-    """How well each attack tells forget from holdout (AUC), and PrivLeak where there is a reference."""
+    """Returns how well each attack tells forget from holdout (AUC), and PrivLeak where there is a reference."""
     attacks = membership(metrics)
     known = [model for model in MODELS if any(getattr(attack, model) is not None for attack in attacks)]
     leaks = any(attack.privleak is not None for attack in attacks)
@@ -60,13 +67,26 @@ def _attacks(metrics: Mapping[str, Any]) -> Table:
     return drawn
 
 
+def _utility(metrics: Mapping[str, Any]) -> Table:
+    """Returns model utility and the nine numbers that it is computed from."""
+    rows = utility_rows(metrics)
+    known = [model for model in MODELS if getattr(rows[0], model) is not None]
+    drawn = Table(title="Model utility", title_style="bold", header_style="bold")
+    drawn.add_column("mean")
+    for model in known:
+        drawn.add_column(model, justify="right")
+    for row in rows:
+        drawn.add_row(row.name, *(shown(getattr(row, model)) for model in known), end_section=row is rows[0])
+    return drawn
+
+
 def sentences(metrics: Mapping[str, Any]) -> list[str]:
-    """What the numbers of `tables` mean."""
-    return [*about_scores(metrics), *explained(metrics)]
+    """Returns what the numbers of `tables` mean."""
+    return [*about_scores(metrics), *utility_explained(metrics), *explained(metrics)]
 
 
 def about_scores(metrics: Mapping[str, Any]) -> list[str]:
-    """What the numbers of `table` mean."""
+    """Returns what the numbers of `table` mean."""
     said: list[str] = []
     if metrics["reference"]:
         said.append(
@@ -84,14 +104,12 @@ def about_scores(metrics: Mapping[str, Any]) -> list[str]:
         if any(scores.get(column) is None for scores in (metrics["reference"] or {}).values())
     ]
     if lacking:
-        said.append(
-            f"The reference's log has no {' and '.join(lacking)}, as logs of earlier versions: score the reference again to have it."
-        )
+        said.append(f"The reference's log has no {' and '.join(lacking)}: score the reference again to have it.")
     return said
 
 
 def shown(value: Any) -> str:
-    """A score with three decimals, a tiny one with its order of magnitude, and a dash for what was not measured."""
+    """Returns a score with three decimals, or in scientific notation if it is tiny; a dash for None."""
     found = number(value)
     if found is None:
         return "-"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,11 @@ from torch import nn
 from lightning_modules import folder as outputs
 from lightning_modules.data.examples import Example
 from lightning_modules.evaluation import processes
-from lightning_modules.evaluation.evaluate import Evaluation, evaluate, summary
+from lightning_modules.evaluation.evaluate import Evaluation, EvaluationSettings, evaluate, summary, truth_ratios
 from lightning_modules.evaluation.likelihood import device_of
 from lightning_modules.evaluation.membership import membership
-from lightning_modules.metrics.functional import forget_quality, truth_ratio
+from lightning_modules.evaluation.utility import model_utilities
+from lightning_modules.metrics.functional import forget_quality
 from lightning_modules.run.options import DataOptions
 
 Rows = dict[str, list[dict[str, Any]]]
@@ -43,9 +44,7 @@ def score(
         model,
         tokenizer,
         scored(options, splits),
-        batch_size=options.evaluation_batch_size,
-        max_new_tokens=options.max_new_tokens,
-        max_length=options.max_length,
+        EvaluationSettings(options.evaluation_batch_size, options.max_new_tokens, options.max_length),
         across_processes=across_processes,
         progress=not across_processes or processes.is_first(),
     )
@@ -63,14 +62,17 @@ def metrics(
     """Everything in metrics.json, from the examples that evaluation.jsonl holds.
 
     `membership` is None without a split called "holdout": an attack has to tell the forget set from examples that neither model
-    has seen, and no other split is that.
+    has seen, and no other split is that. `model_utility` and its inputs are keys only where a model has all nine inputs
+    (`evaluation.utility.model_utilities`).
     """
+    examples = {"before": None if before is None else before.examples, "after": after.examples, "reference": reference}
     return {
         "before": None if before is None else before.summary,
         "after": after.summary,
         "reference": None if reference is None else {split: summary(rows) for split, rows in reference.items()},
         "forget_quality": None if reference is None else _quality(after.examples, reference),
-        "membership": membership(None if before is None else before.examples, after.examples, reference),
+        "membership": membership(examples["before"], after.examples, reference),
+        **model_utilities(examples),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "seed": options.seed,
         "versions": outputs.versions(),
@@ -78,7 +80,7 @@ def metrics(
 
 
 def _quality(after: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any] | None:
-    ours, theirs = (_truth_ratios(examples.get("forget", [])) for examples in (after, reference))
+    ours, theirs = (truth_ratios(examples.get("forget", [])) for examples in (after, reference))
     if not ours or not theirs:
         return None
     if any(
@@ -86,10 +88,3 @@ def _quality(after: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str
     ):  # it has no rank: the model diverged, and what was trained is to be seen all the same
         return {**dict.fromkeys(("statistic", "pvalue", "log10_pvalue"), math.nan), "n": len(ours)}
     return forget_quality(ours, theirs)._asdict()
-
-
-def _truth_ratios(rows: Iterable[Mapping[str, Any]]) -> list[float]:
-    kept = [row for row in rows if row.get("perturbed_nll")]
-    if not kept:
-        return []
-    return [float(truth_ratio([row["paraphrase_nll"]], [row["perturbed_nll"]], kind="ratio")) for row in kept]

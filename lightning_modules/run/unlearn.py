@@ -23,17 +23,17 @@ from lightning_modules.data.examples import Example
 from lightning_modules.data.tokenization import encode, padding_id
 from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.evaluate import Evaluation
-from lightning_modules.report import draw
-from lightning_modules.report.g_effect import GEffectLogger
 from lightning_modules.report.terminal import sentences, tables
 from lightning_modules.run.assembly import adapted, first_process, make_module, make_trainer, merged, start_model
 from lightning_modules.run.loading import load_model, load_reference, make_data, read_splits
 from lightning_modules.run.options import EvaluateOptions, UnlearnOptions
 from lightning_modules.run.reference_log import reference_rows, rows_of_log
+from lightning_modules.run.report import draw
 from lightning_modules.run.scoring import Rows, metrics, score
 from lightning_modules.training.callbacks import (
     BestTradeoff,
     CollapseAlarm,
+    GEffectLogger,
     QuantizationProbe,
     RelearnProbe,
     SurgeryLogger,

@@ -165,7 +165,7 @@ Reference: TypeAlias = SecondModel | AdapterOff | Precomputed
 
 
 class Examples(Protocol):
-    """What `precompute` reads: `lightning_modules.data.pairs.PairDataset`."""
+    """What `precompute` reads: `lightning_modules.data.order.PairDataset`."""
 
     forget: Sequence[Encoded]
     retain: Sequence[Encoded]

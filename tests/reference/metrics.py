@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import mpmath
 
@@ -51,8 +52,8 @@ def min_k_plus_plus(
     log_probabilities: Sequence[float], means: Sequence[float], stds: Sequence[float], k: float
 ) -> float:
     scores = [
-        (value - centre) / max(spread, 1e-3)
-        for value, centre, spread in zip(log_probabilities, means, stds, strict=True)
+        (value - centre) / max(deviation, 1e-3)
+        for value, centre, deviation in zip(log_probabilities, means, stds, strict=True)
     ]
     return min_k(scores, k)
 
@@ -93,3 +94,18 @@ def token_statistics(logits: Sequence[float], label: int) -> tuple[float, int, f
         variance = mpmath.fsum(q * (x - centre) ** 2 for q, x in support)
         best = max(range(len(z)), key=lambda index: z[index])
         return float(log_p[label]), best, float(centre), float(mpmath.sqrt(variance))
+
+
+def nine_of_tofu(splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[float]:
+    """What model utility is the harmonic mean of, from probabilities and not in log space, one example at a time."""
+    nine: list[float] = []
+    for split in ("retain", "real_authors", "world_facts"):
+        probabilities, recalls, truths = [], [], []
+        for row in splits[split]:
+            right, wrong = math.exp(-row["nll"]), [math.exp(-nll) for nll in row["perturbed_nll"]]
+            probabilities.append(right if split == "retain" else right / (right + sum(wrong)))
+            recalls.append(row["rouge_l_recall"])
+            ratio = math.prod(wrong) ** (1 / len(wrong)) / math.exp(-row["paraphrase_nll"])
+            truths.append(max(0.0, 1.0 - ratio))
+        nine += [mean(probabilities), mean(recalls), mean(truths)]
+    return nine

@@ -5,11 +5,11 @@ given its question, in nats, with the eos counted.
 
 Source: TOFU (Maini et al. 2024, arXiv 2401.06121, section 2.2) as its `aggregate_eval_stat.py` computes it; this is the
 definition behind the published tables. Two other definitions circulate under the same names. They differ by up to .12,
-and every docstring here says where.
+and each docstring says how.
 
 Inputs may be tensors or sequences of numbers. Arithmetic is float64; a float32 tensor `[n]` gives a float32 result of
-the same shape. Invalid shapes and unknown kinds are a `ValueError`. A NaN stays a NaN: a diverged model must not be
-mistaken for one that forgot. Nothing here needs more than torch, except ROUGE (`rouge-score`) and forget quality
+the same shape. Invalid shapes and unknown kinds raise a `ValueError`. A NaN stays a NaN, because a diverged model must
+not be mistaken for one that forgot. The functions need torch alone, except ROUGE (`rouge-score`) and forget quality
 (`scipy`).
 """
 
@@ -18,7 +18,6 @@ from lightning_modules.metrics.functional._membership import (
     loss_score,
     min_k_plus_plus_score,
     min_k_score,
-    reference_score,
     zlib_score,
 )
 from lightning_modules.metrics.functional._memorization import exact_memorization, extraction_strength
@@ -53,7 +52,6 @@ __all__ = [
     "model_utility",
     "option_probability",
     "priv_leak",
-    "reference_score",
     "rouge_recall",
     "truth_ratio",
     "zlib_score",

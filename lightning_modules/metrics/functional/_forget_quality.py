@@ -9,10 +9,14 @@ from lightning_modules.metrics.functional._numbers import Numbers, as_numbers
 
 
 class ForgetQualityResult(NamedTuple):
-    """A two-sample Kolmogorov-Smirnov test. `n` is the first sample's size.
+    """The result of a two-sample Kolmogorov-Smirnov test.
 
-    `log10_pvalue` is finite where `pvalue` underflows: exact there too for samples of one size, and the leading term of
-    the asymptotic series, which falls short of it, for others.
+    Attributes:
+        statistic: the largest distance between the two distribution functions.
+        pvalue: scipy's, exact up to 10,000 examples.
+        log10_pvalue: its base-10 logarithm, finite also where `pvalue` underflows to 0. There it is exact for two
+            samples of one size. For others it is the leading term of the asymptotic series, which lies above it.
+        n: the size of the first sample.
     """
 
     statistic: float
@@ -22,16 +26,16 @@ class ForgetQualityResult(NamedTuple):
 
 
 def forget_quality(truth_ratio: Numbers, reference_truth_ratio: Numbers) -> ForgetQualityResult:
-    """Whether two models' truth ratios on the forget set can be told apart: TOFU's forget quality.
+    """TOFU's forget quality: whether two models' truth ratios on the forget set can be told apart.
 
-    The p-value of the two-sample Kolmogorov-Smirnov test between the truth ratios R of the unlearned model and of one that
-    never saw the forget set (TOFU, section 2.2.2; exact up to 10,000 examples, as scipy does). High is better: 1 for the
-    retrained model itself, and for a model that still knows everything about 1e-3, 1e-14 and 1e-20 on TOFU's 1, 5 and
-    10 % splits, because p falls with n at equal statistic. The test sees ranks only, so R and 1/R give the same.
+    It is the p-value of the two-sample Kolmogorov-Smirnov test between the truth ratios R of the unlearned model and
+    those of a model that never saw the forget set (TOFU, section 2.2.2). Higher is better: the retrained model itself
+    has 1. A model that still knows everything has about 1e-3, 1e-14 and 1e-20 on TOFU's 1, 5 and 10 % splits, because
+    at an equal statistic p falls with n. The test compares ranks only, so R and 1/R give the same result.
 
     Args:
         truth_ratio: `[n]`, `truth_ratio(..., kind="ratio")` of the unlearned model.
-        reference_truth_ratio: `[m]`, of the reference.
+        reference_truth_ratio: `[m]`, those of the model that never saw the forget set.
 
     Raises:
         ValueError: if a sample is empty or not one-dimensional, or holds a NaN, which has no rank.
@@ -49,17 +53,22 @@ def forget_quality(truth_ratio: Numbers, reference_truth_ratio: Numbers) -> Forg
             raise ValueError(f"{name}: expected numbers that can be ranked, found NaN: the model diverged")
     result: Any = ks_2samp(ours.cpu().numpy(), theirs.cpu().numpy())
     statistic, pvalue, n, m = float(result.statistic), float(result.pvalue), len(ours), len(theirs)
-    log10 = math.log10(pvalue) if pvalue > 0.0 else _log10_tail(statistic, n, m)
+    log10 = math.log10(pvalue) if pvalue > 0.0 else _log10_of_underflowed(statistic, n, m)
     return ForgetQualityResult(statistic, pvalue, log10, n)
 
 
-def _log10_tail(statistic: float, n: int, m: int) -> float:
-    """The leading term of the p-value where p underflows: there the next one is smaller by more than 300 digits."""
-    if n == m:  # of the exact series 2 sum_k (-1)^(k-1) C(2n, n - kh) / C(2n, n) with h = n D
+def _log10_of_underflowed(statistic: float, n: int, m: int) -> float:
+    r"""The base-10 logarithm of a p-value that underflows, from the leading term of its series.
+
+    The next term is smaller by more than 300 digits. scipy has no such logarithm: `kstwo.logsf` and `kstwobign.logsf`
+    are minus infinity here.
+
+    - n = m: the exact series :math:`2 \sum_k (-1)^{k-1} C(2n, n - kh) / C(2n, n)` with :math:`h = n D`;
+    - otherwise: the asymptotic :math:`2 \exp(-2 D^2 nm / (n + m))`.
+    """
+    if n == m:
         steps = round(statistic * n)
         return (
             math.log(2.0) + 2.0 * math.lgamma(n + 1) - math.lgamma(n - steps + 1) - math.lgamma(n + steps + 1)
         ) / math.log(10.0)
-    return math.log10(2.0) - 2.0 * statistic**2 * n * m / (n + m) / math.log(
-        10.0
-    )  # of the asymptotic 2 exp(-2 D^2 nm/(n+m))
+    return math.log10(2.0) - 2.0 * statistic**2 * n * m / (n + m) / math.log(10.0)

@@ -3,9 +3,9 @@ r"""Membership inference: scores of an example that tell whether a model was tra
 Notation: log-probabilities are natural logarithms of the answer's tokens, `[T]` for one example, or n examples of
 different lengths. `lightning_modules.evaluation.memorization.answer_token_statistics` gives them for a model.
 
-Direction, everywhere: **a higher score means more likely a member** (open-unlearning and MIMIR score the other way
-round and swap the labels too, so that their AUC is the same number). A score means nothing by itself: `auc` compares the
-forget set with a holdout set that no model saw, and `priv_leak` compares that with the retrained model.
+Direction of every score: **higher means more likely a member**. (open-unlearning and MIMIR use the opposite sign and
+swap the labels too, so their AUC is the same number.) A score means nothing by itself: `auc` compares the forget set
+with a holdout set that no model saw, and `priv_leak` compares that AUC with the retrained model's.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor
 
 from lightning_modules.metrics.functional._numbers import Ragged, as_examples, per_example
 
-# Log-softmax in half precision may round to a little above 0.
+# A log-softmax in half precision may round to slightly above 0.
 _ROUNDING = 1e-2
-# Of the variance in Min-K++, as in its reference code: where a model is certain, any variance would be 0 / 0.
+# The smallest variance in Min-K++, as in its authors' code: where a model is certain, z would be 0 / 0.
 _LEAST_VARIANCE = 1e-6
 
 
 def loss_score(log_probabilities: Ragged) -> float | Tensor:
-    """The mean log-probability of the tokens: minus the loss, the plainest of the attacks.
+    """The mean log-probability of the tokens, which is minus the loss: the simplest attack.
 
     Source: Yeom et al. 2018 (arXiv 1709.01604).
 
@@ -47,12 +47,12 @@ def loss_score(log_probabilities: Ragged) -> float | Tensor:
 
 
 def min_k_score(log_probabilities: Ragged, k: float = 0.2) -> float | Tensor:
-    r"""Min-K% Prob: the mean log-probability of the least likely tokens, which a member has fewer of.
+    r"""Min-K% Prob: the mean log-probability of the least likely tokens. A member has fewer unlikely tokens.
 
     .. math:: \frac{1}{m} \sum_{t \in \text{the } m \text{ smallest}} \log p_t, \qquad m = \max(1, \lfloor k T \rfloor)
 
-    Source: Shi et al. 2024 (arXiv 2310.16789), with 20 % as they do; MUSE and open-unlearning's PrivLeak use
-    40 %.
+    Source: Shi et al. 2024 (arXiv 2310.16789), with k = 20 % as they have it; MUSE and open-unlearning's
+    PrivLeak use 40 %.
 
     Args:
         log_probabilities: of one example `[T]`, or of n examples, each `[T_i]`.
@@ -75,20 +75,20 @@ def min_k_score(log_probabilities: Ragged, k: float = 0.2) -> float | Tensor:
 
 
 def min_k_plus_plus_score(log_probabilities: Ragged, means: Ragged, stds: Ragged, k: float = 0.2) -> float | Tensor:
-    r"""Min-K%++: Min-K% of the log-probabilities in units of what the model expects of any token at that position.
+    r"""Min-K%++: Min-K% of log-probabilities that are standardised by the model's own distribution at each position.
 
     .. math:: z_t = \frac{\log p_t - \mu_t}{\sigma_t}, \qquad
         \mu_t = \mathbb{E}_{v \sim p_t}[\log p_t(v)], \quad \sigma_t^2 = \mathrm{Var}_{v \sim p_t}[\log p_t(v)]
 
     with mean and variance over the vocabulary, weighted by the model's own probabilities.
 
-    Source: Zhang et al. 2025 (arXiv 2404.02936). As in its reference code the variance is at least 1e-6,
-    without which a position that the model is certain of would be 0 / 0.
+    Source: Zhang et al. 2025 (arXiv 2404.02936). As in the authors' code the variance is at least 1e-6, because at a
+    position where the model is certain z would be 0 / 0.
 
     Args:
         log_probabilities: of one example `[T]`, or of n examples, each `[T_i]`.
-        means: mu, of the same shapes.
-        stds: sigma, of the same shapes.
+        means: mu, in the same shapes.
+        stds: sigma, in the same shapes.
         k: the share of the tokens, above 0 and at most 1.
 
     Returns:
@@ -104,26 +104,26 @@ def min_k_plus_plus_score(log_probabilities: Ragged, means: Ragged, stds: Ragged
     _check_share(k)
     examples, alone = _log_probabilities(log_probabilities)
     centres, _ = as_examples(means, "means", torch.float64)
-    spreads, _ = as_examples(stds, "stds", torch.float64)
-    shapes = [[len(tokens) for tokens in values] for values in (examples, centres, spreads)]
+    deviations, _ = as_examples(stds, "stds", torch.float64)
+    shapes = [[len(tokens) for tokens in values] for values in (examples, centres, deviations)]
     if shapes[0] != shapes[1] or shapes[0] != shapes[2]:
         raise ValueError(f"expected log_probabilities, means and stds of the same shapes, found lengths {shapes}")
-    if any(bool((spread < 0).any()) for spread in spreads):
+    if any(bool((deviation < 0).any()) for deviation in deviations):
         raise ValueError("expected stds of at least 0, found a negative one")
     scores = [
-        _mean_of_least((tokens - centre) / spread.square().clamp(min=_LEAST_VARIANCE).sqrt(), k)
-        for tokens, centre, spread in zip(examples, centres, spreads, strict=True)
+        _mean_of_least((tokens - centre) / deviation.square().clamp(min=_LEAST_VARIANCE).sqrt(), k)
+        for tokens, centre, deviation in zip(examples, centres, deviations, strict=True)
     ]
     return per_example(scores, alone)
 
 
 def zlib_score(log_probabilities: Ragged, text: str | Sequence[str]) -> float | Tensor:
-    """The mean log-probability for each byte that the text takes when compressed.
+    """The mean log-probability of the tokens, divided by the number of bytes of the compressed text.
 
-    Repetitive text is likely under any model; dividing by its entropy as zlib sees it takes that out.
+    Repetitive text is likely under any model. Dividing by the text's entropy, as zlib estimates it, corrects for that.
 
-    Source: Carlini et al. 2021 (arXiv 2012.07805), section 5.2; mean loss / bytes as MIMIR and open-unlearning compute
-    it, with the opposite sign.
+    Source: Carlini et al. 2021 (arXiv 2012.07805), section 5.2. MIMIR and open-unlearning compute the same (mean loss /
+    bytes) with the opposite sign.
 
     Args:
         log_probabilities: of one example `[T]`, or of n examples, each `[T_i]`.
@@ -147,36 +147,6 @@ def zlib_score(log_probabilities: Ragged, text: str | Sequence[str]) -> float | 
     return per_example([float(tokens.mean()) / size for tokens, size in zip(examples, sizes, strict=True)], alone)
 
 
-def reference_score(log_probabilities: Ragged, reference_log_probabilities: Ragged) -> float | Tensor:
-    """By how much the model finds the tokens likelier than a reference model that was not trained on them does.
-
-    The difference of the mean log-probabilities: what is left when the text's own difficulty is taken out.
-
-    Source: Carlini et al. 2021 (arXiv 2012.07805), section 5.2; MIMIR and open-unlearning compute the same with the
-    opposite sign.
-
-    Args:
-        log_probabilities: of one example `[T]`, or of n examples, each `[T_i]`.
-        reference_log_probabilities: the same text under the reference model; another tokenizer may give another length.
-
-    Returns:
-        A float for one example, a float64 tensor `[n]` for n of them. Higher: more likely a member.
-
-    Raises:
-        ValueError: as `loss_score`, and if the numbers of examples differ.
-
-    Example:
-        >>> reference_score([-1.0, -3.0], [-4.0, -4.0])
-        2.0
-    """
-    examples, alone = _log_probabilities(log_probabilities)
-    references, reference_alone = _log_probabilities(reference_log_probabilities, "reference_log_probabilities")
-    if len(examples) != len(references) or alone != reference_alone:
-        raise ValueError(f"expected as many examples of both models, found {len(examples)} and {len(references)}")
-    scores = [float(ours.mean() - theirs.mean()) for ours, theirs in zip(examples, references, strict=True)]
-    return per_example(scores, alone)
-
-
 def _log_probabilities(values: Ragged, name: str = "log_probabilities") -> tuple[list[Tensor], bool]:
     examples, alone = as_examples(values, name, torch.float64)
     highest = max((float(tokens.max()) for tokens in examples if not tokens.isnan().any()), default=0.0)
@@ -191,6 +161,6 @@ def _check_share(k: float) -> None:
 
 
 def _mean_of_least(values: Tensor, k: float) -> float:
-    if values.isnan().any():  # sorting would put it last, and out of sight
+    if values.isnan().any():  # sorting would put it last, where it would be cut off
         return torch.nan
     return float(values.sort().values[: max(1, int(k * len(values)))].mean())

@@ -1,4 +1,4 @@
-"""How much of an answer a model gives back word for word."""
+"""How much of an answer a model reproduces word for word."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ def extraction_strength(predicted: Sequence[int], labels: Tokens) -> float: ...
 @overload
 def extraction_strength(predicted: TokensOfMany, labels: TokensOfMany | Tensor) -> Tensor: ...
 def extraction_strength(predicted: Tokens | TokensOfMany, labels: Tokens | TokensOfMany) -> float | Tensor:
-    r"""The share of an answer that need not be given away before the model completes the rest by itself.
+    r"""The share of an answer that the model completes by itself, once it is shown the beginning.
 
-    .. math:: \mathrm{ES} = 1 - \frac{1}{T} \min \{ k : \mathrm{predicted}_t = \mathrm{label}_t \ \text{for all } t \ge k \}
+    .. math::
+        \mathrm{ES} = 1 - \frac{1}{T} \min \{ k : \mathrm{predicted}_t = \mathrm{label}_t \ \text{for all } t \ge k \}
 
-    with t counted from 0: k tokens of the answer are shown, the other T - k follow. 1 where greedy decoding gives the
-    whole answer, 0 where not even its last token. On what is to be forgotten lower is better, down to what the
-    retrained model scores; on what is to be kept, higher.
+    with t counted from 0: k tokens of the answer are shown, and the model says the other T - k. The score is 1 where
+    greedy decoding gives the whole answer, and 0 where it does not even give the last token. On the forget set lower is
+    better, down to the retrained model's score; on what is to be kept, higher is better.
 
-    `predicted` is the argmax at every position of one forward pass over the right answer (teacher forcing). That is
-    enough: greedy decoding from the first k tokens gives the rest if and only if every argmax from k on is right,
-    because each right one is the next token of the answer. So no search is needed: k is one more than the last
-    position with a wrong argmax.
+    `predicted` is the argmax at every position of one forward pass over the right answer (teacher forcing). No decoding
+    is needed: starting from the first k tokens, greedy decoding gives the rest if and only if every argmax from k on is
+    right, because each right one is the next token of the answer. So k is one more than the last position with a wrong
+    argmax.
 
-    Source: Carlini et al. 2021 (arXiv 2012.07805) for the idea, UWC (arXiv 2406.09179) for this measure. The
-    authors' code looks for k by decoding from prefixes, word after word or by halving, and compares the strings: many
-    generations for the same number, counted in words. open-unlearning uses teacher forcing too, but scores 1 / T where
-    nothing is reproduced (ours 0), and leaves the eos out. Here it counts, if `labels` hold it, as in every other
-    metric of this package.
+    Source: Carlini et al. 2021 (arXiv 2012.07805) for the idea, UWC (arXiv 2406.09179) for this measure. The authors'
+    code finds k by decoding from prefixes, word by word or by bisection, and compares strings: many generations for the
+    same number, counted in words. open-unlearning uses teacher forcing too, but scores 1 / T where nothing is
+    reproduced (0 here), and leaves out the eos. Here the eos counts if `labels` hold it, as in every other metric of
+    this package.
 
     Args:
         predicted: argmax tokens of one example `[T]`, or of n examples, each `[T_i]`. A negative token stands for
@@ -73,8 +74,8 @@ def exact_memorization(predicted: Tokens | TokensOfMany, labels: Tokens | Tokens
 
     .. math:: \mathrm{EM} = \frac{1}{T} \sum_t [\mathrm{predicted}_t = \mathrm{label}_t]
 
-    On what is to be forgotten lower is better, down to what the retrained model scores, which is far from 0: half of a
-    sentence can be guessed from the other half. Never below `extraction_strength`.
+    On the forget set lower is better, down to the retrained model's score. That is far from 0, because much of a
+    sentence can be guessed from its other words. It is never below `extraction_strength`.
 
     Source: Tirumala et al. 2022 (arXiv 2205.10770); open-unlearning computes the same without the eos.
 

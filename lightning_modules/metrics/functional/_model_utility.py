@@ -1,4 +1,4 @@
-"""One number for everything a model should still know."""
+"""Model utility: one number for everything that a model should still know."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import SupportsFloat
 UTILITY_SPLITS = ("retain", "real_authors", "world_facts")
 UTILITY_METRICS = ("probability", "rouge_l_recall", "truth_ratio")
 UTILITY_NAMES = tuple(f"{split}/{metric}" for split in UTILITY_SPLITS for metric in UTILITY_METRICS)
-"""The nine, as `ModelUtility` names them."""
+"""The names of the nine numbers, as `ModelUtility` has them."""
 
 
 def model_utility(nine: Mapping[str, SupportsFloat]) -> float:
-    r"""TOFU's model utility: the harmonic mean of nine numbers, so that one collapsed skill cannot hide.
+    r"""TOFU's model utility: the harmonic mean of nine numbers, which is small as soon as one of them is.
 
     .. math:: \mathrm{MU} = 9 \Big/ \sum_{k=1}^{9} \frac{1}{x_k}
 
     over {probability, ROUGE-L recall, truth ratio} x {retain, real authors, world facts}, each the mean over its split:
-    `answer_probability` on retain and `option_probability` on the two others, and truth ratio as max(0, 1 - R). Higher
-    is better. A zero among the nine makes it 0, NaN makes it NaN.
+    the probability is `answer_probability` on retain and `option_probability` on the two others, and the truth ratio is
+    max(0, 1 - R). Higher is better. A zero among the nine makes it 0, a NaN makes it NaN.
 
     TOFU, section 2.2.2; equal to `scipy.stats.hmean` of the nine. Llama-2-7B fine-tuned on all of TOFU scores .6227,
-    retrained without the forget set (retain90) .6137; locuslab's utils.py gives .5859 and .5752 for the same logs,
-    because its truth ratio is another one (see `truth_ratio`).
+    retrained without the forget set (retain90) .6137. locuslab's utils.py gives .5859 and .5752 for the same logs,
+    because it defines the truth ratio differently (see `truth_ratio`).
 
     Args:
-        nine: any names for the nine numbers (`ModelUtility` uses `"<split>/<metric>"`, `UTILITY_NAMES`): each finite or
-            NaN, and at least 0.
+        nine: name -> number, each finite and at least 0, or NaN. The names are free; `ModelUtility` uses
+            `UTILITY_NAMES`, `"<split>/<metric>"`.
 
     Returns:
         A float.

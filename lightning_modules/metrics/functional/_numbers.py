@@ -1,4 +1,4 @@
-"""From what a user has at hand, tensors or nested lists, to float64 tensors of a checked shape."""
+"""Turns what a user has, tensors or nested lists, into float64 tensors and checks their shape."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 Numbers = Tensor | Sequence[float]
 
 Ragged = Tensor | Sequence[float] | Sequence[Tensor] | Sequence[Sequence[float]]
-"""One example `[T]`, or n examples of different lengths `[T_i]` (a tensor `[n, T]` where all are of one length)."""
+"""One example `[T]`, or n examples of different lengths `[T_i]`; a tensor `[n, T]` where all have one length."""
 
 
 def as_numbers(values: object, name: str, shape: str, dimensions: int) -> tuple[Tensor, torch.dtype]:
-    """Returns `values` as a float64 tensor of the given number of dimensions, and the dtype of the answer."""
+    """Returns `values` as a float64 tensor of so many dimensions, and the dtype that the result should have."""
     single = isinstance(values, Tensor) and values.dtype in (torch.float32, torch.bfloat16, torch.float16)
     try:
         tensor = torch.as_tensor(values, dtype=torch.float64)
@@ -30,7 +30,7 @@ def as_numbers(values: object, name: str, shape: str, dimensions: int) -> tuple[
 def answers_and_options(
     name: str, answers: object, options_name: str, options: object
 ) -> tuple[Tensor, Tensor, torch.dtype]:
-    """Returns `[n]` and `[n, m]` as float64 with the same n, and the dtype of the answer."""
+    """Returns `[n]` and `[n, m]` as float64 with the same n, and the dtype that the result should have."""
     one, dtype = as_numbers(answers, name, "[n]", dimensions=1)
     many, _ = as_numbers(options, options_name, "[n, m]", dimensions=2)
     if len(one) != len(many):
@@ -42,7 +42,7 @@ def answers_and_options(
 
 
 def as_examples(values: Ragged, name: str, dtype: torch.dtype) -> tuple[list[Tensor], bool]:
-    """Returns one tensor `[T_i]` for each example, none of them empty, and whether one example was given by itself."""
+    """Returns one tensor `[T_i]` for each example, none of them empty, and whether a single example was given."""
     parts: Any = values.cpu() if isinstance(values, Tensor) else values if _is_sequence(values) else ()
     first = None if isinstance(parts, Tensor) and parts.ndim == 0 else next(iter(parts), None)
     if first is None:
@@ -52,13 +52,13 @@ def as_examples(values: Ragged, name: str, dtype: torch.dtype) -> tuple[list[Ten
 
 
 def per_example(scores: Sequence[float], alone: bool) -> float | Tensor:
-    """Returns a float for an example by itself and a float64 tensor `[n]` for n of them."""
+    """Returns a float for a single example and a float64 tensor `[n]` for n of them."""
     return scores[0] if alone else torch.tensor(scores, dtype=torch.float64)
 
 
 def _example(values: object, name: str, dtype: torch.dtype) -> Tensor:
     try:
-        # Without a dtype, torch would read a list of Python's floats as float32.
+        # Without a dtype, torch would turn a list of Python floats into float32.
         tensor = torch.as_tensor(values, dtype=dtype if dtype.is_floating_point else None)
     except (TypeError, ValueError) as error:
         raise ValueError(f"expected {name} of an example as numbers [T], found {values!r}: {error}") from error

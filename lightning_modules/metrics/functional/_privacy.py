@@ -1,4 +1,4 @@
-"""From membership scores to a statement about privacy, relative to a model that never saw the forget set."""
+"""How well membership scores tell the forget set from other text, relative to a model that never saw it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from lightning_modules.metrics.functional._numbers import Numbers, as_numbers
 
 
 def auc(forget_scores: Numbers, holdout_scores: Numbers) -> float:
-    r"""The area under the ROC curve of an attack that takes a high score for membership.
+    r"""The area under the ROC curve of an attack that calls examples with a high score members.
 
-    .. math:: \mathrm{AUC} = P(s_{\mathrm{forget}} > s_{\mathrm{holdout}}) + \tfrac{1}{2} P(s_{\mathrm{forget}} = s_{\mathrm{holdout}})
+    .. math::
+        \mathrm{AUC} = P(s_{\mathrm{forget}} > s_{\mathrm{holdout}})
+        + \tfrac{1}{2} P(s_{\mathrm{forget}} = s_{\mathrm{holdout}})
 
-    the Mann-Whitney statistic, exact, with ties counted half. 1 says that the forget set is remembered, 0 that it is
-    conspicuous because it was unlearned too far. What a model that never saw it scores is usually *not* 1/2, because
-    forget and holdout set differ in more than membership: compare with the retrained model, not with 1/2 (`priv_leak`).
+    which is the Mann-Whitney statistic, computed exactly, with ties counted half. 1 says that the forget set is
+    remembered, 0 that it stands out because it was unlearned too far. A model that never saw it usually does *not*
+    score 1/2, because the forget and the holdout set differ in more than membership. So compare with the retrained
+    model instead of 1/2 (`priv_leak`).
 
-    open-unlearning's `mia_auc` is the same number (its scores and its labels are both turned round); MUSE prints 1 -
-    AUC. Time O((n + m) log m).
+    open-unlearning's `mia_auc` is the same number (its scores and its labels are both reversed); MUSE prints 1 - AUC.
+    Cost: O((n + m) log m).
 
     Args:
         forget_scores: membership scores of the forget set, `[n]`; higher: more likely a member.
@@ -47,26 +50,27 @@ def auc(forget_scores: Numbers, holdout_scores: Numbers) -> float:
 def priv_leak(auc: float, reference_auc: float) -> float:
     r"""PrivLeak: how far an attack on the unlearned model is from the same attack on the retrained one, in percent.
 
-    .. math:: \mathrm{PrivLeak} = 100 \cdot \frac{(1 - \mathrm{AUC}) - (1 - \mathrm{AUC}_{\mathrm{ref}})}{1 - \mathrm{AUC}_{\mathrm{ref}}}
+    .. math::
+        \mathrm{PrivLeak} = 100 \cdot
+        \frac{(1 - \mathrm{AUC}) - (1 - \mathrm{AUC}_{\mathrm{ref}})}{1 - \mathrm{AUC}_{\mathrm{ref}}}
 
-    0 is best: the attack cannot tell the unlearned model from one that never saw the forget set. Below 0 it is still
-    remembered (-100 at AUC 1), above 0 it was unlearned too far. There is no upper bound: a reference of .98 turns an AUC of 0
-    into +4900.
+    0 is best: the attack does on the unlearned model as well as on one that never saw the forget set. Below 0 the set
+    is still remembered (-100 at AUC 1), above 0 it was unlearned too far. There is no upper bound: with a reference of
+    .98, an AUC of 0 gives +4900.
 
-    Source: MUSE (Shi et al. 2024, arXiv 2407.06460), (AUC - AUC_ref) / AUC_ref in *its* direction of the
-    AUC, 1 - AUC of ours; open-unlearning's `privleak` computes exactly the above from AUCs in our direction, and adds
-    1e-10 to the denominator. Both use Min-K% with k = 0.4. Without a reference open-unlearning takes 1/2; here the
-    reference has to be given.
+    Source: MUSE (Shi et al. 2024, arXiv 2407.06460), (AUC - AUC_ref) / AUC_ref, where *its* AUC is 1 - AUC of ours.
+    open-unlearning's `privleak` computes the formula above from AUCs in our direction, and adds 1e-10 to the
+    denominator. Both use Min-K% with k = 0.4. Without a reference open-unlearning takes 1/2; here it has to be given.
 
     Args:
-        auc: of the unlearned model, `auc(forget_scores, holdout_scores)`, in [0, 1].
-        reference_auc: of the retrained model, with the same attack on the same two sets, in [0, 1).
+        auc: `auc(forget_scores, holdout_scores)` of the unlearned model, in [0, 1].
+        reference_auc: the retrained model's, with the same attack on the same two sets, in [0, 1).
 
     Returns:
         A float, in percent; NaN if an AUC is NaN.
 
     Raises:
-        ValueError: if an AUC is not in [0, 1], or the reference's is 1, relative to which nothing can be said.
+        ValueError: if an AUC is not in [0, 1], or the reference's is 1, where the formula divides by 0.
 
     Example:
         >>> priv_leak(1.0, 0.5), priv_leak(0.5, 0.5), priv_leak(0.0, 0.5)

@@ -15,9 +15,9 @@ def answer_probability(answer_nll: Numbers) -> Tensor:
 
     .. math:: p_i = \exp(-\mathrm{nll}_i) = P(\mathrm{answer}_i \mid \mathrm{question}_i)^{1 / \mathrm{tokens}_i}
 
-    TOFU, section 2.2.2. locuslab/tofu and open-unlearning agree on it. ULD's published tables print something else
-    under "Forget Probability": the share of the answer among the options, `p / (p + sum of the perturbed)` (.364 where
-    this gives .144).
+    Source: TOFU, section 2.2.2; locuslab/tofu and open-unlearning agree on it. ULD's published tables print another
+    number as "Forget Probability": the share of the answer among the options, `p / (p + sum of the perturbed)` (.364
+    where this gives .144).
 
     Args:
         answer_nll: `[n]`.
@@ -34,15 +34,16 @@ def answer_probability(answer_nll: Numbers) -> Tensor:
 
 
 def option_probability(answer_nll: Numbers, perturbed_nll: Tensor | Sequence[Sequence[float]]) -> Tensor:
-    r"""The share of the right answer among the options: what a multiple-choice test would see.
+    r"""The share of the right answer among the options, as in a multiple-choice test.
 
-    .. math:: p_i = \frac{\exp(-\mathrm{nll}_i)}{\exp(-\mathrm{nll}_i) + \sum_j \exp(-\mathrm{nll}^{\mathrm{perturbed}}_{ij})}
+    .. math::
+        p_i = \frac{\exp(-\mathrm{nll}_i)}{\exp(-\mathrm{nll}_i) + \sum_j \exp(-\mathrm{nll}^{\mathrm{perturbed}}_{ij})}
 
-    a softmax, in log space: finite for a diverged model (nll of 10,000), and NaN only where no option has any
-    probability left.
+    which is a softmax, computed in log space: it is finite for a diverged model (nll of 10,000), and NaN only where no
+    option has any probability left. With m wrong answers, guessing scores 1 / (m + 1).
 
-    TOFU, section 2.2.2: "probability" on real authors and world facts. open-unlearning adds 1e-10 to the denominator
-    (equal to 5e-9 on published logs). With m wrong answers, guessing scores 1 / (m + 1).
+    Source: TOFU, section 2.2.2, its "probability" on real authors and world facts. open-unlearning adds 1e-10 to the
+    denominator (equal to 5e-9 on published logs).
 
     Args:
         answer_nll: of the right answer, `[n]`.

@@ -1,4 +1,4 @@
-"""How much of the right text a generation gives back."""
+"""How much of the right text a generation reproduces."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def rouge_recall(
 def rouge_recall(
     prediction: str | Sequence[str], target: str | Sequence[str], kind: str = "rougeL", use_stemmer: bool = True
 ) -> float | Tensor:
-    """The share of the target's words that the prediction gives back, in order (ROUGE-L) or in any order (ROUGE-1).
+    """The share of the target's words that the prediction has, in order (ROUGE-L) or in any order (ROUGE-1).
 
-    Source: Lin 2004, as the `rouge-score` package computes it, recall only. TOFU stems (without it .4015 for .4082 on a
-    forget set) and reports recall; the F1 that other packages print by default is another number (.287 for .923),
-    because it punishes full sentences. open-unlearning strips the text and cuts it at stop words first; here text is
-    scored as it comes. Words are runs of a-z and 0-9: a text in another script scores 0.
+    Source: Lin 2004, as the `rouge-score` package computes it, recall only. TOFU uses stems (without them a forget set
+    scores .4015 instead of .4082) and reports recall. The F1 that other packages print by default is another number
+    (.287 where recall is .923), because it penalises full sentences. open-unlearning first strips the text and cuts it
+    at stop words; here text is scored as it is. Words are runs of a-z and 0-9, so a text in another script scores 0.
 
     Args:
         prediction: the model's text, or n of them.
@@ -41,7 +41,11 @@ def rouge_recall(
         use_stemmer: compare Porter stems.
 
     Returns:
-        A float for two strings, a float64 tensor `[n]` for two lists.
+        A float in [0, 1] for two strings, a float64 tensor `[n]` for two lists.
+
+    Raises:
+        ValueError: if the kind is unknown, or there are not as many predictions as targets and at least one.
+        ImportError: without the `rouge-score` package.
 
     Example:
         >>> rouge_recall("He wrote the novel in Lima", "The novel")

@@ -20,19 +20,19 @@ def truth_ratio(
     .. math::
         \log R_i = \mathrm{nll}^{\mathrm{paraphrase}}_i - \frac{1}{m} \sum_j \mathrm{nll}^{\mathrm{perturbed}}_{ij}
 
-    so that R is (geometric mean of the wrong answers' probabilities) / (the right one's): below 1 for a model that
-    knows the answer, around 1 for one that does not. All in log space, so that a diverged model (nll of 1000) gives
-    finite numbers.
+    so that R is (geometric mean of the wrong answers' probabilities) / (the right one's). It is below 1 for a model
+    that knows the answer, and around 1 for one that does not. Everything is computed in log space, so that a diverged
+    model (nll of 1000) gives finite numbers.
 
-    - `"ratio"`: R itself, what `forget_quality` compares (at most the largest number of its dtype);
+    - `"ratio"`: R itself, which `forget_quality` compares (at most the largest number of its dtype);
     - `"forget"`: min(R, 1/R) = exp(-abs(log R)), near 1 when the model cannot tell right from wrong: higher is better
       forgotten;
     - `"utility"`: max(0, 1 - R), higher is better known (retain, real authors and world facts).
 
-    TOFU, equation 1 and section 2.2.2. Other code bases: `get_model_utility` in locuslab's utils.py takes the
-    arithmetic mean over the perturbed probabilities (.449 for .472 on a retain model's retain set); open-unlearning
-    adds 1e-10 to the denominator (equal to 2e-8 on published logs, but never above 1e10); locuslab's per-example logs
-    and their KS test use 1/R (the p-value is the same).
+    Source: TOFU, equation 1 and section 2.2.2. Other code differs: `get_model_utility` in locuslab's utils.py takes the
+    arithmetic mean of the perturbed probabilities (.449 instead of .472 on a retain model's retain set);
+    open-unlearning adds 1e-10 to the denominator (equal to 2e-8 on published logs, but never above 1e10); locuslab's
+    per-example logs and their KS test use 1/R (the p-value is the same).
 
     Args:
         paraphrase_nll: of the paraphrased answer, `[n]`. Where there is no paraphrase, TOFU uses the answer itself.

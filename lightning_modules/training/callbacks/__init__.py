@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_modules.training.callbacks.best_tradeoff import BestTradeoff, is_better
 from lightning_modules.training.callbacks.collapse_alarm import CollapseAlarm, collapse
+from lightning_modules.training.callbacks.g_effect import GEffectLogger
 from lightning_modules.training.callbacks.quantization_probe import (
     QuantizationProbe,
     quantization_probe,
@@ -18,6 +19,7 @@ from lightning_modules.training.callbacks.tradeoff_curve import TradeoffCurve
 __all__ = [
     "BestTradeoff",
     "CollapseAlarm",
+    "GEffectLogger",
     "QuantizationProbe",
     "RelearnProbe",
     "SurgeryLogger",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,14 +16,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lightning_modules.data.pairs import (
-    ForgetRetainDataModule,
-    PairDataset,
-    PairSampler,
-    TOFUDataModule,
-    read_examples,
-    tofu_examples,
-)
+from lightning_modules.data.examples import read_examples
+from lightning_modules.data.order import PairDataset, PairSampler
+from lightning_modules.data.pairs import VALIDATION_SPLITS, ForgetRetainDataModule, TOFUDataModule
+from lightning_modules.data.tofu import tofu_examples
 from lightning_modules.data.tokenization import Encoded
 
 TOFU = Path(__file__).parents[3].parent / "shared" / "tofu"
@@ -242,6 +239,43 @@ def test_the_sampler_follows_the_trainer(tokenizer: PreTrainedTokenizerFast) -> 
     data.trainer = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 3, "rank": 2})
     sampler = data.train_dataloader().sampler
     assert (sampler.num_replicas, sampler.rank, len(sampler)) == (3, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("n", "expected"), [(5, [0, 1, 2, 3, 4]), (128, range(0, 128, 2)), (100, [i * 100 // 64 for i in range(64)])]
+)
+def test_validation_batches_are_evenly_spaced_examples_of_each_split(
+    tokenizer: PreTrainedTokenizerFast, n: int, expected: Sequence[int]
+) -> None:
+    rows = [{"question": "?", "answer": f"{number}"} for number in range(n)]
+    data = ForgetRetainDataModule(rows, letters("K", 3), tokenizer, batch_size=4, refusals=["no"])
+    loaders = data.val_dataloader()
+    assert len(loaders) == len(VALIDATION_SPLITS) == 2
+    for _ in range(2):  # the same every time
+        for loader, said in zip(loaders, ([str(number) for number in expected], list("KLM")), strict=True):
+            batches = list(loader)
+            assert [set(batch) for batch in batches] == [{"input_ids", "attention_mask", "labels"}] * len(batches)
+            assert [len(batch["labels"]) for batch in batches[:-1]] == [4] * (len(batches) - 1)
+            assert [text for batch in batches for text in answers(batch, tokenizer)] == said
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_validates_everything_in_every_process(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    class Validated(Recorder):
+        def validation_step(self, batch: dict[str, torch.Tensor], _: int, dataloader_idx: int) -> None:
+            names.setdefault(VALIDATION_SPLITS[dataloader_idx], []).extend(answers(batch, tokenizer))
+
+    names: dict[str, list[str]] = {}
+    data = ForgetRetainDataModule(letters("a", 5), letters("K", 3), tokenizer, batch_size=2)
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, default_root_dir=tmp_path
+    )
+    trainer.validate(Validated(), datamodule=data)
+    assert names == {"forget": list("abcde"), "retain": list("KLM")}
+    samplers = [loader.sampler for loader in data.val_dataloader()]
+    for sampler in samplers:  # of a kind that Lightning leaves alone, also where it trains in several processes
+        assert isinstance(sampler, torch.utils.data.DistributedSampler)
+        assert (sampler.num_replicas, sampler.rank, sampler.shuffle) == (1, 0, False)
 
 
 class Recorder(L.LightningModule):

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_modules.evaluation import processes
-from lightning_modules.evaluation.evaluate import evaluate
+from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate
 from lightning_modules.run import reference_log
 from lightning_modules.run.options import EvaluateOptions
 from lightning_modules.training import scratch
@@ -53,11 +53,11 @@ def the_same_numbers_as_alone(rank: int) -> None:
     sizes: list[int] = []
     model.model.register_forward_hook(lambda *call: sizes.append(0))
     for batch_size in (4, 100):  # with 100 there is one batch, and nothing to do for the second process
-        settings: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": 6, "progress": False}
-        alone = evaluate(model, tokenizer, SPLITS, **settings)
+        settings = EvaluationSettings(batch_size=batch_size, max_new_tokens=6)
+        alone = evaluate(model, tokenizer, SPLITS, settings, progress=False)
         calls_alone = len(sizes)
         sizes.clear()
-        both = evaluate(model, tokenizer, SPLITS, across_processes=True, **settings)
+        both = evaluate(model, tokenizer, SPLITS, settings, across_processes=True, progress=False)
         assert repr(both) == repr(alone)  # bit for bit
         assert both.membership == alone.membership
         assert len(sizes) < (0.75 if batch_size == 4 else 1.01 if rank == 0 else 0.2) * calls_alone
@@ -76,14 +76,28 @@ def an_error_reaches_both(rank: int) -> None:
         (OSError, "no memory") if rank == 1 else (RuntimeError, "process 1 of 2 failed.*OSError: no memory")
     )
     with pytest.raises(expected, match=said):
-        evaluate(model, tokenizer, SPLITS, batch_size=4, max_new_tokens=2, across_processes=True, progress=False)
+        evaluate(
+            model,
+            tokenizer,
+            SPLITS,
+            EvaluationSettings(batch_size=4, max_new_tokens=2),
+            across_processes=True,
+            progress=False,
+        )
 
 
 def other_splits_are_refused(rank: int) -> None:
     model, tokenizer = model_and_tokenizer()
     splits = {**SPLITS, "holdout": SPLITS["holdout"][rank:]}
     with pytest.raises(RuntimeError, match="same splits"):
-        evaluate(model, tokenizer, splits, batch_size=4, generate=False, across_processes=True, progress=False)
+        evaluate(
+            model,
+            tokenizer,
+            splits,
+            EvaluationSettings(batch_size=4, generate=False),
+            across_processes=True,
+            progress=False,
+        )
 
 
 def what_the_first_finds_is_everybodys(rank: int) -> None:
@@ -101,13 +115,15 @@ def what_the_first_finds_is_everybodys(rank: int) -> None:
 
 def sharded_weights_are_refused_before_anybody_waits(rank: int) -> None:
     model, tokenizer = model_and_tokenizer()
-    settings: dict[str, Any] = {"batch_size": 4, "max_new_tokens": 2, "memorization": False, "progress": False}
-    alone = evaluate(model, tokenizer, SPLITS, **settings)
+    settings = EvaluationSettings(batch_size=4, max_new_tokens=2, memorization=False)
+    alone = evaluate(model, tokenizer, SPLITS, settings, progress=False)
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     if rank == 0:  # alone: a collective would wait for the other process, and fail otherwise
         with pytest.raises(RuntimeError, match=r"found 21 sharded ones, such as model.embed_tokens.weight; gather"):
-            evaluate(model, tokenizer, SPLITS, across_processes=True, **settings)
-    assert repr(evaluate(model, tokenizer, SPLITS, **settings)) == repr(alone)  # the way out that is named
+            evaluate(model, tokenizer, SPLITS, settings, across_processes=True, progress=False)
+    assert repr(evaluate(model, tokenizer, SPLITS, settings, progress=False)) == repr(
+        alone
+    )  # the way out that is named
 
 
 def reference_is_loaded_once(rank: int, folder: str) -> None:

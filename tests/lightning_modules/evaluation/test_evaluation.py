@@ -23,7 +23,7 @@ from transformers import (
 
 from lightning_modules.data.tokenization import IGNORED, Encoded, encode, prompt_ids
 from lightning_modules.evaluation import memorization
-from lightning_modules.evaluation.evaluate import evaluate
+from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate
 from lightning_modules.evaluation.generation import generate_greedily
 from lightning_modules.evaluation.likelihood import answer_nll
 from lightning_modules.metrics.functional import rouge_recall
@@ -260,7 +260,7 @@ def test_the_summary_is_the_mean_of_the_slow_definitions(
     trained: tuple[LlamaForCausalLM, PreTrainedTokenizerFast], slow_answers: dict[str, str]
 ) -> None:
     model, tokenizer = trained
-    result = evaluate(model, tokenizer, SPLITS, batch_size=5, max_new_tokens=40)
+    result = evaluate(model, tokenizer, SPLITS, EvaluationSettings(batch_size=5, max_new_tokens=40))
     assert list(result.summary) == list(SPLITS)
 
     def nll(row: dict[str, Any], text: str) -> float:
@@ -335,7 +335,7 @@ def test_scores_of_memory_are_the_slow_definitions(
     trained: tuple[LlamaForCausalLM, PreTrainedTokenizerFast], unsure: LlamaForCausalLM
 ) -> None:
     _, tokenizer = trained
-    result = evaluate(unsure, tokenizer, SPLITS, batch_size=5, generate=False)
+    result = evaluate(unsure, tokenizer, SPLITS, EvaluationSettings(batch_size=5, generate=False))
     seen = set()
     for split, rows in SPLITS.items():
         for row, score in zip(rows, result.examples[split], strict=True):
@@ -352,8 +352,8 @@ def test_memorization_changes_no_other_number_by_a_single_bit(
     _, tokenizer = trained
     for batch_size in (3, 100):
         settings: dict[str, Any] = {"batch_size": batch_size, "generate": False}
-        without = evaluate(unsure, tokenizer, SPLITS, memorization=False, **settings)
-        whole = evaluate(unsure, tokenizer, SPLITS, **settings)
+        without = evaluate(unsure, tokenizer, SPLITS, EvaluationSettings(memorization=False, **settings))
+        whole = evaluate(unsure, tokenizer, SPLITS, EvaluationSettings(**settings))
         for split, rows in without.examples.items():
             for row, more in zip(rows, whole.examples[split], strict=True):
                 assert repr(row) == repr({name: more[name] for name in row})
@@ -367,16 +367,19 @@ def test_membership_needs_a_holdout_and_is_the_share_of_duels_won(
     trained: tuple[LlamaForCausalLM, PreTrainedTokenizerFast],
 ) -> None:
     model, tokenizer = trained
-    assert evaluate(model, tokenizer, SPLITS, generate=False).membership is None
+    assert evaluate(model, tokenizer, SPLITS, EvaluationSettings(generate=False)).membership is None
     holdout = [{"question": f"Where did painter {n} live?", "answer": f"Near bridge {n}."} for n in range(3)]
     with_holdout = {"forget": KNOWN, "holdout": [*holdout, KNOWN[0]]}
-    result = evaluate(model, tokenizer, with_holdout, generate=False)
+    result = evaluate(model, tokenizer, with_holdout, EvaluationSettings(generate=False))
     assert set(result.membership) == {"loss", "min_k", "min_k_plus_plus", "zlib"}
     for attack, area in result.membership.items():
         forget, others = ([row[f"{attack}_score"] for row in result.examples[split]] for split in with_holdout)
         assert area == pytest.approx(oracles.auc(forget, others), rel=1e-12)
     assert result.membership["loss"] > 0.75  # what was learned is told from what was not, but for the one in both
-    assert evaluate(model, tokenizer, with_holdout, generate=False, memorization=False).membership is None
+    assert (
+        evaluate(model, tokenizer, with_holdout, EvaluationSettings(generate=False, memorization=False)).membership
+        is None
+    )
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
@@ -388,14 +391,15 @@ def test_across_processes_without_a_group_changes_nothing(
     trained: tuple[LlamaForCausalLM, PreTrainedTokenizerFast],
 ) -> None:
     found = [
-        evaluate(*trained, SPLITS, max_new_tokens=3, batch_size=3, across_processes=across) for across in (False, True)
+        evaluate(*trained, SPLITS, EvaluationSettings(batch_size=3, max_new_tokens=3), across_processes=across)
+        for across in (False, True)
     ]
     assert repr(found[0]) == repr(found[1])
 
 
 def test_what_was_not_measured_is_none(trained: tuple[LlamaForCausalLM, PreTrainedTokenizerFast]) -> None:
     model, tokenizer = trained
-    result = evaluate(model, tokenizer, {"forget": KNOWN}, generate=False)
+    result = evaluate(model, tokenizer, {"forget": KNOWN}, EvaluationSettings(generate=False))
     assert result.summary["forget"]["rouge_l_recall"] is None
     assert result.summary["forget"]["truth_ratio"] is None
     assert {score["generation"] for score in result.examples["forget"]} == {None}
@@ -420,7 +424,7 @@ def test_nan_is_never_hidden(
     broken = LlamaForCausalLM(model.config)
     broken.load_state_dict(model.state_dict())
     breaks(broken)
-    result = evaluate(broken, tokenizer, SPLITS, max_new_tokens=4)
+    result = evaluate(broken, tokenizer, SPLITS, EvaluationSettings(max_new_tokens=4))
     for summary in result.summary.values():
         assert math.isnan(summary["nll"])
         assert math.isnan(summary["probability"])
@@ -435,9 +439,9 @@ def test_modes_are_restored_and_dropout_is_off(trained: tuple[LlamaForCausalLM, 
     model.train()
     model.transformer.h[0].eval()
     modes = [module.training for module in model.modules()]
-    first = evaluate(model, tokenizer, {"forget": KNOWN}, max_new_tokens=2).summary
+    first = evaluate(model, tokenizer, {"forget": KNOWN}, EvaluationSettings(max_new_tokens=2)).summary
     assert [module.training for module in model.modules()] == modes
-    assert evaluate(model, tokenizer, {"forget": KNOWN}, max_new_tokens=2).summary == first
+    assert evaluate(model, tokenizer, {"forget": KNOWN}, EvaluationSettings(max_new_tokens=2)).summary == first
     with pytest.raises(ValueError, match=r"generate\(\).*generate=False"):
         evaluate(Bare(model), tokenizer, {"forget": KNOWN})
     assert [module.training for module in model.modules()] == modes
@@ -448,14 +452,14 @@ def test_evaluation_leaves_the_global_generator_alone(
     trained: tuple[LlamaForCausalLM, PreTrainedTokenizerFast],
 ) -> None:
     before = torch.get_rng_state()
-    evaluate(*trained, SPLITS, max_new_tokens=4)
+    evaluate(*trained, SPLITS, EvaluationSettings(max_new_tokens=4))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_text_longer_than_the_model_is_cut(trained: tuple[LlamaForCausalLM, PreTrainedTokenizerFast]) -> None:
     _, tokenizer = trained
     long = {"question": "", "answer": "Ostrel " * 300}
-    result = evaluate(small("gpt2"), tokenizer, {"forget": [long]}, max_new_tokens=4)
+    result = evaluate(small("gpt2"), tokenizer, {"forget": [long]}, EvaluationSettings(max_new_tokens=4))
     assert math.isfinite(result.summary["forget"]["nll"])
 
 

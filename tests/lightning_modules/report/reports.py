@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from lightning_modules import folder as outputs
+from lightning_modules.report import seeds
+from lightning_modules.report.run import Run
 from lightning_modules.run.options import UnlearnOptions
+from lightning_modules.run.report import defaults
 
 VOID = {"meta", "use"}
 
@@ -130,6 +133,11 @@ def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
     metrics = json.loads((folder / "metrics.json").read_text())
     outputs.write_json(folder / "metrics.json", metrics | means)
     (folder / "evaluation.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def read_seeds(folder: Path, others: Sequence[Path]) -> Run:
+    """As `run.report.draw` reads them, with the options' defaults."""
+    return seeds.read_seeds(folder, others, defaults().plain)
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:

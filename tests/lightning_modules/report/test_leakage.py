@@ -11,13 +11,13 @@ import pytest
 from rich.console import Console
 
 from lightning_modules import folder as outputs
-from lightning_modules.report import draw, mean_interval, table
+from lightning_modules.report import mean_interval, table
 from lightning_modules.report.leakage import Attack, explained, membership, percent
+from lightning_modules.report.over_seeds import scores_over_seeds
 from lightning_modules.report.run import COLUMNS, MEMORY, SCORES, columns, read
-from lightning_modules.report.seeds import read_seeds
-from lightning_modules.report.spread import spreads
 from lightning_modules.report.terminal import sentences, tables
-from tests.lightning_modules.report.reports import Page, make, make_seed, read_metrics, write_rows
+from lightning_modules.run.report import draw
+from tests.lightning_modules.report.reports import Page, make, make_seed, read_metrics, read_seeds, write_rows
 
 NEW = {"exact_memorization": "exact memorization", "extraction_strength": "extraction strength"}
 
@@ -111,10 +111,10 @@ def test_every_view_has_the_same_headings(tmp_path: Path) -> None:
 
 def test_the_spread_over_seeds_has_them_and_counts_older_runs(tmp_path: Path) -> None:
     made = [measured(make_seed(tmp_path / str(seed), seed)) for seed in (0, 1)] + [make_seed(tmp_path / "2", 2)]
-    counts = {row.heading: row.n for row in spreads(read_seeds(made[0], made[1:]))}
+    counts = {row.heading: row.n for row in scores_over_seeds(read_seeds(made[0], made[1:]))}
     assert counts["exact memorization"] == counts["extraction strength"] == 2
     assert counts["NLL"] == 3
-    assert not set(NEW.values()) & {row.heading for row in spreads(read_seeds(made[2], made[:2]))}
+    assert not set(NEW.values()) & {row.heading for row in scores_over_seeds(read_seeds(made[2], made[:2]))}
 
 
 def attack(before: Any, after: Any, reference: Any, privleak: Any) -> dict[str, Any]:

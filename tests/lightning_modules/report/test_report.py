@@ -16,11 +16,12 @@ from scipy import stats
 
 from lightning_modules import cli
 from lightning_modules import folder as outputs
-from lightning_modules.report import draw, mean_interval
-from lightning_modules.report.findings import changed_options
+from lightning_modules.report import mean_interval
+from lightning_modules.report.changed import changed_options
 from lightning_modules.report.run import read
 from lightning_modules.report.samples import is_degenerate, samples
 from lightning_modules.run.options import UnlearnOptions
+from lightning_modules.run.report import defaults, draw
 from tests.lightning_modules.report.reports import Page, make
 
 HOSTILE = "<script>alert(1)</script> & \"quotes\" | `code` ![x](http://example.com/x.png) <img src='//evil/x'> \x00\u202e\ud800"
@@ -104,10 +105,10 @@ def test_what_was_run_is_there_first_what_is_not_the_default(page: Page) -> None
 def test_a_default_run_has_no_changed_options(kind: dict[str, Any]) -> None:
     resolved = UnlearnOptions(**kind).resolved()
     config = yaml.safe_load(yaml.safe_dump({name: value for name, value in vars(resolved).items() if name != "resume"}))
-    assert changed_options(config) == {f"--{name}": value for name, value in kind.items()}
+    assert changed_options(config, defaults()) == {f"--{name}": value for name, value in kind.items()}
     config |= {"ema_decay": None, "dual": {"limit": 0.3}, "precision": "16-mixed", "output": "elsewhere", "added": 3}
     expected = {"--ema-decay": "null", "--dual": '{"limit": 0.3}', "--precision": "16-mixed", "--added": "3"}
-    assert changed_options(config) == {f"--{name}": value for name, value in kind.items()} | expected
+    assert changed_options(config, defaults()) == {f"--{name}": value for name, value in kind.items()} | expected
 
 
 def test_the_curves_show_every_series_and_can_be_read_aloud(page: Page) -> None:
@@ -128,6 +129,24 @@ def test_the_curves_show_every_series_and_can_be_read_aloud(page: Page) -> None:
         assert attributes["role"] == "img"
         assert attributes["aria-labelledby"] in ids
         assert "width" not in attributes  # it takes the width there is
+
+
+def test_every_colour_of_a_figure_is_one_of_the_page_in_light_and_in_dark(folder: Path, page: Page) -> None:
+    source = (folder / "report.html").read_text()
+    style = source.partition("<style>")[2].partition("</style>")[0]
+    found: set[tuple[str, str]] = set()
+    for _, attributes in page.tags:
+        for entry in (attributes.get("style") or "").split(";"):
+            what, _, value = entry.strip().partition(": ")
+            if what in ("fill", "stroke") and value != "none":
+                found.add((what, value))
+    assert len(found) > 6
+    for what, value in found:
+        rule = re.search(rf'\[style\*="{what}: {value}"\] {{ {what}: var\(--(\w+)\) !important; }}', style)
+        assert rule is not None, (what, value)
+        light, dark = re.findall(rf"--{rule[1]}: (#\w+);", style)
+        assert light == value
+        assert dark != value
 
 
 def test_the_page_has_its_language_headings_and_labels(page: Page) -> None:

@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 
 from lightning_modules import cli
 from lightning_modules import folder as outputs
-from lightning_modules.report import draw, figures
-from lightning_modules.report.seeds import read_seeds
-from lightning_modules.report.spread import curves, sd_factors, sentences, spreads
+from lightning_modules.report import figures
+from lightning_modules.report.over_seeds import curves, scores_over_seeds, sd_factors, sentences
 from lightning_modules.report.terminal import shown
-from tests.lightning_modules.report.reports import Page, make_seed, read_metrics
+from lightning_modules.run.report import draw
+from tests.lightning_modules.report.reports import Page, make_seed, read_metrics, read_seeds
 from tests.reference.report import mean_and_deviation
 
 NAMES = {"probability": "probability", "rouge_l_recall": "ROUGE-L recall", "truth_ratio": "truth ratio", "nll": "NLL"}
@@ -65,7 +65,7 @@ def test_every_row_is_of_the_runs_metrics(runs: list[Path]) -> None:
             expected = [*map(shown, (values[0], mean, sd, min(values), max(values))), "3"]
             assert table[split, model, heading] == expected
             assert re.search(re.escape(heading) + r"\s*" + r"\s*".join(map(re.escape, expected)), words)
-    exact = {(row.split, row.model, row.heading): row for row in spreads(read_seeds(runs[0], runs[1:]))}
+    exact = {(row.split, row.model, row.heading): row for row in scores_over_seeds(read_seeds(runs[0], runs[1:]))}
     for split, model in CELLS:
         values = [found[model][split]["nll"] for found in metrics]
         row = exact[split, model, "NLL"]
@@ -129,7 +129,7 @@ def test_two_runs_are_hardly_a_spread(tmp_path: Path) -> None:
     words = page_of(made[0]).words()
     assert "A standard deviation of two is hardly one: it is their distance divided by the square root of 2." in words
     assert "0.45 to 32 times the one shown (95 % interval, chi-squared with 1 degree of freedom)" in words
-    for row in spreads(read_seeds(made[0], made[1:])):
+    for row in scores_over_seeds(read_seeds(made[0], made[1:])):
         assert row.sd == pytest.approx((row.high - row.low) / math.sqrt(2.0), abs=1e-12)
 
 
@@ -144,7 +144,7 @@ def test_a_run_alone_has_the_report_that_it_had(tmp_path: Path) -> None:
         assert "Thin lines" not in said
     for name in ("curves.png", "report.md"):
         assert (made / name).read_bytes().replace(b"/a\n", b"/b\n") == (other / name).read_bytes()
-    assert spreads(read_seeds(made, [])) == []
+    assert scores_over_seeds(read_seeds(made, [])) == []
 
 
 def test_the_other_folders_are_only_read_and_their_order_does_not_matter(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_nan_in_one_run_is_nan_in_the_spread(tmp_path: Path) -> None:
         metrics["after"]["retain"]["nll"] = wrong
         outputs.write_json(made[1] / "metrics.json", metrics)
         run = read_seeds(made[0], made[1:])
-        rows = {(row.split, row.model, row.heading): row for row in spreads(run)}
+        rows = {(row.split, row.model, row.heading): row for row in scores_over_seeds(run)}
         row = rows["retain", "after", "NLL"]
         assert row.value == read_metrics(made[0])["after"]["retain"]["nll"]
         assert [math.isnan(value) for value in (row.mean, row.sd, row.low, row.high)] == [True] * 4

@@ -21,7 +21,7 @@ import gradsurgery as gs
 from lightning_modules import cli
 from lightning_modules import folder as outputs
 from lightning_modules.data.fictional_authors import fictional_authors
-from lightning_modules.evaluation.evaluate import Evaluation, evaluate
+from lightning_modules.evaluation.evaluate import Evaluation, EvaluationSettings, evaluate
 from lightning_modules.run import unlearn as commands
 from lightning_modules.run.loading import make_data
 from lightning_modules.run.options import DataOptions, UnlearnOptions
@@ -196,7 +196,13 @@ def test_the_saved_model_is_the_one_that_was_scored(run: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     rows = fictional_authors(5)
-    again = evaluate(model, tokenizer, {"forget": rows[80:], "retain": rows[:80]}, max_new_tokens=24, progress=False)
+    again = evaluate(
+        model,
+        tokenizer,
+        {"forget": rows[80:], "retain": rows[:80]},
+        EvaluationSettings(max_new_tokens=24),
+        progress=False,
+    )
     after = metrics_of(run)["after"]
     for split, scores in again.summary.items():
         for name, value in scores.items():
@@ -221,7 +227,7 @@ def test_two_processes_score_the_model_that_they_leave(run: Path, tmp_path: Path
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     rows = fictional_authors(6)
     splits = {"forget": rows[80:100], "retain": rows[:80], "holdout": rows[100:]}
-    again = evaluate(model, tokenizer, splits, max_new_tokens=24, progress=False)
+    again = evaluate(model, tokenizer, splits, EvaluationSettings(max_new_tokens=24), progress=False)
     found = metrics_of(folder)
     assert list(found["after"]) == list(splits)
     for split, scores in again.summary.items():

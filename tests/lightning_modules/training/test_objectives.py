@@ -31,7 +31,7 @@ from transformers import (
 
 import gradsurgery as gs
 import lightning_modules as lm
-from lightning_modules.data.pairs import PairDataset
+from lightning_modules.data.order import PairDataset
 from lightning_modules.data.tokenization import Encoded, collate
 from lightning_modules.training import objectives
 from tests.tolerances import LINEAR, close

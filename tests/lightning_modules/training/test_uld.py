@@ -20,7 +20,7 @@ from lightning_modules.data.pairs import ForgetRetainDataModule
 from lightning_modules.data.tofu import tofu_examples
 from lightning_modules.data.tokenization import encode, padding_id, prompt_ids
 from lightning_modules.data.uld import uld_data
-from lightning_modules.evaluation.evaluate import evaluate
+from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate
 from lightning_modules.evaluation.likelihood import answer_nll
 from lightning_modules.training.scratch import scratch_model
 from lightning_modules.training.uld import ULDModule, train_assistant
@@ -279,7 +279,7 @@ def test_it_forgets_keeps_and_leaves_the_base_alone(world: Any) -> None:
     assert norm.data_ptr() == model.get_parameter("model.norm.weight").data_ptr()
 
     scores = {
-        name: evaluate(scored, tokenizer, splits, max_new_tokens=24, progress=False)
+        name: evaluate(scored, tokenizer, splits, EvaluationSettings(max_new_tokens=24), progress=False)
         for name, scored in {"before": model, "after": unlearned}.items()
     }
     first, last = scores["before"].summary, scores["after"].summary

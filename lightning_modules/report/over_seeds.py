@@ -1,4 +1,4 @@
-"""How far another seed lands: the scores of several runs of one configuration."""
+"""How the scores of one configuration differ over seeds."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from lightning_modules.folder import CURVE
 from lightning_modules.report.run import MODELS, Run, columns
 
 
-class Spread(NamedTuple):
-    """A score of one split and model over runs.
+class ScoreOverSeeds(NamedTuple):
+    """A score of one split and model, over the runs.
 
     Attributes:
         split: The split that was scored.
         model: "before", "after" or "reference".
         heading: The score's name in the tables.
-        value: That of the run whose report this is.
-        mean: Over the runs.
-        sd: Sample standard deviation, divisor n - 1; None of one run.
-        low: The least.
-        high: The largest.
-        n: Runs that have the score.
+        value: The score of the run whose report this is.
+        mean: Its mean over the runs.
+        sd: Its sample standard deviation, with divisor n - 1; None for one run.
+        low: The smallest score.
+        high: The largest score.
+        n: The number of runs that have the score.
     """
 
     split: str
@@ -37,14 +37,15 @@ class Spread(NamedTuple):
     n: int
 
 
-def spreads(run: Run) -> list[Spread]:
-    """Every score of the main table over the runs that have it; none for a run alone.
+def scores_over_seeds(run: Run) -> list[ScoreOverSeeds]:
+    """Returns every score of the main table, over the runs that have it; an empty list for a single run.
 
-    A score that is not finite in some run is NaN in mean, standard deviation, least and largest: a run that diverged is not left out.
+    A run that diverged is not left out: where a score is not finite in one run, its mean, standard deviation, smallest
+    and largest value are NaN.
     """
     if not run.others:
         return []
-    found: list[Spread] = []
+    found: list[ScoreOverSeeds] = []
     for split in run.metrics["after"]:
         for model in MODELS:
             for column, heading in columns(run):
@@ -53,7 +54,7 @@ def spreads(run: Run) -> list[Spread]:
                     continue
                 beside = (other.value(model, split, column) for other in run.others)
                 found.append(
-                    Spread(split, model, heading, value, *_over([value, *(x for x in beside if x is not None)]))
+                    ScoreOverSeeds(split, model, heading, value, *_over([value, *(x for x in beside if x is not None)]))
                 )
     return found
 
@@ -65,16 +66,16 @@ def _over(values: Sequence[float]) -> tuple[float, float | None, float, float, i
 
 
 def sd_factors(n: int, confidence: float = 0.95) -> tuple[float, float]:
-    r"""Between which multiples of a sample standard deviation the true one lies, for n normal values.
+    r"""Returns a confidence interval of the true standard deviation, as multiples of the one of n normal values.
 
     .. math:: \sqrt{(n - 1) / \chi^2_{n-1, (1 + c) / 2}}, \qquad \sqrt{(n - 1) / \chi^2_{n-1, (1 - c) / 2}}
 
     Args:
-        n: Values.
+        n: The number of values.
         confidence: c, in (0, 1).
 
     Raises:
-        ValueError: For fewer than two values, or a confidence outside its domain.
+        ValueError: For fewer than two values, or a confidence outside (0, 1).
 
     Example:
         >>> [round(factor, 2) for factor in sd_factors(3)]
@@ -89,7 +90,7 @@ def sd_factors(n: int, confidence: float = 0.95) -> tuple[float, float]:
 
 
 def sentences(run: Run) -> list[str]:
-    """What the spread is of, what it is not of, and how little so few runs say; nothing for a run alone."""
+    """Returns what differs between the runs, what does not, and how uncertain so few are; nothing for a single run."""
     if not run.others:
         return []
     n = 1 + len(run.others)
@@ -120,13 +121,13 @@ def sentences(run: Run) -> list[str]:
     stopped = [other for other in run.others if other.training.get("collapse")]
     if stopped:
         said.append(f"The collapse alarm stopped the run{'s' if len(stopped) > 1 else ''}{_with(stopped)}.")
-    if any(row.mean != row.mean for row in spreads(run)):
+    if any(row.mean != row.mean for row in scores_over_seeds(run)):
         said.append("Where a score is not finite in some run, its spread is NaN: no run was left out.")
     return said
 
 
 def curves(run: Run) -> str | None:
-    """What the thin lines of the figure are; None for a run alone or without a curve."""
+    """Returns what the thin lines of the figure are; None for a single run or one without a curve."""
     drawn, lacking = [other for other in run.others if other.curve], [other for other in run.others if not other.curve]
     if not run.curve or not run.others:
         return None
@@ -137,7 +138,7 @@ def curves(run: Run) -> str | None:
 
 
 def _varied(config: Mapping[str, Any]) -> str:
-    """What --seed decides, as `commands.py` passes it on."""
+    """Returns a sentence about what --seed decides, and what it does not."""
     scratch, reference = config.get("model") == "scratch", config.get("reference")
     parts = [
         "the order in which the examples are trained on",
@@ -163,7 +164,7 @@ def _varied(config: Mapping[str, Any]) -> str:
 
 
 def _is_refusing(config: Mapping[str, Any]) -> bool:
-    """Whether the run trained on refusals; a loss that this version does not know, or ULD, which takes none, did not."""
+    """Whether the run trained on refusals. ULD uses none, and a loss that this version does not know counts as none."""
     from lightning_modules.training import objectives
 
     loss = config.get("forget_loss")

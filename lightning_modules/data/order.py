@@ -1,0 +1,140 @@
+"""Pairs of a forget and a retain example, and the order in which the processes see them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler
+
+from lightning_modules.data.tokenization import Encoded, collate
+
+
+class Pair(NamedTuple):
+    """One entry of a batch.
+
+    Attributes:
+        forget: a forget example.
+        retain: a retain example.
+        refusal: the forget example's question with a refusal as its answer; `None` without refusals.
+        index: the places of the forget and of the retain example in their sets.
+    """
+
+    forget: Encoded
+    retain: Encoded
+    refusal: Encoded | None
+    index: tuple[int, int]
+
+
+class PairDataset(Dataset[Pair]):
+    """Forget and retain examples, addressed by a pair of indices; its length is that of the forget set.
+
+    Attributes:
+        forget: the examples to forget.
+        retain: the examples to keep.
+        refusal: for each example to forget, its question with a refusal; or `None`.
+    """
+
+    def __init__(
+        self, forget: Sequence[Encoded], retain: Sequence[Encoded], refusal: Sequence[Encoded] | None = None
+    ) -> None:
+        """Keeps the sequences.
+
+        Raises:
+            ValueError: if `forget` or `retain` is empty, or there is not one refusal for each forget example.
+        """
+        for name, examples in (("forget", forget), ("retain", retain)):
+            if not examples:
+                raise ValueError(f"expected at least one {name} example, found none")
+        if refusal is not None and len(refusal) != len(forget):
+            raise ValueError(f"expected a refusal for each of {len(forget)} forget examples, found {len(refusal)}")
+        self.forget = forget
+        self.retain = retain
+        self.refusal = refusal
+
+    def __len__(self) -> int:
+        """The number of forget examples."""
+        return len(self.forget)
+
+    def __getitem__(self, pair: tuple[int, int]) -> Pair:
+        """The forget and the retain example at `(forget index, retain index)`."""
+        refusal = None if self.refusal is None else self.refusal[pair[0]]
+        return Pair(self.forget[pair[0]], self.retain[pair[1]], refusal, pair)
+
+
+class PairSampler(DistributedSampler):
+    """Yields `(forget index, retain index)`: an epoch is one pass over the forget set.
+
+    The order is a pure function of seed and epoch, so a resumed run sees what an uninterrupted one would have seen:
+
+    - forget: a fresh permutation each epoch;
+    - retain: an endless chain of permutations of the retain set, which the epochs continue. Pair number t of the whole
+      training takes entry t of it. So every retain example is seen once before any is seen twice.
+
+    At every step, W processes with batches of B together see the pairs that one process sees with batches of `W * B`.
+    Where W does not divide the forget set, the epoch ends with its first pairs again, as in `DistributedSampler`.
+
+    It is a `DistributedSampler` even for one process, because Lightning replaces every other sampler by its own.
+    """
+
+    def __init__(self, dataset: PairDataset, *, seed: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
+        """Prepares the order of one process.
+
+        Args:
+            dataset: the pairs to draw from.
+            seed: of both orders.
+            num_replicas: the number of processes, W.
+            rank: this process, below W.
+        """
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed)
+        self.sizes = len(dataset.forget), len(dataset.retain)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """The pairs of this process in the current epoch, see `set_epoch`."""
+        num_forget, num_retain = self.sizes
+        forget = permutation(num_forget, self.seed, "forget", self.epoch)
+        first = self.epoch * num_forget
+        walks = {
+            walk: permutation(num_retain, self.seed, "retain", walk)
+            for walk in range(first // num_retain, (first + num_forget - 1) // num_retain + 1)
+        }
+        retain = [walks[step // num_retain][step % num_retain] for step in range(first, first + num_forget)]
+        pairs = list(zip(forget, retain, strict=True))
+        return iter([pairs[position % num_forget] for position in range(self.rank, self.total_size, self.num_replicas)])
+
+
+def permutation(n: int, seed: int, stream: str, number: int) -> list[int]:
+    """Returns a permutation of `range(n)` that depends on the arguments alone.
+
+    Args:
+        n: its length.
+        seed: the run's seed.
+        stream: what is permuted; each stream has permutations of its own.
+        number: counts the permutations of a stream.
+    """
+    # Hashed, because with seed + epoch the second epoch of seed 0 would be the first of seed 1: no independent seeds.
+    mixed = hashlib.blake2b(f"{seed}/{stream}/{number}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(mixed, "little"))
+    return torch.randperm(n, generator=generator).tolist()
+
+
+def collate_pairs(pairs: Sequence[Pair], pad_token_id: int) -> dict[str, dict[str, Tensor]]:
+    """Returns one padded batch for each objective, with `index`, the examples' places in their sets.
+
+    Args:
+        pairs: B of them, either all with a refusal or none.
+        pad_token_id: see `tokenization.padding_id`.
+
+    Returns:
+        "forget" and "retain" (and "refusal") -> the batch of `tokenization.collate` with `index`, int64 `[B]`.
+    """
+    forget, retain = (torch.tensor(indices) for indices in zip(*(pair.index for pair in pairs), strict=True))
+    batches = {
+        "forget": collate([pair.forget for pair in pairs], pad_token_id) | {"index": forget},
+        "retain": collate([pair.retain for pair in pairs], pad_token_id) | {"index": retain},
+    }
+    refusals = [pair.refusal for pair in pairs if pair.refusal is not None]
+    return batches | ({"refusal": collate(refusals, pad_token_id) | {"index": forget}} if refusals else {})

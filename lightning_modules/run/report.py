@@ -1,0 +1,29 @@
+"""The report of a folder, with what only this room knows: the options' defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_modules import report
+from lightning_modules.report.changed import Defaults
+from lightning_modules.run.options import UnlearnOptions
+
+
+def draw(folder: Path, others: Sequence[Path] = ()) -> None:
+    """Draw the report of a run of `unlearn`, which names the options that are not the default; see `report.draw`."""
+    report.draw(folder, others, defaults())
+
+
+def defaults() -> Defaults:
+    """The defaults of `gradsurgery unlearn`."""
+    return Defaults(vars(UnlearnOptions()), _usual)
+
+
+def _usual(config: Mapping[str, Any]) -> dict[str, Any]:
+    plain = UnlearnOptions()
+    kinds: dict[str, Any] = {name: config[name] for name in ("model", "method") if name in config}
+    usual = vars(UnlearnOptions(**kinds).resolved()) | {name: getattr(plain, name) for name in kinds}
+    # The default precision depends on the machine, and the report may be drawn on another one than the run's.
+    return usual | {"precision": "bf16-mixed" if config.get("precision") == "bf16-mixed" else "32-true"}
