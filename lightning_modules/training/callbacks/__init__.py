@@ -10,16 +10,17 @@ from lightning_modules.training.callbacks.quantization_probe import (
     quantize_,
     round_to_nearest,
 )
-from lightning_modules.training.callbacks.relearn_probe import RelearnProbe, relearn_probe
-from lightning_modules.training.callbacks.scores import mean_probabilities
+from lightning_modules.training.callbacks.relearn_probe import RelearnProbe, RelearnSettings, relearn_probe
 from lightning_modules.training.callbacks.surgery_logger import SurgeryLogger
 from lightning_modules.training.callbacks.tradeoff_curve import TradeoffCurve
+from lightning_modules.training.probability import mean_probabilities
 
 __all__ = [
     "BestTradeoff",
     "CollapseAlarm",
     "QuantizationProbe",
     "RelearnProbe",
+    "RelearnSettings",
     "SurgeryLogger",
     "TradeoffCurve",
     "collapse",

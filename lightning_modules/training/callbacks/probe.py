@@ -1,13 +1,15 @@
-"""What the two probes share: when they run, and where the result goes."""
+"""What the two probes share: when they run, what they ruin instead of the model, and where the result goes."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lightning_modules.folder import PROBES
 from lightning_modules.training.callbacks.notes import note
@@ -45,3 +47,21 @@ class Probe(Callback):
     def measure(self, model: nn.Module) -> dict[str, Any]:
         """The result for a model, which is left as it is."""
         raise NotImplementedError
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy with the same weights, adapters merged into it, without gradients: what somebody who is given the model holds.
+
+    Raises:
+        RuntimeError: If the weights are sharded over processes.
+    """
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise RuntimeError(
+            "expected a model that one process holds whole, found sharded weights; save it, and probe the saved model in one process"
+        )
+    copied: Any = copy.deepcopy(model)
+    if hasattr(copied, "merge_and_unload"):
+        copied = copied.merge_and_unload()
+    for parameter in copied.parameters():
+        parameter.grad = None
+    return copied

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.data.tokenization import Encoded
-from lightning_modules.training.callbacks.probe import Probe
-from lightning_modules.training.callbacks.scores import mean_probabilities, plain_copy
+from lightning_modules.training.callbacks.probe import Probe, plain_copy
+from lightning_modules.training.probability import mean_probabilities
 
 
 def round_to_nearest(weight: Tensor, bits: int, *, dim: int = -1) -> Tensor:

@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lightning_modules.data.tokenization import Encoded
-from lightning_modules.training.callbacks.scores import mean_probabilities
+from lightning_modules.training.probability import mean_probabilities
 
 
 class TradeoffCurve(Callback):

@@ -29,6 +29,7 @@ from lightning_modules.training.callbacks import (
     CollapseAlarm,
     QuantizationProbe,
     RelearnProbe,
+    RelearnSettings,
     SurgeryLogger,
     TradeoffCurve,
     collapse,
@@ -280,7 +281,8 @@ def test_the_probe_is_a_plain_loop_on_a_copy(mode: bool) -> None:
     model.table.grad = torch.ones_like(model.table)
     before, state = model.table.detach().clone(), torch.get_rng_state()
     with torch.no_grad():  # Lightning may call from there
-        found = relearn_probe(model, forget, retain, pad_token_id=0, steps=8, every=3, lr=0.05, batch_size=2)
+        settings = RelearnSettings(steps=8, every=3, lr=0.05, batch_size=2)
+        found = relearn_probe(model, forget, retain, pad_token_id=0, settings=settings)
     assert torch.equal(model.table, before)
     assert torch.equal(model.table.grad, torch.ones_like(before))
     assert model.training is mode
@@ -306,14 +308,14 @@ def test_batches_of_a_part_see_every_taught_answer_in_turn() -> None:
             return super().forward(input_ids)
 
     forget = [Encoded([first, 1, 2], [-100, 1, 2]) for first in range(8)]
-    relearn_probe(Watched(), forget, pad_token_id=0, steps=4, batch_size=2, share=0.5)
+    relearn_probe(Watched(), forget, pad_token_id=0, settings=RelearnSettings(steps=4, batch_size=2, share=0.5))
     assert sorted(seen) == sorted([1, 3, 5, 7] * 2)
     assert sorted(seen[:4]) == [1, 3, 5, 7]
 
 
 def test_a_bfloat16_model_is_taught_in_float32() -> None:
     model = Bigram().to(torch.bfloat16)
-    found = relearn_probe(model, examples(8, 3), pad_token_id=0, steps=4, lr=1e-4)
+    found = relearn_probe(model, examples(8, 3), pad_token_id=0, settings=RelearnSettings(steps=4, lr=1e-4))
     assert found["points"][-1]["taught"] > found["points"][0]["taught"]
     assert model.table.dtype == torch.bfloat16
 
@@ -324,7 +326,7 @@ def test_a_bfloat16_model_is_taught_in_float32() -> None:
 )
 def test_a_probe_outside_its_domain_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="relearn_probe: expected"):
-        relearn_probe(Bigram(), examples(4, 0), pad_token_id=0, **wrong)
+        relearn_probe(Bigram(), examples(4, 0), pad_token_id=0, settings=RelearnSettings(**wrong))
 
 
 # ---- QuantizationProbe
