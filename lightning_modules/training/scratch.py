@@ -1,4 +1,4 @@
-"""A small Llama that is trained from scratch until it has memorised its examples: a model to unlearn on one CPU core."""
+"""A small Llama, trained from scratch until it has memorised its examples: a model to unlearn on one CPU core."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def _loss(model: LlamaForCausalLM, batch: Mapping[str, torch.Tensor]) -> torch.T
 
 
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the checkpoint beside its place, then rename it, so that a crash or a second process leaves no half of one."""
+    """Write the checkpoint beside its place and rename it, so that a crash or a second process leaves no half of one."""
     partial = folder.with_name(f".partial-{uuid.uuid4().hex}")
     try:
         partial.mkdir(parents=True)
@@ -238,7 +238,7 @@ def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: P
 
 @contextmanager
 def one_thread() -> Generator[None]:
-    """Lets the block use one thread: steps are so small that more gain little, and on a busy machine wait for each other.
+    """Lets the block use one thread: in steps this small, more threads gain little, and on a busy machine they wait.
 
     Two threads on two cores that others use too took 20 times as long (5 s became 70 to 114 s). One thread also makes
     the weights independent of the number of threads.

@@ -94,6 +94,12 @@ class ULDModule(L.LightningModule):
         self.log_dict({"loss/forget": forget.detach(), "loss/retain": retain.detach()}, prog_bar=True)
         return forget + self.retain_weight * retain
 
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Nothing: how probable answers are to the assistant alone says nothing about the unlearned model.
+
+        Without this method, Lightning warns about the validation loaders of `ForgetRetainDataModule`.
+        """
+
     def forget_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Mean cross-entropy of the answer tokens of D'_f, in nats."""
         logits, labels = gs.losses.answer_tokens(self._logits(batch), batch["labels"])
@@ -225,6 +231,7 @@ def train_assistant(
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
+        "limit_val_batches": 0,
         "use_distributed_sampler": False,  # PairSampler divides the pairs itself
         **(trainer or {}),
     }
