@@ -216,13 +216,13 @@ def _batches(encoded: Sequence[Encoded], batch_size: int, epochs: int, seed: int
 def _loss(model: LlamaForCausalLM, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     labels = batch["labels"][:, 1:]
     keep = labels != IGNORED
-    # Padding is on the right, where causal attention never looks: without a mask the faster kernel is used.
+    # No mask: padding is on the right, where causal attention never looks, and without one a faster kernel is used.
     hidden = model.model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state[:, :-1]
     return cross_entropy(model.lm_head(hidden[keep]), labels[keep])
 
 
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the checkpoint beside its place and rename it, so that a crash or a second process leaves no half of one."""
+    """Write the checkpoint beside its place and rename it, so that a crash or a second process leaves no half."""
     partial = folder.with_name(f".partial-{uuid.uuid4().hex}")
     try:
         partial.mkdir(parents=True)
@@ -238,7 +238,7 @@ def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: P
 
 @contextmanager
 def one_thread() -> Generator[None]:
-    """Lets the block use one thread: in steps this small, more threads gain little, and on a busy machine they wait.
+    """Lets the block use one thread: steps are so small that more gain little, and on a busy machine they wait.
 
     Two threads on two cores that others use too took 20 times as long (5 s became 70 to 114 s). One thread also makes
     the weights independent of the number of threads.
