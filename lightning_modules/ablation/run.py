@@ -24,7 +24,7 @@ from lightning_modules.ablation.training import train
 from lightning_modules.ablation.weights import by_assistant, by_rectified, by_task_vector
 from lightning_modules.data.examples import Example
 from lightning_modules.run.loading import _texts, load_model, load_pretrained, make_data
-from lightning_modules.training.scratch import scratch_model
+from lightning_modules.training.scratch import ScratchSettings, scratch_model
 
 RUNS, MODELS = "runs", "models"
 Splits = Mapping[str, Sequence[Example]]
@@ -165,9 +165,8 @@ def _load_reference(run: Run, splits: Splits) -> tuple[nn.Module, Any] | None:
 
 def _scratch(run: Run, sizes: Scratch, splits: Splits, rows: Sequence[Example], said: str) -> tuple[nn.Module, Any]:
     texts = _texts(run.options(), splits)
-    return scratch_model(
-        rows, tokenizer_texts=texts, seed=run.model_seed, device=_device(), description=said, **vars(sizes)
-    )
+    settings = ScratchSettings(seed=run.model_seed, device=_device(), **vars(sizes))
+    return scratch_model(rows, settings, tokenizer_texts=texts, description=said)
 
 
 def _device() -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from lightning_modules.ablation.training import trainer_options
 from lightning_modules.data.pairs import ForgetRetainDataModule
 from lightning_modules.run.loading import make_data
 from lightning_modules.training.uld import train_assistant
+from lightning_modules.training.warmup import with_warmup
 
 _STATES = 20  # looked at between weight 0 and the largest; bisection does the rest
 
@@ -34,15 +36,8 @@ def by_assistant(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, tar
         model,
         tokenizer,
         make_data(options, None).read(),
-        lora_rank=options.lora_rank or 32,
-        lr=run.method.lr or run.grid.train.lr,
-        weight_decay=options.weight_decay,
-        warmup_steps=options.warmup_steps,
-        batch_size=options.batch_size,
-        max_length=options.max_length,
-        seed=options.seed,
+        replace(options.uld_settings(), lr=run.method.lr or run.grid.train.lr),
         trainer=trainer_options(run, [clock]),  # with the row's epochs
-        **options.uld_settings(),
     )
 
     def load(state: StateDict) -> None:
@@ -148,10 +143,7 @@ class FineTuning(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and its warm-up."""
-        optimizer = self.make_optimizer(self.model.parameters())
-        steps = max(1, self.warmup_steps)
-        warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0 / steps, total_iters=steps - 1)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
+        return with_warmup(self.make_optimizer(self.model.parameters()), self.warmup_steps)
 
 
 class _Clock(Callback):

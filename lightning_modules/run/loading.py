@@ -17,7 +17,7 @@ from lightning_modules.data.tofu import tofu_examples, tofu_split
 from lightning_modules.evaluation.membership import HOLDOUT
 from lightning_modules.run.options import DataOptions, UnlearnOptions
 from lightning_modules.training import objectives
-from lightning_modules.training.scratch import scratch_model
+from lightning_modules.training.scratch import ScratchSettings, scratch_model
 
 _TOKENIZER_AUTHORS = 100
 
@@ -93,8 +93,8 @@ def load_model(options: DataOptions, splits: Mapping[str, Sequence[Example]]) ->
         return load_pretrained(options.model)
     return scratch_model(
         [*splits["retain"], *splits["forget"]],
+        ScratchSettings(seed=options.seed),
         tokenizer_texts=_texts(options, splits),
-        seed=options.seed,
         description="Training a small Llama on everything",
     )
 
@@ -107,8 +107,8 @@ def load_reference(options: DataOptions, splits: Mapping[str, Sequence[Example]]
         return None
     return scratch_model(
         splits["retain"],
+        ScratchSettings(seed=options.seed),
         tokenizer_texts=_texts(options, splits),
-        seed=options.seed,
         description="Training the reference, which never sees the forget set",
     )
 

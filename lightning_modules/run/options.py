@@ -6,12 +6,15 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 import gradsurgery as gs
 from lightning_modules.training import objectives
+
+if TYPE_CHECKING:
+    from lightning_modules.training.uld import ULDSettings
 
 Split = Literal["forget01", "forget05", "forget10"]
 
@@ -304,7 +307,20 @@ class UnlearnOptions(DataOptions):
             known |= {"uld": ({"num_layers": 1, "weight": 1.0} if scratch else {}) | self.uld}
         return replace(self, **known)
 
-    def uld_settings(self) -> dict[str, Any]:
-        """Arguments of `train_assistant`; a YAML file may have written counts as 8.0."""
+    def uld_settings(self) -> ULDSettings:
+        """How `train_assistant` trains; a YAML file may have written counts as 8.0."""
+        from lightning_modules.training.uld import ULDSettings
+
         counts = ("num_layers", "perturbed_per_row")
-        return {name: int(value) if name in counts else value for name, value in self.uld.items()}
+        given: dict[str, Any] = {name: int(value) if name in counts else value for name, value in self.uld.items()}
+        return ULDSettings(
+            lora_rank=self.lora_rank or 32,
+            lr=self.lr or 1e-3,
+            weight_decay=self.weight_decay,
+            warmup_steps=self.warmup_steps,
+            epochs=self.epochs or 10,
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            seed=self.seed,
+            **given,
+        )

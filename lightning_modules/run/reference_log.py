@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -155,7 +154,7 @@ def cache_path(options: DataOptions, splits: Splits) -> Path | None:
 
     - of a folder: its path, and the name, size and time of change of every file in it;
     - of a model on the hub: its commit;
-    - of the model from scratch: its examples, tokenizer texts, seed, and the defaults of `scratch_model`.
+    - of the model from scratch: its examples, tokenizer texts, seed, and the default `ScratchSettings`.
 
     An adapter has none, because it names a base that may change without it.
     """
@@ -191,9 +190,9 @@ def _identity(options: DataOptions, splits: Splits) -> object:
 
 
 def _from_scratch(options: DataOptions, splits: Splits) -> object:
-    settings = {name: str(entry.default) for name, entry in inspect.signature(scratch.scratch_model).parameters.items()}
+    settings = {name: str(value) for name, value in vars(scratch.ScratchSettings()).items()}
     return {
-        "scratch": [scratch._FORMAT, scratch.VOCABULARY, settings, options.seed],
+        "scratch": [scratch.FORMAT, scratch.VOCABULARY, settings, options.seed],
         "examples": [[row["question"], row["answer"]] for row in splits["retain"]],
         "texts": _texts(options, splits),
     }

@@ -169,16 +169,8 @@ def _unlearn_by_assistant(
         model,
         tokenizer,
         splits,
-        lora_rank=options.lora_rank,
-        lr=options.lr or 1e-3,
-        weight_decay=options.weight_decay,
-        warmup_steps=options.warmup_steps,
-        epochs=options.epochs or 10,
-        batch_size=options.batch_size,
-        max_length=options.max_length,
-        seed=options.seed,
+        options.uld_settings(),
         trainer={"precision": options.precision, "enable_progress_bar": Console(stderr=True).is_terminal},
-        **options.uld_settings(),
     )
     seconds = {"train": time.perf_counter() - started, "evaluate": evaluating}
     return _leave(options, splits, log, before, unlearned, tokenizer, seconds)

@@ -1,4 +1,4 @@
-"""Low-rank adapters on every linear weight but the head, started at random or by LoKU's FILA."""
+"""Low-rank adapters on every linear weight but the head, initialised at random or by LoKU's FILA."""
 
 from __future__ import annotations
 
@@ -20,23 +20,26 @@ def with_adapters(
     retain_batches: Iterable[Mapping[str, Tensor]] | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """A ``PeftModel`` around a causal language model: LoRA of alpha twice the rank and no dropout, LoKU's setting.
+    """A `PeftModel` around a causal language model: LoRA with alpha twice the rank and no dropout, as in LoKU.
 
     Args:
-        model: Hugging Face's; its modules are adapted in place, and with "fila" its weights change.
+        model: A Hugging Face model. Its modules are adapted in place, and with "fila" its weights change.
         rank: Of the adapters; 0 returns the model as it is.
-        init: "default" starts with A random and B = 0, "fila" with what matters most to the forget set, see `gradsurgery.lora.fila_`.
-        forget_batches: What importance is measured on, only for "fila": `input_ids`, `attention_mask` and `labels` as `collate` makes.
-        retain_batches: The same for the retain set; the authors use as many batches as of the forget set.
+        init: "default" starts with A random and B = 0, "fila" with what matters most to the forget set, see
+            `gradsurgery.lora.fila_`.
+        forget_batches: Only for "fila": the batches on which importance is measured, with `input_ids`, `attention_mask`
+            and `labels` as `collate` makes them.
+        retain_batches: The same for the retain set. The authors use as many batches as of the forget set.
         seed: Of the adapters. The global random state is left as it was.
 
     Raises:
-        ValueError: If an argument is outside its domain or "fila" lacks batches or a rank. The model is unchanged then.
+        ValueError: If an argument is outside its domain, or "fila" lacks batches or a rank. The model then stays
+            unchanged.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-        >>> model = with_adapters(LlamaForCausalLM(config), rank=2)
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = with_adapters(LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes)), rank=2)
         >>> sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         224
     """
@@ -52,7 +55,7 @@ def with_adapters(
         return model
     from peft import LoraConfig, get_peft_model
 
-    # Measured first: batches that raise shall leave the model without adapters.
+    # Importance comes first, so that batches that raise leave the model without adapters.
     importance = (
         lora.fisher_importance(model, forget_batches, retain_batches)
         if forget_batches is not None and retain_batches is not None and init == "fila"

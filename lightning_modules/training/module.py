@@ -8,47 +8,64 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 import gradsurgery as gs
+from lightning_modules.metrics import AnswerProbability
 from lightning_modules.training.heads import AnswerHead
 from lightning_modules.training.objectives import name_of, needs_reference, needs_refusals, objective
+from lightning_modules.training.probability import add_answers, uncollated
 from lightning_modules.training.references import Reference
+from lightning_modules.training.token_count import mean_token_count
+from lightning_modules.training.warmup import with_warmup
 
 
 class UnlearningModule(L.LightningModule):
     """Forget one set of answers, keep the others, with gradient surgery between the two.
 
-    Every step takes the batch `{"forget": ..., "retain": ...}` (`ForgetRetainDataModule` makes them), computes both losses on the answer
-    tokens, and hands them to `GradientSurgery.join`, so that accumulation, clipping, precision plugins, schedulers, DDP and resuming
-    are Lightning's own. Losses are means over the answer tokens of all processes, so that two processes with half the batch each do
-    what one does with all of it. Batches of an accumulated step count equally, whatever their number of answer tokens.
+    Every training step takes the batch `{"forget": ..., "retain": ...}` (`ForgetRetainDataModule` makes them), computes
+    both losses on the answer tokens, and hands them to `GradientSurgery.join`. Accumulation, clipping, precision
+    plugins, schedulers, DDP and resuming are Lightning's own.
 
-    A Hugging Face model runs as backbone and head apart, so that only answer tokens go through the head and the logits of all tokens are
-    never held (`heads.AnswerHead`); any other model computes its own logits.
+    A loss is the mean over the answer tokens of all processes, so that two processes with half the batch each do what
+    one does with all of it. The batches of an accumulated step count equally, whatever their number of answer tokens.
+
+    Validation takes two loaders, of the forget and of the retain examples in this order, and logs their mean answer
+    probability as `forget/probability` and `retain/probability` (see `validation_step`).
+
+    A Hugging Face model runs as backbone and head apart, so that only answer tokens go through the head and the logits
+    of all tokens are never held (`heads.AnswerHead`). Any other model computes its own logits.
 
     Args:
         model: Anything that maps `input_ids` and `attention_mask` to an output with `logits [B, T, V]`.
-        forget_loss: A loss of `gradsurgery.losses`, a `functools.partial` of one, any function of logits `[N, V]` and labels `[N]` with a
-            value per token, or an objective (`objectives.idk`, `objectives.rmu`); to be minimised. See `objectives.objective`.
+        forget_loss: What is minimised on the forget batch: a loss of `gradsurgery.losses`, a `functools.partial` of
+            one, any function of logits `[N, V]` and labels `[N]` with a value per token, or an objective
+            (`objectives.idk`, `objectives.rmu`). See `objectives.objective`.
         retain_loss: The same for the retain batch.
-        skip_first: Answer tokens that the forget loss leaves out at the start of each answer; None: 1 for CE-U, as in its paper,
-            and 0 for any other.
+        skip_first: Answer tokens that the forget loss leaves out at the start of each answer. None means 1 for CE-U,
+            as in its paper, and 0 for any other loss.
         optimizer: Trainable parameters, by name -> a base optimizer.
-        surgery: Base optimizer -> `GradientSurgery` with the objectives "forget" and "retain". With accumulation over several batches
-            it must have `accumulate=True`.
-        warmup_steps: The learning rate rises linearly over so many steps, then stays.
-        reference: The model before unlearning, for losses that compare with it: `references.SecondModel()` (a frozen copy),
-            `AdapterOff()` or `Precomputed(path)`.
-        retain_inside: Multiple of the retain loss inside the forget objective, before the rule (the GRU code's `*_gd_gru`). What is added
-            after the rule is `GradientSurgery`'s `add`.
-        dual: PDU's multiplier of the retain loss, updated after each optimizer step with that step's mean retain loss of all processes, and
-            saved with the module.
+        surgery: Base optimizer -> `GradientSurgery` with the objectives "forget" and "retain". To accumulate several
+            batches it must have `accumulate=True`.
+        warmup_steps: Steps over which the learning rate rises linearly; then it stays.
+        reference: The start model (the model before unlearning), for losses that compare with it:
+            `references.SecondModel()` (a frozen copy), `AdapterOff()` or `Precomputed(path)`.
+        retain_inside: Multiple of the retain loss inside the forget objective, before the rule (the GRU code's
+            `*_gd_gru`). What is added after the rule is `GradientSurgery`'s `add`.
+        dual: PDU's multiplier of the retain loss. It is updated after each optimizer step, with that step's mean retain
+            loss of all processes, and saved with the module.
+
+    Raises:
+        ValueError: If `retain_loss` teaches refusals, if a loss compares with a start model and there is no
+            `reference`, or if `skip_first` is given to a loss that chooses its own tokens.
+        TypeError: If a loss is not a function.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-        >>> module = UnlearningModule(LlamaForCausalLM(config), surgery=partial(gs.GRU, guard="update"))
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes))
+        >>> module = UnlearningModule(model, surgery=partial(gs.GRU, guard="update"))
     """
 
     def __init__(
@@ -77,6 +94,8 @@ class UnlearningModule(L.LightningModule):
         self.losses: dict[str, Tensor] = {}
         self._retain_losses: list[Tensor] = []
         self._steps_seen = 0
+        # A dictionary, so that the metrics are no submodules: Lightning would move their float64 to devices without.
+        self._probabilities: dict[str, AnswerProbability] = {}
         if needs_refusals(retain_loss):
             raise ValueError(
                 f"retain_loss: expected a loss that keeps answers, found {name_of(retain_loss)}, which teaches refusals"
@@ -101,13 +120,13 @@ class UnlearningModule(L.LightningModule):
 
     @property
     def head(self) -> AnswerHead:
-        """The model in two parts; made anew when `model` is replaced."""
+        """The model in two parts, taken apart again when `model` is replaced."""
         if self._answer_head.model is not self.model:
             self._answer_head = AnswerHead(self.model)
         return self._answer_head
 
     def training_step(self, batch: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
-        """Both losses, joined."""
+        """Both losses, joined into one scalar whose backward pass does the surgery."""
         losses = {name: compute(self, batch, name) for name, compute in self.objectives.items()}
         self.losses = {name: loss.detach() for name, loss in losses.items()}
         self.log_dict({f"loss/{name}": loss for name, loss in self.losses.items()}, prog_bar=True)
@@ -128,24 +147,54 @@ class UnlearningModule(L.LightningModule):
         self.dual.update(self.trainer.strategy.reduce(mean, reduce_op="mean") if self.trainer.world_size > 1 else mean)
 
     def on_train_start(self) -> None:
-        """A resumed run goes on counting steps from where it was."""
+        """Count steps from where a resumed run was."""
         self._steps_seen, self._retain_losses = self.trainer.global_step, []
 
+    def on_validation_epoch_start(self) -> None:
+        """A fresh metric for each split."""
+        exact = torch.device("cpu") if self.device.type == "mps" else self.device  # Apple's GPUs have no float64
+        self._probabilities = {name: AnswerProbability().to(exact) for name in self.objectives}
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Score a batch's answers, as `callbacks.TradeoffCurve` scores them.
+
+        Args:
+            batch: Of the first of two loaders forget examples, of the second retain examples, as `collate` makes them:
+                `input_ids`, `attention_mask` and `labels`, `[B, T]`. A training batch, `{"forget": ..., "retain":
+                ...}`, from any loader is scored as well. Any other batch is left alone, with a warning.
+            batch_idx: Lightning's.
+            dataloader_idx: Which loader the batch comes from.
+        """
+        splits: Mapping[str, Any] = batch if isinstance(batch, Mapping) else {}
+        if "input_ids" in splits and len(self.trainer.num_val_batches) == len(self.objectives):
+            splits = {list(self.objectives)[dataloader_idx]: batch}
+        scored = [name for name in self._probabilities if name in splits]
+        if not scored:
+            rank_zero_warn(
+                "validation: expected two loaders, of forget and of retain examples, or batches with both, found others; "
+                "they are not scored"
+            )
+        with torch.autocast(self.device.type, enabled=False):  # as the curve and the evaluation score
+            for name in scored:
+                rows = uncollated(splits[name])
+                add_answers(self._probabilities[name], self.model, rows, pad_token_id=0, batch_size=len(rows))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean answer probability of each split, over all batches and processes."""
+        for name, metric in self._probabilities.items():
+            with metric.sync_context():  # in every process: one without a batch would keep the others waiting
+                seen = bool(metric.count)
+            if seen:
+                mean = metric.compute()
+                mean = mean.float() if self.device.type == "mps" else mean
+                self.log(f"{name}/probability", mean, prog_bar=True, sync_dist=True)
+        self._probabilities = {}
+
     def mean_count(self, count: int) -> Tensor:
-        """The mean of a count of tokens over all processes: DDP averages losses, whatever each process counted."""
-        world = 1 if self._trainer is None else self.trainer.world_size
-        mean = torch.tensor(float(count), device=self.device)
-        if world > 1:
-            mean = self.trainer.strategy.reduce(mean, reduce_op="mean")
-        return mean.clamp_min(1.0 / world)
+        """The mean over all processes of a count of tokens, see `token_count.mean_token_count`."""
+        return mean_token_count(count, self._trainer, self.device)
 
     def configure_optimizers(self) -> Any:
         """The wrapped base optimizer, and its warm-up."""
         named = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        optimizer = self.make_surgery(self.make_optimizer(named))
-        if not self.warmup_steps:
-            return optimizer
-        warmup = torch.optim.lr_scheduler.LinearLR(
-            optimizer, 1.0 / self.warmup_steps, total_iters=self.warmup_steps - 1
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
+        return with_warmup(self.make_surgery(self.make_optimizer(named)), self.warmup_steps)

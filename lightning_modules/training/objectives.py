@@ -1,4 +1,8 @@
-"""From a loss and a batch to one number: which reference and which mean each kind of loss takes."""
+"""From a loss and a batch to one number: which mean each kind of loss takes, and what it compares with.
+
+Some losses compare with the start model, the model before unlearning. Where its outputs come from is the business of
+`references`, which is why these arguments are called `reference`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,11 @@ Batches: TypeAlias = Mapping[str, Mapping[str, Tensor]]
 
 
 class Context(Protocol):
-    """What an objective may use: `UnlearningModule` is one."""
+    """What an objective may use of the module that it trains; `UnlearningModule` has all of it.
+
+    Attributes:
+        reference: Gives the start model's outputs, for losses that compare with it.
+    """
 
     reference: Reference | None
 
@@ -26,15 +34,15 @@ class Context(Protocol):
         ...
 
     def mean_count(self, count: int) -> Tensor:
-        """The mean of a count over all processes."""
+        """The mean of a count of tokens over all processes."""
         ...
 
 
 Objective: TypeAlias = Callable[[Context, Batches, str], Tensor]
-"""(module, batches by name, name of the batch) -> a scalar to be minimised."""
+"""A function of the module, the batches by name, and the name of its own batch. It returns a scalar to be minimised."""
 
 NAMES: tuple[str, ...] = (*gs.losses.LOSSES, *gs.losses.SEQUENCE_LOSSES, *gs.losses.ROW_LOSSES, "idk")
-"""What the command line can name; `dpo` and `idk` need refusals in the data."""
+"""The names that the command line knows. `dpo` and `idk` need refusals in the data."""
 
 
 def by_name(name: str) -> Any:
@@ -50,19 +58,21 @@ def by_name(name: str) -> Any:
 
 
 def objective(loss: Any, skip_first: int | None = None) -> Objective:
-    """What a loss means as an objective.
+    """The objective that a loss stands for: how its values become one number.
 
     - A loss per token: its mean over the answer tokens of all processes.
-    - `npo`, `simnpo`, `dpo` (or a `functools.partial` of one): per sequence, their mean over the sequences.
-    - `undial`, `kl_divergence`, `uniform`, `logit_margin`: per row, as a loss per token, with the reference's logits where they take them.
-    - An `Objective` made here, such as `idk` or `rmu(...)`: itself.
+    - A loss per sequence (`npo`, `simnpo`, `dpo`): its mean over the sequences of this process.
+    - A loss per row of logits (`undial`, `kl_divergence`, `uniform`, `logit_margin`): as a loss per token, with the
+      start model's logits where it takes them.
+    - An `Objective` of this file, such as `idk` or `rmu(...)`: itself.
 
     Args:
-        loss: The loss.
-        skip_first: Answer tokens left out at the start of each answer; None: 1 for `ceu`, as in its paper, 0 for any other.
+        loss: The loss, or a `functools.partial` of one.
+        skip_first: Answer tokens left out at the start of each answer. None means 1 for `ceu`, as in its paper, and 0
+            for any other loss.
 
     Raises:
-        TypeError: If the loss is no function.
+        TypeError: If the loss is not a function.
         ValueError: If ``skip_first`` is given to an objective that chooses its own tokens.
     """
     if not callable(loss):
@@ -82,25 +92,28 @@ def objective(loss: Any, skip_first: int | None = None) -> Objective:
 
 
 def as_objective(function: Any) -> Any:
-    """Mark a function of (module, batches, name) as an `Objective`, so that it is not taken for a loss per token."""
+    """A decorator for `Objective`s: tells a function of (module, batches, name) from a loss per token."""
     function.is_objective = True
     return function
 
 
 @as_objective
 def idk(context: Context, batches: Batches, name: str) -> Tensor:
-    """IdkNLL: cross-entropy of a refusal to the forget questions, mean over its tokens (TOFU, 2401.06121)."""
+    """IdkNLL (TOFU, 2401.06121): cross-entropy of refusals to the forget questions, mean over the refusals' tokens."""
     return _token_mean(gs.losses.cross_entropy, 0, False, context, batches, _refusal(batches, name))
 
 
 def rmu(layer: int, direction: Tensor | None = None) -> Objective:
-    """RMU (2403.03218) on the hidden states after a layer, `gradsurgery.losses.rmu`, mean over the sequences.
+    """RMU (2403.03218): moves the hidden states after a layer, `gradsurgery.losses.rmu`, mean over the sequences.
 
     Args:
-        layer: Index into the model's `hidden_states`: 0 is the embedding, l the output of layer l (the authors' layer 7 is 8 here). To
-            train some layers only, freeze the others' parameters.
-        direction: `[H]`, where forget states are steered (`gradsurgery.losses.rmu_direction`). None: to the reference's own hidden
-            states, which is the retain half.
+        layer: Index into the model's `hidden_states`: 0 is the embedding, l the output of layer l (the authors' layer 7
+            is 8 here). To train some layers only, freeze the others' parameters.
+        direction: Where the forget states are steered, `[H]` (`gradsurgery.losses.rmu_direction`). None is the retain
+            half of RMU: the states are held to those of the start model.
+
+    Raises:
+        TypeError: When it is computed, if `direction` is None and the module's `reference` is not a `SecondModel`.
     """
 
     @as_objective
@@ -176,7 +189,7 @@ def name_of(loss: Any) -> str:
 
 
 def needs_reference(loss: Any) -> bool:
-    """Whether a loss compares with the model before unlearning."""
+    """Whether a loss compares with the start model."""
     plain = _unbound(loss)
     return (
         needs_logits(loss)
@@ -187,12 +200,12 @@ def needs_reference(loss: Any) -> bool:
 
 
 def needs_logits(loss: Any) -> bool:
-    """Whether that comparison takes whole rows of logits, which no file holds."""
+    """Whether that comparison takes whole rows of logits, which `references.Precomputed` does not hold."""
     plain = _unbound(loss)
     return plain is gs.losses.undial or plain is gs.losses.kl_divergence
 
 
 def needs_refusals(loss: Any) -> bool:
-    """Whether a loss teaches a refusal: `ForgetRetainDataModule(refusals=...)`."""
+    """Whether a loss teaches refusals, so that the data needs them: `ForgetRetainDataModule(refusals=...)`."""
     plain = _unbound(loss)
     return plain is gs.losses.dpo or plain is idk

@@ -1,5 +1,16 @@
-# ruff: noqa: ARG002 (three classes with the same methods, which need not all arguments)
-"""Where a loss's reference comes from: a second model, the model with its adapters off, or numbers on a disk."""
+# ruff: noqa: ARG002 (three classes with the same methods, not all of which need all arguments)
+"""Where the start model's outputs come from: a second model, the model with its adapters off, or numbers on a disk.
+
+The start model is the model before unlearning. NPO, DPO, UNDIAL, KL divergence and RMU compare the trained model with
+it, and call it their reference model. (The reference of `--reference` and of forget quality is another one: a model
+that never saw the forget set.)
+
+| | memory | time | losses |
+|---|---|---|---|
+| `SecondModel` | a second copy of the weights | a forward pass | all |
+| `AdapterOff` | none | a forward pass | all but `rmu`; needs adapters that leave the base as it was |
+| `Precomputed` | 12 bytes an example | none | those that need a number per sequence: `npo`, `dpo` |
+"""
 
 from __future__ import annotations
 
@@ -18,12 +29,12 @@ from lightning_modules.training.heads import AnswerHead, Batch, States, answer_v
 
 
 class SecondModel:
-    """A frozen model beside the one that is trained: right for every loss, and twice the memory for weights.
+    """A frozen model beside the one that is trained: right for every loss, at twice the memory for weights.
 
     It is not part of the module: no optimizer, checkpoint or strategy sees it.
 
     Args:
-        model: The reference, which is frozen; None copies the model that an `UnlearningModule` is made of, as it is then.
+        model: The start model, which is frozen. None copies the model of the `UnlearningModule` when that is made.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
@@ -32,10 +43,13 @@ class SecondModel:
         self._head: AnswerHead | None = None
 
     def prepare(self, model: nn.Module) -> None:
-        """Copy the model if there is none yet, and freeze it.
+        """Copy the model if there is no copy yet, and freeze it.
+
+        Args:
+            model: The one that is trained.
 
         Raises:
-            ValueError: If it is the trained model itself, or holds a copy of another one.
+            ValueError: If the start model is the trained model itself, or a copy of another one.
         """
         if self.model is model:
             raise ValueError(
@@ -57,7 +71,13 @@ class SecondModel:
             return self._on_device(head, batch).hidden(batch, layer)
 
     def states(self, head: AnswerHead, batch: Batch, *, split: bool) -> States:
-        """The reference's states; logits if the trained model gives logits."""
+        """The start model's states, with a head or as logits.
+
+        Args:
+            head: Of the trained model.
+            batch: `input_ids` and `attention_mask`, `[B, T]`.
+            split: False for logits, so that they can be compared with a trained model that gives logits.
+        """
         with torch.no_grad():
             return self._on_device(head, batch).states(batch, split=split)
 
@@ -78,7 +98,8 @@ class SecondModel:
 class AdapterOff:
     """The trained model with its adapters switched off: no second copy, one more forward pass.
 
-    Right where the base weights are those of the start model. FILA changes them: take `SecondModel` or `Precomputed` there.
+    It is right where the base weights are those of the start model. FILA changes them: use `SecondModel` or
+    `Precomputed` with it.
     """
 
     def prepare(self, model: nn.Module) -> None:
@@ -93,9 +114,9 @@ class AdapterOff:
             )
 
     def states(self, head: AnswerHead, batch: Batch, *, split: bool) -> States:
-        """The base model's states."""
+        """The base model's states, see `SecondModel.states`."""
         model: Any = head.model
-        with evaluation_mode(model), model.disable_adapter():  # no dropout in a reference
+        with evaluation_mode(model), model.disable_adapter():  # without dropout
             return head.states(batch, split=split)
 
     def nll(self, head: AnswerHead, batch: Batch, skip_first: int, name: str) -> Tensor:
@@ -107,14 +128,14 @@ class AdapterOff:
 class Precomputed:
     """Log-likelihoods that `precompute` wrote: no second model and no second forward pass.
 
-    For losses that need one number per sequence (`npo`, `dpo`); a loss that needs the reference's logits would need `[tokens, vocabulary]`
-    numbers.
+    They serve losses that need one number per sequence (`npo`, `dpo`). A loss that takes the start model's logits would
+    need `[tokens, vocabulary]` numbers.
 
     Args:
-        path: The file.
+        path: Of the file.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If there is no such file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -126,10 +147,10 @@ class Precomputed:
         self.tensors = load_file(self.path)
 
     def prepare(self, model: nn.Module) -> None:
-        """Nothing to do."""
+        """Do nothing: the file says everything."""
 
     def states(self, head: AnswerHead, batch: Batch, *, split: bool) -> States:
-        """Refuse.
+        """Refuse: the file holds no logits.
 
         Raises:
             TypeError: Always.
@@ -141,8 +162,14 @@ class Precomputed:
     def nll(self, head: AnswerHead, batch: Batch, skip_first: int, name: str) -> Tensor:
         """Negative log-likelihood of each answer, summed over its tokens, `[B]`.
 
+        Args:
+            head: Not used.
+            batch: With the examples' `index`, `[B]`, as `ForgetRetainDataModule` gives it.
+            skip_first: 0.
+            name: Of the batch: "forget", "retain" or "refusal".
+
         Raises:
-            ValueError: If the file is about other examples.
+            ValueError: If the batch has no index, the file is about other examples, or `skip_first` is not 0.
         """
         if skip_first:
             raise ValueError(
@@ -175,12 +202,12 @@ class Examples(Protocol):
 def precompute(
     model: nn.Module, dataset: Examples, path: str | Path, *, pad_token_id: int, batch_size: int = 32
 ) -> None:
-    """Write the log-likelihoods of every answer under the model that is about to forget, for `Precomputed`.
+    """Write the log-likelihood of every answer under the start model, for `Precomputed`.
 
     Args:
-        model: The reference, before unlearning.
+        model: The start model.
         dataset: `ForgetRetainDataModule(...).dataset` after `setup()`.
-        path: Of the file to write, safetensors; 12 bytes an example.
+        path: Of the safetensors file to write; 12 bytes an example.
         pad_token_id: Of the tokenizer.
         batch_size: Examples a forward pass.
     """
@@ -205,7 +232,7 @@ def precompute(
 
 
 def checksums(batch: Batch) -> Tensor:
-    """A number of each row's tokens and labels, `[B]` int64, that does not depend on the padding."""
+    """A number for each row, `[B]` int64, that tells rows with other tokens or labels apart, whatever the padding."""
     mask = batch["attention_mask"].long()
     place = mask.cumsum(1)
     mixed = batch["input_ids"] * 1_000_003 + batch["labels"] * 7_919 + 12_345

@@ -1,8 +1,9 @@
-"""ULD: training the assistant whose logits are subtracted, and nothing else."""
+"""ULD: training the assistant whose logits are subtracted from the base model's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,11 @@ from gradsurgery.logit_difference import LogitDifferenceModel, assistant
 from lightning_modules.data.pairs import ForgetRetainDataModule
 from lightning_modules.data.uld import uld_data
 from lightning_modules.evaluation.likelihood import device_of
+from lightning_modules.training.token_count import mean_token_count
+from lightning_modules.training.warmup import with_warmup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["ULDModule", "train_assistant", "uld_data"]
 
 
 class ULDModule(L.LightningModule):
@@ -28,33 +29,40 @@ class ULDModule(L.LightningModule):
     .. math:: \min_\phi \; \mathrm{mean}_{D'_f} \, [-\log p_\phi(y)]
               + \beta \, \mathrm{mean}_{D'_r} \, \mathrm{KL}(\mathrm{uniform} \,\|\, p_\phi)
 
-    ULD (Ji et al. 2024, arXiv 2406.08607), equations 3 to 5; the paper's cross-entropy against the uniform distribution is this KL and
-    the constant log V. The batch is `{"forget": ..., "retain": ...}` (`ForgetRetainDataModule` of `uld_data`).
+    ULD (Ji et al. 2024, arXiv 2406.08607), equations 3 to 5. The paper's cross-entropy against the uniform distribution
+    is this KL and the constant log V. The batch is `{"forget": ..., "retain": ...}`, as `ForgetRetainDataModule` makes
+    it of `uld_data`.
 
-    Masks: both means are over answer tokens (label not -100), shifted: position t is held to token t + 1. `all_positions=True` takes the
-    uniform term as the authors' code does, over every position of the retain batch, prompt and padding included. Means are over the
-    tokens of all processes, so that two processes with half the batch each do what one does with all of it.
+    Both means are over answer tokens (label not -100), shifted: the logits of position t are held to token t + 1. With
+    `all_positions=True` the uniform term is taken as in the authors' code, over every position of the retain batch,
+    prompt and padding included. Means are over the tokens of all processes, so that two processes with half the batch
+    each do what one does with all of it.
 
-    The objectives do not fight over what is to be kept, so there is no surgery: one plain optimizer on their sum.
+    The two objectives do not fight over what is to be kept, so there is no surgery: one plain optimizer steps on their
+    sum.
 
-    Checkpoints hold the trainable weights only. The frozen ones are the base model's own storage, and loading a checkpoint into them
-    would overwrite the base.
+    Checkpoints hold the trainable weights only. The frozen ones are the base model's own storage, and loading a
+    checkpoint into them would overwrite the base.
 
     Args:
-        assistant: of `gradsurgery.logit_difference.assistant`, or any causal language model; what requires a gradient is trained.
-        retain_weight: beta. Paper: 6.5; the authors' code: 5.
-        all_positions: where the uniform term counts, see above.
-        optimizer: trainable parameters, by name -> optimizer. By default AdamW as in the paper (appendix B.5): lr 1e-3 (5e-4 on Harry
-            Potter), betas (0.9, 0.99), weight decay 0.01. The authors' code has the same, and Transformers' default betas.
-        warmup_steps: steps over which the learning rate rises linearly. Paper: none is mentioned; the authors' code: 10 % of training.
+        assistant: Of `gradsurgery.logit_difference.assistant`, or any causal language model. What requires a gradient
+            is trained.
+        retain_weight: Beta. Paper: 6.5; the authors' code: 5.
+        all_positions: Whether the uniform term counts every position, see above.
+        optimizer: Trainable parameters, by name -> optimizer. The default is AdamW as in the paper (appendix B.5): lr
+            1e-3 (5e-4 on Harry Potter), betas (0.9, 0.99), weight decay 0.01. The authors' code has the same learning
+            rate and weight decay, and Transformers' default betas.
+        warmup_steps: Steps over which the learning rate rises linearly. Paper: none is mentioned; the authors' code:
+            10 % of training.
 
     Raises:
         ValueError: If `retain_weight` is negative, or the assistant has nothing to train.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
-        >>> module = ULDModule(assistant(LlamaForCausalLM(config), num_layers=1, lora_rank=2))
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+        >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes))
+        >>> module = ULDModule(assistant(base, num_layers=1, lora_rank=2))
     """
 
     def __init__(
@@ -86,6 +94,12 @@ class ULDModule(L.LightningModule):
         self.log_dict({"loss/forget": forget.detach(), "loss/retain": retain.detach()}, prog_bar=True)
         return forget + self.retain_weight * retain
 
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Nothing: how probable answers are to the assistant alone says nothing about the unlearned model.
+
+        Without this method, Lightning warns about the validation loaders of `ForgetRetainDataModule`.
+        """
+
     def forget_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Mean cross-entropy of the answer tokens of D'_f, in nats."""
         logits, labels = gs.losses.answer_tokens(self._logits(batch), batch["labels"])
@@ -101,20 +115,15 @@ class ULDModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer, and its warm-up."""
         optimizer = self.make_optimizer([item for item in self.assistant.named_parameters() if item[1].requires_grad])
-        if not self.warmup_steps:
-            return optimizer
-        warmup = torch.optim.lr_scheduler.LinearLR(
-            optimizer, 1.0 / self.warmup_steps, total_iters=self.warmup_steps - 1
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
+        return with_warmup(optimizer, self.warmup_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves the frozen weights out."""
+        """Leave the frozen weights out."""
         trained = self._trained()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another assistant."""
+        """Refuse a checkpoint of another assistant."""
         expected, found = self._trained(), set(checkpoint["state_dict"])
         if expected != found:
             raise ValueError(
@@ -129,64 +138,74 @@ class ULDModule(L.LightningModule):
         return self.assistant(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
     def _mean(self, losses: Tensor) -> Tensor:
-        world = 1 if self._trainer is None else self.trainer.world_size
-        count = torch.tensor(float(len(losses)), device=losses.device)
-        if world > 1:
-            # DDP averages over processes, whatever each of them counted: divide by the mean count.
-            count = self.trainer.strategy.reduce(count, reduce_op="mean")
-        return losses.sum() / count.clamp_min(1.0 / world)
+        return losses.sum() / mean_token_count(len(losses), self._trainer, losses.device)
+
+
+@dataclass(frozen=True)
+class ULDSettings:
+    """How `train_assistant` trains and subtracts. The defaults are the paper's for TOFU (section 3.2 and appendix B.5).
+
+    Attributes:
+        num_layers: Layers of the base that the assistant shares, K. Paper: 8 of the 32 of Llama-2-7B.
+        lora_rank: Rank of its adapter. Paper: 32; the authors' code: 16.
+        lora_alpha: The adapter's output is scaled by alpha / rank. Paper and authors' code: 32.
+        retain_weight: Beta of `ULDModule`. Paper: 6.5; the authors' code: 5.
+        weight: How much of the assistant's logits is subtracted. Paper: 0.75 on TOFU, 0.5 on Harry Potter; the authors'
+            code stores it negative and adds it (-0.8 in its TOFU script).
+        top_logit_filter: Rate of `gradsurgery.logit_difference.top_logit_mask`, 0 for no filter. Paper: 0.01; the
+            authors' evaluation runs with 0.1.
+        lr: AdamW's highest learning rate. Paper: 1e-3 on TOFU, 5e-4 on Harry Potter; the authors' code: 1e-3 and 1e-5.
+        weight_decay: AdamW's. Paper and authors' code: 0.01.
+        warmup_steps: Steps over which the learning rate rises. Paper: none is mentioned; the authors' code: 10 % of
+            training.
+        epochs: Passes over D'_f. Paper: 10 on TOFU, 5 on Harry Potter; the authors' code: 10.
+        batch_size: Examples of D'_f and of D'_r, a step and process. Paper: 32; the authors' code: 8, two of them
+            accumulated, on two GPUs.
+        max_length: Tokens an example; longer ones lose their end. None keeps everything.
+        perturbed_per_row: Wrong answers that are used of each forget question, see `uld_data`. Paper: 2.
+        require_augmentation: Whether a forget example without paraphrase or wrong answers is an error, see `uld_data`.
+        all_positions: Whether the uniform term counts every position, see `ULDModule`. The authors' code: True.
+        seed: Of the adapter's first weights and of the order of the data.
+    """
+
+    num_layers: int = 8
+    lora_rank: int = 32
+    lora_alpha: float = 32.0
+    retain_weight: float = 6.5
+    weight: float = 0.75
+    top_logit_filter: float = 0.01
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 0
+    epochs: int = 10
+    batch_size: int = 32
+    max_length: int | None = None
+    perturbed_per_row: int = 2
+    require_augmentation: bool = True
+    all_positions: bool = False
+    seed: int = 0
 
 
 def train_assistant(
     base: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     splits: Mapping[str, Sequence[Mapping[str, Any]]],
+    settings: ULDSettings = ULDSettings(),
     *,
-    num_layers: int = 8,
-    lora_rank: int = 32,
-    lora_alpha: float = 32.0,
-    retain_weight: float = 6.5,
-    weight: float = 0.75,
-    top_logit_filter: float = 0.01,
-    lr: float = 1e-3,
-    weight_decay: float = 0.01,
-    warmup_steps: int = 0,
-    epochs: int = 10,
-    batch_size: int = 32,
-    max_length: int | None = None,
-    perturbed_per_row: int = 2,
-    require_augmentation: bool = True,
-    all_positions: bool = False,
-    seed: int = 0,
     trainer: Mapping[str, Any] | None = None,
 ) -> LogitDifferenceModel:
     """Unlearns by ULD: trains an assistant of the base on the splits, and returns the two as one model.
 
-    The defaults are the paper's for TOFU (arXiv 2406.08607, section 3.2 and appendix B.5); the docstrings of `ULDModule`,
-    `gradsurgery.logit_difference.assistant` and `logit_difference` name what the authors' code has instead. The base's weights are not
-    changed, and the assistant shares them. The caller's CPU random numbers are left as they were.
+    The base's weights are not changed, and the assistant shares them. The caller's CPU random numbers are left as they
+    were. Source: arXiv 2406.08607.
 
     Args:
-        base: a Transformers causal language model that learned both sets.
-        tokenizer: of the base.
+        base: A Transformers causal language model that has learned both sets.
+        tokenizer: Of the base.
         splits: `forget` and `retain`; see `uld_data` for the columns that the forget set needs.
-        num_layers: K, of the assistant.
-        lora_rank: of its adapter.
-        lora_alpha: of its adapter.
-        retain_weight: beta of `ULDModule`.
-        weight: of the subtraction.
-        top_logit_filter: rate of the filter.
-        lr: AdamW's learning rate.
-        weight_decay: AdamW's.
-        warmup_steps: over which it rises.
-        epochs: passes over D'_f.
-        batch_size: of D'_f and of D'_r, a step and process.
-        max_length: longer examples lose their end.
-        perturbed_per_row: of `uld_data`.
-        require_augmentation: of `uld_data`.
-        all_positions: of `ULDModule`.
-        seed: of the adapter's first weights and the order of the data.
-        trainer: arguments of `lightning.Trainer` that replace those used here: one device, no log, no checkpoint, no progress bar.
+        settings: The paper's, unless others are given.
+        trainer: Arguments of `lightning.Trainer` that replace those used here: one device, no log, no checkpoint, no
+            progress bar.
 
     Returns:
         The model, in eval mode, where the base is.
@@ -194,34 +213,41 @@ def train_assistant(
     Raises:
         ValueError: If the data or a setting is not usable.
     """
-    data = uld_data(splits, perturbed_per_row=perturbed_per_row, require_augmentation=require_augmentation)
+    data = uld_data(
+        splits, perturbed_per_row=settings.perturbed_per_row, require_augmentation=settings.require_augmentation
+    )
     batches = ForgetRetainDataModule(
-        data["forget"], data["retain"], tokenizer, batch_size=batch_size, seed=seed, max_length=max_length
+        data["forget"],
+        data["retain"],
+        tokenizer,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        max_length=settings.max_length,
     )
     options: dict[str, Any] = {
-        "max_epochs": epochs,
+        "max_epochs": settings.epochs,
         "devices": 1,
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
+        "limit_val_batches": 0,
         "use_distributed_sampler": False,  # PairSampler divides the pairs itself
         **(trainer or {}),
     }
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        small = assistant(base, num_layers, lora_rank, lora_alpha=lora_alpha)
+        torch.default_generator.manual_seed(settings.seed)
+        small = assistant(base, settings.num_layers, settings.lora_rank, lora_alpha=settings.lora_alpha)
         # Before training: a wrong weight or filter should not cost an hour.
-        model = LogitDifferenceModel(base, small, weight, top_logit_filter)
-        make_optimizer = partial(torch.optim.AdamW, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+        model = LogitDifferenceModel(base, small, settings.weight, settings.top_logit_filter)
         module = ULDModule(
             small,
-            retain_weight=retain_weight,
-            all_positions=all_positions,
-            optimizer=make_optimizer,
-            warmup_steps=warmup_steps,
+            retain_weight=settings.retain_weight,
+            all_positions=settings.all_positions,
+            optimizer=partial(torch.optim.AdamW, lr=settings.lr, betas=(0.9, 0.99), weight_decay=settings.weight_decay),
+            warmup_steps=settings.warmup_steps,
         )
         L.Trainer(**options).fit(module.train(), batches)
-    # Lightning leaves it on the CPU, in training mode, maybe with copies of the frozen weights.
+    # Lightning leaves the assistant on the CPU, in training mode, maybe with copies of the frozen weights.
     small.to(device_of(base)).requires_grad_(False)
-    return LogitDifferenceModel(base, model.assistant, weight, top_logit_filter).eval()
+    return LogitDifferenceModel(base, model.assistant, settings.weight, settings.top_logit_filter).eval()

@@ -1,4 +1,21 @@
-"""What watches a run: its record, its trade-off, its collapse, and how well the forgetting holds."""
+"""Callbacks of Lightning that watch a run, choose what is kept of it, and test how well the forgetting holds.
+
+| file | content |
+|---|---|
+| `surgery_logger` | `SurgeryLogger`: the record of every step, `surgery.csv` |
+| `g_effect` | `GEffectLogger`: where in the model the objectives conflict, `g_effect.csv` |
+| `tradeoff_curve` | `TradeoffCurve`: forget and retain probability while training, `curve.csv` |
+| `best_tradeoff` | `BestTradeoff`: the weights of the best point of the curve |
+| `collapse_alarm` | `CollapseAlarm`: a stop when retention collapses |
+| `relearn_probe` | `RelearnProbe`: how fast forgotten answers return |
+| `quantization_probe` | `QuantizationProbe`: what a few bits bring back |
+| `probe` | what the two probes share |
+| `notes` | what callbacks tell the report |
+
+A callback of your own is a subclass of Lightning's `Callback` in a file of its own here, added to `__all__`: it reads
+`pl_module.surgery.record` (one step), `pl_module.losses`, or the points of a `TradeoffCurve` that comes before it. What
+the report should say goes through `notes.note`; what has to survive a resumed run goes into `state_dict`.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +28,10 @@ from lightning_modules.training.callbacks.quantization_probe import (
     quantize_,
     round_to_nearest,
 )
-from lightning_modules.training.callbacks.relearn_probe import RelearnProbe, relearn_probe
-from lightning_modules.training.callbacks.scores import mean_probabilities
+from lightning_modules.training.callbacks.relearn_probe import RelearnProbe, RelearnSettings, relearn_probe
 from lightning_modules.training.callbacks.surgery_logger import SurgeryLogger
 from lightning_modules.training.callbacks.tradeoff_curve import TradeoffCurve
+from lightning_modules.training.probability import mean_probabilities
 
 __all__ = [
     "BestTradeoff",
@@ -22,6 +39,7 @@ __all__ = [
     "GEffectLogger",
     "QuantizationProbe",
     "RelearnProbe",
+    "RelearnSettings",
     "SurgeryLogger",
     "TradeoffCurve",
     "collapse",

@@ -19,14 +19,18 @@ from lightning_modules.training.callbacks.tradeoff_curve import TradeoffCurve, f
 def is_better(point: Mapping[str, float], best: Mapping[str, float] | None, *, target: float) -> bool:
     """Whether one scored point is a better trade-off than another.
 
-    A point has forgotten enough if its mean forget probability is below `target`. Of points that have, the one with the largest mean
-    retain probability is best. Any of them is better than one that has not; of those, the one with the smallest forget probability
-    is best. Of two equals the earlier stays. A point with a NaN is never better.
+    A point has forgotten enough if its mean forget probability is below `target`.
+
+    - Of two points that have forgotten enough, the one with the larger mean retain probability is better.
+    - A point that has forgotten enough is better than one that has not.
+    - Of two points that have not, the one with the smaller mean forget probability is better.
+
+    Of two equals the earlier stays. A point with a NaN is never better.
 
     Args:
-        point: With "forget" and "retain".
-        best: The best so far; None before there is one.
-        target: Of the forget probability.
+        point: With "forget" and "retain", mean probabilities.
+        best: The best so far; None if there is none yet.
+        target: The forget probability below which enough is forgotten.
 
     Example:
         >>> forgotten, kept = {"forget": 0.01, "retain": 0.6}, {"forget": 0.04, "retain": 0.8}
@@ -46,14 +50,16 @@ def _worth(point: Mapping[str, float], target: float) -> tuple[bool, float]:
 class BestTradeoff(Callback):
     """Keeps the weights of the scored point with the best trade-off (`is_better`), and ends the training with them.
 
-    It reads the points of a `TradeoffCurve`, which must come before it among the trainer's callbacks, so the choice is between the steps
-    that the curve scored, the start and the end among them, by the curve's examples. Every point that is better than those before it is
-    written to `path`, weights only: while forgetting goes on and the target is not reached, that is nearly every point, so score a large
-    model seldom. At the end of training the best weights are loaded back into the module, in every process, and `path` stays on the disk.
-    Optimizer states are not restored: going on from there is a new training.
+    It reads the points of a `TradeoffCurve`, which must come before it among the trainer's callbacks. So it chooses
+    among the steps that the curve scored, start and end included, by the curve's examples.
 
-    Difference from Lightning's `ModelCheckpoint`: that one follows a single number, and no fixed sum of the two says "the best retention
-    among those that have forgotten enough".
+    Every point that is better than all before it is written to `path`, weights only. Until the target is reached that
+    is nearly every point, so score a large model seldom. At the end of training the best weights are loaded back into
+    the module, in every process, and `path` stays on the disk. Optimizer states are not restored: to go on from the
+    best weights is a new training.
+
+    Lightning's `ModelCheckpoint` follows a single number, and no fixed sum of the two probabilities says "the best
+    retention among those that have forgotten enough".
 
     Args:
         curve: Scores "forget" and "retain" while training.
@@ -66,8 +72,8 @@ class BestTradeoff(Callback):
         best: The best point so far, or None.
 
     Raises:
-        ValueError: If the target is not between 0 and 1, or, when training starts, if the curve does not come first or does not score both
-            splits.
+        ValueError: If the target is not in (0, 1], or the curve does not score both splits; when training starts, if
+            the curve does not come first.
     """
 
     def __init__(
@@ -97,7 +103,7 @@ class BestTradeoff(Callback):
         follows(self, self.curve, trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
-        """The start is a candidate too."""
+        """Keep the weights of the start, which may stay the best."""
         self._ended = False
         self._look(trainer)
 
@@ -111,7 +117,7 @@ class BestTradeoff(Callback):
         self._end(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The same for a run that was resumed after its last step: Lightning does not train it, and so does not end its training."""
+        """Load the best weights in a run that is resumed after its last step: there is no `on_train_end` then."""
         if not self._ended and self.curve.points:
             self._end(trainer, pl_module)
 

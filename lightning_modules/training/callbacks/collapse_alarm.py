@@ -1,4 +1,4 @@
-"""Stops a run whose utility falls off a cliff."""
+"""Stops a run whose retention collapses."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lightning_modules.training.callbacks.tradeoff_curve import TradeoffCurve, f
 def collapse(
     points: Sequence[Mapping[str, float]], *, below: float | None = None, drop: float | None = None
 ) -> str | None:
-    """Why the last of these points is a collapse of retention, or None if it is none.
+    """Why the last of these points is a collapse of retention; None if it is not.
 
-    It is one if its mean retain probability is NaN, less than `below` times that of the first point, or more than `drop` less than that
-    of the point before it.
+    It is a collapse if its mean retain probability is NaN, or less than `below` times that of the first point, or more
+    than `drop` less than that of the point before it.
 
     Args:
         points: In order, each with "step" and "retain".
-        below: A fraction of the start; None: no such limit.
-        drop: A probability; None: no such limit.
+        below: A fraction of the start; None for no such limit.
+        drop: A probability; None for no such limit.
 
     Example:
         >>> points = [{"step": 0, "retain": 0.9}, {"step": 1, "retain": 0.8}, {"step": 2, "retain": 0.05}]
@@ -51,21 +51,22 @@ def collapse(
 class CollapseAlarm(Callback):
     """Stops training when the retain probability collapses (see `collapse`), warns, and tells the report.
 
-    It reads the points of a `TradeoffCurve`, which must come before it among the trainer's callbacks, and so sees a collapse at the next
-    score, not at the step where it begins. Training ends as if it were complete: the model is evaluated and saved as it then is, unless
-    `BestTradeoff` puts a better one back.
+    It reads the points of a `TradeoffCurve`, which must come before it among the trainer's callbacks. So it sees a
+    collapse at the next score, not at the step where it begins. Training ends as if it were complete: the model is
+    evaluated and saved as it then is, unless `BestTradeoff` puts a better one back.
 
     Args:
         curve: Scores "retain" while training.
         below: Stop when the retain probability is less than this fraction of what it was at the start.
-        drop: Stop when it falls by more than this between two scores.
+        drop: Stop when it falls by more than this from one score to the next.
         folder: The run's folder, to tell the report in `training.json`; None tells only the log.
 
     Attributes:
         reason: Why it stopped the run, or None.
 
     Raises:
-        ValueError: If a limit is not between 0 and 1 or there is none, or, when training starts, if the curve does not come first.
+        ValueError: If a limit is not in (0, 1), if there is no limit, or if the curve does not score "retain"; when
+            training starts, if the curve does not come first.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class CollapseAlarm(Callback):
         follows(self, self.curve, trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
-        """A resumed run may have collapsed already."""
+        """Look at the score of the start: a resumed run may have collapsed already."""
         self._look(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -104,7 +105,7 @@ class CollapseAlarm(Callback):
         self._look(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
-        """Look at the score of the end; there is nothing left to stop, but something to say."""
+        """Look at the score of the end: nothing is left to stop, but the report is told."""
         self._look(trainer)
 
     def _look(self, trainer: L.Trainer) -> None:

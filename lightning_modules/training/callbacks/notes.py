@@ -11,10 +11,15 @@ from lightning_modules.folder import write_json
 
 
 def note(path: Path, name: str, value: Mapping[str, Any]) -> None:
-    """Set one entry of a JSON file and keep the others; the file and its folder are made if there are none.
+    """Set one entry of a JSON file and keep the others. A missing file or folder is created.
+
+    Args:
+        path: Of the file.
+        name: Of the entry.
+        value: Of the entry, for `folder.write_json`.
 
     Raises:
-        ValueError: If the file is there and is not a JSON object.
+        ValueError: If the file exists and is not a JSON object.
     """
     entries: Any = {}
     if path.exists():

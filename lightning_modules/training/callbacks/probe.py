@@ -1,13 +1,15 @@
-"""What the two probes share: when they run, and where the result goes."""
+"""What probes of a trained model share: when they run, a copy that they may ruin, and where the result goes."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lightning_modules.folder import PROBES
 from lightning_modules.training.callbacks.notes import note
@@ -16,12 +18,14 @@ from lightning_modules.training.callbacks.notes import note
 class Probe(Callback):
     """Measures something of the trained model at the end of training, in one process.
 
+    A probe of your own says its `name`, and what it measures in `measure`.
+
     Args:
-        folder: The run's folder, to write the result as `name` of `probes.json` for the report; None writes nothing.
+        folder: The run's folder, to write the result into `probes.json` for the report; None writes nothing.
 
     Attributes:
-        name: Of the result in `probes.json`.
-        result: What `measure` returned; None before the end.
+        name: Of the entry in `probes.json`.
+        result: What `measure` returned; None before the end of training.
     """
 
     name = ""
@@ -31,17 +35,35 @@ class Probe(Callback):
         self.result: dict[str, Any] | None = None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Probe, in one process."""
+        """Probe in the first process; the others go on."""
         if trainer.is_global_zero:
             self.run(pl_module.get_submodule("model"))
 
     def run(self, model: nn.Module) -> dict[str, Any]:
-        """Probe a model, without a trainer too, and write the result down."""
+        """Probe a model, with or without a trainer, and write the result down."""
         self.result = self.measure(model)
         if self.folder is not None:
             note(self.folder / PROBES, self.name, self.result)
         return self.result
 
     def measure(self, model: nn.Module) -> dict[str, Any]:
-        """The result for a model, which is left as it is."""
+        """The result for a model, which must be left as it is."""
         raise NotImplementedError
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model without gradients, with its adapters merged: what somebody who is given the model holds.
+
+    Raises:
+        RuntimeError: If the weights are sharded over processes.
+    """
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise RuntimeError(
+            "expected a model that one process holds whole, found sharded weights; save it, and probe the saved model in one process"
+        )
+    copied: Any = copy.deepcopy(model)
+    if hasattr(copied, "merge_and_unload"):
+        copied = copied.merge_and_unload()
+    for parameter in copied.parameters():
+        parameter.grad = None
+    return copied

@@ -1,4 +1,4 @@
-"""What the model knows once its weights are rounded to a few bits."""
+"""What a model still knows when its weights are rounded to a few bits."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.data.tokenization import Encoded
-from lightning_modules.training.callbacks.probe import Probe
-from lightning_modules.training.callbacks.scores import mean_probabilities, plain_copy
+from lightning_modules.training.callbacks.probe import Probe, plain_copy
+from lightning_modules.training.probability import mean_probabilities
 
 
 def round_to_nearest(weight: Tensor, bits: int, *, dim: int = -1) -> Tensor:
-    r"""The weight as symmetric integers of so many bits would hold it, one scale a row.
+    r"""The weight rounded to symmetric integers of so many bits, with one scale a row.
 
     .. math:: \hat w_{ij} = s_i \operatorname{round}(w_{ij} / s_i), \quad s_i = \max_j |w_{ij}| / (2^{b-1} - 1)
 
-    The baseline "RTN" of the quantization papers (GPTQ, 2210.17323; AWQ, 2306.00978), simulated: computed in float32, returned in the
-    weight's dtype. A row of zeros stays; a row with NaN or infinity becomes NaN.
+    This is "RTN", the baseline of the quantization papers (GPTQ, 2210.17323; AWQ, 2306.00978). It is simulated:
+    computed in float32 and returned in the weight's dtype. A row of zeros stays. A row with NaN or infinity becomes
+    NaN.
 
     Args:
         weight: Floating point, any shape.
-        bits: From 2 to 16.
-        dim: Along which a scale is shared: the inputs of a neuron.
+        bits: b, from 2 to 16.
+        dim: The dimension that shares a scale: the inputs of a neuron.
 
     Raises:
         ValueError: If the bits are outside their range.
@@ -42,10 +43,15 @@ def round_to_nearest(weight: Tensor, bits: int, *, dim: int = -1) -> Tensor:
 
 
 def quantize_(model: nn.Module, bits: int) -> nn.Module:
-    """Round every linear weight but the head's in place, a scale for each neuron; biases, norms and embeddings stay.
+    """Round every linear weight but the head's in place, with a scale for each neuron.
 
-    Linear are `torch.nn.Linear` and GPT-2's `Conv1D`, whose weight is transposed. What is left out is what weight-only inference libraries
-    leave out; a head tied to the embeddings would otherwise round those as well.
+    The layers are `torch.nn.Linear` and GPT-2's `Conv1D`, whose weight is transposed. Biases, norms, embeddings and the
+    head stay, as in weight-only inference libraries. (Rounding a head that is tied to the embeddings would round those
+    as well.)
+
+    Args:
+        model: Changed in place, and returned.
+        bits: From 2 to 16.
 
     Raises:
         ValueError: If the bits are outside their range, or the model has no such weight.
@@ -86,19 +92,21 @@ def quantization_probe(
 ) -> dict[str, Any]:
     """Scores copies of a model whose weights are rounded to 8 and 4 bits.
 
-    An unlearning step that is smaller than a rounding step is undone by rounding: Zhang et al., "Catastrophic failure of LLM unlearning via
-    quantization" (2410.16454), found methods that keep utility well to be the ones that 4 bits undo. Rounding is simulated
-    (`round_to_nearest`), so it runs anywhere and says nothing about speed. The model stays as it is.
+    Rounding undoes a change of the weights that is smaller than a rounding step. Zhang et al., "Catastrophic failure of
+    LLM unlearning via quantization" (2410.16454), found that 4 bits undo just the methods that keep utility well.
+    Rounding is simulated (`round_to_nearest`), so it runs anywhere and says nothing about speed. The model stays as it
+    is.
 
     Args:
         model: A causal language model; adapters are merged into the copies.
         splits: Name -> examples to score, usually "forget" and "retain".
         pad_token_id: Of the tokenizer.
-        bits: Of the copies, made one at a time.
+        bits: Of the copies, of which one exists at a time.
         batch_size: Examples a forward pass.
 
     Returns:
-        `{"points": [{"bits": None, split: mean probability, ...}, {"bits": 8, ...}, ...]}`, None for the model as it is.
+        `{"points": [{"bits": None, split: mean probability, ...}, {"bits": 8, ...}, ...]}`, with None for the model as
+        it is.
 
     Raises:
         ValueError: If bits are outside 2 to 16, or the model has no linear layer.
@@ -117,12 +125,14 @@ def quantization_probe(
 class QuantizationProbe(Probe):
     """Runs `quantization_probe` on the trained model at the end of training.
 
-    One process does it; the trained model is never touched. Put it after `BestTradeoff`, so that it probes the model that is kept.
+    One process does it; the trained model is never touched. Put it after `BestTradeoff`, so that it probes the model
+    that is kept.
 
     Args:
         splits: Name -> examples to score.
         pad_token_id: Of the tokenizer.
-        folder: The run's folder, to write the result as "quantization" of `probes.json` for the report; None writes nothing.
+        folder: The run's folder, to write the result as "quantization" of `probes.json` for the report; None writes
+            nothing.
         settings: Further arguments of `quantization_probe`.
 
     Attributes:
@@ -144,5 +154,5 @@ class QuantizationProbe(Probe):
         self.settings: dict[str, Any] = {"pad_token_id": pad_token_id, **settings}
 
     def measure(self, model: nn.Module) -> dict[str, Any]:
-        """As `quantization_probe`."""
+        """The result of `quantization_probe`."""
         return quantization_probe(model, self.splits, **self.settings)

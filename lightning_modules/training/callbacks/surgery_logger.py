@@ -15,13 +15,22 @@ from lightning_modules.training.module import UnlearningModule
 class SurgeryLogger(Callback):
     """One row of a CSV file for every optimizer step, from its `gradsurgery.Record`.
 
-    Columns: step, loss_<objective>, norm_<objective>, update_norm, cosine (of the first two rows), coefficient_<objective>, conflict,
-    predicted_change_<objective> (per unit of learning rate), and with a guard actual_change_<protected objective>. With several blocks
-    norms are over all of them, and cosine and coefficients are means; an elementwise rule has no coefficients. Losses are those of the
-    step's last batch on this process.
+    | column | content |
+    |---|---|
+    | `step` | number of the optimizer step, from 1 |
+    | `loss_<objective>` | loss of the step's last batch on this process |
+    | `norm_<objective>` | of the objective's row, over all blocks |
+    | `update_norm` | of the combined gradient |
+    | `cosine` | between the first two rows; with several blocks the mean over them |
+    | `coefficient_<objective>` | the rule's answer; with several blocks the mean; not for elementwise rules |
+    | `conflict` | 1 if a protected row conflicts with the first, otherwise 0 |
+    | `predicted_change_<objective>` | of the loss, to first order, per unit of learning rate |
+    | `actual_change_<protected objective>` | of the loss, to first order, by the parameter change; only with a guard |
+
+    Norms and cosines are in the metric of the Gram matrix.
 
     Args:
-        path: The file; it is written anew at the start and every `flush_every` steps.
+        path: Of the file. The whole file is written every `flush_every` steps and at the end.
         flush_every: Steps between writes.
     """
 
@@ -36,7 +45,7 @@ class SurgeryLogger(Callback):
             return
         record = pl_module.surgery.record
         if record is None or not record.applied:
-            return  # a GradScaler skipped it
+            return  # a GradScaler skipped the step
         names, gram = record.objectives, record.gram if record.blocks is None else record.gram.sum(0)
         coefficients = record.coefficients  # None: the rule is elementwise
         if coefficients is not None and record.blocks is not None:
@@ -59,12 +68,12 @@ class SurgeryLogger(Callback):
         """Write what is left."""
         self._write(trainer)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:  # noqa: ARG002 (so)
-        """Write what led there."""
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+        """Write the steps that led to the exception."""
         self._write(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows, so that a resumed run goes on where the checkpoint was made."""
+        """The rows so far, so that a resumed run goes on with them."""
         return {"rows": self.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Forgetting against retention over the steps."""
+"""Forgetting against retention while training."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lightning_modules.data.tokenization import Encoded
-from lightning_modules.training.callbacks.scores import mean_probabilities
+from lightning_modules.training.probability import mean_probabilities
 
 
 class TradeoffCurve(Callback):
     """Mean answer probability on forget and retain examples while training, and a stop once enough is forgotten.
+
+    The numbers are those of `UnlearningModule`'s validation, of examples and at steps of your choice, without a logger.
+    Every process scores all examples.
 
     Args:
         encoded: Split -> tokenized examples to score.
@@ -21,6 +24,9 @@ class TradeoffCurve(Callback):
         every_n_steps: Optimizer steps between scores; the start and the end are scored too.
         stop_below: Stop training when the probability of the split "forget" falls below this.
         batch_size: Examples a forward pass.
+
+    Attributes:
+        points: A point for each score, `{"step": ..., split: mean probability, ...}`.
     """
 
     def __init__(
@@ -38,7 +44,7 @@ class TradeoffCurve(Callback):
         self.points: list[dict[str, float]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Score the start; a resumed run may have forgotten enough already."""
+        """Score the start, and stop if enough is forgotten already, as in a run that was resumed."""
         self._score(trainer, pl_module)
         self._stop(trainer)
 
@@ -52,7 +58,7 @@ class TradeoffCurve(Callback):
         self._score(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """The points so far."""
+        """The points so far, so that a resumed run goes on with them."""
         return {"points": self.points}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -74,10 +80,10 @@ class TradeoffCurve(Callback):
 
 
 def follows(follower: Callback, curve: TradeoffCurve, trainer: L.Trainer) -> None:
-    """Check that a callback that reads the curve's points comes after it: Lightning calls them in order.
+    """Check that a callback that reads the curve's points comes after the curve: Lightning calls callbacks in order.
 
     Raises:
-        ValueError: If it does not.
+        ValueError: If the curve comes after it, or is not among the trainer's callbacks.
     """
     order: list[Any] = list(getattr(trainer, "callbacks", []))
     if curve not in order or order.index(curve) > order.index(follower):

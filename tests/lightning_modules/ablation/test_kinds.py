@@ -32,6 +32,7 @@ from lightning_modules.ablation.table import write_table
 from lightning_modules.data.pairs import ForgetRetainDataModule
 from lightning_modules.data.uld import uld_data
 from lightning_modules.run.loading import make_data
+from lightning_modules.training.uld import ULDSettings
 from tests.lightning_modules.ablation.test_ablation import METHODS, write_grid
 
 ROWS = [
@@ -292,16 +293,16 @@ def test_the_assistant_is_trained_as_the_row_says(grid: Grid, monkeypatch: pytes
     model, tokenizer, scorer = start(run)
     given: dict[str, Any] = {}
 
-    def train(*_: Any, **settings: Any) -> Any:
-        given.update(settings)
+    def train(*arguments: Any, **options: Any) -> Any:
+        given.update(options, settings=arguments[3])
         raise InterruptedError
 
     monkeypatch.setattr(weights, "train_assistant", train)
     with pytest.raises(InterruptedError):
         KINDS["uld"](run, model, tokenizer, scorer, half(run))
     assert given.pop("trainer")["max_epochs"] == 10
-    expected = {"lora_rank": 32, "lr": 5e-3, "weight_decay": 0.01, "warmup_steps": 2, "batch_size": 3}
-    assert given == expected | {"max_length": 512, "seed": 0, "num_layers": 1}
+    expected: dict[str, Any] = {"lora_rank": 32, "lr": 5e-3, "weight_decay": 0.01, "warmup_steps": 2, "batch_size": 3}
+    assert given == {"settings": ULDSettings(**expected, max_length=512, seed=0, num_layers=1)}
 
 
 def test_uld_changes_its_weight_and_nothing_else(grid: Grid) -> None:

@@ -27,7 +27,7 @@ from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate
 from lightning_modules.evaluation.generation import generate_greedily
 from lightning_modules.evaluation.likelihood import answer_nll
 from lightning_modules.metrics.functional import rouge_recall
-from lightning_modules.training.scratch import scratch_model
+from lightning_modules.training.scratch import ScratchSettings, scratch_model
 from tests.gradsurgery.optimizer import distributed_workers
 from tests.lightning_modules.evaluation import evaluation_workers
 from tests.reference import metrics as oracles
@@ -62,9 +62,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """A model that has learned `KNOWN`, so that its answers differ, end, and follow from the question."""
-    return scratch_model(
-        KNOWN, hidden_size=64, num_heads=2, epochs=60, batch_size=2, cache_dir=tmp_path_factory.mktemp("scratch")
-    )
+    settings = ScratchSettings(hidden_size=64, num_heads=2, epochs=60, batch_size=2)
+    return scratch_model(KNOWN, settings, cache_dir=tmp_path_factory.mktemp("scratch"))
 
 
 def slow_nll(model: nn.Module, example: Encoded) -> float:
@@ -409,7 +408,7 @@ def test_what_was_not_measured_is_none(trained: tuple[LlamaForCausalLM, PreTrain
 def test_plain_text_is_continued_from_its_first_half(tmp_path: Path) -> None:
     text = "the harbour town of Ostrel, far in the north, a house by the old canal"
     rows = [{"question": "", "answer": text}]
-    model, tokenizer = scratch_model(rows, hidden_size=32, num_heads=2, epochs=200, cache_dir=tmp_path)
+    model, tokenizer = scratch_model(rows, ScratchSettings(hidden_size=32, num_heads=2, epochs=200), cache_dir=tmp_path)
     (score,) = evaluate(model, tokenizer, {"forget": rows}).examples["forget"]
     assert 0 < len(score["generation"]) < len(text)
     assert text.endswith(score["generation"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from functools import partial
@@ -17,13 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lightning_modules as lm
 from lightning_modules.data.tokenization import Encoded
 from lightning_modules.run import unlearn as commands
 from lightning_modules.run.options import UnlearnOptions
-from lightning_modules.training.adapters import with_adapters
 from lightning_modules.training.callbacks import (
     BestTradeoff,
     CollapseAlarm,
@@ -34,22 +31,13 @@ from lightning_modules.training.callbacks import (
     collapse,
     is_better,
     mean_probabilities,
-    quantization_probe,
-    quantize_,
-    relearn_probe,
-    round_to_nearest,
 )
 from lightning_modules.training.callbacks.notes import note
 from tests.reference import callbacks as oracle
-from tests.tolerances import Tolerance, close
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*computes all its logits.*", "ignore:.*checkpoint.*")
 
 VOCABULARY = 11
-ROUNDED = Tolerance(
-    1e-6, "a float32 product and quotient of numbers of order 1; no value is near the middle of two levels"
-)
-RELEARNED = Tolerance(2e-5, "as STEPPED_FLOAT32: eight float32 steps of AdamW on numbers of order 1")
 
 
 class Bigram(nn.Module):
@@ -269,141 +257,6 @@ def test_a_quiet_run_raises_no_alarm(tmp_path: Path) -> None:
     assert trainer.global_step == 6
     assert alarm.reason is None
     assert not (tmp_path / "training.json").exists()
-
-
-# ---- RelearnProbe
-
-
-@pytest.mark.parametrize("mode", [True, False])
-def test_the_probe_is_a_plain_loop_on_a_copy(mode: bool) -> None:
-    model, forget, retain = Bigram().train(mode), examples(8, 3), examples(3, 4)
-    model.table.grad = torch.ones_like(model.table)
-    before, state = model.table.detach().clone(), torch.get_rng_state()
-    with torch.no_grad():  # Lightning may call from there
-        found = relearn_probe(model, forget, retain, pad_token_id=0, steps=8, every=3, lr=0.05, batch_size=2)
-    assert torch.equal(model.table, before)
-    assert torch.equal(model.table.grad, torch.ones_like(before))
-    assert model.training is mode
-    assert torch.equal(torch.get_rng_state(), state)
-    taught, rest = [forget[2], forget[6]], [row for index, row in enumerate(forget) if index not in (2, 6)]
-    assert [point["step"] for point in found["points"]] == [0, 3, 6, 8]
-    assert (found["taught"], found["rest"]) == (2, 6)
-    for point in found["points"]:
-        table = oracle.relearned(before, taught, point["step"], 0.05)
-        for name, rows in (("taught", taught), ("rest", rest), ("retain", retain)):
-            expected = sum(oracle.probability(table, *row) for row in rows) / len(rows)
-            close(torch.tensor(point[name]), torch.tensor(expected), RELEARNED)
-    assert found["points"][-1]["taught"] > found["points"][0]["taught"]
-
-
-def test_batches_of_a_part_see_every_taught_answer_in_turn() -> None:
-    seen: list[int] = []
-
-    class Watched(Bigram):
-        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
-            if torch.is_grad_enabled():
-                seen.extend(input_ids[:, 0].tolist())
-            return super().forward(input_ids)
-
-    forget = [Encoded([first, 1, 2], [-100, 1, 2]) for first in range(8)]
-    relearn_probe(Watched(), forget, pad_token_id=0, steps=4, batch_size=2, share=0.5)
-    assert sorted(seen) == sorted([1, 3, 5, 7] * 2)
-    assert sorted(seen[:4]) == [1, 3, 5, 7]
-
-
-def test_a_bfloat16_model_is_taught_in_float32() -> None:
-    model = Bigram().to(torch.bfloat16)
-    found = relearn_probe(model, examples(8, 3), pad_token_id=0, steps=4, lr=1e-4)
-    assert found["points"][-1]["taught"] > found["points"][0]["taught"]
-    assert model.table.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"steps": 0}, {"every": 0}, {"batch_size": 0}, {"lr": 0.0}, {"lr": math.inf}, {"share": 0.0}, {"share": 1.0}],
-)
-def test_a_probe_outside_its_domain_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="relearn_probe: expected"):
-        relearn_probe(Bigram(), examples(4, 0), pad_token_id=0, **wrong)
-
-
-# ---- QuantizationProbe
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_rounding_takes_the_nearest_level_of_the_row(bits: int) -> None:
-    weight = torch.randn(6, 9, generator=torch.Generator().manual_seed(bits))
-    weight[2] = 0.0
-    weight[3, 4:] = 0.0
-    found = round_to_nearest(weight, bits)
-    close(found.double(), oracle.rounded(weight, bits), ROUNDED, scale=weight.abs().amax())
-    assert torch.equal(round_to_nearest(weight.T, bits, dim=0), found.T)
-    assert all(len(row.unique()) <= 2**bits - 1 for row in found)
-    assert torch.equal(round_to_nearest(found, bits), found) or bits > 2  # levels of two bits are exact
-
-
-def test_rounding_hides_no_nan_and_refuses_other_bits() -> None:
-    weight = torch.tensor([[1.0, math.nan], [math.inf, 1.0], [1.0, 0.5]])
-    found = round_to_nearest(weight, 4)
-    assert found[0].isnan().all()
-    assert found[1].isnan().any()
-    assert found[2].isfinite().all()
-    assert round_to_nearest(torch.ones(2, 2, dtype=torch.bfloat16), 4).dtype == torch.bfloat16
-    for bits in (1, 17):
-        with pytest.raises(ValueError, match="2 to 16 bits"):
-            round_to_nearest(weight, bits)
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=False, **sizes)).eval()
-
-
-def test_every_linear_weight_but_the_head_is_rounded() -> None:
-    model, plain = llama(), llama()
-    quantize_(model, 3)
-    for (name, found), (_, weight) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
-        linear = ("_proj" in name) and name.endswith("weight")
-        assert torch.equal(found, round_to_nearest(weight, 3) if linear else weight), name
-        assert not linear or not torch.equal(found, weight)
-
-
-def test_gpt2_has_its_neurons_in_columns() -> None:
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=8, n_embd=8, n_layer=1, n_head=2))
-    weight = model.transformer.h[0].attn.c_attn.weight.detach().clone()
-    head = model.lm_head.weight.detach().clone()
-    quantize_(model, 3)
-    assert torch.equal(model.transformer.h[0].attn.c_attn.weight, round_to_nearest(weight.T, 3).T)
-    assert torch.equal(model.lm_head.weight, head)
-
-
-def test_a_model_without_linear_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match="linear layers"):
-        quantize_(Bigram(), 4)
-
-
-def test_the_probe_scores_rounded_copies_and_leaves_the_model() -> None:
-    model, splits = llama(), {"forget": examples(3, 1), "retain": examples(3, 2)}
-    before = copy.deepcopy(model.state_dict())
-    points = quantization_probe(model, splits, pad_token_id=0, bits=(8, 2))["points"]
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert [point["bits"] for point in points] == [None, 8, 2]
-    for point, rounded in zip(points, (llama(), quantize_(llama(), 8), quantize_(llama(), 2)), strict=True):
-        assert point == {"bits": point["bits"], **mean_probabilities(rounded, splits, pad_token_id=0)}
-    assert len({point["forget"] for point in points}) == 3
-
-
-def test_adapters_are_merged_before_rounding_and_stay_in_the_model() -> None:
-    adapted, splits = with_adapters(llama(), rank=2), {"forget": examples(3, 1)}
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
-    points = quantization_probe(adapted, splits, pad_token_id=0, bits=(3,))["points"]
-    assert any("lora_B" in name for name, _ in adapted.named_parameters())
-    merged = quantize_(copy.deepcopy(adapted).merge_and_unload(), 3)
-    assert points[1]["forget"] == mean_probabilities(merged, splits, pad_token_id=0)["forget"]
 
 
 # ---- together

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from lightning_modules.data.tokenization import encode, padding_id, prompt_ids
 from lightning_modules.data.uld import uld_data
 from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate
 from lightning_modules.evaluation.likelihood import answer_nll
-from lightning_modules.training.scratch import scratch_model
-from lightning_modules.training.uld import ULDModule, train_assistant
+from lightning_modules.training.scratch import ScratchSettings, scratch_model
+from lightning_modules.training.uld import ULDModule, ULDSettings, train_assistant
 from tests.tolerances import STEPPED_FLOAT32, Tolerance, close
 
 VOCABULARY = 11
@@ -251,17 +252,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, dict[str,
     splits = {"forget": rows[32:], "retain": rows[:8]}
     model, tokenizer = scratch_model(
         [*splits["retain"], *splits["forget"]],
-        hidden_size=64,
-        epochs=100,
-        batch_size=4,
+        ScratchSettings(hidden_size=64, epochs=100, batch_size=4),
         cache_dir=tmp_path_factory.mktemp("scratch"),
     )
     return model, tokenizer, splits
 
 
-SETTINGS: dict[str, Any] = {
-    "num_layers": 1, "epochs": 40, "batch_size": 8, "lr": 5e-3, "weight": 1.0, "top_logit_filter": 0.0, "trainer": {"accelerator": "cpu"}
-}  # fmt: skip
+SETTINGS = ULDSettings(num_layers=1, epochs=40, batch_size=8, lr=5e-3, weight=1.0, top_logit_filter=0.0)
+TRAINER: dict[str, Any] = {"accelerator": "cpu"}
 
 
 def test_it_forgets_keeps_and_leaves_the_base_alone(world: Any) -> None:
@@ -270,7 +268,7 @@ def test_it_forgets_keeps_and_leaves_the_base_alone(world: Any) -> None:
     torch.manual_seed(5)
     expected_draw = torch.rand(3)
     torch.manual_seed(5)
-    unlearned = train_assistant(model, tokenizer, splits, **SETTINGS)
+    unlearned = train_assistant(model, tokenizer, splits, SETTINGS, trainer=TRAINER)
     assert torch.equal(torch.rand(3), expected_draw), "the caller's random numbers moved"
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
@@ -313,7 +311,9 @@ def test_scoring_never_takes_the_head_of_one_of_the_two_models(world: Any) -> No
 def test_the_seed_decides(world: Any) -> None:
     model, tokenizer, splits = world
     found = [
-        train_assistant(model, tokenizer, splits, **SETTINGS | {"epochs": 1, "seed": seed}).assistant.state_dict()
+        train_assistant(
+            model, tokenizer, splits, replace(SETTINGS, epochs=1, seed=seed), trainer=TRAINER
+        ).assistant.state_dict()
         for seed in (0, 0, 1)
     ]
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
@@ -324,7 +324,7 @@ def test_a_wrong_setting_is_refused_before_training(world: Any) -> None:
     model, tokenizer, splits = world
     for wrong in ({"weight": -0.8}, {"top_logit_filter": 2.0}, {"num_layers": 3}, {"retain_weight": -1.0}):
         with pytest.raises(ValueError, match=r"weight|filter|num_layers"):
-            train_assistant(model, tokenizer, splits, **SETTINGS | {"epochs": 10**9} | wrong)
+            train_assistant(model, tokenizer, splits, replace(SETTINGS, epochs=10**9, **wrong), trainer=TRAINER)
 
 
 def test_the_data_module_takes_the_augmented_sets(world: Any) -> None:
