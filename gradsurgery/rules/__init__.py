@@ -21,7 +21,7 @@ Example:
     0.0
 """
 
-from gradsurgery.rules.coordinate_free import (
+from gradsurgery.rules.projections import (
     RULES,
     Rule,
     a_gem,
