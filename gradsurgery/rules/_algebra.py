@@ -12,7 +12,7 @@ from torch import Tensor
 P = ParamSpec("P")
 
 
-def rule(function: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Concatenate[Tensor, P], Tensor]:
+def of_gram(function: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Concatenate[Tensor, P], Tensor]:
     """Check the matrix, compute in float64, and answer a non-finite matrix by NaN (its place is taken by the identity meanwhile)."""
 
     @functools.wraps(function)

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from gradsurgery.rules._algebra import rule, vaccinated
+from gradsurgery.rules._algebra import of_gram, vaccinated
 
 
 @runtime_checkable
@@ -77,7 +77,7 @@ class GradVac:
             self._proposed = (1.0 - self.beta) * target + self.beta * cosines
             return coefficients
 
-        return rule(vaccinate)(gram)
+        return of_gram(vaccinate)(gram)
 
     def commit(self) -> None:
         """Adopt the target that the latest call proposed."""
