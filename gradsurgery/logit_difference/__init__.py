@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gradsurgery.logit_difference.assistant import assistant, logit_difference, top_logit_mask
+from gradsurgery.logit_difference.assistant import assistant
+from gradsurgery.logit_difference.logits import logit_difference, top_logit_mask
 
 if TYPE_CHECKING:
     from gradsurgery.logit_difference.model import LogitDifferenceModel

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from gradsurgery.logit_difference.assistant import _check_weight, logit_difference, top_logit_mask
+from gradsurgery.logit_difference.logits import check_weight, logit_difference, top_logit_mask
+from gradsurgery.logit_difference.paired_cache import PairedCache
 from gradsurgery.logit_difference.shared_layers import (
     common_layers,
     first_layers,
@@ -40,26 +41,6 @@ class LogitDifferenceConfig(PreTrainedConfig):
     model_type = (
         "logit_difference"  # unknown to Transformers: AutoModel refuses the folder unless this module is imported
     )
-
-
-class PairedCache(Cache):
-    """The caches of both models as one: whatever `generate` does to the layers of a cache (reorder, crop, select), it does to all.
-
-    Its first layers are the base's, and so are its length and the sizes of its masks.
-    """
-
-    def __init__(self, base: Cache, assistant: Cache) -> None:
-        # Not super().__init__(), which makes a list of layers: the two lists stay where they are, and may grow.
-        self.base, self.assistant = base, assistant
-
-    @property
-    def layers(self) -> list[Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The layers of the base's cache, then those of the assistant's."""
-        return [*self.base.layers, *self.assistant.layers]
-
-    def update(self, *_: Any, **__: Any) -> Any:
-        """Neither model can write here: each is given its own half."""
-        raise RuntimeError("expected a model to write to one half of a PairedCache, found a write to the pair")
 
 
 class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
@@ -105,7 +86,7 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
     def __init__(
         self, base: nn.Module, assistant: nn.Module, weight: float = 0.75, top_logit_filter: float = 0.0
     ) -> None:
-        _check_weight(weight)
+        check_weight(weight)
         top_logit_mask(torch.zeros(1), top_logit_filter)
         sizes = [_text_config(model).vocab_size for model in (base, assistant)]
         if sizes[0] != sizes[1]:
