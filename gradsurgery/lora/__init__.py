@@ -3,7 +3,8 @@
 Needs ``peft`` (``pip install 'gradsurgery[lightning]'``), imported when it is first used.
 """
 
-from gradsurgery.lora.fila import fila_, save_pretrained
+from gradsurgery.lora.fila import fila_
 from gradsurgery.lora.fisher import fisher_importance
+from gradsurgery.lora.saving import save_pretrained
 
 __all__ = ["fila_", "fisher_importance", "save_pretrained"]

@@ -5,7 +5,6 @@ Needs ``peft`` (``pip install 'gradsurgery[lightning]'``), imported when it is f
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -16,8 +15,9 @@ from torch import Tensor
 
 from gradsurgery.lora.fisher import is_linear, is_plain
 from gradsurgery.lora.low_rank import leading
+from gradsurgery.lora.saving import initial_names, peft_model_class, save_pretrained
 
-__all__ = ["fila_", "save_pretrained"]
+__all__ = ["fila_"]
 
 
 def fila_(
@@ -99,7 +99,7 @@ def fila_(
             residual = base.matrix() - layer.scaling[adapter_name] * _wide(b) @ _wide(a)
             # A new tensor: what else reads the old storage (another model, a snapshot) keeps the original weight.
             base.weight.data = (residual.T if base.transposed else residual).to(base.weight.dtype).contiguous()
-        for name, value in zip(_initial_names(adapter_name), (a, b), strict=True):
+        for name, value in zip(initial_names(adapter_name), (a, b), strict=True):
             # A frozen parameter, because DDP would send a buffer around in every forward pass.
             layer.register_parameter(name, torch.nn.Parameter(value.clone(), requires_grad=False))
     peft_model.save_pretrained = partial(save_pretrained, peft_model)
@@ -113,81 +113,6 @@ def fila_(
             stacklevel=2,
         )
     return peft_model
-
-
-def save_pretrained(peft_model: Any, save_directory: Any, **options: Any) -> None:
-    r"""Save adapters so that a plain ``PeftModel.from_pretrained(original model, folder)`` gives this model.
-
-    `fila_` moved :math:`\sigma B_0 A_0` out of the base weights, and the original ones do not know. So an adapter of rank 2 r is saved,
-    whose factors are [A; A_0] and [B, -B_0]:
-
-    .. math:: W + \sigma (B A - B_0 A_0) = (W - \sigma B_0 A_0) + \sigma B A
-
-    Exact up to rounding: of float32, or, where the base is bfloat16, of the base weights once (the live model has them rounded after the
-    subtraction). What is loaded is an ordinary LoRA adapter of rank 2 r; to go on training at rank r, load a full checkpoint
-    (``state_dict``) into a model prepared by `fila_`. Other adapters are saved as PEFT does. `fila_` puts this function in the place of
-    ``peft_model.save_pretrained``; PEFT's own, ``peft.get_peft_model_state_dict``, knows nothing of the base.
-
-    Args:
-        peft_model: A ``PeftModel``, after `fila_` or not.
-        save_directory: Folder.
-        **options: As of ``PeftModel.save_pretrained``; a ``state_dict`` may be given, with the initial factors in it.
-
-    Raises:
-        ValueError: If ``path_initial_model_for_weight_conversion`` is given: the conversion is done here.
-        TypeError: If ``peft_model`` is not a ``PeftModel``.
-
-    Example:
-        >>> import tempfile
-        >>> from peft import LoraConfig, PeftModel, get_peft_model
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-        >>> original, tokens = LlamaForCausalLM(config), torch.tensor([[1, 2, 3]])
-        >>> model = get_peft_model(copy.deepcopy(original), LoraConfig(r=2, target_modules=["up_proj"]))
-        >>> model = fila_(model, {"model.layers.0.mlp.up_proj.weight": torch.rand(8, 8)})
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     model.save_pretrained(folder)
-        ...     loaded = PeftModel.from_pretrained(original, folder)
-        >>> torch.allclose(loaded(tokens).logits, model(tokens).logits, atol=1e-6)
-        True
-    """
-    original = _peft_model_class(peft_model).save_pretrained
-    if options.get("path_initial_model_for_weight_conversion") is not None:
-        raise ValueError(
-            "path_initial_model_for_weight_conversion: expected None, because the adapter is converted for the original base already; "
-            "leave it out"
-        )
-    given = options.pop("state_dict", None)
-    state: dict[str, Any] = dict(peft_model.state_dict() if given is None else given)
-    configs = dict(peft_model.peft_config)
-    for adapter_name in options.get("selected_adapters") or list(configs):
-        converted = False
-        for name, layer in peft_model.named_modules():
-            if not hasattr(layer, _initial_names(adapter_name)[0]):
-                continue
-            a, b, a_0, b_0 = (_entry(state, f"{name}.{entry}") for entry in _entries(adapter_name))
-            state[f"{name}.lora_A.{adapter_name}.weight"] = torch.cat([a, a_0], 0)
-            state[f"{name}.lora_B.{adapter_name}.weight"] = torch.cat([b, -b_0], 1)
-            converted = True
-        if converted:
-            configs[adapter_name] = _of_twice_the_rank(configs[adapter_name])
-    live = dict(peft_model.peft_config)
-    peft_model.peft_config.update(configs)
-    try:
-        original(peft_model, save_directory, state_dict=state, **options)
-    finally:
-        peft_model.peft_config.update(live)
-
-
-def _of_twice_the_rank(config: Any) -> Any:
-    """A copy with the same scaling, alpha / r or alpha / sqrt r, of every layer."""
-    config = copy.deepcopy(config)
-    factor = 2**0.5 if config.use_rslora else 2
-    config.r, config.lora_alpha = 2 * config.r, factor * config.lora_alpha
-    config.rank_pattern = {key: 2 * rank for key, rank in config.rank_pattern.items()}
-    config.alpha_pattern = {key: factor * alpha for key, alpha in config.alpha_pattern.items()}
-    config.init_lora_weights = True
-    return config
 
 
 class _Base(NamedTuple):
@@ -219,7 +144,7 @@ def _factors(layer: Any, importance: Tensor, adapter_name: str, eps: float, seed
 
 def _checked(peft_model: Any, importance: Mapping[str, Tensor], adapter_name: str) -> dict[str, Any]:
     """The layers of an adapter by the plain name of their weight, if FILA can be done to all of them."""
-    _peft_model_class(peft_model)
+    peft_model_class(peft_model)
     config = peft_model.peft_config.get(adapter_name)
     if config is None:
         raise ValueError(f"adapter_name: expected one of {', '.join(peft_model.peft_config)}, found {adapter_name!r}")
@@ -281,33 +206,5 @@ def _check_layer(key: str, layer: Any, adapter_name: str) -> None:
         )
 
 
-def _initial_names(adapter_name: str) -> tuple[str, str]:
-    return f"fila_A_{adapter_name}", f"fila_B_{adapter_name}"
-
-
-def _entries(adapter_name: str) -> tuple[str, str, str, str]:
-    return f"lora_A.{adapter_name}.weight", f"lora_B.{adapter_name}.weight", *_initial_names(adapter_name)
-
-
-def _entry(state: Mapping[str, Any], name: str) -> Tensor:
-    if name not in state:
-        raise ValueError(
-            f"state_dict: expected an entry {name}, found none; give the state of the whole model, or no state_dict"
-        )
-    return state[name]
-
-
 def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _peft_model_class(peft_model: Any) -> Any:
-    try:
-        from peft import PeftModel
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "gradsurgery.lora needs peft: pip install 'gradsurgery[lightning]'", name=error.name
-        ) from error
-    if not isinstance(peft_model, PeftModel):
-        raise TypeError(f"expected a PeftModel (peft.get_peft_model makes one), found {type(peft_model).__name__}")
-    return type(peft_model)
