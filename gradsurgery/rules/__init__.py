@@ -108,12 +108,21 @@ A rule with a memory follows the protocol `StatefulRule`, as `GradVac` does.
 [ICLR 2021]: https://openreview.net/forum?id=IMPnRXEWpvr
 """
 
-# Both modules import helpers as modules whose names begin with "_", so that only rules (and torch, Tensor) come along.
+# A new rule needs no line here: both modules export their rules, and no helper, because the modules of helpers that
+# they import have names with an underscore.
 from gradsurgery.rules._algebra import of_gram
 from gradsurgery.rules.multi_task import *  # noqa: F403
 from gradsurgery.rules.projections import *  # noqa: F403
 from gradsurgery.rules.stateful import GradVac, StatefulRule
 from gradsurgery.rules.table import RULES, Rule, by_name
 
-# Type checkers follow the rules through the two imports above.
-__all__ = ["RULES", "GradVac", "Rule", "StatefulRule", "by_name", "of_gram", *RULES]  # pyright: ignore[reportUnsupportedDunderAll]
+# Type checkers know the rules by the two imports of everything.
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    "RULES",
+    "GradVac",
+    "Rule",
+    "StatefulRule",
+    "by_name",
+    "of_gram",
+    *RULES,
+]

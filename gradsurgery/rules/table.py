@@ -1,4 +1,4 @@
-"""The table of rules: every coordinate-free rule by its name, and the look-up that the optimizer and the command use."""
+"""The table of rules: every coordinate-free rule by its name, and the look-up by name."""
 
 from __future__ import annotations
 
