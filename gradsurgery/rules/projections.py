@@ -36,8 +36,9 @@ def gru(gram: Tensor) -> Tensor:
         u = f + \sum_k \lambda_k r_k, \quad \lambda \ge 0 .
 
     With one protected row the coefficients are (1, max(0, -c)/R). With several, the quadratic program is solved
-    exactly, by an active-set method on the K x K matrix. Projecting off one row after another would not do: a later projection can
-    bring back a conflict that an earlier one removed. Rescaling a protected row does not change the update.
+    exactly, by an active-set method on the K x K matrix. Projecting off one row after another would not do: a later
+    projection can bring back a conflict that an earlier one removed. Rescaling a protected row does not change the
+    update.
 
     Source: Gradient Rectified Unlearning (2503.09117), the closed form of its problem for one retain gradient. The
     program with several constraints is our generalisation. Difference from the authors' code: sign and coefficient

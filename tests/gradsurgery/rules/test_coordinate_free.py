@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import io
 import json
 import math
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gradsurgery as gs
 from gradsurgery import gram as gram_module
 from gradsurgery import rules
+from gradsurgery.rules import elementwise
 from tests import tolerances, zoo
 from tests.problems import classification, contexts, mlp, values
 from tests.reference import rules as reference
@@ -166,6 +168,24 @@ def test_the_table_names_each_rule_by_its_function(name: str) -> None:
     assert rules.by_name(name) is rules.RULES[name]
     assert rules.RULES[name].__name__ == name
     assert "Source" in (rules.RULES[name].__doc__ or "") or name == "sum"
+
+
+def test_every_public_function_of_the_two_modules_is_in_the_table_and_in_the_package() -> None:
+    written = {
+        name: value
+        for module in (rules.projections, rules.multi_task)
+        for name, value in vars(module).items()
+        if callable(value) and not name.startswith("_") and value.__module__ == module.__name__
+    }
+    assert rules.RULES == written
+    assert all(getattr(rules, name) is rule for name, rule in rules.RULES.items())
+    assert set(rules.RULES) < set(rules.__all__)
+    assert set(elementwise.ELEMENTWISE) < set(elementwise.__all__)
+
+
+def test_the_package_exports_rules_and_no_helpers() -> None:
+    names = {name for name, value in vars(rules).items() if not name.startswith("_") and not inspect.ismodule(value)}
+    assert names == {*rules.__all__, "Tensor"}
 
 
 def test_an_unknown_name_is_refused_with_the_names_there_are() -> None:
