@@ -1,7 +1,4 @@
-"""LoKU's adapters: low-rank adapters that start where the forget set lives (FILA), and saving them so that a plain load is right.
-
-Needs ``peft`` (``pip install 'gradsurgery[lightning]'``), imported when it is first used.
-"""
+"""FILA: the start of LoRA adapters from the part of each weight that matters most to the forget set."""
 
 from __future__ import annotations
 
@@ -37,21 +34,29 @@ def fila_(
         A = \sqrt{S / \sigma}\, V^T, \quad B = \mathrm{diag}(1 / (s + \epsilon))\, U \sqrt{S / \sigma}, \quad
         W \leftarrow W - \sigma B A
 
-    so that the model's output does not change, while :math:`\| \mathrm{diag}(s)(W - \sigma B A) \|_F` is within 0.2 % of the least
-    possible (where s is far above :math:`\epsilon`). Rows are weighted as wholes, because only then does the weighted problem have a
-    closed solution.
+    The model's output does not change, and :math:`\| \mathrm{diag}(s)(W - \sigma B A) \|_F` is within 0.2 % of the
+    least possible (where s is far above :math:`\epsilon`). One weight s_i per row, because only then does the
+    weighted problem have a closed solution.
 
-    Source: LoKU (2408.06621), FILA. Differences from the authors' code: their ``svd_lowrank(q=r)`` is unseeded and several per
-    cent off the optimum; here it is exact up to 512 rows or columns, and a seeded block Krylov iteration above. B is computed as
-    :math:`\mathrm{diag}(s / (s + \epsilon))\, W V / \sqrt{S \sigma}`, the same matrix, which for rows of s near 0 is small as it
-    should be, where the formula divides rounding errors by :math:`\epsilon`. Directions with S = 0 (importance 0 everywhere, rank
-    beyond the weight's) keep PEFT's own start, A random and B = 0: the formula makes both 0, and then neither ever gets a gradient.
+    The base weights are **changed**: without the adapter the model is wrong. So ``merge_and_unload()`` is right,
+    while ``disable_adapter()`` and ``unload()`` do not give the original model: take reference outputs from a model
+    of its own. A copy of the initial A and B stays with each layer (frozen, in ``state_dict``), and `save_pretrained`
+    replaces ``peft_model.save_pretrained``, so that ``PeftModel.from_pretrained(original model, folder)`` is right.
+
+    Source: LoKU (2408.06621), FILA. Differences from the authors' code:
+
+    - Their ``svd_lowrank(q=r)`` is unseeded and several per cent off the optimum. Here the decomposition is exact up
+      to 512 rows or columns, and a seeded block Krylov iteration above.
+    - B is computed as :math:`\mathrm{diag}(s / (s + \epsilon))\, W V / \sqrt{S \sigma}`. That is the same matrix, but
+      rows with s near 0 become small, as they should, where the formula divides rounding errors by :math:`\epsilon`.
+    - Directions with S = 0 (importance 0 everywhere, or a rank beyond the weight's) keep PEFT's own start, A random and
+      B = 0. The formula sets both to 0, and then neither ever gets a gradient.
 
     Args:
         peft_model: A ``PeftModel`` whose adapter is LoRA on linear weights and untrained (B = 0).
-        importance: ``{"<module>.weight": I}`` as from `fisher_importance`, in the weight's own shape (``[in, out]`` for GPT-2's
-            ``Conv1D``), >= 0; further entries are ignored.
-        adapter_name: Which adapter. Others are left alone; the output is unchanged while this one is active.
+        importance: ``{"<module>.weight": I}`` as from `fisher_importance`, in the weight's own shape (``[in, out]`` for
+            GPT-2's ``Conv1D``), >= 0. Further entries are ignored.
+        adapter_name: Which adapter. Others are left alone. The output is unchanged while this one is active.
         eps: Added to s, >= 0.
         seed: Of the iteration. The global random state is not touched.
 
@@ -59,18 +64,15 @@ def fila_(
         ``peft_model``.
 
     Raises:
-        ValueError: If an importance is missing, of another shape, negative or not finite, or the adapter is unknown, trained, merged,
-            not plain LoRA, or on anything but plain floating-point linear weights that belong to one module (quantised, sharded,
-            embedding, tied). Nothing has changed then.
+        ValueError: If an importance is missing, of another shape, negative or not finite; if the adapter is unknown,
+            trained, merged or not plain LoRA; or if it is on anything but plain floating-point linear weights that
+            belong to one module (quantised, sharded, embedding, tied). The model is then unchanged.
         TypeError: If ``peft_model`` is not a ``PeftModel``.
 
-    Computed in float32 (float64 for float64 weights), residual of the rounded A and B, then cast: in bfloat16 the output is unchanged
-    up to one rounding of each weight. Cost: `gradsurgery.lora.low_rank.leading` a weight; memory: three copies of one weight in float32.
+    Precision: computed in float32 (float64 for float64 weights). A and B are rounded to the adapter's type first, and
+    the rounded ones are subtracted from W; in bfloat16 the output is unchanged up to one rounding of each weight.
 
-    The base weights are **changed**: without the adapter the model is wrong. So ``merge_and_unload()`` is right, and
-    ``disable_adapter()`` and ``unload()`` do not give the original model: take reference outputs from a model of its own. A copy of
-    the initial A and B stays with each layer (frozen, in ``state_dict``) and ``peft_model.save_pretrained`` is replaced by
-    `save_pretrained`, so that ``PeftModel.from_pretrained(original model, folder)`` is right.
+    Cost: `gradsurgery.lora.low_rank.leading` once per weight; memory: three copies of one weight in float32.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -91,16 +93,16 @@ def fila_(
         raise ValueError(f"eps: expected a number >= 0, found {eps}")
     layers = _checked(peft_model, importance, adapter_name)
     factors = [_factors(layer, importance[key], adapter_name, eps, seed) for key, layer in layers.items()]
-    # Nothing has been changed so far, and nothing below can fail.
+    # All checks are done: the model is unchanged so far, and nothing below can fail.
     for layer, (a, b, base) in zip(layers.values(), factors, strict=True):
         with torch.no_grad():
             layer.lora_A[adapter_name].weight.copy_(a)
             layer.lora_B[adapter_name].weight.copy_(b)
             residual = base.matrix() - layer.scaling[adapter_name] * _wide(b) @ _wide(a)
-            # A new tensor: what else reads the old storage (another model, a snapshot) keeps the original weight.
+            # A new tensor: whatever else reads the old storage (another model, a snapshot) keeps the original weight.
             base.weight.data = (residual.T if base.transposed else residual).to(base.weight.dtype).contiguous()
         for name, value in zip(initial_names(adapter_name), (a, b), strict=True):
-            # A frozen parameter, because DDP would send a buffer around in every forward pass.
+            # A frozen parameter and not a buffer, because DDP broadcasts buffers in every forward pass.
             layer.register_parameter(name, torch.nn.Parameter(value.clone(), requires_grad=False))
     peft_model.save_pretrained = partial(save_pretrained, peft_model)
     inactive = [
@@ -120,13 +122,13 @@ class _Base(NamedTuple):
     transposed: bool
 
     def matrix(self) -> Tensor:
-        """[out, in], float32 or float64."""
+        """The weight as ``[out, in]``, in float32 or float64."""
         weight = _wide(self.weight.detach())
         return weight.T if self.transposed else weight
 
 
 def _factors(layer: Any, importance: Tensor, adapter_name: str, eps: float, seed: int) -> tuple[Tensor, Tensor, _Base]:
-    """A and B, in the adapter's type, and the weight they are to be taken from."""
+    """A and B in the adapter's type, and the weight that they are to be subtracted from."""
     old_a, old_b = (matrices[adapter_name].weight.detach() for matrices in (layer.lora_A, layer.lora_B))
     base = _Base(layer.get_base_layer().weight, layer.fan_in_fan_out)
     weight = base.matrix()
@@ -143,7 +145,7 @@ def _factors(layer: Any, importance: Tensor, adapter_name: str, eps: float, seed
 
 
 def _checked(peft_model: Any, importance: Mapping[str, Tensor], adapter_name: str) -> dict[str, Any]:
-    """The layers of an adapter by the plain name of their weight, if FILA can be done to all of them."""
+    """The layers of an adapter by the plain name of their weight, checked: FILA can start all of them."""
     peft_model_class(peft_model)
     config = peft_model.peft_config.get(adapter_name)
     if config is None:

@@ -15,31 +15,37 @@ __all__ = ["initial_names", "peft_model_class", "save_pretrained"]
 def save_pretrained(peft_model: Any, save_directory: Any, **options: Any) -> None:
     r"""Save adapters so that a plain ``PeftModel.from_pretrained(original model, folder)`` gives this model.
 
-    `fila_` moved :math:`\sigma B_0 A_0` out of the base weights, and the original ones do not know. So an adapter of rank 2 r is saved,
-    whose factors are [A; A_0] and [B, -B_0]:
+    `fila_` subtracted :math:`\sigma B_0 A_0` from the base weights, with the initial factors A_0 and B_0. The
+    original base still contains it. So the saved adapter has rank 2 r, with the factors [A; A_0] and [B, -B_0]:
 
     .. math:: W + \sigma (B A - B_0 A_0) = (W - \sigma B_0 A_0) + \sigma B A
 
-    Exact up to rounding: of float32, or, where the base is bfloat16, of the base weights once (the live model has them rounded after the
-    subtraction). What is loaded is an ordinary LoRA adapter of rank 2 r; to go on training at rank r, load a full checkpoint
-    (``state_dict``) into a model prepared by `fila_`. Other adapters are saved as PEFT does. `fila_` puts this function in the place of
-    ``peft_model.save_pretrained``; PEFT's own, ``peft.get_peft_model_state_dict``, knows nothing of the base.
+    This is exact up to rounding in float32. Where the base is bfloat16, the two models differ by one more rounding of
+    the base weights, because the live model rounded them after the subtraction. The loaded model has an ordinary LoRA
+    adapter of rank 2 r. To go on training at rank r, load a full checkpoint (``state_dict``) into a model prepared by
+    `fila_`.
+
+    Adapters that `fila_` did not start are saved as PEFT saves them. `fila_` puts this function in the place of
+    ``peft_model.save_pretrained``; PEFT's own ``peft.get_peft_model_state_dict`` knows nothing of the changed base.
 
     Args:
         peft_model: A ``PeftModel``, after `fila_` or not.
         save_directory: Folder.
-        **options: As of ``PeftModel.save_pretrained``; a ``state_dict`` may be given, with the initial factors in it.
+        **options: As of ``PeftModel.save_pretrained``. A ``state_dict`` may be given; it must contain the initial
+            factors.
 
     Raises:
-        ValueError: If ``path_initial_model_for_weight_conversion`` is given: the conversion is done here.
+        ValueError: If ``path_initial_model_for_weight_conversion`` is given (the conversion is done here), or if a
+            given ``state_dict`` lacks an entry.
         TypeError: If ``peft_model`` is not a ``PeftModel``.
 
     Example:
         >>> import tempfile
+        >>> from gradsurgery.lora import fila_
         >>> from peft import LoraConfig, PeftModel, get_peft_model
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-        >>> original, tokens = LlamaForCausalLM(config), torch.tensor([[1, 2, 3]])
+        >>> sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+        >>> original, tokens = LlamaForCausalLM(LlamaConfig(**sizes)), torch.tensor([[1, 2, 3]])
         >>> model = get_peft_model(copy.deepcopy(original), LoraConfig(r=2, target_modules=["up_proj"]))
         >>> model = fila_(model, {"model.layers.0.mlp.up_proj.weight": torch.rand(8, 8)})
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +83,7 @@ def save_pretrained(peft_model: Any, save_directory: Any, **options: Any) -> Non
 
 
 def _of_twice_the_rank(config: Any) -> Any:
-    """A copy with the same scaling, alpha / r or alpha / sqrt r, of every layer."""
+    """A copy of the config with twice the rank and the same scaling (alpha / r or alpha / sqrt r) of every layer."""
     config = copy.deepcopy(config)
     factor = 2**0.5 if config.use_rslora else 2
     config.r, config.lora_alpha = 2 * config.r, factor * config.lora_alpha
@@ -88,6 +94,7 @@ def _of_twice_the_rank(config: Any) -> Any:
 
 
 def initial_names(adapter_name: str) -> tuple[str, str]:
+    """The names under which a layer keeps its initial A and B."""
     return f"fila_A_{adapter_name}", f"fila_B_{adapter_name}"
 
 
@@ -104,6 +111,12 @@ def _entry(state: Mapping[str, Any], name: str) -> Tensor:
 
 
 def peft_model_class(peft_model: Any) -> Any:
+    """The class of a ``PeftModel``.
+
+    Raises:
+        TypeError: If it is anything else.
+        ModuleNotFoundError: Without peft.
+    """
     try:
         from peft import PeftModel
     except ModuleNotFoundError as error:

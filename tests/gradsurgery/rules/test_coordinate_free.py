@@ -177,7 +177,7 @@ def test_every_public_function_of_the_two_modules_is_in_the_table_and_in_the_pac
         for name, value in vars(module).items()
         if callable(value) and not name.startswith("_") and value.__module__ == module.__name__
     }
-    assert rules.RULES == written
+    assert written == rules.RULES
     assert all(getattr(rules, name) is rule for name, rule in rules.RULES.items())
     assert set(rules.RULES) < set(rules.__all__)
     assert set(elementwise.ELEMENTWISE) < set(elementwise.__all__)
