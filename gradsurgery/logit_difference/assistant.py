@@ -1,4 +1,4 @@
-"""ULD's assistant: the first layers of a model with an adapter."""
+"""ULD's assistant: the first layers of a model, sharing its weights, with an adapter of their own."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ __all__ = ["assistant"]
 def assistant(
     model: nn.Module, num_layers: int = 8, lora_rank: int = 32, *, lora_alpha: float = 32.0, lora_dropout: float = 0.0
 ) -> PeftModel:
-    r"""Returns ULD's assistant: the model's embeddings, first layers, final norm and head, frozen, and a trainable LoRA adapter.
+    """Build ULD's assistant: the first layers of a model, frozen, with a trainable LoRA adapter.
 
-    The frozen weights are the model's own storage, not copies: the assistant takes no memory but its adapter's. The model is untouched
-    (its parameters, gradients, `requires_grad`, mode and config), and nothing that trains the assistant can change it. What *would*
-    write into the shared storage, merging the adapter, is refused.
+    It has the model's embeddings, first layers, final norm and head. These frozen weights are the model's own
+    storage, not copies: only the adapter takes memory. The model is left as it was (parameters, gradients,
+    `requires_grad`, mode and config), and nothing that trains the assistant can change it. Merging the adapter
+    *would* write into the shared storage, and is refused.
 
-    The adapter (B = 0 at the start, hence without effect) is on every linear layer but the head. Paper: rank 32, alpha 32; the
-    authors' code: rank 16, alpha 32, dropout 0.05. Its first weights are drawn from torch's generator.
+    The adapter is on every linear layer but the head, and starts without effect (B = 0). Paper: rank 32, alpha 32; the
+    authors' code: rank 16, alpha 32, dropout 0.05. Its first weights are drawn from torch's global generator.
 
     Args:
-        model: a Transformers causal language model whose backbone (`model.base_model`) has its decoder layers in `layers` or `h`:
-            Llama and all that look like it, GPT-2.
-        num_layers: how many of them, K. Paper: 8 of the 32 of Llama-2-7B.
-        lora_rank: rank r of the adapter, r * (inputs + outputs) weights a linear layer.
-        lora_alpha: the adapter's output is scaled by alpha / rank.
-        lora_dropout: on the adapter's input.
+        model: A Transformers causal language model whose backbone (`model.base_model`) has its decoder layers in
+            `layers` or `h`: Llama and the models built like it, GPT-2.
+        num_layers: K, how many of them. Paper: 8 of the 32 of Llama-2-7B.
+        lora_rank: Rank r of the adapter: r * (inputs + outputs) weights a linear layer.
+        lora_alpha: The adapter's output is scaled by alpha / rank.
+        lora_dropout: On the adapter's input.
 
     Returns:
-        A `peft.PeftModel` that is called like a causal language model.
+        A `peft.PeftModel`, called like a causal language model.
 
     Raises:
         ValueError: If `num_layers` or `lora_rank` is not positive, or the model has fewer layers.
-        TypeError: If the layers cannot be found, or the model is quantized or has an adapter of its own.
+        TypeError: If the layers cannot be identified, or the model is quantized or has an adapter of its own.
         ImportError: Without peft.
 
     Example:
@@ -64,11 +65,12 @@ def assistant(
         r=lora_rank,
         lora_alpha=lora_alpha,  # pyright: ignore[reportArgumentType] (any number will do)
         lora_dropout=lora_dropout,
-        target_modules="all-linear",  # which in peft leaves the head out
+        target_modules="all-linear",  # in peft this leaves out the head
         task_type="CAUSAL_LM",
     )
     adapted: Any = get_peft_model(first_layers(model, num_layers), config)
-    # A loader that goes by the adapter's own config would put it on the whole model: this name stops it, and says why.
+    # A loader that trusts the adapter's own config would put the adapter on the whole model: this name stops it, and
+    # says why.
     config.base_model_name_or_path = (
         f"the first {num_layers} layers of ../base: load the parent folder with gradsurgery.logit_difference"
     )

@@ -1,4 +1,4 @@
-"""ULD's arithmetic on logits: the difference of two models' logits, and the filter on likely tokens."""
+"""ULD's arithmetic on logits: the difference of two models' logits, and the filter that keeps the likely tokens."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ __all__ = ["check_weight", "logit_difference", "top_logit_mask"]
 
 
 def top_logit_mask(log_probabilities: Tensor, rate: float) -> Tensor:
-    r"""Returns which tokens are likely enough under the base model for the assistant to have a say in them.
+    """The tokens that are likely enough under the base model for the assistant to have a say in them.
 
-    A token stays if its probability is at least `rate` times the highest, or if it is among the `int(rate * V)` best (ties with the
-    last of them stay too).
+    A token stays if its probability is at least `rate` times the highest, or if it is among the `int(rate * V)` most
+    likely ones. Ties with the last of these stay too.
 
-    The authors' code is the same but for `rate * V < 1`, where its index of the k-th best is -1 and nothing is filtered; here only the
-    first condition counts then, and the best token always stays.
+    Difference from the authors' code: with `rate * V < 1` their index of the k-th best is -1, and nothing is
+    filtered. Here only the first condition counts then, and the best token always stays.
 
     Args:
         log_probabilities: `[..., V]`, log-softmax of the base model's logits.
-        rate: in [0, 1]; 0 keeps every token, and so does 1.
+        rate: In [0, 1]. Both 0 and 1 keep every token.
 
     Returns:
-        bool, `[..., V]`, True where a token stays. A row with NaN keeps every token, so that the NaN stays visible.
+        Bool, `[..., V]`, True where a token stays. A row with NaN keeps every token, so that the NaN stays visible.
 
     Raises:
         ValueError: If `rate` is outside [0, 1].
@@ -33,7 +33,7 @@ def top_logit_mask(log_probabilities: Tensor, rate: float) -> Tensor:
         >>> p = torch.tensor([0.6, 0.25, 0.1, 0.05])
         >>> top_logit_mask(p.log(), 0.3)
         tensor([ True,  True, False, False])
-        >>> top_logit_mask(p.log(), 0.75)  # the second is below 0.45, and stays as one of the three best
+        >>> top_logit_mask(p.log(), 0.75)  # the second is below 0.45, and stays as one of the three most likely
         tensor([ True,  True,  True, False])
     """
     if not 0.0 <= rate <= 1.0:
@@ -55,31 +55,32 @@ def logit_difference(
     *,
     generating: bool = False,
 ) -> Tensor:
-    r"""Returns `base - weight * assistant`, with the top-logit filter.
+    """The logits `base - weight * assistant`, with the top-logit filter.
 
-    ULD, equation 2 and section 3.2. Raw logits are subtracted, as in the paper. The authors' code takes the log-softmax of both first
-    where there is no filter: that differs by one constant a row, hence in no probability. With a filter the constant matters, because
-    kept and filtered tokens meet in one softmax, and both the code and this function subtract raw logits.
+    ULD, equation 2 and section 3.2. Raw logits are subtracted, as in the paper. The authors' code takes the
+    log-softmax of both first where there is no filter. That differs by one constant a row, hence in no probability.
+    With a filter the constant matters, because kept and filtered tokens meet in one softmax; there both the code and
+    this function subtract raw logits.
 
     Filtered tokens (see `top_logit_mask`)
 
-    - keep the base logit when scoring. They are not suppressed: the kept ones lose `weight * assistant`, so a rare token can become
-      likelier than it was. Likelihoods with a filter are therefore not those of the sampler;
+    - keep the base logit when scoring. They are not suppressed: the kept tokens lose `weight * assistant`, so that a
+      rare token can become likelier than it was. Likelihoods with a filter are therefore not those of the sampler;
     - get -inf when generating, so that no sampler chooses them (the authors' greedy loop writes -1e3).
 
     Args:
         base_logits: `[..., V]`, of the model that is to forget.
         assistant_logits: `[..., V]`, of the assistant.
-        weight: how much of the assistant is subtracted. Paper: 0.75 on TOFU, 0.5 on Harry Potter; the authors' code stores it negative
-            and adds it (-0.8 in its TOFU script).
-        top_logit_filter: rate of `top_logit_mask`; 0 is no filter. Paper: 0.01 (the authors' evaluation runs with 0.1).
-        generating: what filtered tokens get.
+        weight: How much of the assistant is subtracted. Paper: 0.75 on TOFU, 0.5 on Harry Potter; the authors' code
+            stores it negative and adds it (-0.8 in its TOFU script).
+        top_logit_filter: Rate of `top_logit_mask`; 0 is no filter. Paper: 0.01 (the authors' evaluation runs with 0.1).
+        generating: Whether filtered tokens get -inf instead of the base logit.
 
     Returns:
         `[..., V]`, in float32 (float64 if one of the two is).
 
     Raises:
-        ValueError: If the shapes differ, the weight is negative, or the filter's rate is outside [0, 1].
+        ValueError: If the shapes differ, the weight is negative or not finite, or the filter's rate is outside [0, 1].
 
     Example:
         >>> base, assistant = torch.tensor([2.0, 1.0, -3.0]), torch.tensor([4.0, 0.0, 0.0])
@@ -94,7 +95,7 @@ def logit_difference(
             f"{list(assistant_logits.shape)}: both models need the same vocabulary and the same tokens"
         )
     check_weight(weight)
-    # bfloat16 logits of 20 are known to 0.06 only: their difference would be rounding.
+    # bfloat16 knows a logit of 20 only to 0.06: a difference in that type would be mostly rounding.
     dtype = torch.promote_types(torch.promote_types(base_logits.dtype, assistant_logits.dtype), torch.float32)
     base = base_logits.to(dtype)
     difference = base - weight * assistant_logits.to(dtype)

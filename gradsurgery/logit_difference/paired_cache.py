@@ -8,13 +8,14 @@ from transformers.cache_utils import Cache
 
 
 class PairedCache(Cache):
-    """The caches of both models as one: whatever `generate` does to the layers of a cache (reorder, crop, select), it does to all.
+    """The caches of both models as one.
 
-    Its first layers are the base's, and so are its length and the sizes of its masks.
+    Whatever `generate` does to the layers of a cache (reorder, crop, select), it does to the layers of both. The base's
+    layers come first, so that the length and the sizes of masks are the base's.
     """
 
     def __init__(self, base: Cache, assistant: Cache) -> None:
-        # Not super().__init__(), which makes a list of layers: the two lists stay where they are, and may grow.
+        # No super().__init__(), which would create a list of layers: `layers` reads the two caches, which may grow.
         self.base, self.assistant = base, assistant
 
     @property
@@ -23,5 +24,5 @@ class PairedCache(Cache):
         return [*self.base.layers, *self.assistant.layers]
 
     def update(self, *_: Any, **__: Any) -> Any:
-        """Neither model can write here: each is given its own half."""
+        """Always raise: a model writes to its own half, never to the pair."""
         raise RuntimeError("expected a model to write to one half of a PairedCache, found a write to the pair")
