@@ -53,4 +53,5 @@ def __getattr__(name: str) -> Any:
         raise ImportError(
             f"LogitDifferenceModel needs transformers ({error}): pip install 'gradsurgery[lightning]'"
         ) from error
+    globals()[name] = LogitDifferenceModel  # from now on an ordinary name
     return LogitDifferenceModel

@@ -15,8 +15,9 @@ __all__ = ["initial_names", "peft_model_class", "save_pretrained"]
 def save_pretrained(peft_model: Any, save_directory: Any, **options: Any) -> None:
     r"""Save adapters so that a plain ``PeftModel.from_pretrained(original model, folder)`` gives this model.
 
-    `fila_` subtracted :math:`\sigma B_0 A_0` from the base weights, with the initial factors A_0 and B_0. The
-    original base still contains it. So the saved adapter has rank 2 r, with the factors [A; A_0] and [B, -B_0]:
+    `fila_` subtracted :math:`\sigma B_0 A_0` from the base weights, with the initial factors :math:`A_0` and
+    :math:`B_0`. The original base still contains it. So the saved adapter has rank 2 r, with the factors
+    :math:`[A; A_0]` and :math:`[B, -B_0]`:
 
     .. math:: W + \sigma (B A - B_0 A_0) = (W - \sigma B_0 A_0) + \sigma B A
 

@@ -19,7 +19,7 @@ optimizer descends along it. Options are keyword arguments; `functools.partial` 
 | `gem` | `gru` with a margin | [1706.08840][] |
 | `cos_clip` | `gru` that never stands still | the GRU authors' code |
 | `gu` | removes the whole component along the protected rows, also where it helps them | [2511.17100][] |
-| `orthograd` | `gu` plus the mean of the protected rows, one row a retain example | [2503.02312][] |
+| `orthograd` | `gu` plus the mean of the protected rows, one of them per retain example | [2503.02312][] |
 | `gradvac` | raises the cosine with each protected row to a fixed target | [2010.05874][] |
 | `GradVac` | `gradvac` with a target that follows the cosines of earlier steps | [2010.05874][] |
 | `blur` | forgetting first: the retain step, corrected so that forgetting always gains the same | [2506.08164][] |
@@ -44,7 +44,8 @@ its answer. Reflecting across the span of the rows then shows that the answer li
 theorem of invariants of O(n), its coefficients are functions of inner products only. So the functions Gram matrix ->
 coefficients *are* the coordinate-free rules.
 
-Notation in the docstrings: f = row 0, r = a protected row, F = <f, f>, R = <r, r>, c = <f, r>.
+Notation in the docstrings: f = row 0, r = a protected row,
+:math:`F = \langle f, f\rangle`, :math:`R = \langle r, r\rangle`, :math:`c = \langle f, r\rangle`.
 
 Example:
     >>> gram = torch.tensor([[25.0, -3.0], [-3.0, 5.0]], dtype=torch.float64)
@@ -110,6 +111,7 @@ A rule with a memory follows the protocol `StatefulRule`, as `GradVac` does.
 
 # A new rule needs no line here: both modules export their rules, and no helper, because the modules of helpers that
 # they import have names with an underscore.
+from gradsurgery.rules import elementwise
 from gradsurgery.rules._algebra import of_gram
 from gradsurgery.rules.multi_task import *  # noqa: F403
 from gradsurgery.rules.projections import *  # noqa: F403
@@ -123,6 +125,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "Rule",
     "StatefulRule",
     "by_name",
+    "elementwise",
     "of_gram",
     *RULES,
 ]

@@ -1,7 +1,7 @@
-"""Multi-task rules: every row has the same standing.
+r"""Multi-task rules: every row has the same standing.
 
 `gradsurgery.rules` says what all rules have in common. Notation: row 0 is f and, where there are two rows, row 1 is r;
-F = <f, f>, R = <r, r>, c = <f, r>.
+:math:`F = \langle f, f\rangle`, :math:`R = \langle r, r\rangle`, :math:`c = \langle f, r\rangle`.
 """
 
 import torch
@@ -39,9 +39,9 @@ def pcgrad(gram: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
 
 @of_gram
 def mgda(gram: Tensor) -> Tensor:
-    """MGDA: the convex combination of least norm, min_w w^T G w over the simplex. Identical rows share their weight.
+    r"""MGDA: the convex combination of least norm, :math:`\min_w w^T G w` over the simplex.
 
-    It stalls where a protected row is near zero.
+    Identical rows share their weight. It stalls where a protected row is near zero.
 
     Source: Multiple-Gradient Descent Algorithm (Désidéri, 2012). Solved exactly, by enumerating the faces of the
     simplex, where the usual code runs Frank-Wolfe.
@@ -54,18 +54,19 @@ def mgda(gram: Tensor) -> Tensor:
 
 @of_gram
 def cagrad(gram: Tensor, *, c: float = 0.5) -> Tensor:
-    r"""CAGrad: the update that helps the worst-off row most, near the mean row g_0: within ``c`` times its length.
+    r"""CAGrad: the update that helps the worst-off row most, within a ball around the mean row :math:`g_0`.
 
     .. math:: \max_u \min_k \langle u, \mathrm{row}_k\rangle \;\text{ s.t. }\;
         \lVert u - g_0\rVert \le c\lVert g_0\rVert, \qquad u = g_0 + \frac{c\lVert g_0\rVert}{\lVert g_w\rVert} g_w,
         \quad w = \arg\min_{w \in \Delta} \langle g_w, g_0\rangle + c\lVert g_0\rVert\lVert g_w\rVert .
 
-    Source: Conflict-Averse Gradient Descent (2110.14048), equations 2 and 3. Not rescaled by 1/(1 + c^2), as some code
-    does. Solved exactly, by enumerating the faces of the simplex, where the authors call a numerical optimizer.
+    Source: Conflict-Averse Gradient Descent (2110.14048), equations 2 and 3. Not rescaled by :math:`1/(1 + c^2)`, as
+    some code does. Solved exactly, by enumerating the faces of the simplex, where the authors call a numerical
+    optimizer.
 
     Args:
         gram: ``[..., K, K]``.
-        c: Radius in units of the mean row's length, >= 0.
+        c: The ball's radius, in units of the mean row's length, >= 0.
 
     Raises:
         ValueError: If ``c`` is negative or NaN, or there are more than 10 rows.
@@ -110,10 +111,11 @@ def cagrad(gram: Tensor, *, c: float = 0.5) -> Tensor:
 
 @of_gram
 def imtl_g(gram: Tensor) -> Tensor:
-    """IMTL-G: equal projections of the update on every row's direction; the coefficients add up to 1.
+    r"""IMTL-G: equal projections of the update on every row's direction; the coefficients add up to 1.
 
-    They are G^+ sqrt(diag G), normalised. Two rows: the bisector, (sqrt(R), sqrt(F))/(sqrt(F) + sqrt(R)). Zero rows
-    get 0. Where the only such update is 0 (normalised rows that add up to 0), the normalised rows get equal weights.
+    They are :math:`G^+ \sqrt{\mathrm{diag}\, G}`, normalised. Two rows: the bisector,
+    :math:`(\sqrt R, \sqrt F)/(\sqrt F + \sqrt R)`. Zero rows get 0. Where the only such update is 0 (normalised rows
+    that add up to 0), the normalised rows get equal weights.
 
     Source: Towards Impartial Multi-task Learning (ICLR 2021), section 3.1.
     """
@@ -127,7 +129,7 @@ def imtl_g(gram: Tensor) -> Tensor:
 
 @of_gram
 def ngdiff(gram: Tensor) -> Tensor:
-    """NGDiff: the sum of the normalised rows, with coefficients 1/|row_k| (0 for a zero row).
+    r"""NGDiff: the sum of the normalised rows, with coefficients 1/norm (0 for a zero row).
 
     Source: Normalized Gradient Difference (2410.22086), whose g_F is -f here. Its automatic learning rate is left to
     the scheduler.
@@ -137,13 +139,14 @@ def ngdiff(gram: Tensor) -> Tensor:
 
 @of_gram
 def nash_mtl(gram: Tensor) -> Tensor:
-    """Nash-MTL: the bargaining solution, coefficients x with G x = 1/x. Zero rows get 0.
+    r"""Nash-MTL: the bargaining solution, coefficients x with :math:`G x = 1/x`. Zero rows get 0.
 
-    Two rows: (1/sqrt(F), 1/sqrt(R))/sqrt(1 + cos). Opposite rows have no bargain: the coefficients grow without bound.
+    Two rows: :math:`(1/\sqrt F, 1/\sqrt R)/\sqrt{1 + \cos}`. Opposite rows have no bargain: the coefficients grow
+    without bound.
 
     Source: Multi-Task Learning as a Bargaining Game (2202.01017), equation 3. The strictly convex problem behind it,
-    min 1/2 x^T G x - sum log x, is solved by damped Newton steps, where the authors alternate convex approximations and
-    clip the result.
+    :math:`\min_x \tfrac12 x^T G x - \sum_k \log x_k`, is solved by damped Newton steps, where the authors alternate
+    convex approximations and clip the result.
     """
     unit, norms = _algebra.normalised(gram)
     number = gram.shape[-1]
@@ -162,9 +165,10 @@ def nash_mtl(gram: Tensor) -> Tensor:
 
 @of_gram
 def aligned_mtl(gram: Tensor) -> Tensor:
-    """Aligned-MTL: rotate and rescale the rows to orthogonal ones of equal length, and take their mean.
+    r"""Aligned-MTL: rotate and rescale the rows to orthogonal ones of equal length, and take their mean.
 
-    The coefficients are sqrt(lambda_min) G^{-1/2} w with w = 1/K, over the eigenvalues above K eps lambda_max.
+    The coefficients are :math:`\sqrt{\lambda_{\min}}\, G^{-1/2} w` with all :math:`w_k = 1/K`, over the eigenvalues
+    above :math:`K \epsilon \lambda_{\max}` (:math:`\epsilon` of float64).
 
     Source: Independent Component Alignment (2305.19000), algorithm 1, scale "min".
     """

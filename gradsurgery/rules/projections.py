@@ -1,7 +1,7 @@
-"""Rules in which the forget row has a standing of its own: fixed weights, and projections of the forget row.
+r"""Rules in which the forget row has a standing of its own: fixed weights, and projections of the forget row.
 
 `gradsurgery.rules` says what all rules have in common, and gives the notation: f = row 0, r = a protected row,
-F = <f, f>, R = <r, r>, c = <f, r>.
+:math:`F = \langle f, f\rangle`, :math:`R = \langle r, r\rangle`, :math:`c = \langle f, r\rangle`.
 """
 
 import torch
@@ -35,10 +35,10 @@ def gru(gram: Tensor) -> Tensor:
     .. math:: \min_u \lVert u - f\rVert^2 \;\text{ s.t. }\; \langle u, r_k\rangle \ge 0, \qquad
         u = f + \sum_k \lambda_k r_k, \quad \lambda \ge 0 .
 
-    With one protected row the coefficients are (1, max(0, -c)/R). With several, the quadratic program is solved
-    exactly, by an active-set method on the K x K matrix. Projecting off one row after another would not do: a later
-    projection can bring back a conflict that an earlier one removed. Rescaling a protected row does not change the
-    update.
+    With one protected row the coefficients are :math:`(1, \max(0, -c)/R)`. With several, the quadratic program is
+    solved exactly, by an active-set method on the K x K matrix. Projecting off one row after another would not do: a
+    later projection can bring back a conflict that an earlier one removed. Rescaling a protected row does not change
+    the update.
 
     Source: Gradient Rectified Unlearning (2503.09117), the closed form of its problem for one retain gradient. The
     program with several constraints is our generalisation. Difference from the authors' code: sign and coefficient
@@ -62,11 +62,11 @@ def gem(gram: Tensor, *, margin: float = 0.0) -> Tensor:
 
 @of_gram
 def a_gem(gram: Tensor) -> Tensor:
-    """A-GEM: `gru` against the mean of the protected rows only.
+    r"""A-GEM: `gru` against the mean of the protected rows only.
 
-    With r the mean of the protected rows, the update is f + b r, b = max(0, -<f, r>)/|r|^2; so the coefficients are 1
-    for f and b/(K - 1) for every protected row. With one protected row it is `gru`. With several it promises only
-    that their mean does not get worse.
+    With r the mean of the protected rows, the update is :math:`f + b r` with
+    :math:`b = \max(0, -\langle f, r\rangle)/\lVert r\rVert^2`. So the coefficients are 1 for f and b/(K - 1) for every
+    protected row. With one protected row it is `gru`. With several it promises only that their mean does not get worse.
 
     Source: Averaged GEM (1812.00420), equation 11.
     """
@@ -80,10 +80,11 @@ def a_gem(gram: Tensor) -> Tensor:
 
 @of_gram
 def cos_clip(gram: Tensor, *, floor: float = -0.5) -> Tensor:
-    """GRU's ``cos_clip`` option: `gru` that treats each cosine of f and r_k as at least ``floor``.
+    r"""GRU's ``cos_clip`` option: `gru` that treats each cosine of f and a protected row as at least ``floor``.
 
-    Where the cosine is below the floor, the update still conflicts, <u, r> = sqrt(FR) (cos - floor), but it never
-    shrinks to nothing: opposite rows give (1 + floor) f, where `gru` gives 0.
+    Where the cosine is below the floor, the update still conflicts,
+    :math:`\langle u, r\rangle = \sqrt{FR}\,(\cos - \mathrm{floor})`, but it never shrinks to nothing: opposite rows
+    give (1 + floor) f, where `gru` gives 0.
 
     Source: the GRU authors' code (floor -0.5, off by default), for one protected row; several are our generalisation.
 
@@ -104,8 +105,8 @@ def cos_clip(gram: Tensor, *, floor: float = -0.5) -> Tensor:
 def gu(gram: Tensor) -> Tensor:
     """GU: remove from f its whole component in the span of the protected rows, also where it would help them.
 
-    The coefficients are (1, b) with b = -M^+ q, M the Gram matrix of the protected rows and q their products with f;
-    for one protected row b = -c/R.
+    The coefficients are (1, b) with :math:`b = -M^+ q`, M the Gram matrix of the protected rows and q their products
+    with f; for one protected row :math:`b = -c/R`.
 
     Source: Geometric-disentanglement Unlearning (2511.17100), which takes the Gram matrix in the optimizer's metric
     (``metric="optimizer"`` here).
@@ -162,9 +163,11 @@ def gradvac(gram: Tensor, *, target: float = 0.0) -> Tensor:
 
 @of_gram
 def blur(gram: Tensor, *, gamma: float = 1.0) -> Tensor:
-    """BLUR, forgetting first: the retain step, changed along f so that <u, f> is always ``gamma`` F.
+    r"""BLUR, forgetting first: the retain step, changed along f so that :math:`\langle u, f\rangle` is always gamma F.
 
-    u = r + (gamma - c/F) f, with r the sum of the protected rows. A zero forget row leaves u = r.
+    .. math:: u = r + (\gamma - c/F) f
+
+    with r the sum of the protected rows. A zero forget row leaves u = r.
 
     Source: BLUR (2506.08164), the bi-level update of its authors' code.
     """
@@ -181,10 +184,12 @@ def hamu(gram: Tensor, *, gain: float, radius: float) -> Tensor:
 
     with r the sum of the protected rows. There are three cases:
 
-    - The pure retain step forgets enough: the coefficients are (0, radius/sqrt(R)). So they are for a zero forget row.
-    - The gain is out of reach, gain > radius sqrt(F): the step goes along f, with length ``radius``.
-    - Otherwise the coefficients are (a, b) with a = gain/F - s c/(F n), b = s/n, s^2 = radius^2 - gain^2/F and
-      n^2 = R - c^2/F.
+    - The pure retain step forgets enough: the coefficients are :math:`(0, \mathrm{radius}/\sqrt R)`. They are the same
+      for a zero forget row.
+    - The gain is out of reach, :math:`\mathrm{gain} > \mathrm{radius}\sqrt F`: the step goes along f, with length
+      ``radius``.
+    - Otherwise the coefficients are (a, b) with :math:`a = \mathrm{gain}/F - sc/(Fn)`, :math:`b = s/n`,
+      :math:`s^2 = \mathrm{radius}^2 - \mathrm{gain}^2/F` and :math:`n^2 = R - c^2/F`.
 
     The answer is a displacement: use it with plain SGD of learning rate 1. It is not scale-free; ``gain`` and
     ``radius`` carry units.
@@ -195,7 +200,7 @@ def hamu(gram: Tensor, *, gain: float, radius: float) -> Tensor:
 
     Args:
         gram: ``[..., K, K]``.
-        gain: Wanted <f, u>, >= 0.
+        gain: The least :math:`\langle f, u\rangle`, >= 0.
         radius: Greatest length of the step, > 0.
 
     Raises:

@@ -36,11 +36,11 @@ class StatefulRule(Protocol):
 
 
 class GradVac:
-    """GradVac with a moving target: each protected row's target follows the cosines of earlier steps.
+    r"""GradVac with a moving target: each protected row's target follows the cosines of earlier steps.
 
-    The targets start at 0 and move by t <- (1 - beta) t + beta cos. A call computes the new targets, and `commit`
-    adopts them; the optimizer commits once for each step that happened. There is one target per protected row; in a
-    scope of several blocks, one per block and protected row.
+    The targets start at 0 and move by :math:`t \leftarrow (1 - \beta) t + \beta \cos`. A call computes the new
+    targets, and `commit` adopts them; the optimizer commits once for each step that happened. There is one target per
+    protected row; in a scope of several blocks, one per block and protected row.
 
     Source: Gradient Vaccine (2010.05874), equations 3 and 4; the paper's beta is 1e-2, LibMTL's 0.5.
 
