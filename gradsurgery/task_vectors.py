@@ -1,15 +1,30 @@
-r"""Arithmetic on state dicts: task vectors, unlearning by negation, and mixing with the original model.
+"""Arithmetic on state dicts: task vectors, unlearning by negation, and mixing with the original model.
 
-A state dict maps names to tensors. Nothing here changes its arguments or shares memory with them. Entries keep their types: half types
-are computed in float32 and rounded once; integer and boolean entries (step counts, masks) must be equal in all arguments and are copied.
-Entries that share memory in the first argument (tied weights) share it in the answer, and must be equal in the others. Types and devices
-of the answer are the first argument's; one entry travels at a time. With LoRA pass merged weights, or all that training changed (FILA
-changes the base too).
+What a model learned is the difference of its weights, and can be taken away again:
+
+- `task_vector` and `negate`: fine-tune further on what is to be forgotten, and subtract what that added
+  ([2212.04089](https://arxiv.org/abs/2212.04089)).
+- `rectified`: negation that does not conflict with other knowledge, in the spirit of GRU's TRU. Unverified: the
+  paper's own definition was not available.
+- `mix` and `calibrate_mix`: UWC's mixing of the unlearned with the original model
+  ([2406.09179](https://arxiv.org/abs/2406.09179)), and a search for the mix that restores a given share of the original
+  utility, so that methods are compared at equal retention.
+
+A state dict maps names to tensors. Nothing here changes its arguments or shares memory with them. The answer has the
+types and devices of the first argument, and one entry at a time is computed.
+
+- Half-precision entries are computed in float32 and rounded once.
+- Integer and boolean entries (step counts, masks) must be equal in all arguments and are copied.
+- Entries that share memory in the first argument (tied weights) share it in the answer, and must be equal in the other
+  arguments.
+- With LoRA, pass merged weights, or everything that training changed (FILA changes the base too).
 
 Example:
     >>> before, after = {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 2.0])}
     >>> task_vector(before, after)
     {'w': tensor([2., 0.])}
+    >>> negate(before, task_vector(before, after), weight=0.5)
+    {'w': tensor([0., 2.])}
     >>> mix(before, after, 0.25)
     {'w': tensor([2.5000, 2.0000])}
 """
@@ -30,7 +45,7 @@ from gradsurgery.gram import gram, local_tensor
 StateDict: TypeAlias = Mapping[str, Tensor]
 """Names to tensors, as ``model.state_dict()`` returns."""
 
-# 2 scores, a bisection, a grid where that was not enough, and a bisection with what is left: 60 calls at most.
+# At most 60 calls: 2 scores, a bisection, a grid where that was not enough, and a second bisection with what is left.
 _MOST_CALLS = 60
 _BISECTIONS = 32
 _GRID = 16
@@ -54,13 +69,14 @@ def task_vector(before: StateDict, after: StateDict) -> dict[str, Tensor]:
 def negate(before: StateDict, vector: StateDict, weight: float = 1.0) -> dict[str, Tensor]:
     r"""Unlearning by negation: :math:`\theta = \theta_{\mathrm{before}} - \mathrm{weight}\cdot\tau`.
 
-    Source: Editing Models with Task Arithmetic (2212.04089), section 3. The vector is that of a model fine-tuned further on what is
-    to be forgotten.
+    The vector is that of a model which was fine-tuned further on what is to be forgotten.
+
+    Source: Editing Models with Task Arithmetic (2212.04089), section 3.
 
     Args:
         before: The model.
         vector: From `task_vector`.
-        weight: Multiple to take away.
+        weight: Multiple of the vector to subtract.
 
     Raises:
         ValueError: As `task_vector`; a vector must be 0 at integer entries.
@@ -74,11 +90,12 @@ def negate(before: StateDict, vector: StateDict, weight: float = 1.0) -> dict[st
 
 
 def mix(before: StateDict, after: StateDict, rho: float) -> dict[str, Tensor]:
-    r"""UWC's model mixing: :math:`\theta = \rho\,\theta_{\mathrm{before}} + (1 - \rho)\,\theta_{\mathrm{after}}`, entry by entry.
+    r"""UWC's model mixing: :math:`\theta = \rho\,\theta_{\mathrm{before}} + (1 - \rho)\,\theta_{\mathrm{after}}`.
 
-    rho is the share of the ORIGINAL model: 0 is the unlearned one, 1 the original.
+    rho is the share of the ORIGINAL model: 0 gives the unlearned one, 1 the original.
 
-    Source: Towards Effective Evaluations and Comparisons for LLM Unlearning Methods (2406.09179), its calibration, and the authors' code.
+    Source: Towards Effective Evaluations and Comparisons for LLM Unlearning Methods (2406.09179), its calibration,
+    and the authors' code.
 
     Args:
         before: The original model.
@@ -100,23 +117,25 @@ def rectified(
 ) -> dict[str, Tensor]:
     r"""Negation of rectified task vectors, TRU-style (unverified).
 
-    The forget set is split into parts s. With :math:`v_s = -\tau(s)` and the reference :math:`\tau_{\bar s}`, the task vector of the other
-    parts (moving along it keeps other knowledge), each :math:`v_s` is projected as `rules.gru` projects a gradient:
+    The forget set is split into parts s. Let :math:`v_s = -\tau(s)`, and let the reference :math:`\tau_{\bar s}` be
+    the task vector of the other parts; moving along it keeps other knowledge. Each :math:`v_s` is projected as
+    `rules.gru` projects a gradient:
 
     .. math:: \theta = \theta_{\mathrm{before}} + \mathrm{weight} \sum_s
-        \Bigl(v_s + \frac{\max(0, -\langle v_s, \tau_{\bar s}\rangle)}{\lVert \tau_{\bar s}\rVert^2}\,\tau_{\bar s}\Bigr) .
+        \Bigl(v_s + \frac{\max(0, -\langle v_s, \tau_{\bar s}\rangle)}{\lVert \tau_{\bar s}\rVert^2}
+        \,\tau_{\bar s}\Bigr) .
 
-    Source: in the spirit of TRU, the retain-free variant of GRU (2503.09117, section 4). TRU-style (unverified): the paper's own definition
-    was not at hand and its code does not contain it; this form is ours.
+    Source: in the spirit of TRU, the retain-free variant of GRU (2503.09117, section 4). TRU-style (unverified): the
+    paper's own definition was not at hand and its code does not contain it; this form is ours.
 
     Args:
         before: The model.
         vectors: `task_vector` of each part.
-        references: `task_vector` of all other parts together, for each part.
+        references: For each part, `task_vector` of all other parts together.
         weight: Multiple of the summed vectors.
 
     Raises:
-        ValueError: If there is no part, not one reference a part, or as `negate`.
+        ValueError: If there is no part, the numbers of vectors and references differ, or as `negate`.
 
     Cost: two copies of the model.
     """
@@ -157,21 +176,27 @@ def calibrate_mix(
     target: float = 0.95,
     tolerance: float = 1e-3,
 ) -> float:
-    r"""The smallest share of the original model that restores retention: UWC's calibration, so that methods are compared on forgetting.
+    """The smallest share of the original model that restores retention: UWC's calibration.
 
-    Finds rho with ``score(mix(before, after, rho)) >= target * score(before)``. It is exactly 0 where ``after`` passes. Otherwise bisection
-    closes in on a rho that passes, at most ``tolerance`` above one that fails. If the scores met on the way rise with rho until they reach
-    the target, that is the answer. If they do not, 16 equally spaced shares below it are scored too, and the search is repeated under the
-    smallest that passes; a passing interval narrower than their spacing may still be missed. What is returned was scored and passes.
+    Methods that retain equally much after it can be compared on forgetting. The answer is a rho with
+    ``score(mix(before, after, rho)) >= target * score(before)``:
 
-    Source: Towards Effective Evaluations and Comparisons for LLM Unlearning Methods (2406.09179), which names the share restored, 95 %;
-    the search is ours, as the authors' code sets rho by hand.
+    - It is exactly 0 if ``after`` passes.
+    - Otherwise bisection ends at a rho that passes, at most ``tolerance`` above one that fails. If the scores seen on
+      the way rise with rho until they reach the target, that is the answer.
+    - If they do not, 16 equally spaced shares below it are scored too, and the search is repeated below the smallest
+      that passes. An interval of passing shares that is narrower than the spacing may still be missed.
+
+    The returned rho was scored, and passes.
+
+    Source: Towards Effective Evaluations and Comparisons for LLM Unlearning Methods (2406.09179), which names the
+    share to restore, 95 %. The search is ours: the authors' code sets rho by hand.
 
     Args:
         before: The original model.
         after: The unlearned model.
-        score: State dict -> retention, larger is better and positive for the original model (model utility, probability of the retain
-            answers). It must not depend on chance. Every call gets a new dict.
+        score: State dict -> retention, larger is better and positive for the original model (model utility,
+            probability of the retain answers). It must not depend on chance. Every call gets a new dict.
         target: Share of the original score to restore, in (0, 1].
         tolerance: Of rho, in (0, 1).
 
@@ -179,9 +204,10 @@ def calibrate_mix(
         rho, in [0, 1].
 
     Raises:
-        ValueError: If an option is out of range, the two do not fit (see `mix`), a score is not finite, or the original's is not positive.
+        ValueError: If an option is out of range, the two do not fit (see `mix`), a score is not finite, or the
+            original's is not positive.
 
-    Cost: at most 60 calls of ``score``, the usual 2 + log2(1 / tolerance) (12 by default); one copy of the model.
+    Cost: at most 60 calls of ``score``, usually 2 + log2(1 / tolerance) (12 by default); one copy of the model.
 
     Example:
         >>> before, after = {"w": torch.tensor(1.0)}, {"w": torch.tensor(0.0)}
@@ -215,16 +241,16 @@ def calibrate_mix(
         )
     if passes(0.0):
         return 0.0
-    found = bisect(0.0, 1.0, _BISECTIONS)
-    # Above the target a score may waver: that says nothing about where it is reached first.
-    met = [min(scores[rho], target * scores[1.0]) for rho in sorted(scores)]
-    if met == sorted(met):
-        return found
-    spacing = found / (_GRID + 1)
+    passing = bisect(0.0, 1.0, _BISECTIONS)
+    # Above the target a score may rise and fall: that says nothing about where the target is reached first.
+    capped = [min(scores[rho], target * scores[1.0]) for rho in sorted(scores)]
+    if capped == sorted(capped):
+        return passing
+    spacing = passing / (_GRID + 1)
     for k in range(1, _GRID + 1):
         if passes(k * spacing):
             return bisect((k - 1) * spacing, k * spacing, _MOST_CALLS - len(scores))
-    return found
+    return passing
 
 
 def _combined(
@@ -234,7 +260,7 @@ def _combined(
     equal: bool = False,
     integers: Callable[[Tensor], Tensor] = torch.clone,
 ) -> dict[str, Tensor]:
-    """The function of each entry of the dicts; of integer entries the first dict's, by ``integers``."""
+    """Apply the function entry by entry; integer entries are the first dict's, passed through ``integers``."""
     _check(given, equal=equal)
     first, *others = given.values()
     result: dict[str, Tensor] = {}
@@ -246,15 +272,15 @@ def _combined(
                 tensors = [first[name], *(other[name] for other in others)]
                 wide = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
                 wide = torch.float32 if wide.itemsize < 4 else wide
-                made = function(*(tensor.detach().to(first[name].device, wide) for tensor in tensors))
-                result[name] = made.to(first[name].dtype)
+                value = function(*(tensor.detach().to(first[name].device, wide) for tensor in tensors))
+                result[name] = value.to(first[name].dtype)
             else:
                 result[name] = integers(first[name])
     return result
 
 
 def _check(given: Mapping[str, StateDict], *, equal: bool = False) -> None:
-    """Raise where the dicts do not fit together, or integer entries differ where they must not."""
+    """Raise where the dicts do not fit together, or where integer entries differ that must be equal."""
     (label, first), *others = given.items()
     tied = {name: source for name, source in _first_of(first).items() if name != source}
     for other_label, other in others:
@@ -285,7 +311,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     b = b.to(a.device, a.dtype)
     if not _real(a):
         return torch.equal(a, b)
-    # NaN is the same as NaN here: two copies of one broken weight are no mismatch.
+    # NaN counts as equal to NaN: two copies of one broken weight are no mismatch.
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
@@ -294,7 +320,7 @@ def _real(tensor: Tensor) -> bool:
 
 
 def _first_of(entries: StateDict) -> dict[str, str]:
-    """For each name the first one that means the same memory."""
+    """For each name, the first name of the same memory."""
     owners: dict[object, str] = {}
     sources: dict[str, str] = {}
     for name, tensor in entries.items():

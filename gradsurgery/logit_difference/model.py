@@ -1,4 +1,4 @@
-"""LogitDifferenceModel: a base model minus its assistant, as one Transformers causal language model with two caches."""
+"""LogitDifferenceModel: a base model minus its assistant, as one Transformers causal language model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from gradsurgery.logit_difference.assistant import _check_weight, logit_difference, top_logit_mask
+from gradsurgery.logit_difference.logits import check_weight, logit_difference, top_logit_mask
+from gradsurgery.logit_difference.paired_cache import PairedCache
 from gradsurgery.logit_difference.shared_layers import (
     common_layers,
     first_layers,
@@ -24,17 +25,18 @@ from gradsurgery.logit_difference.shared_layers import (
 from gradsurgery.losses import answer_tokens
 
 BASE, ASSISTANT = "base", "assistant"
-# What code that is handed a model reads from its config: its limits and special tokens are the base's.
+# Code that is handed a model reads these limits and special tokens from its config: they are the base's.
 _MIRRORED = ("vocab_size", "max_position_embeddings", "hidden_size", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class LogitDifferenceConfig(PreTrainedConfig):
-    """What config.json of a saved `LogitDifferenceModel` holds; the two models have configs of their own.
+    """What config.json of a saved `LogitDifferenceModel` contains; the two models have configs of their own.
 
     Attributes:
-        weight: of the assistant.
-        top_logit_filter: rate of the filter.
-        assistant_layers: the assistant is an adapter on so many of the base's first layers; None: a model of its own.
+        weight: How much of the assistant is subtracted.
+        top_logit_filter: Rate of the filter.
+        assistant_layers: The number of the base's first layers on which the assistant is an adapter; None for an
+            assistant that is a model of its own.
     """
 
     model_type = (
@@ -42,46 +44,27 @@ class LogitDifferenceConfig(PreTrainedConfig):
     )
 
 
-class PairedCache(Cache):
-    """The caches of both models as one: whatever `generate` does to the layers of a cache (reorder, crop, select), it does to all.
-
-    Its first layers are the base's, and so are its length and the sizes of its masks.
-    """
-
-    def __init__(self, base: Cache, assistant: Cache) -> None:
-        # Not super().__init__(), which makes a list of layers: the two lists stay where they are, and may grow.
-        self.base, self.assistant = base, assistant
-
-    @property
-    def layers(self) -> list[Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The layers of the base's cache, then those of the assistant's."""
-        return [*self.base.layers, *self.assistant.layers]
-
-    def update(self, *_: Any, **__: Any) -> Any:
-        """Neither model can write here: each is given its own half."""
-        raise RuntimeError("expected a model to write to one half of a PairedCache, found a write to the pair")
-
-
 class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
-    r"""A causal language model with the logits `base - weight * assistant`: ULD at inference.
+    """A causal language model with the logits `base - weight * assistant`: ULD at inference.
 
-    It is called, generates and is saved like any Transformers model. Every call runs both models, one after the other, on the same
-    tokens (ULD, equation 2; `gradsurgery.logit_difference.logit_difference` has the formula).
+    It is called, generates and is saved like any Transformers model. Every call runs both models, one after the
+    other, on the same tokens (ULD, equation 2; `gradsurgery.logit_difference.logit_difference` has the formula).
 
-    `forward` gives scoring logits: filtered tokens keep the base logit. `generate` is Transformers' own, greedy, sampling and beam
-    search; it gets its inputs from `prepare_inputs_for_generation`, which asks for generating logits: filtered tokens are -inf there.
-    So no state says which of the two it is. Both key-value caches travel in one `PairedCache`, which `forward` makes where it is asked
-    for a cache and given none; other implementations of a cache are not supported.
+    `forward` returns scoring logits by default: filtered tokens keep the base logit. `generate` is Transformers' own
+    (greedy, sampling and beam search). It gets its inputs from `prepare_inputs_for_generation`, which asks `forward`
+    for generating logits, where filtered tokens are -inf. So the choice is an argument of each call, and not a state
+    of the model. Both key-value caches travel in one `PairedCache`, which `forward` creates when it is asked for a
+    cache and given none; other implementations of a cache are not supported.
 
-    Differences from the authors' code: there only greedy decoding works with a filter, one cache is passed to both models, and `weight` is
-    stored negative.
+    Differences from the authors' code: there only greedy decoding works with a filter, one cache is passed to both
+    models, and `weight` is stored negative.
 
     Args:
-        base: the model that is to forget; it stays as it is.
-        assistant: of `gradsurgery.logit_difference.assistant`, or any causal language model of the same vocabulary. It is put into the
-            base's train or eval mode.
-        weight: how much of the assistant is subtracted; an attribute that may be changed.
-        top_logit_filter: rate of the filter, 0 for none (the paper uses 0.01); an attribute that may be changed.
+        base: The model that is to forget; it stays as it is.
+        assistant: From `gradsurgery.logit_difference.assistant`, or any causal language model of the same vocabulary.
+            It is put into the base's train or eval mode.
+        weight: How much of the assistant is subtracted; an attribute that may be changed.
+        top_logit_filter: Rate of the filter, 0 for none (the paper uses 0.01); an attribute that may be changed.
 
     Raises:
         ValueError: If the vocabularies differ, or weight or filter are outside their domain.
@@ -105,7 +88,7 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
     def __init__(
         self, base: nn.Module, assistant: nn.Module, weight: float = 0.75, top_logit_filter: float = 0.0
     ) -> None:
-        _check_weight(weight)
+        check_weight(weight)
         top_logit_mask(torch.zeros(1), top_logit_filter)
         sizes = [_text_config(model).vocab_size for model in (base, assistant)]
         if sizes[0] != sizes[1]:
@@ -135,19 +118,19 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Runs both models.
+        """Run both models and subtract their logits. The signature is Hugging Face's.
 
         Args:
             input_ids: `[B, T]`.
-            attention_mask: `[B, T]`, with the cached tokens `[B, cached + T]`.
-            position_ids: `[B, T]`; both models count for themselves by default.
-            past_key_values: of an earlier call.
+            attention_mask: `[B, T]`, with cached tokens `[B, cached + T]`.
+            position_ids: `[B, T]`; by default each model counts for itself.
+            past_key_values: From an earlier call.
             labels: `[B, T]`, -100 where nothing counts, not shifted: adds the mean cross-entropy.
-            use_cache: whether a cache is made and returned; by default what the base's config says.
-            logits_to_keep: how many of the last positions, 0 for all, or which.
-            generating: what filtered tokens get, see `logit_difference`; `generate` sets it.
+            use_cache: Whether a cache is created and returned; by default what the base's config says.
+            logits_to_keep: How many of the last positions, 0 for all, or which.
+            generating: Whether filtered tokens get -inf, see `logit_difference`; `generate` sets it.
             return_dict: False for a tuple.
-            kwargs: given to both models.
+            kwargs: Given to both models.
 
         Returns:
             `CausalLMOutputWithPast` with `loss`, `logits` (float32, `[B, T, V]`) and `past_key_values`.
@@ -185,21 +168,21 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
         return output.to_tuple() if return_dict is False else output
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What any decoder is given, and the word that the logits are for choosing a token, not for scoring."""
-        # The mixin annotates self as a protocol that pyright finds no model of Transformers to satisfy.
+        """The inputs that any decoder gets, with the request for generating logits."""
+        # The mixin annotates self with a protocol that, to pyright, no model of Transformers satisfies.
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         return {**inputs, "generating": True}
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # generate would make a single cache; forward makes the pair
+        return False  # generate would create a single cache; forward creates the pair
 
     def get_output_embeddings(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """None: no one matrix makes these logits from hidden states."""
+        """None: no single matrix turns hidden states into these logits."""
         return
 
     def _apply(self, fn: Any, recurse: bool = True) -> LogitDifferenceModel:
-        # To another device or dtype: the base first, so that the weights the assistant shares are moved once, not copied.
+        # A move to another device or dtype: the base goes first, so that shared weights are moved once and stay shared.
         shared = shared_parameters(self.base, self.assistant)
         self.base._apply(fn, recurse)
         share(shared)
@@ -208,18 +191,20 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
         return self
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Writes `base/` (a checkpoint of the untouched model), `assistant/` and a config.json that belongs to this class.
+        """Write `base/` (a checkpoint of the untouched model), `assistant/`, and a config.json of this class.
 
-        The assistant of `logit_difference.assistant` is saved as its adapter and the number of its layers; any other as a checkpoint of its
-        own. `AutoModelForCausalLM.from_pretrained(save_directory)` gives this model back where `gradsurgery.logit_difference` with its
-        `LogitDifferenceModel` has been imported, and raises ValueError (unknown model type) elsewhere: it never gives the base alone.
+        An assistant from `logit_difference.assistant` is saved as its adapter and the number of its layers, any other
+        as a checkpoint of its own. `AutoModelForCausalLM.from_pretrained(save_directory)` gives this model back where
+        `LogitDifferenceModel` has been imported from `gradsurgery.logit_difference`. Elsewhere it raises ValueError
+        (unknown model type): it never gives the base alone.
 
         Args:
-            save_directory: a folder; it is made.
-            kwargs: of `save_pretrained` for the two checkpoints, for example `max_shard_size`.
+            save_directory: A folder; it is created.
+            kwargs: As of `save_pretrained` for the two checkpoints, for example `max_shard_size`.
 
         Raises:
-            ValueError: If the base has an adapter, or the assistant has one on weights that are not the base's: nothing is written.
+            ValueError: If the base has an adapter, or the assistant has one on weights that are not the base's:
+                nothing is written.
         """
         if hasattr(self.base, "peft_config"):
             raise ValueError("expected a base without an adapter, found one with: merge_and_unload() it before saving")
@@ -242,16 +227,16 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *_: Any, **kwargs: Any) -> LogitDifferenceModel:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Loads what `save_pretrained` wrote, and shares the weights of both models again.
+        """Load what `save_pretrained` wrote, and let both models share their weights again.
 
         Args:
-            pretrained_model_name_or_path: the folder, or the name of a repository that holds one.
-            kwargs: of `AutoModelForCausalLM.from_pretrained` for both checkpoints, for example `dtype`. `weight` and `top_logit_filter`
-                replace the saved values.
+            pretrained_model_name_or_path: The folder, or the name of a repository that contains one.
+            kwargs: As of `AutoModelForCausalLM.from_pretrained` for both checkpoints, for example `dtype`. `weight` and
+                `top_logit_filter` replace the saved values.
 
         Raises:
-            ValueError: If it holds another kind of model.
-            OSError: If it holds none, or a part is missing.
+            ValueError: If it contains another kind of model.
+            OSError: If it contains no model, or a part is missing.
         """
         name = pretrained_model_name_or_path
         given = {key: kwargs.pop(key) for key in ("weight", "top_logit_filter") if key in kwargs}

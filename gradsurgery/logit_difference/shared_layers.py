@@ -1,4 +1,4 @@
-"""Two models on one storage: the first layers of a model as a model, and weights that stay shared when they are moved or saved."""
+"""Two models on one storage: the first layers of a model as a model, with weights that stay shared."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Pairs = list[tuple[nn.Parameter, nn.Parameter]]
 
 
 def first_layers(model: nn.Module, num_layers: int) -> nn.Module:
-    """A model of the same class whose weights are the same storage, frozen, with the first layers only."""
+    """A frozen model of the same class with the first layers only, whose weights are the same storage."""
     name, layers = _decoder_layers(model)
     if not 1 <= num_layers <= len(layers):
         raise ValueError(
@@ -25,7 +25,8 @@ def first_layers(model: nn.Module, num_layers: int) -> nn.Module:
             f"expected a model with plain parameters, found {', '.join(sorted(strange))}: build the assistant before quantizing or "
             "sharding the model"
         )
-    # What the memo knows is not copied: weights become new parameters on the same storage, buffers stay, later layers are left out.
+    # deepcopy copies nothing that the memo contains. So weights become new parameters on the same storage, buffers stay
+    # the same objects, and later layers are left out.
     memo: dict[int, Any] = {id(layer): None for layer in layers[num_layers:]}
     memo |= {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in model.parameters()}
     memo |= {id(buffer): buffer for buffer in model.buffers()}
@@ -53,7 +54,7 @@ def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def refuse_to_merge(adapted: Any) -> None:
-    """Makes peft refuse to merge an adapter whose frozen weights belong to another model as well."""
+    """Let peft refuse to merge an adapter whose frozen weights belong to another model as well."""
     for name in ("merge_adapter", "merge_and_unload"):
         setattr(adapted.base_model, name, _refuse)
 
@@ -66,9 +67,10 @@ def _refuse(*_: object, **__: object) -> NoReturn:
 
 
 def share_equal_weights(base: nn.Module, assistant: nn.Module) -> None:
-    """Lets the frozen weights of an adapted assistant be the base's own storage wherever they are equal.
+    """Put the frozen weights of an adapted assistant on the base's storage wherever they are equal.
 
-    A model of `logit_difference.assistant` that was moved to a GPU and back holds copies; here they become one again.
+    A model of `logit_difference.assistant` that was moved to a GPU and back contains copies; here they are shared
+    again.
     """
     if not hasattr(assistant, "peft_config"):
         return
@@ -84,7 +86,7 @@ def share_equal_weights(base: nn.Module, assistant: nn.Module) -> None:
 
 
 def share(pairs: Pairs) -> None:
-    """Puts the assistant's parameters on the base's storage."""
+    """Put the assistant's parameters on the base's storage."""
     for theirs, ours in pairs:
         ours.data = theirs.data
 

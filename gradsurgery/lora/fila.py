@@ -1,11 +1,7 @@
-"""LoKU's adapters: low-rank adapters that start where the forget set lives (FILA), and saving them so that a plain load is right.
-
-Needs ``peft`` (``pip install 'gradsurgery[lightning]'``), imported when it is first used.
-"""
+"""FILA: the start of LoRA adapters from the part of each weight that matters most to the forget set."""
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -16,8 +12,9 @@ from torch import Tensor
 
 from gradsurgery.lora.fisher import is_linear, is_plain
 from gradsurgery.lora.low_rank import leading
+from gradsurgery.lora.saving import initial_names, peft_model_class, save_pretrained
 
-__all__ = ["fila_", "save_pretrained"]
+__all__ = ["fila_"]
 
 
 def fila_(
@@ -37,21 +34,29 @@ def fila_(
         A = \sqrt{S / \sigma}\, V^T, \quad B = \mathrm{diag}(1 / (s + \epsilon))\, U \sqrt{S / \sigma}, \quad
         W \leftarrow W - \sigma B A
 
-    so that the model's output does not change, while :math:`\| \mathrm{diag}(s)(W - \sigma B A) \|_F` is within 0.2 % of the least
-    possible (where s is far above :math:`\epsilon`). Rows are weighted as wholes, because only then does the weighted problem have a
-    closed solution.
+    The model's output does not change, and :math:`\| \mathrm{diag}(s)(W - \sigma B A) \|_F` is within 0.2 % of the
+    least possible (where s is far above :math:`\epsilon`). One weight s_i per row, because only then does the
+    weighted problem have a closed solution.
 
-    Source: LoKU (2408.06621), FILA. Differences from the authors' code: their ``svd_lowrank(q=r)`` is unseeded and several per
-    cent off the optimum; here it is exact up to 512 rows or columns, and a seeded block Krylov iteration above. B is computed as
-    :math:`\mathrm{diag}(s / (s + \epsilon))\, W V / \sqrt{S \sigma}`, the same matrix, which for rows of s near 0 is small as it
-    should be, where the formula divides rounding errors by :math:`\epsilon`. Directions with S = 0 (importance 0 everywhere, rank
-    beyond the weight's) keep PEFT's own start, A random and B = 0: the formula makes both 0, and then neither ever gets a gradient.
+    The base weights are **changed**: without the adapter the model is wrong. So ``merge_and_unload()`` is right,
+    while ``disable_adapter()`` and ``unload()`` do not give the original model: take reference outputs from a model
+    of its own. A copy of the initial A and B stays with each layer (frozen, in ``state_dict``), and `save_pretrained`
+    replaces ``peft_model.save_pretrained``, so that ``PeftModel.from_pretrained(original model, folder)`` is right.
+
+    Source: LoKU (2408.06621), FILA. Differences from the authors' code:
+
+    - Their ``svd_lowrank(q=r)`` is unseeded and several per cent off the optimum. Here the decomposition is exact up
+      to 512 rows or columns, and a seeded block Krylov iteration above.
+    - B is computed as :math:`\mathrm{diag}(s / (s + \epsilon))\, W V / \sqrt{S \sigma}`. That is the same matrix, but
+      rows with s near 0 become small, as they should, where the formula divides rounding errors by :math:`\epsilon`.
+    - Directions with S = 0 (importance 0 everywhere, or a rank beyond the weight's) keep PEFT's own start, A random and
+      B = 0. The formula sets both to 0, and then neither ever gets a gradient.
 
     Args:
         peft_model: A ``PeftModel`` whose adapter is LoRA on linear weights and untrained (B = 0).
-        importance: ``{"<module>.weight": I}`` as from `fisher_importance`, in the weight's own shape (``[in, out]`` for GPT-2's
-            ``Conv1D``), >= 0; further entries are ignored.
-        adapter_name: Which adapter. Others are left alone; the output is unchanged while this one is active.
+        importance: ``{"<module>.weight": I}`` as from `fisher_importance`, in the weight's own shape (``[in, out]`` for
+            GPT-2's ``Conv1D``), >= 0. Further entries are ignored.
+        adapter_name: Which adapter. Others are left alone. The output is unchanged while this one is active.
         eps: Added to s, >= 0.
         seed: Of the iteration. The global random state is not touched.
 
@@ -59,18 +64,15 @@ def fila_(
         ``peft_model``.
 
     Raises:
-        ValueError: If an importance is missing, of another shape, negative or not finite, or the adapter is unknown, trained, merged,
-            not plain LoRA, or on anything but plain floating-point linear weights that belong to one module (quantised, sharded,
-            embedding, tied). Nothing has changed then.
+        ValueError: If an importance is missing, of another shape, negative or not finite; if the adapter is unknown,
+            trained, merged or not plain LoRA; or if it is on anything but plain floating-point linear weights that
+            belong to one module (quantised, sharded, embedding, tied). The model is then unchanged.
         TypeError: If ``peft_model`` is not a ``PeftModel``.
 
-    Computed in float32 (float64 for float64 weights), residual of the rounded A and B, then cast: in bfloat16 the output is unchanged
-    up to one rounding of each weight. Cost: `gradsurgery.lora.low_rank.leading` a weight; memory: three copies of one weight in float32.
+    Precision: computed in float32 (float64 for float64 weights). A and B are rounded to the adapter's type first, and
+    the rounded ones are subtracted from W; in bfloat16 the output is unchanged up to one rounding of each weight.
 
-    The base weights are **changed**: without the adapter the model is wrong. So ``merge_and_unload()`` is right, and
-    ``disable_adapter()`` and ``unload()`` do not give the original model: take reference outputs from a model of its own. A copy of
-    the initial A and B stays with each layer (frozen, in ``state_dict``) and ``peft_model.save_pretrained`` is replaced by
-    `save_pretrained`, so that ``PeftModel.from_pretrained(original model, folder)`` is right.
+    Cost: `gradsurgery.lora.low_rank.leading` once per weight; memory: three copies of one weight in float32.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -91,16 +93,16 @@ def fila_(
         raise ValueError(f"eps: expected a number >= 0, found {eps}")
     layers = _checked(peft_model, importance, adapter_name)
     factors = [_factors(layer, importance[key], adapter_name, eps, seed) for key, layer in layers.items()]
-    # Nothing has been changed so far, and nothing below can fail.
+    # All checks are done: the model is unchanged so far, and nothing below can fail.
     for layer, (a, b, base) in zip(layers.values(), factors, strict=True):
         with torch.no_grad():
             layer.lora_A[adapter_name].weight.copy_(a)
             layer.lora_B[adapter_name].weight.copy_(b)
             residual = base.matrix() - layer.scaling[adapter_name] * _wide(b) @ _wide(a)
-            # A new tensor: what else reads the old storage (another model, a snapshot) keeps the original weight.
+            # A new tensor: whatever else reads the old storage (another model, a snapshot) keeps the original weight.
             base.weight.data = (residual.T if base.transposed else residual).to(base.weight.dtype).contiguous()
-        for name, value in zip(_initial_names(adapter_name), (a, b), strict=True):
-            # A frozen parameter, because DDP would send a buffer around in every forward pass.
+        for name, value in zip(initial_names(adapter_name), (a, b), strict=True):
+            # A frozen parameter and not a buffer, because DDP broadcasts buffers in every forward pass.
             layer.register_parameter(name, torch.nn.Parameter(value.clone(), requires_grad=False))
     peft_model.save_pretrained = partial(save_pretrained, peft_model)
     inactive = [
@@ -115,93 +117,18 @@ def fila_(
     return peft_model
 
 
-def save_pretrained(peft_model: Any, save_directory: Any, **options: Any) -> None:
-    r"""Save adapters so that a plain ``PeftModel.from_pretrained(original model, folder)`` gives this model.
-
-    `fila_` moved :math:`\sigma B_0 A_0` out of the base weights, and the original ones do not know. So an adapter of rank 2 r is saved,
-    whose factors are [A; A_0] and [B, -B_0]:
-
-    .. math:: W + \sigma (B A - B_0 A_0) = (W - \sigma B_0 A_0) + \sigma B A
-
-    Exact up to rounding: of float32, or, where the base is bfloat16, of the base weights once (the live model has them rounded after the
-    subtraction). What is loaded is an ordinary LoRA adapter of rank 2 r; to go on training at rank r, load a full checkpoint
-    (``state_dict``) into a model prepared by `fila_`. Other adapters are saved as PEFT does. `fila_` puts this function in the place of
-    ``peft_model.save_pretrained``; PEFT's own, ``peft.get_peft_model_state_dict``, knows nothing of the base.
-
-    Args:
-        peft_model: A ``PeftModel``, after `fila_` or not.
-        save_directory: Folder.
-        **options: As of ``PeftModel.save_pretrained``; a ``state_dict`` may be given, with the initial factors in it.
-
-    Raises:
-        ValueError: If ``path_initial_model_for_weight_conversion`` is given: the conversion is done here.
-        TypeError: If ``peft_model`` is not a ``PeftModel``.
-
-    Example:
-        >>> import tempfile
-        >>> from peft import LoraConfig, PeftModel, get_peft_model
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-        >>> original, tokens = LlamaForCausalLM(config), torch.tensor([[1, 2, 3]])
-        >>> model = get_peft_model(copy.deepcopy(original), LoraConfig(r=2, target_modules=["up_proj"]))
-        >>> model = fila_(model, {"model.layers.0.mlp.up_proj.weight": torch.rand(8, 8)})
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     model.save_pretrained(folder)
-        ...     loaded = PeftModel.from_pretrained(original, folder)
-        >>> torch.allclose(loaded(tokens).logits, model(tokens).logits, atol=1e-6)
-        True
-    """
-    original = _peft_model_class(peft_model).save_pretrained
-    if options.get("path_initial_model_for_weight_conversion") is not None:
-        raise ValueError(
-            "path_initial_model_for_weight_conversion: expected None, because the adapter is converted for the original base already; "
-            "leave it out"
-        )
-    given = options.pop("state_dict", None)
-    state: dict[str, Any] = dict(peft_model.state_dict() if given is None else given)
-    configs = dict(peft_model.peft_config)
-    for adapter_name in options.get("selected_adapters") or list(configs):
-        converted = False
-        for name, layer in peft_model.named_modules():
-            if not hasattr(layer, _initial_names(adapter_name)[0]):
-                continue
-            a, b, a_0, b_0 = (_entry(state, f"{name}.{entry}") for entry in _entries(adapter_name))
-            state[f"{name}.lora_A.{adapter_name}.weight"] = torch.cat([a, a_0], 0)
-            state[f"{name}.lora_B.{adapter_name}.weight"] = torch.cat([b, -b_0], 1)
-            converted = True
-        if converted:
-            configs[adapter_name] = _of_twice_the_rank(configs[adapter_name])
-    live = dict(peft_model.peft_config)
-    peft_model.peft_config.update(configs)
-    try:
-        original(peft_model, save_directory, state_dict=state, **options)
-    finally:
-        peft_model.peft_config.update(live)
-
-
-def _of_twice_the_rank(config: Any) -> Any:
-    """A copy with the same scaling, alpha / r or alpha / sqrt r, of every layer."""
-    config = copy.deepcopy(config)
-    factor = 2**0.5 if config.use_rslora else 2
-    config.r, config.lora_alpha = 2 * config.r, factor * config.lora_alpha
-    config.rank_pattern = {key: 2 * rank for key, rank in config.rank_pattern.items()}
-    config.alpha_pattern = {key: factor * alpha for key, alpha in config.alpha_pattern.items()}
-    config.init_lora_weights = True
-    return config
-
-
 class _Base(NamedTuple):
     weight: torch.nn.Parameter
     transposed: bool
 
     def matrix(self) -> Tensor:
-        """[out, in], float32 or float64."""
+        """The weight as ``[out, in]``, in float32 or float64."""
         weight = _wide(self.weight.detach())
         return weight.T if self.transposed else weight
 
 
 def _factors(layer: Any, importance: Tensor, adapter_name: str, eps: float, seed: int) -> tuple[Tensor, Tensor, _Base]:
-    """A and B, in the adapter's type, and the weight they are to be taken from."""
+    """A and B in the adapter's type, and the weight that they are to be subtracted from."""
     old_a, old_b = (matrices[adapter_name].weight.detach() for matrices in (layer.lora_A, layer.lora_B))
     base = _Base(layer.get_base_layer().weight, layer.fan_in_fan_out)
     weight = base.matrix()
@@ -218,8 +145,8 @@ def _factors(layer: Any, importance: Tensor, adapter_name: str, eps: float, seed
 
 
 def _checked(peft_model: Any, importance: Mapping[str, Tensor], adapter_name: str) -> dict[str, Any]:
-    """The layers of an adapter by the plain name of their weight, if FILA can be done to all of them."""
-    _peft_model_class(peft_model)
+    """The layers of an adapter by the plain name of their weight, checked: FILA can start all of them."""
+    peft_model_class(peft_model)
     config = peft_model.peft_config.get(adapter_name)
     if config is None:
         raise ValueError(f"adapter_name: expected one of {', '.join(peft_model.peft_config)}, found {adapter_name!r}")
@@ -281,33 +208,5 @@ def _check_layer(key: str, layer: Any, adapter_name: str) -> None:
         )
 
 
-def _initial_names(adapter_name: str) -> tuple[str, str]:
-    return f"fila_A_{adapter_name}", f"fila_B_{adapter_name}"
-
-
-def _entries(adapter_name: str) -> tuple[str, str, str, str]:
-    return f"lora_A.{adapter_name}.weight", f"lora_B.{adapter_name}.weight", *_initial_names(adapter_name)
-
-
-def _entry(state: Mapping[str, Any], name: str) -> Tensor:
-    if name not in state:
-        raise ValueError(
-            f"state_dict: expected an entry {name}, found none; give the state of the whole model, or no state_dict"
-        )
-    return state[name]
-
-
 def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _peft_model_class(peft_model: Any) -> Any:
-    try:
-        from peft import PeftModel
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "gradsurgery.lora needs peft: pip install 'gradsurgery[lightning]'", name=error.name
-        ) from error
-    if not isinstance(peft_model, PeftModel):
-        raise TypeError(f"expected a PeftModel (peft.get_peft_model makes one), found {type(peft_model).__name__}")
-    return type(peft_model)

@@ -1,4 +1,4 @@
-"""How much more a weight matters to the forget set than to the retain set: a ratio of diagonal Fisher matrices."""
+"""How much more each weight matters to the forget set than to the retain set: a ratio of diagonal Fisher matrices."""
 
 from __future__ import annotations
 
@@ -23,46 +23,52 @@ def fisher_importance(
     per: Literal["batch", "example"] = "batch",
     modules: Callable[[str], bool] | None = None,
 ) -> dict[str, Tensor]:
-    r"""The importance of every linear weight for the forget set, relative to the retain set: what `fila_` weighs by.
+    r"""The importance of every linear weight for the forget set, relative to the retain set: the weights of `fila_`.
 
     .. math:: I = \frac{F_f}{F_r + \epsilon}, \qquad F = \frac{\sum_b n_b \, g_b \odot g_b}{\sum_b n_b}
 
-    where g_b is the gradient of the mean cross-entropy over the n_b answer tokens of batch b: the diagonal of the empirical Fisher
-    matrix, of *averaged* gradients. It depends on the batch size, because gradients inside a batch cancel; ``per="example"`` does not.
-    Note that :math:`\epsilon` is large beside the F_r of a large model, of 1e-8 or less: the ratio is then F_f times a constant.
+    where :math:`g_b` is the gradient of the mean cross-entropy over the :math:`n_b` answer tokens of batch b. F is
+    the diagonal of the empirical Fisher matrix, of *averaged* gradients. It depends on the batch size, because
+    gradients inside a batch cancel; with ``per="example"`` it does not. Note that :math:`\epsilon` is large beside
+    the :math:`F_r` of a large model, which is 1e-8 or less: the ratio is then :math:`F_f` times a constant.
 
-    Source: LoKU (2408.06621), FILA; the authors' batches hold 2 or 4 examples, with as many retain as forget batches. Difference from
-    their code: squares and sums are in float32, theirs in the gradient's own type; no dropout.
+    The model is left as it was: parameters, ``.grad``, ``requires_grad``, every module's mode, and the global random
+    state. A training run is the same with and without this call.
+
+    Source: LoKU (2408.06621), FILA. The authors' batches hold 2 or 4 examples, with as many retain as forget batches.
+    Differences from their code: squares and sums are in float32, theirs in the gradient's own type; no dropout.
 
     Args:
-        model: A causal language model, plain or a ``PeftModel``, called with `input_ids` and `attention_mask`, in any floating type.
-        forget_batches: Mappings with `input_ids`, `attention_mask` and `labels` (-100 on prompt and padding, not shifted),
-            ``[B, T]``. Any iterable, a generator too: it is read once.
+        model: A causal language model, plain or a ``PeftModel``, called with `input_ids` and `attention_mask`, in any
+            floating type.
+        forget_batches: Mappings with `input_ids`, `attention_mask` and `labels` (-100 on prompt and padding, not
+            shifted), ``[B, T]``. Any iterable, also a generator: it is read once.
         retain_batches: The same for the retain set, as many or not.
         eps: Added to the retain side, > 0.
-        per: "batch" as the authors', or "example": g is the gradient of each sequence alone, at B backward passes a batch.
-        modules: Plain name of a module -> whether to measure it. None: the modules that have adapters; in a plain model every
-            ``nn.Linear`` (and GPT-2's ``Conv1D``) but the output head, which are those that PEFT's "all-linear" chooses.
+        per: "batch" as the authors' code, or "example": g is the gradient of each sequence alone, at B backward
+            passes a batch.
+        modules: Plain name of a module -> whether to measure it. None: the modules that have adapters; in a plain model
+            every ``nn.Linear`` (and GPT-2's ``Conv1D``) except the output head, as PEFT's "all-linear" chooses.
 
     Returns:
-        ``{"<module>.weight": I}``, float32, in the weight's own shape and place, under the plain model's names.
+        ``{"<module>.weight": I}``, float32, in the weight's own shape and on its device, under the plain model's names.
 
     Raises:
-        ValueError: If an argument is outside its domain, there is no batch, no answer token or no module, or a weight is not a plain
-            floating-point one (quantised, sharded).
+        ValueError: If an argument is outside its domain, there is no batch, no answer token or no module, or a weight
+            is not a plain floating-point one (quantised, sharded).
         FloatingPointError: If an importance is not finite.
 
-    The model is left as it was: parameters, ``.grad``, ``requires_grad``, every module's mode, and the global random state, so that a
-    training run is the same with and without it. Cost: a forward and a backward pass a batch; memory: two float32 copies of the
-    measured weights, and one gradient at a time, because each is squared and freed as soon as it is there.
+    Cost: a forward and a backward pass a batch. Memory: two float32 copies of the measured weights, and one gradient
+    at a time, because each gradient is squared and freed as soon as it exists.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+        >>> sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
         >>> def batch(text):
         ...     ids = torch.tensor([text])
         ...     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-        >>> importance = fisher_importance(LlamaForCausalLM(config), [batch([1, 2, 3])], [batch([4, 5, 6])])
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes))
+        >>> importance = fisher_importance(model, [batch([1, 2, 3])], [batch([4, 5, 6])])
         >>> importance["model.layers.0.mlp.up_proj.weight"].shape
         torch.Size([8, 8])
     """
@@ -85,7 +91,7 @@ def fisher_importance(
 
 
 def is_plain(weight: Any) -> bool:
-    """Whether a weight is an ordinary floating-point parameter: not quantised, sharded, parametrised or without data."""
+    """Whether a weight is an ordinary floating-point parameter: not quantised, sharded, parametrised or meta."""
     return (
         isinstance(weight, nn.Parameter)
         and type(weight.data) is Tensor
@@ -95,7 +101,7 @@ def is_plain(weight: Any) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies by one matrix: ``nn.Linear``, or the transposed one of GPT-2."""
+    """Whether a module multiplies by one matrix: ``nn.Linear``, or GPT-2's ``Conv1D``, whose matrix is transposed."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
@@ -137,7 +143,7 @@ def _parents(name: str) -> set[str]:
 
 @contextmanager
 def _only(model: nn.Module, weights: Iterable[nn.Parameter]) -> Generator[None]:
-    """Evaluation mode, gradients for these weights only, and everything as it was afterwards."""
+    """Switch to evaluation mode and to gradients for these weights only; restore everything afterwards."""
     weights = list(weights)
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -150,7 +156,7 @@ def _only(model: nn.Module, weights: Iterable[nn.Parameter]) -> Generator[None]:
         for weight in weights:
             weight.requires_grad_(True)
             weight.grad = None
-        # Also because a DataLoader draws its seed from the global generator, which would shift what training draws.
+        # A DataLoader draws its seed from the global generator: without the fork, training would draw other numbers.
         with torch.random.fork_rng(devices), torch.enable_grad():
             yield
     finally:
@@ -165,7 +171,7 @@ def _only(model: nn.Module, weights: Iterable[nn.Parameter]) -> Generator[None]:
 def _fisher(
     model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Batches, per: str, argument: str
 ) -> dict[str, Tensor]:
-    """Sum of n g^2 over sum of n, g and n of every batch or every example."""
+    """The sum of n g^2 divided by the sum of n, over every batch or every example."""
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     tokens, number = 0, 0
 

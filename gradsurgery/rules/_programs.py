@@ -1,25 +1,37 @@
-"""The two small optimisation problems behind the rules, solved exactly and batched, without a question to the host."""
+"""The two small optimisation problems behind the rules, solved exactly, in batches, with no wait for the device."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Below this share of the rows' lengths a product is rounding noise of the float64 Gram matrix.
+# An inner product that is smaller than this multiple of the rows' lengths is rounding noise of the float64 Gram matrix.
 TOLERANCE = 1e-13
-# Quadratic programs on unit rows are solved when their conditions hold to this, and eased by these ridges where they cannot.
+# A quadratic program on unit rows counts as solved when its optimality conditions hold up to this.
 ACCURACY = 1e-10
+# Where they cannot hold, one of these numbers is added to the diagonal of the matrix.
 _RIDGES = (0.0, 1e-10, 1e-7, 1e-5)
-# Enumerating every subset of K rows solves 2^K - 1 small systems.
+# Enumerating the subsets of K rows means solving 2^K - 1 small systems.
 _MOST_ENUMERATED_ROWS = 10
 
 
 def multipliers_of(matrix: Tensor, products: Tensor) -> Tensor:
-    r"""The multipliers of min |u - f|^2 s.t. <u, r_k> >= 0: :math:`\lambda \ge 0,\ M\lambda + q \ge 0,\ \lambda^T(M\lambda + q) = 0`.
+    r"""The multipliers of the program that minimises :math:`|u - f|^2` subject to :math:`\langle u, r_k\rangle \ge 0`.
 
-    For the Gram matrix M ``[..., m, m]`` of unit rows (or zero rows) and q ``[..., m]``: exact where the conditions can be met to
-    `ACCURACY`. Nearly dependent rows, whose M is semidefinite only up to the rounding of its products (1e-7 where the rows are float32),
-    take the least of `_RIDGES` that lets them; <u, r_k> is then at least -sqrt(ridge) |f| |r_k|.
+    They are the solution of :math:`\lambda \ge 0,\ M\lambda + q \ge 0,\ \lambda^T(M\lambda + q) = 0`, and
+    :math:`u = f + \sum_k \lambda_k r_k`.
+
+    Where the rows are nearly dependent, rounding can make M slightly indefinite (by 1e-7 for products of float32 rows),
+    and then no solution to within `ACCURACY` may exist. Such a problem gets the smallest of `_RIDGES`, added to the
+    diagonal of M, with which it has a solution; :math:`\langle u, r_k\rangle` is then at least
+    :math:`-\sqrt{\mathrm{ridge}}\,|f|\,|r_k|`.
+
+    Args:
+        matrix: M ``[..., m, m]``, the Gram matrix of the protected rows, each of length 1 (or 0).
+        products: q ``[..., m]``, the inner products of f with the protected rows.
+
+    Returns:
+        ``[..., m]``; NaN where no ridge helps.
     """
     m = products.shape[-1]
     if m == 0:
@@ -27,23 +39,24 @@ def multipliers_of(matrix: Tensor, products: Tensor) -> Tensor:
     if m == 1:
         return (-products).clamp_min(0.0) / torch.where(matrix[..., 0] > 0.0, matrix[..., 0], 1.0)
     identity = torch.eye(m, dtype=matrix.dtype, device=matrix.device)
-    # All ridges at once, because on an accelerator a larger batch costs nothing and a question to the host does.
+    # All ridges at once: on an accelerator a larger batch costs nothing, but asking which one is needed would wait.
     matrices = torch.stack([matrix + ridge * identity for ridge in _RIDGES])
-    found = _active_set(matrices, products.expand(len(_RIDGES), *products.shape))
-    slack = (matrices @ found[..., None]).squeeze(-1) + products
-    solved = (torch.minimum(found, slack).abs() <= ACCURACY * (1.0 + found.amax(-1, keepdim=True))).all(
+    solutions = _active_set(matrices, products.expand(len(_RIDGES), *products.shape))
+    slack = (matrices @ solutions[..., None]).squeeze(-1) + products
+    solved = (torch.minimum(solutions, slack).abs() <= ACCURACY * (1.0 + solutions.amax(-1, keepdim=True))).all(
         -1, keepdim=True
     )
     answer = torch.full_like(products, torch.nan)
     for ridge in reversed(range(len(_RIDGES))):
-        answer = torch.where(solved[ridge], found[ridge], answer)
+        answer = torch.where(solved[ridge], solutions[ridge], answer)
     return answer
 
 
 def _active_set(matrix: Tensor, products: Tensor) -> Tensor:
-    """Lawson and Hanson's active-set method on the Gram matrix: it ends after finitely many exact solves where M is definite.
+    """Lawson and Hanson's active-set method on the Gram matrix.
 
-    A fixed number of rounds with masks instead of a loop until done keeps the host out of it.
+    Where M is positive definite it ends after finitely many solves. Every problem of the batch takes the same
+    fixed number of rounds, with masks, because a loop that ends when all are done would wait for the device.
     """
     m = products.shape[-1]
     numbers = torch.arange(m, device=matrix.device)
@@ -54,13 +67,13 @@ def _active_set(matrix: Tensor, products: Tensor) -> Tensor:
         goal = torch.linalg.solve_ex(torch.where(both, matrix, identity), torch.where(active, -products, 0.0))[0]
         blocked = active & (goal <= 0.0)
         stuck = blocked.any(-1, keepdim=True)
-        # Walk towards the goal as far as every multiplier stays >= 0, and let go of those that reached 0 ...
+        # Walk towards the goal as far as all multipliers stay >= 0, and release the constraints where one reached 0.
         share = torch.where(blocked, x / (x - goal).clamp_min(torch.finfo(x.dtype).tiny), torch.inf).amin(
             -1, keepdim=True
         )
         x = torch.where(stuck, x + share.clamp_max(1.0).nan_to_num(0.0) * (goal - x), goal)
         released = stuck & blocked & (x <= TOLERANCE)
-        # ... or, having arrived, take in the constraint violated most.
+        # Where the goal was reached, take in the constraint that is violated most.
         slack = (matrix @ x[..., None]).squeeze(-1) + products
         violated = torch.where(active, torch.inf, slack)
         worst = violated.argmin(-1, keepdim=True) == numbers
@@ -71,7 +84,14 @@ def _active_set(matrix: Tensor, products: Tensor) -> Tensor:
 
 
 def faces_of(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Every face of the simplex as a mask ``[2^K - 1, K]``, and G restricted to it ``[..., 2^K - 1, K, K]`` (1 elsewhere)."""
+    """The faces of the simplex, largest first, as masks ``[2^K - 1, K]``, and G restricted to each of them.
+
+    The restricted matrices ``[..., 2^K - 1, K, K]`` equal the identity outside their face, so that all of them can be
+    solved as one batch.
+
+    Raises:
+        ValueError: If there are more than 10 rows.
+    """
     number = gram.shape[-1]
     if number > _MOST_ENUMERATED_ROWS:
         raise ValueError(
@@ -86,7 +106,7 @@ def faces_of(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def simplex(weights: Tensor) -> Tensor:
-    """Candidates that are weights of the simplex up to rounding, scaled to sum 1; NaN in place of the others."""
+    """The candidates, clipped at 0 and scaled to sum 1; NaN for those outside the simplex by more than rounding."""
     total = weights.sum(-1, keepdim=True)
     weights = weights / total
     good = weights.isfinite().all(-1, keepdim=True) & (weights >= -1e-9).all(-1, keepdim=True)
@@ -95,12 +115,12 @@ def simplex(weights: Tensor) -> Tensor:
 
 
 def lengths_of(gram: Tensor, weights: Tensor) -> Tensor:
-    """|g_w| for weights ``[..., n, K]``: ``[..., n]``."""
+    """The length ``[..., n]`` of the combined row g_w = sum_k w_k row_k, for n weights w ``[..., n, K]``."""
     return ((weights @ gram) * weights).sum(-1).clamp_min(0.0).sqrt()
 
 
 def pick(weights: Tensor, value: Tensor) -> Tensor:
-    """The weights of least value; of equal ones the largest face, so that identical rows are treated alike."""
+    """The weights with the smallest value. Among equal values the largest face wins, so that identical rows share."""
     value = torch.where(value.isnan(), torch.inf, value)
     least = value.amin(-1, keepdim=True)
     first = (value <= least + 1e-12 * (1.0 + least.abs())).to(torch.uint8).argmax(-1)
@@ -108,7 +128,10 @@ def pick(weights: Tensor, value: Tensor) -> Tensor:
 
 
 def least_norm(gram: Tensor) -> Tensor:
-    """The weights of the simplex with the smallest |g_w|: on each face the bordered system [[G, 1], [1, 0]], and the best face."""
+    """The weights of the simplex with the smallest |g_w|.
+
+    On each face the minimum solves the bordered system [[G, 1], [1, 0]]; the best face wins.
+    """
     faces, matrix = faces_of(gram)
     number = gram.shape[-1]
     border = faces.expand(*matrix.shape[:-1])

@@ -1,4 +1,4 @@
-"""Rules with a memory."""
+"""Rules with a memory: the protocol that the optimizer asks for, and GradVac."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from gradsurgery.rules._algebra import rule, vaccinated
+from gradsurgery.rules._algebra import of_gram, vaccinated
 
 
 @runtime_checkable
 class StatefulRule(Protocol):
-    """A rule with a memory. ``GradientSurgery`` commits it with each step that happened, and saves it in ``state_dict``."""
+    """A rule with a memory.
+
+    `gradsurgery.GradientSurgery` calls `commit` after every step that happened, and saves the rule's state in its own
+    ``state_dict``.
+    """
 
     def __call__(self, gram: Tensor, /) -> Tensor:
         """The coefficients of the rows."""
         ...
 
     def commit(self) -> None:
-        """Adopt the state that the latest call proposed."""
+        """Adopt the state that the latest call computed."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -32,10 +36,11 @@ class StatefulRule(Protocol):
 
 
 class GradVac:
-    """GradVac with its moving target: each protected row's target follows the cosines seen, t <- (1 - beta) t + beta cos, from 0.
+    r"""GradVac with a moving target: each protected row's target follows the cosines of earlier steps.
 
-    A call proposes the new target; `commit` (the optimizer's, with each step that happened) adopts it. One target a protected row, or
-    one a block and row where the scope has several blocks.
+    The targets start at 0 and move by :math:`t \leftarrow (1 - \beta) t + \beta \cos`. A call computes the new
+    targets, and `commit` adopts them; the optimizer commits once for each step that happened. There is one target per
+    protected row; in a scope of several blocks, one per block and protected row.
 
     Source: Gradient Vaccine (2010.05874), equations 3 and 4; the paper's beta is 1e-2, LibMTL's 0.5.
 
@@ -62,7 +67,12 @@ class GradVac:
         self._proposed: Tensor | None = None
 
     def __call__(self, gram: Tensor, /) -> Tensor:
-        """Coefficients ``[..., K]`` of ``gram [..., K, K]`` at the committed target."""
+        """Coefficients ``[..., K]`` of ``gram [..., K, K]`` at the committed target.
+
+        Raises:
+            ValueError: If the committed target has another shape: the rule was used with other objectives or another
+                scope.
+        """
 
         def vaccinate(matrix: Tensor) -> Tensor:
             target = (
@@ -77,10 +87,10 @@ class GradVac:
             self._proposed = (1.0 - self.beta) * target + self.beta * cosines
             return coefficients
 
-        return rule(vaccinate)(gram)
+        return of_gram(vaccinate)(gram)
 
     def commit(self) -> None:
-        """Adopt the target that the latest call proposed."""
+        """Adopt the target that the latest call computed."""
         self._target, self._proposed = self._target if self._proposed is None else self._proposed, None
 
     def state_dict(self) -> dict[str, Any]:

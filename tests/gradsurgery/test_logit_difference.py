@@ -1,4 +1,4 @@
-"""ULD at inference: the formula, the shared assistant, and a model that decodes with two caches as a loop without any."""
+"""ULD at inference: the formula, the shared assistant, and decoding with two caches against a loop without caches."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def llama(seed: int = 0, layers: int = 4, vocabulary: int = VOCABULARY, **option
         for parameter in model.parameters():
             parameter.mul_(
                 8.0 if parameter.dim() == 2 else 1.0
-            )  # out of near-uniform, so that filters and beams differ
+            )  # large weights: nearly uniform logits would not tell filters and beams apart
     return model
 
 
@@ -85,7 +85,7 @@ def left_padded(prompts: list[list[int]]) -> dict[str, Tensor]:
 
 
 def without_eos(model: Any) -> None:
-    """So that hypotheses have one length, as those of the reference."""
+    """No end-of-sequence token, so that all hypotheses have one length, as in the reference."""
     model.generation_config.eos_token_id = None
 
 
@@ -279,7 +279,7 @@ def test_gpt2_works_too() -> None:
         small = trained(base, 1)
     model = LogitDifferenceModel(base, small)
     without_eos(model)
-    # Its positions are absolute: padding on the left moves them for a model that is not told.
+    # GPT-2 counts positions from the left: with padding there, it needs to be told the positions.
     found = model.generate(**left_padded(PROMPTS), max_new_tokens=6, do_sample=False, pad_token_id=0)[:, 7:]
     expected = [reference.greedy(base, small, prompt, 6, 0.75, 0.0)[len(prompt) :] for prompt in PROMPTS]
     assert found.tolist() == expected

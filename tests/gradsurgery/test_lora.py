@@ -55,7 +55,7 @@ def adapted(model: nn.Module, rank: int = 3, **options: Any) -> Any:
 
 
 def batches(number: int, size: int = 3, seed: int = 0) -> list[dict[str, Tensor]]:
-    """Of different lengths: rows of a batch hold different numbers of answer tokens, and padding."""
+    """Batches of different lengths, whose rows have padding and different numbers of answer tokens."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for index in range(number):
@@ -333,7 +333,7 @@ def test_the_output_is_unchanged_at_the_start(dtype: torch.dtype) -> None:
     model = adapted(plain)
     lora.fila_(model, lora.fisher_importance(model, FORGET, RETAIN))
     close(logits(model), before, RESIDUAL[dtype], scale=before.abs().max())
-    with model.disable_adapter():  # what the adapters hold is a part of the output, not nothing
+    with model.disable_adapter():  # the adapters contribute to the output
         assert (logits(model) - before).abs().max() > 10 * RESIDUAL[dtype].relative * before.abs().max()
     merged = logits(model.merge_and_unload())
     close(merged, before, RESIDUAL[dtype], scale=before.abs().max())
@@ -357,7 +357,7 @@ def test_in_bfloat16_each_weight_is_rounded_once() -> None:
 
 
 def test_adapters_in_bfloat16_leave_the_residual_of_what_they_are() -> None:
-    """The residual is that of the rounded factors: else the output would be off by their rounding too."""
+    """The rounded factors are subtracted: otherwise their rounding would change the output too."""
     plain = llama()
     before = logits(plain)
     model = adapted(plain)
@@ -381,7 +381,7 @@ def test_the_same_call_gives_the_same_adapters_and_draws_nothing() -> None:
 
 
 def test_rows_and_layers_without_importance() -> None:
-    """Rows of s = 0 get B = 0; a layer of s = 0 keeps PEFT's start; nothing is NaN, and everything can be trained."""
+    """Rows with s = 0 get B = 0, a layer with s = 0 keeps PEFT's start, nothing is NaN, and everything can be trained."""
     plain = llama()
     before = logits(plain)
     model = adapted(plain)
@@ -452,7 +452,7 @@ def test_what_else_reads_the_weights_keeps_the_original_ones() -> None:
     parameters = set(map(id, model.parameters()))
     lora.fila_(model, random_importance(model))
     assert all(torch.equal(held[name], before[name]) for name in held)
-    assert parameters <= set(map(id, model.parameters()))  # an optimizer made before still holds the right ones
+    assert parameters <= set(map(id, model.parameters()))  # an optimizer created before still has the right ones
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert all(".lora_A." in name or ".lora_B." in name for name in trainable)
 
@@ -701,7 +701,7 @@ def test_a_copy_and_a_given_state_are_saved_as_they_are(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_restores_base_adapters_and_what_was_subtracted(tmp_path: Path) -> None:
-    """Into a model started by other importances: what a resumed run does."""
+    """A resumed run loads a checkpoint into a model that was started from other importances."""
     model, resumed = adapted(llama()), adapted(llama())
     lora.fila_(model, random_importance(model, seed=0))
     lora.fila_(resumed, random_importance(resumed, seed=1))

@@ -80,7 +80,7 @@ def test_negate_takes_away_a_multiple(dtype: torch.dtype, weight: float) -> None
 
 
 def test_half_types_are_rounded_once() -> None:
-    """0.1 and 0.9 in bf16 themselves would be off, and so would each product."""
+    """In bf16 the factors 0.1 and 0.9 would be rounded, and so would each product."""
     before, after = ({"w": torch.full((1,), value, dtype=torch.bfloat16)} for value in (3.0, 1.0))
     assert float(mix(before, after, 0.3)["w"]) == float(torch.tensor(1.6).bfloat16())
     assert float(mix(before, after, 1.0 / 3.0)["w"]) == float(torch.tensor(5.0 / 3.0).bfloat16())
@@ -271,7 +271,7 @@ def test_a_score_that_does_not_rise_is_searched_on_a_grid_too(name: str, toleran
 
 
 def test_a_share_of_the_grid_that_was_scored_before_is_not_scored_again() -> None:
-    """Bisection to 17/32 has met 16/32, and the grid under it is one of 32nds."""
+    """The bisection that ends at 17/32 has scored 16/32, and the grid below is one of 32nds."""
     score = Counted(lambda rho: 1.0 if rho >= 0.51 else 0.9 - rho)
     assert calibrate_mix(BEFORE, AFTER, score, tolerance=1.0 / 32.0) == 17.0 / 32.0
     assert 0.5 in score.asked

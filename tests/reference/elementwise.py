@@ -1,4 +1,4 @@
-"""Oracles of the elementwise rules: loops over coordinates in Python's own numbers, from the papers' formulas; and a training loop."""
+"""Oracles of the elementwise rules, from the papers' formulas: loops over coordinates in Python's own numbers, and a training loop."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ class Training:
                 old = self.averages.get(k, torch.zeros_like(rows[k]))
                 self.averages[k] = self.ema_decay * old + (1.0 - self.ema_decay) * rows[k]
                 rows[k] = self.averages[k] / (1.0 - self.ema_decay**self.steps)
-        made = everywhere(self.rule, [row.tolist() for row in rows])
-        update = torch.tensor(made, dtype=torch.float64) + self.add * current
+        combined = everywhere(self.rule, [row.tolist() for row in rows])
+        update = torch.tensor(combined, dtype=torch.float64) + self.add * current
         if self.max_norm is not None:
             update *= min(1.0, self.max_norm / (float(update.norm()) + 1e-6))
         start = 0

@@ -40,10 +40,10 @@ def row(
 
 
 def greedy(base: Any, assistant: Any, tokens: Sequence[int], steps: int, weight: float, rate: float) -> list[int]:
-    found = list(tokens)
+    sequence = list(tokens)
     for _ in range(steps):
-        found.append(int(row(base, assistant, found, weight, rate).argmax()))
-    return found
+        sequence.append(int(row(base, assistant, sequence, weight, rate).argmax()))
+    return sequence
 
 
 def sample(
@@ -58,13 +58,13 @@ def sample(
 ) -> list[list[int]]:
     """Multinomial sampling, one draw a step for the whole batch, from the global generator at `seed`."""
     torch.manual_seed(seed)
-    found = [list(tokens) for tokens in batch]
+    sequences = [list(tokens) for tokens in batch]
     for _ in range(steps):
-        rows = torch.stack([row(base, assistant, tokens, weight, rate) for tokens in found])
+        rows = torch.stack([row(base, assistant, tokens, weight, rate) for tokens in sequences])
         chosen = torch.multinomial((rows / temperature).softmax(-1), 1)
-        for tokens, token in zip(found, chosen[:, 0].tolist(), strict=True):
+        for tokens, token in zip(sequences, chosen[:, 0].tolist(), strict=True):
             tokens.append(token)
-    return found
+    return sequences
 
 
 def beam(
@@ -74,9 +74,9 @@ def beam(
     hypotheses = [(0.0, list(tokens))]
     for _ in range(steps):
         grown = [
-            (total + gain, [*found, token])
-            for total, found in hypotheses
-            for token, gain in enumerate(row(base, assistant, found, weight, rate).log_softmax(-1).tolist())
+            (total + gain, [*sequence, token])
+            for total, sequence in hypotheses
+            for token, gain in enumerate(row(base, assistant, sequence, weight, rate).log_softmax(-1).tolist())
         ]
         hypotheses = sorted(grown, key=lambda hypothesis: -hypothesis[0])[:width]
     return hypotheses[0][1]

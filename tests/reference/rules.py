@@ -1,7 +1,7 @@
 """Oracles of the rules on explicit row vectors ``rows [K, n]`` (float64 numpy, row 0 the forget row): each returns the update ``[n]``.
 
-Sources are the papers' statements (problems, algorithms) and not the coefficients they lead to. General numerical routines (NNLS,
-SLSQP, root finding, SVD) do the work. The closed forms for two rows, and GRU's for two protected rows, follow at the end.
+They solve the papers' own problems, or run the papers' algorithms, instead of using the coefficients derived from them, with general
+numerical routines (NNLS, SLSQP, root finding, SVD). The closed forms for two rows, and GRU's for two protected rows, follow at the end.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _nnls(matrix: Vector, target: Vector) -> Vector:
 
 
 def dual_cone(vector: Vector, rows: Vector) -> Vector:
-    """The point nearest to ``vector`` with a non-negative product with every row: Moreau's decomposition, the polar part by NNLS."""
+    """The point nearest to ``vector`` that conflicts with no row. Moreau's decomposition; the polar part by NNLS."""
     size = np.linalg.norm(vector)
     if size == 0.0 or len(rows) == 0:
         return vector.copy()
@@ -116,7 +116,7 @@ def hamu(rows: Vector, *, gain: float, radius: float) -> Vector:
     forget, retain = rows[0], rows[1:].sum(0)
     basis, coordinates = np.linalg.qr(np.stack([forget, retain], 1))
     f, r = coordinates[:, 0], coordinates[:, 1]
-    found = optimize.minimize(
+    result = optimize.minimize(
         lambda u: -(r @ u) / np.linalg.norm(r),
         x0=f / np.linalg.norm(f) * 0.5 * (gain / np.linalg.norm(f) + radius),
         jac=lambda _: -r / np.linalg.norm(r),
@@ -131,7 +131,7 @@ def hamu(rows: Vector, *, gain: float, radius: float) -> Vector:
         method="SLSQP",
         options={"ftol": 1e-15, "maxiter": 500},
     )
-    return basis @ found.x
+    return basis @ result.x
 
 
 def hamu_u(rows: Vector, *, gain: float, radius: float) -> Vector:
@@ -182,8 +182,8 @@ def cagrad(rows: Vector, *, c: float = 0.5) -> Vector:
     grid = np.linspace(start, end, 41)
     best = int(np.argmin([dual(x)[0] for x in grid]))
     bounds = grid[max(best - 1, 0)], grid[min(best + 1, 40)]
-    found = optimize.minimize_scalar(lambda x: dual(x)[0], bounds=bounds, method="bounded", options={"xatol": 1e-10})
-    return mean + radius * _unit(dual(found.x)[1])
+    result = optimize.minimize_scalar(lambda x: dual(x)[0], bounds=bounds, method="bounded", options={"xatol": 1e-10})
+    return mean + radius * _unit(dual(result.x)[1])
 
 
 def imtl_g(rows: Vector) -> Vector:
@@ -215,9 +215,9 @@ def nash_mtl(rows: Vector) -> Vector:
         jac=equations,
         method="BFGS",
     )
-    found = optimize.root(equations, start.x, jac=jacobian, tol=1e-14)
-    assert np.abs(found.fun).max() < 1e-9, "the oracle found no bargain"
-    return np.exp(found.x) @ rows
+    result = optimize.root(equations, start.x, jac=jacobian, tol=1e-14)
+    assert np.abs(result.fun).max() < 1e-9, "the oracle found no bargain"
+    return np.exp(result.x) @ rows
 
 
 def aligned_mtl(rows: Vector) -> Vector:

@@ -1,4 +1,4 @@
-"""Named properties x every rule of the table x the zoo, then equivalences, closed forms and oracles, then the rule with a memory.
+"""Every rule of the table, on every Gram matrix of the zoo, by named properties; equivalences, closed forms, oracles; the rule with a memory.
 
 A rule added to `RULES` is tested by the first part with no new code here; what it promises beyond that is one line in `FACTS`.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import io
 import json
 import math
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gradsurgery as gs
 from gradsurgery import gram as gram_module
 from gradsurgery import rules
+from gradsurgery.rules import elementwise
 from tests import tolerances, zoo
 from tests.problems import classification, contexts, mlp, values
 from tests.reference import rules as reference
@@ -32,7 +34,7 @@ from tests.tolerances import close
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Threads only get into each other's way on matrices of this size."""
+    """On matrices of this size several threads are slower than one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -117,7 +119,6 @@ def update(coefficients: Tensor, rows: Tensor) -> Tensor:
 
 
 def lengths(rows: Tensor) -> Tensor:
-    # Not the square root of a sum of squares: 1e-30 squared is fine in float64, but say so in one place.
     return rows.norm(dim=-1)
 
 
@@ -166,6 +167,24 @@ def test_the_table_names_each_rule_by_its_function(name: str) -> None:
     assert rules.by_name(name) is rules.RULES[name]
     assert rules.RULES[name].__name__ == name
     assert "Source" in (rules.RULES[name].__doc__ or "") or name == "sum"
+
+
+def test_every_public_function_of_the_two_modules_is_in_the_table_and_in_the_package() -> None:
+    written = {
+        name: value
+        for module in (rules.projections, rules.multi_task)
+        for name, value in vars(module).items()
+        if callable(value) and not name.startswith("_") and value.__module__ == module.__name__
+    }
+    assert written == rules.RULES
+    assert all(getattr(rules, name) is rule for name, rule in rules.RULES.items())
+    assert set(rules.RULES) < set(rules.__all__)
+    assert set(elementwise.ELEMENTWISE) < set(elementwise.__all__)
+
+
+def test_the_package_exports_rules_and_no_helpers() -> None:
+    names = {name for name, value in vars(rules).items() if not name.startswith("_") and not inspect.ismodule(value)}
+    assert names | {"elementwise"} == {*rules.__all__, "Tensor"}
 
 
 def test_an_unknown_name_is_refused_with_the_names_there_are() -> None:
@@ -811,7 +830,7 @@ def test_gem_with_a_margin_on_degenerate_rows(number: int, margin: float) -> Non
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# Conditions of optimality on rows that nobody chose
+# Conditions of optimality on generated rows
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 some_examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -885,7 +904,7 @@ def test_cagrad_meets_the_conditions_of_its_program(rows: Tensor, c: float) -> N
 @some_examples
 @given(row_systems())
 def test_matrices_of_float32_products_still_have_an_answer(rows: Tensor) -> None:
-    """They are semidefinite only up to rounding, so that no exact solution may exist: a promise then bends, but nothing breaks."""
+    """Such matrices are semidefinite only up to rounding, so that an exact solution may not exist. A promise may then hold only approximately."""
     gram = gram_module.gram([[row.float()] for row in rows])
     norms = gram.diagonal().sqrt()
     for name in rules.RULES:
@@ -950,7 +969,7 @@ def test_gradvac_target_follows_the_cosines(beta: float) -> None:
 
 
 def test_gradvac_keeps_a_target_for_each_protected_row() -> None:
-    """The cosine seen is the one met on the way: that of the row so far, as in the paper's loop."""
+    """Each target follows the cosine of its row with the update so far, as in the paper's loop."""
     rule, targets = rules.GradVac(beta=0.3), [0.0, 0.0, 0.0]
     rows = zoo.random_rows(4, 5, seed=71)
     for r in rows:
@@ -977,7 +996,7 @@ def test_gradvac_changes_nothing_without_a_commit() -> None:
     rule.commit()
     after = rule.state_dict()
     assert after != before
-    rule.commit()  # there is no new proposal
+    rule.commit()  # no call since the last commit
     assert rule.state_dict() == after
 
 
@@ -1016,7 +1035,7 @@ def test_gradvac_resumes_exactly(through: str, blocks: bool, begun: bool) -> Non
         file.seek(0)
         state = torch.load(file, weights_only=True)
     resumed = rules.GradVac(beta=0.4)
-    resumed(steps[2])  # a proposal that loading forgets
+    resumed(steps[2])  # a call without a commit, which loading discards
     resumed.load_state_dict(state)
     resumed.commit()
     assert resumed.state_dict() == rule.state_dict()

@@ -444,17 +444,17 @@ def test_a_parameter_that_no_objective_reaches_gets_no_gradient() -> None:
     assert unused.tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("ill", TWO)
+@pytest.mark.parametrize("broken", TWO)
 @pytest.mark.parametrize("name", ["sago", "graddrop", "sign_agreement", "saliency_mask"])
-def test_a_row_that_is_not_finite_is_named_and_nothing_is_stepped(name: str, ill: str) -> None:
+def test_a_row_that_is_not_finite_is_named_and_nothing_is_stepped(name: str, broken: str) -> None:
     model = mlp()
     optimizer = surgeon(model, name, ema_decay=0.5)
     before = values(model)
     losses = classification()(model, 0, 0)
-    losses[ill] = losses[ill] * math.inf
+    losses[broken] = losses[broken] * math.inf
     optimizer.join(**losses).backward()
     assert all(bool(p.grad.isnan().any()) for p in model.parameters() if p.grad is not None)
-    with pytest.raises(FloatingPointError, match=f"in the gradient of '{ill}'"):
+    with pytest.raises(FloatingPointError, match=f"in the gradient of '{broken}'"):
         optimizer.step()
     assert torch.equal(values(model), before)
     optimizer.zero_grad()
