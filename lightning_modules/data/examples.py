@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 Example = dict[str, Any]
+Item = TypeVar("Item")
 
 _ACCEPTED = "question and answer, prompt and response, messages, or text"
 _PAIRS = (("question", "answer"), ("prompt", "response"))
@@ -57,6 +58,24 @@ def read_examples(path: str | Path) -> list[Example]:
     if not examples:
         raise ValueError(f"{path} is empty: expected at least one row with {_ACCEPTED}")
     return examples
+
+
+def evenly_spaced(rows: Sequence[Item], count: int, *, centred: bool = False) -> list[Item]:
+    """At most `count` of the rows, evenly spaced and in their order.
+
+    Args:
+        rows: n rows, cut into as many blocks as rows are wanted.
+        count: How many are wanted; all rows where there are fewer.
+        centred: Take the middle row of every block instead of the first.
+
+    Example:
+        >>> evenly_spaced([0, 1, 2, 3, 4, 5], 3), evenly_spaced([0, 1], 3)
+        ([0, 2, 4], [0, 1])
+        >>> evenly_spaced([0, 1, 2, 3, 4, 5], 2, centred=True)
+        [1, 4]
+    """
+    count = min(count, len(rows))
+    return [rows[(2 * index + centred) * len(rows) // (2 * count)] for index in range(count)]
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, object]]:

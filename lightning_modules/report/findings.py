@@ -236,9 +236,9 @@ def changed_options(config: dict[str, Any]) -> dict[str, str]:
     """The options that are not what `gradsurgery unlearn` with this model and method would have chosen, as flags and their values."""
     from lightning_modules.run.options import UnlearnOptions
 
-    plain = UnlearnOptions()
+    plain = UnlearnOptions().flat()
     kinds: dict[str, Any] = {name: config[name] for name in ("model", "method") if name in config}
-    usual = vars(UnlearnOptions(**kinds).resolved()) | {name: getattr(plain, name) for name in kinds}
+    usual = UnlearnOptions.of(**kinds).resolved().flat() | {name: plain[name] for name in kinds}
     usual["precision"] = (
         "bf16-mixed" if config.get("precision") == "bf16-mixed" else "32-true"
     )  # depends on the machine

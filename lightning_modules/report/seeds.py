@@ -66,7 +66,7 @@ def _check_config(folder: Path, run: Run) -> None:
 def _check_options(folder: Path, run: Run, path: Path, other: Run) -> None:
     from lightning_modules.run.options import UnlearnOptions
 
-    default = vars(UnlearnOptions())
+    default = UnlearnOptions().flat()
     ours, theirs = default | run.config, default | other.config
     differing = [
         f"--{str(name).replace('_', '-')} {_told(other.config, name)} (not {_told(run.config, name)})"

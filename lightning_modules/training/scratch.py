@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import time
@@ -23,10 +22,11 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightning_modules.data.tokenization import IGNORED, Encoded, collate, encode, padding_id, special_id
+from lightning_modules.folder import cache_folder
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
 VOCABULARY = 4096
-_FORMAT = 1  # raise it when the code below changes what is trained, so that old caches are left alone
+FORMAT = 1  # raise it when the code below changes what is trained, so that old caches are left alone
 _LAST_SHARE_OF_LR = 0.02  # of the highest
 _BUCKET = 8  # batches that are sorted by length together: enough to save padding, few enough to keep the order random
 
@@ -87,7 +87,8 @@ def scratch_model(
     schedule = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
     device = torch.device(device)
     where = {} if device.type == "cpu" else {"device": device.type}  # a GPU rounds otherwise
-    folder = _cache_root(cache_dir) / _key({"pairs": pairs, "texts": texts, **sizes, **schedule, "lr": lr, **where})
+    root = cache_folder("scratch") if cache_dir is None else Path(cache_dir)
+    folder = root / _key({"pairs": pairs, "texts": texts, **sizes, **schedule, "lr": lr, **where})
     # Making and loading a model both draw random weights; only the CPU's generator is used, and only that one is
     # forked.
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), one_thread(), _without_progress_bars():
@@ -101,15 +102,9 @@ def scratch_model(
         return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
-def _cache_root(cache_dir: str | Path | None) -> Path:
-    if cache_dir is not None:
-        return Path(cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradsurgery" / "scratch"
-
-
 def _key(arguments: Mapping[str, object]) -> str:
     versions = [".".join(module.__version__.split(".")[:2]) for module in (torch, transformers)]
-    text = json.dumps([_FORMAT, VOCABULARY, versions, arguments], sort_keys=True)
+    text = json.dumps([FORMAT, VOCABULARY, versions, arguments], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

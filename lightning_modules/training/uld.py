@@ -15,6 +15,7 @@ from gradsurgery.logit_difference import LogitDifferenceModel, assistant
 from lightning_modules.data.pairs import ForgetRetainDataModule
 from lightning_modules.data.uld import uld_data
 from lightning_modules.evaluation.likelihood import device_of
+from lightning_modules.training.trainer import trainer_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -198,16 +199,7 @@ def train_assistant(
     batches = ForgetRetainDataModule(
         data["forget"], data["retain"], tokenizer, batch_size=batch_size, seed=seed, max_length=max_length
     )
-    options: dict[str, Any] = {
-        "max_epochs": epochs,
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "use_distributed_sampler": False,  # PairSampler divides the pairs itself
-        **(trainer or {}),
-    }
+    options = trainer_options(**{"max_epochs": epochs, "devices": 1, **(trainer or {})})
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         small = assistant(base, num_layers, lora_rank, lora_alpha=lora_alpha)
