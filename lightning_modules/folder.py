@@ -1,13 +1,13 @@
-"""The output folder: what is in it, and that nobody's run is overwritten."""
+"""The output folder: the names of its files, and how they are written so that no run is overwritten or left in half."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 
 import gradsurgery as gs
-from lightning_modules.run.options import DataOptions
 
 Log = dict[str, list[dict[str, Any]]]
+"""Split -> scored examples, in the order of the file."""
 
 METRICS, CONFIG, CURVE, SURGERY, EVALUATION, START_MODEL, G_EFFECT = (
     "metrics.json",
@@ -28,15 +28,15 @@ METRICS, CONFIG, CURVE, SURGERY, EVALUATION, START_MODEL, G_EFFECT = (
     "start_model.safetensors",
     "g_effect.csv",
 )
-TRAINING, PROBES = "training.json", "probes.json"  # what callbacks tell the report
+TRAINING, PROBES = "training.json", "probes.json"  # written by callbacks, read by the report
 
 
 def claim(folder: Path) -> None:
-    """Make the folder, or refuse one that holds a run.
+    """Create the folder, or refuse it if it already holds a run.
 
     Raises:
-        FileExistsError: If it does.
-        PermissionError: If it cannot be written.
+        FileExistsError: If the folder holds files of a run.
+        PermissionError: If the folder cannot be created or written to.
     """
     found = [
         name for name in (METRICS, EVALUATION, CONFIG, SURGERY, "model", "checkpoints") if (folder / name).exists()
@@ -55,22 +55,44 @@ def claim(folder: Path) -> None:
         raise PermissionError(f"--output: expected a folder that can be written, found {folder}: {error}") from error
 
 
-def write_config(folder: Path, command: str, options: DataOptions) -> None:
-    """The options, complete: `gradsurgery COMMAND --config config.yaml --output ELSEWHERE` repeats the run."""
-    values = {name: value for name, value in asdict(options).items() if name != "resume"}
+def cache_folder(name: str) -> Path:
+    """A folder for results that can be computed again: `$XDG_CACHE_HOME/gradsurgery/<name>`, or in `~/.cache`.
+
+    It is not created.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradsurgery" / name
+
+
+def write_config(folder: Path, command: str, values: Mapping[str, Any]) -> None:
+    """Write all options of a run: `gradsurgery COMMAND --config config.yaml --output ELSEWHERE` repeats it.
+
+    Args:
+        folder: The run's folder.
+        command: "unlearn" or "evaluate".
+        values: Option -> value, in the order in which they are written.
+    """
     text = f"# gradsurgery {command} --config {CONFIG} --output ANOTHER_FOLDER repeats this run.\n"
-    (folder / CONFIG).write_text(text + yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    dumped = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+    (folder / CONFIG).write_text(text + dumped, encoding="utf-8")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Strict JSON, written whole or not at all; NaN becomes the string "NaN", which no reader takes for a number."""
+    """Write strict JSON, either the whole file or nothing. NaN, which JSON does not have, becomes the string "NaN"."""
     temporary = path.with_suffix(".partial")
     temporary.write_text(json.dumps(_strict(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
 def write_evaluation(path: Path, evaluations: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]] | None]) -> None:
-    """One line for every model, split and example, so that any aggregate can be computed again; whole or not at all."""
+    """Write one JSON line for every model, split and example, either the whole file or nothing.
+
+    Every aggregate in metrics.json can be computed again from these lines.
+
+    Args:
+        path: Of the file.
+        evaluations: Model ("before", "after", "reference") -> split -> scored examples; a model that is None is left
+            out.
+    """
     temporary = path.with_name(f".partial-{uuid.uuid4().hex}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -83,16 +105,17 @@ def write_evaluation(path: Path, evaluations: Mapping[str, Mapping[str, Sequence
 
 
 def read_evaluation(path: Path) -> tuple[str, Log]:
-    """The scores in a log of a model that never saw the forget set.
+    """Read the scores of a model that never saw the forget set from a log that `write_evaluation` wrote.
 
-    They are those of its reference. Without one they are those called "after": `gradsurgery evaluate --log` leaves such a log, of whatever
-    model it was given. What a run of `unlearn` calls "after" is never taken, because that model saw what it forgot.
+    In a log of `unlearn` these are the rows of its "reference". A log of `gradsurgery evaluate --log` has no reference;
+    there the rows called "after" are taken, whatever model was evaluated. The "after" of `unlearn` is never taken,
+    because that model saw what it forgot.
 
     Returns:
         "reference" or "after", and split -> rows as in `Evaluation.examples`.
 
     Raises:
-        ValueError: If there are none, or the file is no log.
+        ValueError: If the file is not such a log, or holds neither of the two.
     """
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
@@ -121,6 +144,7 @@ def read_evaluation(path: Path) -> tuple[str, Log]:
 
 
 def _check_row(row: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError if a line lacks what identifies an example, or half of its truth ratio."""
     expected = ["model", "split", "question", "answer"]
     lacking = [name for name in expected if not isinstance(row.get(name), str)]
     if row.get("perturbed_nll") is not None:
@@ -136,7 +160,7 @@ def _check_row(row: Mapping[str, Any], where: str) -> None:
 
 
 def _number(key: str, value: Any) -> Any:
-    """NaN and infinity, which `write_evaluation` spells out, as numbers again."""
+    """Turn "NaN" and "Infinity", as `write_evaluation` spells them, back into numbers; texts stay as they are."""
     if key in ("question", "answer", "generation", "model", "split"):
         return value
     if isinstance(value, list):
@@ -145,7 +169,7 @@ def _number(key: str, value: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """What the run was made with."""
+    """The versions of Python and of the packages that determine a run's numbers."""
     found = {"python": platform.python_version()}
     found["gradsurgery"] = gs.__version__
     for name in ("torch", "lightning", "transformers"):
@@ -157,6 +181,7 @@ def versions() -> dict[str, str]:
 
 
 def _strict(value: Any) -> Any:
+    """The same value with strings for the numbers that JSON does not have."""
     if isinstance(value, Mapping):
         return {str(key): _strict(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

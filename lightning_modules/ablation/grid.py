@@ -11,7 +11,15 @@ from typing import Any
 import gradsurgery as gs
 from lightning_modules.ablation.methods import Method
 from lightning_modules.ablation.sections import Data, Evaluate, Scratch, Seeds, Targets, Train
-from lightning_modules.run.options import UnlearnOptions
+from lightning_modules.run.options import (
+    DataOptions,
+    EvaluationOptions,
+    MethodOptions,
+    ModelOptions,
+    OutputOptions,
+    TrainingOptions,
+    UnlearnOptions,
+)
 
 
 @dataclass(frozen=True)
@@ -45,36 +53,45 @@ class Run:
     def options(self) -> UnlearnOptions:
         """The same run as `unlearn` would be told of it."""
         grid, method = self.grid, self.method
+        data = {name: value for name, value in vars(grid.data).items() if name != "reference"}
+        alone = method.rule == "none"
         return UnlearnOptions(
-            **{entry.name: getattr(grid.data, entry.name) for entry in fields(Data)},
-            model=grid.model if isinstance(grid.model, str) else "scratch",
-            method="uld" if method.kind == "uld" else "surgery",
-            max_new_tokens=grid.evaluate.max_new_tokens,
-            evaluation_batch_size=grid.evaluate.batch_size,
-            seed=self.data_seed,
-            forget_loss=method.forget_loss,
-            loss_options=method.loss_options,
-            retain_loss=method.retain_loss,
-            retain_inside=method.retain_inside,
-            rule="gradient_difference" if method.rule == "none" else method.rule,
-            rule_options={"alpha": 0.0} if method.rule == "none" else method.rule_options,
-            ema_decay=method.ema_decay,
-            retain_weight=method.retain_weight,
-            guard=method.guard,
-            scope=method.scope,
-            metric=method.metric,
-            optimizer=method.optimizer or grid.train.optimizer,
-            lr=grid.train.lr if method.lr is None else method.lr,
-            weight_decay=grid.train.weight_decay,
-            warmup_steps=grid.train.warmup_steps,
-            epochs=grid.train.max_epochs if method.epochs is None else method.epochs,
-            lora_rank=method.lora_rank,
-            lora_init=method.lora_init,
-            uld=method.uld,
-            batch_size=grid.train.batch_size,
-            accumulate=1,
-            max_norm=grid.train.max_norm,
-            precision=grid.train.precision,
+            model=ModelOptions(grid.model if isinstance(grid.model, str) else "scratch"),
+            data=DataOptions(**data),
+            evaluation=EvaluationOptions(
+                max_new_tokens=grid.evaluate.max_new_tokens,
+                evaluation_batch_size=grid.evaluate.batch_size,
+                reference=grid.data.reference,
+            ),
+            output=OutputOptions(seed=self.data_seed),
+            method=MethodOptions(
+                method="uld" if method.kind == "uld" else "surgery",
+                forget_loss=method.forget_loss,
+                loss_options=method.loss_options,
+                retain_loss=method.retain_loss,
+                retain_inside=method.retain_inside,
+                rule="gradient_difference" if alone else method.rule,
+                rule_options={"alpha": 0.0} if alone else method.rule_options,
+                ema_decay=method.ema_decay,
+                retain_weight=method.retain_weight,
+                guard=method.guard,
+                scope=method.scope,
+                metric=method.metric,
+            ),
+            training=TrainingOptions(
+                optimizer=method.optimizer or grid.train.optimizer,
+                lr=grid.train.lr if method.lr is None else method.lr,
+                weight_decay=grid.train.weight_decay,
+                warmup_steps=grid.train.warmup_steps,
+                epochs=grid.train.max_epochs if method.epochs is None else method.epochs,
+                batch_size=grid.train.batch_size,
+                accumulate=1,
+                max_norm=grid.train.max_norm,
+                lora_rank=method.lora_rank,
+                lora_init=method.lora_init,
+                uld=method.uld,
+                precision=grid.train.precision,
+            ),
         )
 
 

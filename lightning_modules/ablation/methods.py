@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 import gradsurgery as gs
-from lightning_modules.run.options import UnlearnOptions
+from lightning_modules.run.options import MethodOptions
 
 Kind = Literal["surgery", "uld", "task_vector", "rectified_task_vector"]
 
@@ -68,7 +68,7 @@ class Method:
 
     def bound_rule(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """Gram matrix -> coefficients, as the row says."""
-        options = UnlearnOptions(rule=self.rule, rule_options=self.rule_options)
+        options = MethodOptions(rule=self.rule, rule_options=self.rule_options)
         return forget_alone if self.rule == "none" else options.bound_rule()
 
     @property

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_modules.run.options import _option
 
-
-@dataclass
+@dataclass(frozen=True)
 class AblateOptions:
-    """Compare methods where they have forgotten equally much: a grid of methods and seeds, a table, a picture."""
+    """Compare methods where they have forgotten equally much: a grid of methods and seeds, a table, a picture.
 
-    config: str = _option("", "YAML file of the grid; examples/ablation/ has some")
-    output: str = _option("runs/ablation", "folder for the runs, results.csv, table.md and tradeoff.png")
-    tofu_dir: str | None = _option(None, "folder with TOFU's files, instead of the grid's own")
-    jobs: int | None = _option(None, "runs at a time, each a process; as many as there are CUDA devices, or 1")
-    threads: int = _option(1, "of each process; results depend on it in the last digits, on --jobs not at all")
-    list: bool = _option(False, "print the index and id of every run, and do nothing")
-    only: str | None = _option(None, "do the run of this id, and draw no table: for a job of a cluster")
-    index: int | None = _option(None, "the same, by index")
+    Attributes:
+        config: YAML file of the grid; examples/ablation/ has some
+        output: folder for the runs, results.csv, table.md and tradeoff.png
+        tofu_dir: folder with TOFU's files, instead of the grid's own
+        jobs: runs at a time, each a process; as many as there are CUDA devices, or 1
+        threads: of each process; results depend on it in the last digits, on --jobs not at all
+        list: print the index and id of every run, and do nothing
+        only: do the run of this id, and draw no table: for a job of a cluster
+        index: the same, by index
+    """
+
+    config: str = ""
+    output: str = "runs/ablation"
+    tofu_dir: str | None = None
+    jobs: int | None = None
+    threads: int = 1
+    list: bool = False
+    only: str | None = None
+    index: int | None = None
 
     def check(self) -> None:
         """Raise ValueError on options outside their domain."""

@@ -13,7 +13,6 @@ import lightning as L
 import torch
 from torch import nn
 
-from lightning_modules import folder as outputs
 from lightning_modules.ablation.grid import Grid, Run, plain
 from lightning_modules.ablation.matching import Target
 from lightning_modules.ablation.methods import Kind
@@ -23,11 +22,12 @@ from lightning_modules.ablation.sections import Scratch
 from lightning_modules.ablation.training import train
 from lightning_modules.ablation.weights import by_assistant, by_rectified, by_task_vector
 from lightning_modules.data.examples import Example
-from lightning_modules.run.loading import _texts, load_model, load_pretrained, make_data
+from lightning_modules.folder import versions, write_json
+from lightning_modules.run.loading import load_model, load_pretrained, make_data, tokenizer_texts
+from lightning_modules.run.run import Splits
 from lightning_modules.training.scratch import ScratchSettings, scratch_model
 
 RUNS, MODELS = "runs", "models"
-Splits = Mapping[str, Sequence[Example]]
 
 KINDS: dict[Kind, Callable[[Run, nn.Module, Any, Scorer, Sequence[Target]], Ended]] = {
     "surgery": train,
@@ -52,7 +52,7 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
     known = prepare(run, folder)
     options = run.options()
     splits = make_data(options, None).read()
-    L.seed_everything(options.seed, verbose=False)
+    L.seed_everything(options.output.seed, verbose=False)
     model, tokenizer = load_start(run, splits)
     scorer = Scorer(run.grid, splits, tokenizer, _reference_ratios(known))
     ended = KINDS[run.method.kind](run, model, tokenizer, scorer, targets(run.grid, known))
@@ -77,7 +77,7 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
         "seconds": {"train": ended.matching.curve[-1]["seconds"], "all": time.perf_counter() - started},
         "curve": ended.matching.curve,
         "config": run.config,
-        "versions": outputs.versions(),
+        "versions": versions(),
     }
     write(folder / RUNS / f"{run.id}.json", result)
     return result
@@ -148,7 +148,7 @@ def write(path: Path, value: Mapping[str, Any]) -> None:
     """Strict JSON, whole or not at all, also if two processes write the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    outputs.write_json(temporary, value)
+    write_json(temporary, value)
     temporary.replace(path)
 
 
@@ -164,7 +164,7 @@ def _load_reference(run: Run, splits: Splits) -> tuple[nn.Module, Any] | None:
 
 
 def _scratch(run: Run, sizes: Scratch, splits: Splits, rows: Sequence[Example], said: str) -> tuple[nn.Module, Any]:
-    texts = _texts(run.options(), splits)
+    texts = tokenizer_texts(run.options().data, splits)
     settings = ScratchSettings(seed=run.model_seed, device=_device(), **vars(sizes))
     return scratch_model(rows, settings, tokenizer_texts=texts, description=said)
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_modules.ablation.grid import Grid
-from lightning_modules.data.examples import Example
+from lightning_modules.data.examples import Example, evenly_spaced
 from lightning_modules.data.tokenization import Encoded, encode, padding_id
 from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate, truth_ratios
 from lightning_modules.evaluation.likelihood import answer_nll
 from lightning_modules.metrics.functional import forget_quality
-
-Item = TypeVar("Item")
 
 
 class Scorer:
@@ -41,8 +39,10 @@ class Scorer:
         self.max_length = grid.data.max_length
         self.forget = list(splits["forget"][: self.given.forget_examples])
         # The truth ratio is a question about the forget set only.
-        self.retain = [_bare(row) for row in spread(splits["retain"], self.given.retain_examples)]
-        curve = self.retain if grid.targets.retain_probability else spread(self.retain, self.given.curve_examples)
+        self.retain = [_bare(row) for row in evenly_spaced(splits["retain"], self.given.retain_examples)]
+        curve = (
+            self.retain if grid.targets.retain_probability else evenly_spaced(self.retain, self.given.curve_examples)
+        )
         self.encoded = {
             split: [encode(tokenizer, row["question"], row["answer"], self.max_length) for row in rows]
             for split, rows in (("forget", self.forget), ("retain", curve))
@@ -81,7 +81,7 @@ class Scorer:
             model,
             self.tokenizer,
             {
-                split: [_bare(row) for row in spread(rows, self.given.generated_examples)]
+                split: [_bare(row) for row in evenly_spaced(rows, self.given.generated_examples)]
                 for split, rows in splits.items()
             },
             settings,
@@ -108,17 +108,6 @@ class Scorer:
             "truth_ratio_R": ratios,
         }
         return found
-
-
-def spread(rows: Sequence[Item], count: int) -> list[Item]:
-    """At most so many of the rows, evenly spread over them.
-
-    Example:
-        >>> spread([0, 1, 2, 3, 4, 5], 3), spread([0, 1], 3)
-        ([0, 2, 4], [0, 1])
-    """
-    count = min(count, len(rows))
-    return [rows[index * len(rows) // count] for index in range(count)]
 
 
 def _bare(row: Mapping[str, Any]) -> Any:

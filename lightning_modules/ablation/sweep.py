@@ -19,7 +19,6 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lightning_modules import folder as outputs
 from lightning_modules.ablation.figure import draw_tradeoff
 from lightning_modules.ablation.grid import Grid, Run, plain
 from lightning_modules.ablation.options import AblateOptions
@@ -27,6 +26,8 @@ from lightning_modules.ablation.reading import read_grid
 from lightning_modules.ablation.results import read_results, write_csv
 from lightning_modules.ablation.run import RUNS, execute, prepare, refuse_other, write
 from lightning_modules.ablation.table import write_table
+from lightning_modules.folder import versions
+from lightning_modules.run.quiet import quiet
 
 GRID, RESULTS, TABLE, FIGURE = "grid.yaml", "results.csv", "table.md", "tradeoff.png"
 _SHOWN = 5  # reasons in the error: a broken grid fails in every run
@@ -145,7 +146,7 @@ def _execute(run: Run, folder: Path) -> tuple[str, str | None]:
             **seeds,
             **told,
             "config": run.config,
-            "versions": outputs.versions(),
+            "versions": versions(),
         }
         write(folder / RUNS / f"{run.id}.json", result)
         return run.id, reason
@@ -187,8 +188,6 @@ def _mapped(
 
 
 def _start_worker(devices: Any, threads: int) -> None:
-    from lightning_modules.cli import quiet
-
     quiet()
     torch.set_num_threads(threads)
     if torch.cuda.is_available():

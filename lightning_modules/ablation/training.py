@@ -23,16 +23,18 @@ from lightning_modules.run.loading import make_data
 from lightning_modules.training.module import UnlearningModule
 from lightning_modules.training.objectives import by_name, needs_reference
 from lightning_modules.training.references import SecondModel
+from lightning_modules.training.trainer import trainer_options
 
 
 def train(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: Sequence[Target]) -> Ended:
     """Train until every target is met or the epochs are over; adapters are merged at the end."""
     options = run.options()
-    data = make_data(options, tokenizer, options.batch_size)
+    training = options.training
+    data = make_data(options, tokenizer)
     before = copy.deepcopy(model.state_dict())
     started = time.perf_counter()
-    adapted = assembly.adapted(model, options, data)
-    spent = time.perf_counter() - started if options.lora_rank else 0.0
+    adapted = assembly.adapted(model, training, data, options.output.seed)
+    spent = time.perf_counter() - started if training.lora_rank else 0.0
     tally = Tally()
     matching = MatchTargets(
         targets,
@@ -47,41 +49,36 @@ def train(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: S
     if run.method.placebo:
         callbacks.append(Placebo(run.method.bound_rule(), seed=run.data_seed))
     try:
-        L.Trainer(**trainer_options(run, callbacks)).fit(build_module(adapted, run), data)
+        L.Trainer(**on_this_device(run, callbacks)).fit(build_module(adapted, run), data)
     except FloatingPointError as error:
         matching.give_up(f"diverged: {error}")
     merged = assembly.merged(adapted)
     # FILA's importance: a backward pass for every batch of both sets.
-    extra = 2 * len(data.train_dataloader()) if options.lora_init == "fila" else 0
+    extra = 2 * len(data.train_dataloader()) if training.lora_init == "fila" else 0
     return Ended(matching, merged, merged.load_state_dict, before, copy.deepcopy(merged.state_dict()), extra)
 
 
 def build_module(model: nn.Module, run: Run) -> UnlearningModule:
     """The module that `unlearn` would train; for a placebo without the rule, which `Placebo` then imitates."""
     options = run.options()
+    method = options.method
     if run.method.placebo:
-        options = replace(options, rule="gradient_difference", rule_options={"alpha": 0.0})
-    losses = by_name(options.forget_loss), by_name(options.retain_loss)
+        method = replace(method, rule="gradient_difference", rule_options={"alpha": 0.0})
+    losses = by_name(method.forget_loss), by_name(method.retain_loss)
     reference = SecondModel() if any(needs_reference(loss) for loss in losses) else None
-    return assembly.make_module(model.train(), options, reference)
+    return assembly.make_module(model.train(), method, options.training, reference)
 
 
-def trainer_options(run: Run, callbacks: Sequence[Callback]) -> dict[str, Any]:
-    """Of a Lightning Trainer on this process's device, which leaves no files."""
+def on_this_device(run: Run, callbacks: Sequence[Callback]) -> dict[str, Any]:
+    """Arguments of a Lightning Trainer that trains on this process's device and leaves no files."""
     cuda = torch.cuda.is_available()
-    return {
-        "accelerator": "gpu" if cuda else "cpu",
-        "devices": [torch.cuda.current_device()] if cuda else 1,
-        "precision": run.grid.train.precision,
-        "max_epochs": run.options().epochs,
-        "callbacks": list(callbacks),
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "use_distributed_sampler": False,
-        "num_sanity_val_steps": 0,
-    }
+    return trainer_options(
+        accelerator="gpu" if cuda else "cpu",
+        devices=[torch.cuda.current_device()] if cuda else 1,
+        precision=run.grid.train.precision,
+        max_epochs=run.options().training.epochs,
+        callbacks=list(callbacks),
+    )
 
 
 class Tally(Callback):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -20,7 +20,7 @@ from lightning_modules.ablation.grid import Run
 from lightning_modules.ablation.matching import Matching, Target
 from lightning_modules.ablation.retention import Ended
 from lightning_modules.ablation.scoring import Scorer
-from lightning_modules.ablation.training import trainer_options
+from lightning_modules.ablation.training import on_this_device
 from lightning_modules.data.pairs import ForgetRetainDataModule
 from lightning_modules.run.loading import make_data
 from lightning_modules.training.uld import train_assistant
@@ -37,7 +37,7 @@ def by_assistant(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, tar
         tokenizer,
         make_data(options, None).read(),
         replace(options.uld_settings(), lr=run.method.lr or run.grid.train.lr),
-        trainer=trainer_options(run, [clock]),  # with the row's epochs
+        trainer=on_this_device(run, [clock]),  # with the row's epochs
     )
 
     def load(state: StateDict) -> None:
@@ -46,14 +46,15 @@ def by_assistant(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, tar
     def at(weight: float) -> StateDict:
         return {"weight": torch.tensor(weight, dtype=torch.float64)}
 
-    return _walk(run, unlearned, at, load, clock, scorer, targets)
+    return _walk(run, Weighted(unlearned, at, load), clock, scorer, targets)
 
 
 def by_task_vector(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: Sequence[Target]) -> Ended:
     """Negation (2212.04089): take away a multiple of what fine-tuning on the forget set adds."""
     clock, before = _Clock(), copy.deepcopy(model.state_dict())
     vector = _fine_tuned(run, model, tokenizer, make_data(run.options(), None).read()["forget"], clock, before)
-    return _walk(run, model, partial(negate, before, vector), model.load_state_dict, clock, scorer, targets)
+    line = Weighted(model, partial(negate, before, vector), model.load_state_dict)
+    return _walk(run, line, clock, scorer, targets)
 
 
 def by_rectified(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: Sequence[Target]) -> Ended:
@@ -65,41 +66,45 @@ def by_rectified(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, tar
     vectors = [_fine_tuned(run, model, tokenizer, half, clock, before) for half in halves]
     moved = rectified(before, vectors, vectors[::-1])
     vector = task_vector(moved, before)  # from the end to the start: what is taken away again
-    return _walk(run, model, partial(negate, before, vector), model.load_state_dict, clock, scorer, targets)
+    line = Weighted(model, partial(negate, before, vector), model.load_state_dict)
+    return _walk(run, line, clock, scorer, targets)
 
 
-def _walk(
-    run: Run,
-    model: nn.Module,
-    at: Callable[[float], StateDict],
-    load: Callable[[StateDict], object],
-    clock: _Clock,
-    scorer: Scorer,
-    targets: Sequence[Target],
-) -> Ended:
-    """Raise the weight from 0 until every target is met, or it is the largest."""
+class Weighted(NamedTuple):
+    """A model whose state is determined by one number, the weight of what is taken away from it.
+
+    Attributes:
+        model: Holds any of the states.
+        state: Weight -> state.
+        load: Puts a state into the model.
+    """
+
+    model: nn.Module
+    state: Callable[[float], StateDict]
+    load: Callable[[StateDict], object]
+
+    def between(self, first: float, second: float) -> Callable[[float], None]:
+        """The states from one weight (position 0) to another (position 1): a path for `match`."""
+
+        def move(position: float) -> None:
+            self.load(self.state(first + position * (second - first)))
+
+        return move
+
+
+def _walk(run: Run, line: Weighted, clock: _Clock, scorer: Scorer, targets: Sequence[Target]) -> Ended:
+    """Raise the weight from 0 until every target is met, or the largest weight is reached."""
     matching = Matching(targets, scorer.along, scorer.thoroughly, tolerance=run.grid.evaluate.tolerance)
     last = weight = 0.0
     for number in range(_STATES + 1):
         last, weight = weight, run.method.max_weight * number / _STATES
-        move = _between(last, weight, at, load)
+        move = line.between(last, weight)
         move(1.0)
-        matching.look(model, {"step": float(clock.steps), "seconds": clock.seconds, "weight": weight}, move)
+        matching.look(line.model, {"step": float(clock.steps), "seconds": clock.seconds, "weight": weight}, move)
         if not matching.open:
             break
     matching.close(f"at weight {weight:.4g}")
-    return Ended(matching, model, load, at(0.0), at(weight))
-
-
-def _between(
-    first: float, second: float, at: Callable[[float], StateDict], load: Callable[[StateDict], object]
-) -> Callable[[float], None]:
-    """The states from one weight (position 0) to another (1): a path for `match`."""
-
-    def move(position: float) -> None:
-        load(at(first + position * (second - first)))
-
-    return move
+    return Ended(matching, line.model, line.load, line.state(0.0), line.state(weight))
 
 
 def _fine_tuned(
@@ -107,13 +112,14 @@ def _fine_tuned(
 ) -> dict[str, Tensor]:
     """The task vector of some rows."""
     options = run.options()
+    training, seed, max_length = options.training, options.output.seed, options.data.max_length
     model.load_state_dict(before)
-    # The retain half of a batch is not looked at.
+    # The retain half of a batch is not used.
     data = ForgetRetainDataModule(
-        rows, rows, tokenizer, batch_size=options.batch_size, seed=options.seed, max_length=options.max_length
+        rows, rows, tokenizer, batch_size=training.batch_size, seed=seed, max_length=max_length
     )
-    optimizer = partial(options.optimizer_class(), lr=options.lr, weight_decay=options.weight_decay)
-    L.Trainer(**trainer_options(run, [clock])).fit(FineTuning(model.train(), optimizer, options.warmup_steps), data)
+    module = FineTuning(model.train(), training.base_optimizer(), training.warmup_steps)
+    L.Trainer(**on_this_device(run, [clock])).fit(module, data)
     return task_vector(before, model.state_dict())
 
 

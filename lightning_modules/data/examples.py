@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Example = dict[str, Any]
-Row = TypeVar("Row")
+Item = TypeVar("Item")
 
 _ACCEPTED = "question and answer, prompt and response, messages, or text"
 _PAIRS = (("question", "answer"), ("prompt", "response"))
@@ -60,15 +60,22 @@ def read_examples(path: str | Path) -> list[Example]:
     return examples
 
 
-def evenly_spaced(rows: Sequence[Row], count: int) -> list[Row]:
-    """Returns at most `count` of the rows, at equal distances, in their order.
+def evenly_spaced(rows: Sequence[Item], count: int, *, centred: bool = False) -> list[Item]:
+    """At most `count` of the rows, evenly spaced and in their order.
+
+    Args:
+        rows: n rows, cut into as many blocks as rows are wanted.
+        count: How many are wanted; all rows where there are fewer.
+        centred: Take the middle row of every block instead of the first.
 
     Example:
         >>> evenly_spaced([0, 1, 2, 3, 4, 5], 3), evenly_spaced([0, 1], 3)
         ([0, 2, 4], [0, 1])
+        >>> evenly_spaced([0, 1, 2, 3, 4, 5], 2, centred=True)
+        [1, 4]
     """
     count = min(count, len(rows))
-    return [rows[index * len(rows) // count] for index in range(count)]
+    return [rows[(2 * index + centred) * len(rows) // (2 * count)] for index in range(count)]
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, object]]:

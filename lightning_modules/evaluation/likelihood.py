@@ -121,6 +121,18 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
+@contextmanager
+def on_gpu(model: nn.Module) -> Generator[None]:
+    """Moves a model that is on the CPU to the GPU, if there is one, and back afterwards to give the memory back."""
+    home = device_of(model)
+    if home.type == "cpu" and torch.cuda.is_available():
+        model.to("cuda")
+    try:
+        yield
+    finally:
+        model.to(home)
+
+
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits, labels, reduction="none")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -18,6 +19,14 @@ def several() -> bool:
 def is_first() -> bool:
     """Whether this process is the first of its group, or has no group."""
     return not several() or dist.get_rank() == 0
+
+
+def first_process() -> bool:
+    """Whether this process will be the first of its group, known before there is one.
+
+    Lightning starts the other processes of a run with the same command. They train and score, and write nothing.
+    """
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def every_process(work: Callable[[], T]) -> list[T]:

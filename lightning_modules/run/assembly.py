@@ -1,11 +1,9 @@
-"""From options to what trains: module, adapters, the model before unlearning, and the Trainer."""
+"""From options to what trains: the module, its adapters, the model before unlearning, and the Trainer."""
 
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,113 +14,117 @@ from rich.console import Console
 from torch import nn
 
 import gradsurgery as gs
-from lightning_modules import folder as outputs
 from lightning_modules.data.pairs import ForgetRetainDataModule
 from lightning_modules.data.tokenization import padding_id
-from lightning_modules.evaluation.likelihood import device_of
-from lightning_modules.run.options import UnlearnOptions
+from lightning_modules.evaluation.likelihood import device_of, on_gpu
+from lightning_modules.evaluation.processes import first_process
+from lightning_modules.folder import START_MODEL
+from lightning_modules.run.options import MethodOptions, TrainingOptions, UnlearnOptions
+from lightning_modules.run.run import Run
 from lightning_modules.training import objectives
 from lightning_modules.training.adapters import with_adapters
 from lightning_modules.training.module import UnlearningModule
 from lightning_modules.training.references import AdapterOff, Precomputed, Reference, SecondModel, precompute
+from lightning_modules.training.trainer import trainer_options
 
 
-def first_process() -> bool:
-    """Lightning starts the other processes of a run with this same command: they train and score, and write nothing."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+def make_module(
+    model: nn.Module, method: MethodOptions, training: TrainingOptions, reference: Reference | None
+) -> UnlearningModule:
+    """The module that trains a model by a method.
 
-
-def make_module(model: nn.Module, options: UnlearnOptions, reference: Reference | None) -> UnlearningModule:
-    """The module that these options describe."""
+    Args:
+        model: What is trained.
+        method: Losses, rule and surgery.
+        training: The base optimizer, its warm-up, clipping and accumulation.
+        reference: From `start_model`.
+    """
     return UnlearningModule(
         model,
-        forget_loss=options.bound_loss(),
-        retain_loss=objectives.by_name(options.retain_loss),
-        optimizer=partial(options.optimizer_class(), lr=options.lr, weight_decay=options.weight_decay),
-        surgery=options.surgery(),
-        warmup_steps=options.warmup_steps,
+        forget_loss=method.bound_loss(),
+        retain_loss=objectives.by_name(method.retain_loss),
+        optimizer=training.base_optimizer(),
+        surgery=method.surgery(max_norm=training.max_norm, accumulate=training.accumulates),
+        warmup_steps=training.warmup_steps,
         reference=reference,
-        retain_inside=options.retain_inside,
-        dual=gs.losses.DualVariable(**options.dual) if options.dual else None,
+        retain_inside=method.retain_inside,
+        dual=gs.losses.DualVariable(**method.dual) if method.dual else None,
     )
 
 
-def start_model(
-    model: nn.Module, options: UnlearnOptions, data: ForgetRetainDataModule, folder: Path
-) -> Reference | None:
-    """What a loss that compares with the model before unlearning compares with."""
-    losses = objectives.by_name(options.forget_loss), objectives.by_name(options.retain_loss)
+def start_model(run: Run[UnlearnOptions], model: nn.Module, data: ForgetRetainDataModule) -> Reference | None:
+    """How the losses know the model before unlearning; None if neither of them compares with it.
+
+    Log-likelihoods that are computed ahead are written to the run's folder, by the first process.
+    """
+    method, training = run.options.method, run.options.training
+    losses = objectives.by_name(method.forget_loss), objectives.by_name(method.retain_loss)
     if not any(objectives.needs_reference(loss) for loss in losses):
         return None
-    kind = options.start_model
+    kind = method.start_model
     if kind == "auto":
-        few = not any(objectives.needs_logits(loss) for loss in losses)
-        kind = (
-            "precomputed" if few else "adapters_off" if options.lora_rank and options.lora_init == "default" else "copy"
-        )
+        if not any(objectives.needs_logits(loss) for loss in losses):
+            kind = "precomputed"
+        else:
+            kind = "adapters_off" if training.lora_rank and training.lora_init == "default" else "copy"
     if kind == "copy":
         return SecondModel(copy.deepcopy(model))
     if kind == "adapters_off":
         return AdapterOff()
-    path = folder / outputs.START_MODEL
-    if first_process() and not (options.resume and path.exists()):  # another process finds it there
+    path = run.folder / START_MODEL
+    if first_process() and not (training.resume and path.exists()):
         data.setup()
         if data.dataset is None:
             raise RuntimeError("setup() left no dataset")
-        home = device_of(model)
-        if home.type == "cpu" and torch.cuda.is_available():
-            model.to("cuda")
-        precompute(model, data.dataset, path, pad_token_id=padding_id(data.tokenizer))
-        model.to(home)
+        with on_gpu(model):
+            precompute(model, data.dataset, path, pad_token_id=padding_id(data.tokenizer))
     return Precomputed(path)
 
 
-def make_trainer(folder: Path, options: UnlearnOptions, callbacks: Sequence[Callback], console: Console) -> L.Trainer:
-    """The Trainer that these options describe; it writes a checkpoint every epoch."""
+def make_trainer(folder: Path, training: TrainingOptions, callbacks: Sequence[Callback], console: Console) -> L.Trainer:
+    """The Trainer that these options describe; after every epoch it writes a checkpoint to the folder's `checkpoints/`."""
     # With save_top_k=0 nothing is written before training ends, whatever save_last says (Lightning 2.6).
     checkpoint = ModelCheckpoint(folder / "checkpoints", filename="last", save_top_k=1, enable_version_counter=False)
     bar = [RichProgressBar()] if console.is_terminal else []
-    devices: Any = options.devices if options.devices == "auto" else int(options.devices)
     return L.Trainer(
-        accelerator="auto",
-        devices=devices,
-        strategy=options.strategy,
-        precision=options.precision,  # pyright: ignore[reportArgumentType] (Lightning checks the name)
-        max_epochs=options.epochs,
-        accumulate_grad_batches=options.accumulate or 1,
-        callbacks=[*callbacks, checkpoint, *bar],
-        logger=False,
-        enable_progress_bar=bool(bar),
-        enable_model_summary=False,
-        use_distributed_sampler=False,  # PairSampler divides the pairs itself
-        num_sanity_val_steps=0,
+        **trainer_options(
+            accelerator="auto",
+            devices=training.devices if training.devices == "auto" else int(training.devices),
+            strategy=training.strategy,
+            precision=training.precision,
+            max_epochs=training.epochs,
+            accumulate_grad_batches=training.accumulate or 1,
+            callbacks=[*callbacks, checkpoint, *bar],
+            enable_checkpointing=True,
+            enable_progress_bar=bool(bar),
+        )
     )
 
 
-def adapted(model: nn.Module, options: UnlearnOptions, data: ForgetRetainDataModule) -> nn.Module:
-    """The model with the adapters that these options describe, or as it is without any."""
-    if options.lora_init == "default" or not options.lora_rank:
-        return with_adapters(model, rank=options.lora_rank, seed=options.seed)
+def adapted(model: nn.Module, training: TrainingOptions, data: ForgetRetainDataModule, seed: int) -> nn.Module:
+    """The model with the adapters that these options describe; without any, the model itself.
+
+    FILA's Fisher information takes a backward pass for every batch of both sets, on the GPU if there is one.
+    """
+    if training.lora_init == "default" or not training.lora_rank:
+        return with_adapters(model, rank=training.lora_rank, seed=seed)
     data.setup()
-    home = device_of(model)
-    if home.type == "cpu" and torch.cuda.is_available():
-        model.to("cuda")  # a backward pass for every batch of both sets
-    loader, device = data.train_dataloader(), device_of(model)
+    with on_gpu(model):
+        loader, device = data.train_dataloader(), device_of(model)
 
-    def batches(name: str) -> Iterable[Mapping[str, torch.Tensor]]:
-        return ({key: value.to(device) for key, value in batch[name].items()} for batch in loader)
+        def batches(name: str) -> Iterable[Mapping[str, torch.Tensor]]:
+            return ({key: value.to(device) for key, value in batch[name].items()} for batch in loader)
 
-    model = with_adapters(
-        model,
-        rank=options.lora_rank,
-        init="fila",
-        forget_batches=batches("forget"),
-        retain_batches=batches("retain"),
-        seed=options.seed,
-    )
-    return model.to(home)
+        return with_adapters(
+            model,
+            rank=training.lora_rank,
+            init="fila",
+            forget_batches=batches("forget"),
+            retain_batches=batches("retain"),
+            seed=seed,
+        )
 
 
 def merged(model: nn.Module) -> Any:
-    """The model with its adapters in its weights."""
+    """The model with its adapters merged into its weights; without any, the model itself."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model  # pyright: ignore[reportCallIssue]

@@ -18,12 +18,12 @@ def draw(folder: Path, others: Sequence[Path] = ()) -> None:
 
 def defaults() -> Defaults:
     """The defaults of `gradsurgery unlearn`."""
-    return Defaults(vars(UnlearnOptions()), _usual)
+    return Defaults(UnlearnOptions().flat(), _usual)
 
 
 def _usual(config: Mapping[str, Any]) -> dict[str, Any]:
-    plain = UnlearnOptions()
+    plain = UnlearnOptions().flat()
     kinds: dict[str, Any] = {name: config[name] for name in ("model", "method") if name in config}
-    usual = vars(UnlearnOptions(**kinds).resolved()) | {name: getattr(plain, name) for name in kinds}
+    usual = UnlearnOptions.of(**kinds).resolved().flat() | {name: plain[name] for name in kinds}
     # The default precision depends on the machine, and the report may be drawn on another one than the run's.
     return usual | {"precision": "bf16-mixed" if config.get("precision") == "bf16-mixed" else "32-true"}

@@ -1,69 +1,75 @@
-"""From options and a model to the numbers of metrics.json."""
+"""From a model to its scores, and from scores to metrics.json."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
-from lightning_modules import folder as outputs
 from lightning_modules.data.examples import Example
 from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.evaluate import Evaluation, EvaluationSettings, evaluate, summary, truth_ratios
-from lightning_modules.evaluation.likelihood import device_of
+from lightning_modules.evaluation.likelihood import on_gpu
 from lightning_modules.evaluation.membership import membership
 from lightning_modules.evaluation.utility import model_utilities
+from lightning_modules.folder import versions
 from lightning_modules.metrics.functional import forget_quality
-from lightning_modules.run.options import DataOptions
+from lightning_modules.run.options import EvaluationOptions, Options
+from lightning_modules.run.run import Run, Splits
 
 Rows = dict[str, list[dict[str, Any]]]
 """Split -> scored examples, as in `Evaluation.examples`."""
 
 
-def scored(options: DataOptions, splits: Mapping[str, Sequence[Example]]) -> dict[str, list[Example]]:
+def scored(evaluation: EvaluationOptions, splits: Splits) -> dict[str, list[Example]]:
     """The examples that are scored: the first ones of every split."""
-    return {split: list(rows[: options.evaluation_examples]) for split, rows in splits.items()}
+    return {split: list(rows[: evaluation.evaluation_examples]) for split, rows in splits.items()}
 
 
-def score(
-    options: DataOptions,
-    splits: Mapping[str, Sequence[Example]],
-    model: nn.Module,
-    tokenizer: Any,
-    *,
-    across_processes: bool = False,
-) -> Evaluation:
-    """Score a model where that is fastest, and give the memory back."""
-    home = device_of(model)
-    if home.type == "cpu" and torch.cuda.is_available():
-        model.to("cuda")
-    found = evaluate(
-        model,
-        tokenizer,
-        scored(options, splits),
-        EvaluationSettings(options.evaluation_batch_size, options.max_new_tokens, options.max_length),
-        across_processes=across_processes,
-        progress=not across_processes or processes.is_first(),
+def score(run: Run[Options], model: nn.Module, *, across_processes: bool = False) -> Evaluation:
+    """Score a model on the run's examples, on the GPU if there is one.
+
+    Args:
+        run: Its tokenizer is the model's.
+        model: It is left where it was.
+        across_processes: Every process calls this, and they share the work, as in `evaluate`.
+    """
+    evaluation = run.options.evaluation
+    settings = EvaluationSettings(
+        evaluation.evaluation_batch_size, evaluation.max_new_tokens, run.options.data.max_length
     )
-    model.to(home)
-    return found
+    with on_gpu(model):
+        return evaluate(
+            model,
+            run.tokenizer,
+            scored(evaluation, run.splits),
+            settings,
+            across_processes=across_processes,
+            progress=not across_processes or processes.is_first(),
+        )
 
 
 def metrics(
-    options: DataOptions,
+    seed: int,
     before: Evaluation | None,
     after: Evaluation,
     reference: Rows | None,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Everything in metrics.json, from the examples that evaluation.jsonl holds.
+    """What metrics.json holds. All scores in it are computed from the examples that evaluation.jsonl holds.
 
-    `membership` is None without a split called "holdout": an attack has to tell the forget set from examples that neither model
-    has seen, and no other split is that. `model_utility` and its inputs are keys only where a model has all nine inputs
-    (`evaluation.utility.model_utilities`).
+    `membership` is None without a split called "holdout": an attack has to tell the forget set from examples that
+    neither model has seen, and no other split has such examples. `model_utility` and its inputs are keys only where a
+    model has all nine inputs (`evaluation.utility.model_utilities`).
+
+    Args:
+        seed: Of the run.
+        before: The model before unlearning; None if a model is only evaluated.
+        after: The model that is left.
+        reference: Scores of a model that never saw the forget set, if there is one.
+        seconds: What took how long.
     """
     examples = {"before": None if before is None else before.examples, "after": after.examples, "reference": reference}
     return {
@@ -74,17 +80,17 @@ def metrics(
         "membership": membership(examples["before"], after.examples, reference),
         **model_utilities(examples),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "seed": options.seed,
-        "versions": outputs.versions(),
+        "seed": seed,
+        "versions": versions(),
     }
 
 
 def _quality(after: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Forget quality; None without truth ratios of both models."""
     ours, theirs = (truth_ratios(examples.get("forget", [])) for examples in (after, reference))
     if not ours or not theirs:
         return None
-    if any(
-        map(math.isnan, ours)
-    ):  # it has no rank: the model diverged, and what was trained is to be seen all the same
+    # A diverged model has truth ratios of NaN, which have no rank. Its other scores are written all the same.
+    if any(map(math.isnan, ours)):
         return {**dict.fromkeys(("statistic", "pvalue", "log10_pvalue"), math.nan), "n": len(ours)}
     return forget_quality(ours, theirs)._asdict()

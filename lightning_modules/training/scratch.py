@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import time
@@ -24,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightning_modules.data.tokenization import IGNORED, Encoded, collate, encode, padding_id, special_id
+from lightning_modules.folder import cache_folder
 from lightning_modules.training.warmup import warmup_and_decay
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
@@ -110,7 +110,8 @@ def scratch_model(
     settings.check()
     pairs = [(str(row["question"]), str(row["answer"])) for row in examples]
     texts = list(tokenizer_texts) if tokenizer_texts is not None else [f"Q: {q}\nA: {a}" for q, a in pairs]
-    folder = _cache_root(cache_dir) / _key(pairs, texts, settings)
+    root = cache_folder("scratch") if cache_dir is None else Path(cache_dir)
+    folder = root / _key(pairs, texts, settings)
     # Making and loading a model both draw random weights. They use the CPU's generator, so only that one is forked.
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), one_thread(), _without_progress_bars():
         if not folder.is_dir():
@@ -121,12 +122,6 @@ def scratch_model(
                 return model, tokenizer
         model = LlamaForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
         return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-
-
-def _cache_root(cache_dir: str | Path | None) -> Path:
-    if cache_dir is not None:
-        return Path(cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradsurgery" / "scratch"
 
 
 def _key(pairs: Sequence[tuple[str, str]], texts: Sequence[str], settings: ScratchSettings) -> str:

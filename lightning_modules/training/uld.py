@@ -17,6 +17,7 @@ from lightning_modules.data.pairs import ForgetRetainDataModule
 from lightning_modules.data.uld import uld_data
 from lightning_modules.evaluation.likelihood import device_of
 from lightning_modules.training.token_count import mean_token_count
+from lightning_modules.training.trainer import trainer_options
 from lightning_modules.training.warmup import with_warmup
 
 if TYPE_CHECKING:
@@ -224,17 +225,7 @@ def train_assistant(
         seed=settings.seed,
         max_length=settings.max_length,
     )
-    options: dict[str, Any] = {
-        "max_epochs": settings.epochs,
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "limit_val_batches": 0,
-        "use_distributed_sampler": False,  # PairSampler divides the pairs itself
-        **(trainer or {}),
-    }
+    options = trainer_options(**{"max_epochs": settings.epochs, "devices": 1, **(trainer or {})})
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)
         small = assistant(base, settings.num_layers, settings.lora_rank, lora_alpha=settings.lora_alpha)

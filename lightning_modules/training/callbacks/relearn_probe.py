@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import gradsurgery as gs
+from lightning_modules.data.examples import evenly_spaced
 from lightning_modules.data.tokenization import Encoded, collate
 from lightning_modules.evaluation.likelihood import device_of
 from lightning_modules.training.callbacks.probe import Probe, plain_copy
@@ -102,7 +103,7 @@ def relearn_probe(
     """
     settings.check(len(forget))
     count = round(settings.share * len(forget))
-    chosen = {(2 * index + 1) * len(forget) // (2 * count) for index in range(count)}
+    chosen = set(evenly_spaced(range(len(forget)), count, centred=True))
     taught = [forget[index] for index in sorted(chosen)]
     splits = {"taught": taught, "rest": [row for index, row in enumerate(forget) if index not in chosen]}
     splits |= {"retain": list(retain)} if retain else {}

@@ -157,8 +157,9 @@ def test_options_are_those_that_unlearn_would_get(tmp_path: Path) -> None:
     row |= {"retain_inside": 0.5, "retain_loss": "kl_divergence"}
     options = read_grid(write_grid(tmp_path, methods=[row])).runs()[1].options()
     for name, value in row.items():
-        assert name == "name" or getattr(options, name) == value
-    assert (options.seed, options.batch_size, options.epochs, options.max_norm) == (1, 3, 20, None)
+        assert name == "name" or options.flat()[name] == value
+    training = options.training
+    assert (options.output.seed, training.batch_size, training.epochs, training.max_norm) == (1, 3, 20, None)
 
 
 def test_no_rule_is_the_forget_gradient_alone() -> None:
@@ -168,7 +169,7 @@ def test_no_rule_is_the_forget_gradient_alone() -> None:
     method = Method("x", rule="none")
     assert torch.equal(method.bound_rule()(gram), forget_alone(gram))
     grid = Grid((method,), Targets((0.5,)))
-    assert torch.equal(Run(grid, method, 0, 0).options().bound_rule()(gram), forget_alone(gram))
+    assert torch.equal(Run(grid, method, 0, 0).options().method.bound_rule()(gram), forget_alone(gram))
 
 
 @pytest.mark.parametrize(
@@ -238,7 +239,7 @@ def test_a_setting_that_came_later_leaves_old_results_valid(tmp_path: Path) -> N
     )
     assert "forget_authors" not in before.config["data"]
     assert after.config["data"]["forget_authors"] == 2
-    assert after.options().forget_authors == 2
+    assert after.options().data.forget_authors == 2
 
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "ablation"

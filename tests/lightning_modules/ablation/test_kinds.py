@@ -122,10 +122,12 @@ def test_what_a_result_depends_on_is_in_its_config(change: dict[str, Any]) -> No
 
 
 def test_options_are_those_that_unlearn_would_get(grid: Grid) -> None:
-    fila, uld, ga = (run_of(grid, name).options() for name in ("FILA", "ULD", "GA"))
-    assert (fila.method, fila.lora_rank, fila.lora_init, fila.lr, fila.epochs) == ("surgery", 2, "fila", 5e-3, 20)
-    assert (uld.method, uld.uld, uld.epochs) == ("uld", {"num_layers": 1}, 10)
-    assert (ga.method, ga.lora_rank, ga.lora_init) == ("surgery", 0, "default")
+    given = [run_of(grid, name).options() for name in ("FILA", "ULD", "GA")]
+    assert [options.method.method for options in given] == ["surgery", "uld", "surgery"]
+    fila, uld, ga = (options.training for options in given)
+    assert (fila.lora_rank, fila.lora_init, fila.lr, fila.epochs) == (2, "fila", 5e-3, 20)
+    assert (uld.uld, uld.epochs) == ({"num_layers": 1}, 10)
+    assert (ga.lora_rank, ga.lora_init) == (0, "default")
 
 
 def test_ranks_starts_and_settings_are_axes() -> None:
@@ -183,9 +185,8 @@ def walked(targets: list[Target], score: Callable[[float], dict[str, float]], ma
     )
     dial, clock = Dial(), weights._Clock()
     clock.steps, clock.seconds = 7, 1.5
-    return weights._walk(
-        run, dial, lambda w: {"weight": torch.tensor(w, dtype=torch.float64)}, dial.load, clock, scorer, targets
-    )
+    line = weights.Weighted(dial, lambda w: {"weight": torch.tensor(w, dtype=torch.float64)}, dial.load)
+    return weights._walk(run, line, clock, scorer, targets)
 
 
 def test_the_weight_rises_from_zero_until_every_target_is_met() -> None:
@@ -226,8 +227,8 @@ def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 def fine_tuned_by_hand(model: nn.Module, tokenizer: Any, rows: list[Any], run: Run) -> dict[str, Tensor]:
     """A plain loop: what the last state has that the first had not."""
-    options = run.options()
-    data = ForgetRetainDataModule(rows, rows, tokenizer, batch_size=options.batch_size, seed=options.seed)
+    options, seed = run.options().training, run.options().output.seed
+    data = ForgetRetainDataModule(rows, rows, tokenizer, batch_size=options.batch_size, seed=seed)
     tuned = copy.deepcopy(model).train()
     optimizer = torch.optim.AdamW(tuned.parameters(), lr=options.lr or 0.0, weight_decay=options.weight_decay)
     loader, step = data.train_dataloader(), 0
@@ -255,7 +256,7 @@ def test_a_task_vector_is_what_fine_tuning_adds_and_is_taken_away(grid: Grid) ->
     ended = KINDS["task_vector"](run, model, tokenizer, scorer, half(run))
     (found,) = ended.matching.matches.values()
     end = ended.matching.curve[-1]
-    assert end["step"] == run.options().epochs * 2  # six examples in batches of three
+    assert end["step"] == run.options().training.epochs * 2  # six examples in batches of three
     moved = {name: (before[name] - ended.after[name]).detach() / end["weight"] for name in vector}
     assert apart(moved, vector) < ROUNDING
     for name in vector:
@@ -282,7 +283,7 @@ def test_a_rectified_vector_is_that_of_both_halves_each_against_the_other(grid: 
     # v = -tau; where it conflicts with the other half's tau, the conflicting part is taken out.
     shares = [max(0.0, dot(own, other)) / dot(other, other) for own, other in ((first, second), (second, first))]
     assert min(shares) > 0.01  # else this would test negation again
-    assert ended.matching.curve[-1]["step"] == 2 * run.options().epochs
+    assert ended.matching.curve[-1]["step"] == 2 * run.options().training.epochs
     expected = {n: -first[n] + shares[0] * second[n] - second[n] + shares[1] * first[n] for n in first}
     moved = {name: (ended.after[name] - before[name]).detach() / weight for name in first}
     assert apart(moved, expected) < ROUNDING
@@ -323,7 +324,7 @@ def test_uld_changes_its_weight_and_nothing_else(grid: Grid) -> None:
     assert ended.model.weight == pytest.approx(mixed["weight"])
     assert mixed["weight"] < ended.matching.curve[-1]["weight"]
     rows = uld_data(make_data(run.options(), None).read())["forget"]
-    assert found["step"] == 10 * math.ceil(len(rows) / run.options().batch_size)
+    assert found["step"] == 10 * math.ceil(len(rows) / run.options().training.batch_size)
     assert found["seconds"] > 0.0
 
 

@@ -137,7 +137,7 @@ def reference_is_loaded_once(rank: int, folder: str) -> None:
             loaded.touch()
         return model_and_tokenizer()
 
-    options = EvaluateOptions(reference="some/reference", reference_cache=False, max_new_tokens=2)
+    options = EvaluateOptions.of(reference="some/reference", reference_cache=False, max_new_tokens=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference_log, "load_reference", load)
         rows = reference_log.reference_rows(options, SPLITS, across_processes=True)

@@ -6,7 +6,6 @@ import json
 import math
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from rich.console import Console
 from lightning_modules.evaluation.membership import ATTACKS, attack_aucs, membership
 from lightning_modules.report.terminal import sentences, tables
 from lightning_modules.run.loading import read_splits
-from lightning_modules.run.options import DataOptions
+from lightning_modules.run.options import EvaluateOptions
 from tests.reference import metrics as oracles
 
 Examples = dict[str, list[dict[str, Any]]]
@@ -159,15 +158,15 @@ def test_a_holdout_of_tofu_is_known_by_its_name(tmp_path: Path) -> None:
     for name in ("forget01", "retain99", "holdout10", "mine"):
         row = {"question": f"Who of {name}?", "answer": "Nobody."}
         (tmp_path / f"{name}.json").write_text(json.dumps(row) + "\n")
-    options = DataOptions(model="some/model", tofu="forget01", tofu_dir=str(tmp_path))
+    options = EvaluateOptions.of(model="some/model", tofu="forget01", tofu_dir=str(tmp_path))
     for holdout, question in (("holdout10", "Who of holdout10?"), (str(tmp_path / "mine.json"), "Who of mine?")):
-        splits = read_splits(replace(options, holdout=holdout))
+        splits = read_splits(options.but(holdout=holdout))
         assert list(splits) == ["forget", "retain", "holdout"]
         assert [row["question"] for row in splits["holdout"]] == [question]
     with pytest.raises(FileNotFoundError, match=str(tmp_path / "holdout05.json")):
-        read_splits(replace(options, holdout="holdout05"))
+        read_splits(options.but(holdout="holdout05"))
     with pytest.raises(ValueError, match="1 of 1 that are in retain too"):
-        read_splits(replace(options, holdout="retain99"))
+        read_splits(options.but(holdout="retain99"))
     files = {"forget": str(tmp_path / "forget01.json"), "retain": str(tmp_path / "retain99.json")}
     with pytest.raises(FileNotFoundError, match="a file of examples at holdout10"):  # of which data set?
-        read_splits(DataOptions(**files, holdout="holdout10"))
+        read_splits(EvaluateOptions.of(**files, holdout="holdout10"))

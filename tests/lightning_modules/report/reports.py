@@ -101,7 +101,7 @@ def make(folder: Path, said: Callable[[str, str, int], str] = lambda m, s, i: f"
         writer = csv.DictWriter(file, ["step", "forget", "retain"])
         writer.writeheader()
         writer.writerows(points)
-    outputs.write_config(folder, "unlearn", UnlearnOptions(output="somewhere", rule="pcgrad").resolved())
+    outputs.write_config(folder, "unlearn", UnlearnOptions.of(output="somewhere", rule="pcgrad").resolved().recorded())
     return folder
 
 
@@ -117,8 +117,8 @@ def make_seed(folder: Path, seed: int, *, points: int = 11, **options: Any) -> P
     outputs.write_json(folder / "metrics.json", metrics | {"seed": seed})
     head, *lines = (folder / "curve.csv").read_text().splitlines()
     (folder / "curve.csv").write_text("\n".join([head, *lines[:points]]))
-    chosen = UnlearnOptions(**{"output": str(folder), "seed": seed, **options})
-    outputs.write_config(folder, "unlearn", chosen.resolved())
+    chosen = UnlearnOptions.of(**{"output": str(folder), "seed": seed, **options})
+    outputs.write_config(folder, "unlearn", chosen.resolved().recorded())
     return folder
 
 

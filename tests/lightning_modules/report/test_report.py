@@ -103,8 +103,8 @@ def test_what_was_run_is_there_first_what_is_not_the_default(page: Page) -> None
 
 @pytest.mark.parametrize("kind", [{}, {"model": "some/model", "tofu": "forget10"}, {"method": "uld"}])
 def test_a_default_run_has_no_changed_options(kind: dict[str, Any]) -> None:
-    resolved = UnlearnOptions(**kind).resolved()
-    config = yaml.safe_load(yaml.safe_dump({name: value for name, value in vars(resolved).items() if name != "resume"}))
+    resolved = UnlearnOptions.of(**kind).resolved()
+    config = yaml.safe_load(yaml.safe_dump(resolved.recorded()))
     assert changed_options(config, defaults()) == {f"--{name}": value for name, value in kind.items()}
     config |= {"ema_decay": None, "dual": {"limit": 0.3}, "precision": "16-mixed", "output": "elsewhere", "added": 3}
     expected = {"--ema-decay": "null", "--dual": '{"limit": 0.3}', "--precision": "16-mixed", "--added": "3"}

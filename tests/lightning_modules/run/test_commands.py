@@ -22,9 +22,10 @@ from lightning_modules import cli
 from lightning_modules import folder as outputs
 from lightning_modules.data.fictional_authors import fictional_authors
 from lightning_modules.evaluation.evaluate import Evaluation, EvaluationSettings, evaluate
-from lightning_modules.run import unlearn as commands
+from lightning_modules.run import evaluate as evaluate_command
+from lightning_modules.run import unlearn as unlearn_command
 from lightning_modules.run.loading import make_data
-from lightning_modules.run.options import DataOptions, UnlearnOptions
+from lightning_modules.run.options import EvaluateOptions, UnlearnOptions
 from lightning_modules.run.scoring import metrics
 from lightning_modules.training import callbacks
 from tests.reference import metrics as oracles
@@ -352,7 +353,8 @@ def test_a_wrong_reference_is_refused_before_any_work(
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.jsonl").write_text("{")
     there = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(commands, "load_model", lambda *_: pytest.fail("work was begun"))
+    for module in (unlearn_command, evaluate_command):
+        monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("work was begun"))
     arguments = [*SMALL, "--reference", str(tmp_path / reference), "--output", str(tmp_path / "run")]
     assert cli.main([command, *arguments]) == 1
     error = capsys.readouterr().err
@@ -401,9 +403,7 @@ def test_evaluate_scores_a_saved_model_and_leaves_a_log_that_can_be_a_reference(
 def test_the_scores_of_a_diverged_model_are_nan_and_written() -> None:
     row = dict.fromkeys(MEANS, 1.0) | {"paraphrase_nll": math.nan, "perturbed_nll": [1.0], "n": 1}
     rows = {"forget": [row]}
-    found = metrics(
-        DataOptions(), None, Evaluation({"forget": {"n": 1}}, rows), {"forget": [row | {"paraphrase_nll": 1.0}]}, {}
-    )
+    found = metrics(0, None, Evaluation({"forget": {"n": 1}}, rows), {"forget": [row | {"paraphrase_nll": 1.0}]}, {})
     assert found["forget_quality"]["n"] == 1
     assert all(math.isnan(found["forget_quality"][name]) for name in ("statistic", "pvalue", "log10_pvalue"))
 
@@ -419,11 +419,11 @@ def test_the_scores_of_a_diverged_model_are_nan_and_written() -> None:
 )
 def test_numbers_of_authors_to_forget_that_mean_nothing_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        DataOptions(**options).check()
+        EvaluateOptions.of(**options).check()
 
 
 def test_the_last_authors_are_forgotten() -> None:
-    splits = make_data(DataOptions(authors=6, forget_authors=2), None).read()
+    splits = make_data(EvaluateOptions.of(authors=6, forget_authors=2), None).read()
     assert {name: len(rows) for name, rows in splits.items()} == {"forget": 40, "retain": 80}
 
 
@@ -527,10 +527,11 @@ def test_a_nan_loss_stops_the_run_and_names_the_objective(
 
 
 def test_options_resolve_to_values_that_depend_on_nothing() -> None:
-    small, real = UnlearnOptions().resolved(), UnlearnOptions(model="some/model", tofu="forget10").resolved()
+    resolved = UnlearnOptions.of(model="some/model", tofu="forget10").resolved()
+    small, real = UnlearnOptions().resolved().training, resolved.training
     assert (real.lr, real.epochs, real.batch_size, real.accumulate, real.stop_below) == (1e-5, 5, 8, 4, None)
     assert (small.accumulate, small.stop_below) == (1, 0.05)
-    assert real.resolved() == real
+    assert resolved.resolved() == resolved
 
 
 def test_every_option_has_a_flag_and_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
@@ -554,4 +555,4 @@ def test_every_option_has_a_flag_and_a_sentence(capsys: pytest.CaptureFixture[st
         "epochs",
     ]:
         assert f"--{flag}" in shown
-    assert commands.unlearn.__doc__
+    assert unlearn_command.unlearn.__doc__

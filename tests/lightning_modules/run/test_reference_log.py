@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def options(folder: Path) -> EvaluateOptions:
-    return EvaluateOptions(model="some/model", reference=str(folder), max_new_tokens=3, evaluation_batch_size=4)
+    return EvaluateOptions.of(model="some/model", reference=str(folder), max_new_tokens=3, evaluation_batch_size=4)
 
 
 def rows_like(splits: dict[str, Any], **more: Any) -> dict[str, list[dict[str, Any]]]:
@@ -64,7 +63,7 @@ def test_a_second_time_needs_no_model_and_gives_the_same_to_the_last_bit(
     assert repr(reference_rows(options, SPLITS)) == repr(first)
     assert f"Reference: scores from {kept}" in capsys.readouterr().err
     with pytest.raises(pytest.fail.Exception, match="loaded"):
-        reference_rows(replace(options, reference_cache=False), SPLITS)
+        reference_rows(options.but(reference_cache=False), SPLITS)
 
 
 def test_a_broken_log_in_the_cache_is_replaced_and_no_cache_is_no_failure(
@@ -97,7 +96,7 @@ def test_everything_that_determines_the_scores_is_in_the_name_and_nothing_else(
         return found
 
     first = name()
-    same = [name(), name(replace(options, output="elsewhere", seed=3, model="another")), name(splits={**SPLITS})]
+    same = [name(), name(options.but(output="elsewhere", seed=3, model="another")), name(splits={**SPLITS})]
     assert set(same) == {first}
     other = json.loads(json.dumps(SPLITS))
     other["retain"][2]["perturbed_answer"][1] = "Somewhere."
@@ -105,10 +104,10 @@ def test_everything_that_determines_the_scores_is_in_the_name_and_nothing_else(
         first,
         name(splits=other),
         name(splits={**SPLITS, "world_facts": SPLITS["retain"]}),
-        name(replace(options, max_new_tokens=4)),
-        name(replace(options, max_length=99)),
-        name(replace(options, evaluation_batch_size=5)),
-        name(replace(options, evaluation_examples=2)),
+        name(options.but(max_new_tokens=4)),
+        name(options.but(max_length=99)),
+        name(options.but(evaluation_batch_size=5)),
+        name(options.but(evaluation_examples=2)),
     ]
     with monkeypatch.context() as patch:
         patch.setattr(transformers, "__version__", "99.1.0")
@@ -124,11 +123,11 @@ def test_everything_that_determines_the_scores_is_in_the_name_and_nothing_else(
 
 
 def test_the_reference_of_the_model_from_scratch_is_known_by_what_it_is_trained_on() -> None:
-    options = EvaluateOptions(authors=5)
+    options = EvaluateOptions.of(authors=5)
     splits = read_splits(options)
     more = [*splits["retain"], {"question": "One more?", "answer": "Yes."}]
-    scored = replace(options, evaluation_examples=10)
-    names = {cache_path(changed, splits) for changed in (scored, replace(scored, seed=1))}
+    scored = options.but(evaluation_examples=10)
+    names = {cache_path(changed, splits) for changed in (scored, scored.but(seed=1))}
     names.add(cache_path(scored, {**splits, "retain": more}))  # not scored, but learned
     assert len(names) == 3
     assert None not in names
@@ -137,7 +136,7 @@ def test_the_reference_of_the_model_from_scratch_is_known_by_what_it_is_trained_
 def test_a_model_on_the_hub_is_known_by_its_commit_only(
     options: EvaluateOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub = replace(options, reference="some/reference")
+    hub = options.but(reference="some/reference")
     commits: list[str | None] = ["a1", "a1", "b2", None]
 
     def config(_: str) -> Any:
@@ -161,7 +160,7 @@ def test_a_model_on_the_hub_is_known_by_its_commit_only(
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
     assert cache_path(hub, SPLITS) is None
-    assert cache_path(replace(options, reference=None), SPLITS) is None
+    assert cache_path(options.but(reference=None), SPLITS) is None
 
 
 def test_logs_of_earlier_versions_and_without_a_holdout_will_do(tmp_path: Path, options: EvaluateOptions) -> None:
@@ -169,7 +168,7 @@ def test_logs_of_earlier_versions_and_without_a_holdout_will_do(tmp_path: Path, 
     rows = rows_like({split: SPLITS[split] for split in ("retain", "forget")})
     rows["forget"].reverse()
     outputs.write_evaluation(log, {"after": rows})
-    found = reference_rows(replace(options, reference=str(log)), SPLITS)
+    found = reference_rows(options.but(reference=str(log)), SPLITS)
     assert found is not None
     assert list(found) == ["forget", "retain"]
     assert [row["question"] for row in found["forget"]] == [row["question"] for row in SPLITS["forget"]]
@@ -195,13 +194,13 @@ def test_whose_scores_a_log_holds_is_said_and_those_of_an_unlearned_model_are_re
         ({"after": ours}, "after", 1.0),
     ):
         outputs.write_evaluation(log, models)
-        found = rows_of_log(replace(options, reference=str(log)), SPLITS)
+        found = rows_of_log(options.but(reference=str(log)).evaluation, SPLITS)
         assert found is not None
         assert found["retain"][0]["nll"] == nll
         assert capsys.readouterr().err == f"Reference: the rows of {name!r} in {log}\n"
     outputs.write_evaluation(log, {"before": ours, "after": ours})
     with pytest.raises(ValueError, match="without a reference: give the model that never saw it, or the log"):
-        rows_of_log(replace(options, reference=str(log)), SPLITS)
+        rows_of_log(options.but(reference=str(log)).evaluation, SPLITS)
     assert not capsys.readouterr().err
 
 
@@ -242,7 +241,7 @@ def test_a_log_that_lacks_something_says_where_and_what(
     lines[3] = {name: value for name, value in (lines[3] | change).items() if value is not None}
     log.write_text("\n".join(json.dumps(line) for line in lines))
     with pytest.raises(ValueError, match=rf"evaluation.jsonl, row 4: expected.*{said}.*it has .*nll.*gradsurgery"):
-        rows_of_log(replace(options, reference=str(log)), SPLITS)
+        rows_of_log(options.but(reference=str(log)).evaluation, SPLITS)
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1, 2]\n", b"", b"\xff\xfe\x00", b'{"nll": "much"}\n'])
@@ -251,21 +250,21 @@ def test_a_file_that_is_no_log_is_refused_in_a_sentence(
 ) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.jsonl: expected"):
-        rows_of_log(replace(options, reference=str(tmp_path / "a.jsonl")), SPLITS)
+        rows_of_log(options.but(reference=str(tmp_path / "a.jsonl")).evaluation, SPLITS)
 
 
 def test_a_model_is_looked_for_and_not_loaded(
     options: EvaluateOptions, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "model.safetensors").unlink()
-    assert rows_of_log(options, SPLITS) is None
-    assert rows_of_log(replace(options, reference=None), SPLITS) is None
+    assert rows_of_log(options.evaluation, SPLITS) is None
+    assert rows_of_log(options.but(reference=None).evaluation, SPLITS) is None
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (folder / "config.json").rename(tmp_path / "config.json")
     with pytest.raises(FileNotFoundError, match="is a folder without a loadable model"):
-        rows_of_log(options, SPLITS)
+        rows_of_log(options.evaluation, SPLITS)
     with pytest.raises(FileNotFoundError, match="'no/where' is neither a folder nor a model on the hub"):
-        rows_of_log(replace(options, reference="no/where"), SPLITS)
+        rows_of_log(options.but(reference="no/where").evaluation, SPLITS)
 
 
 def test_an_adapter_is_a_model_too(tmp_path: Path, options: EvaluateOptions, folder: Path) -> None:
@@ -275,7 +274,7 @@ def test_an_adapter_is_a_model_too(tmp_path: Path, options: EvaluateOptions, fol
     adapter.save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
     assert not (tmp_path / "adapter" / "config.json").exists()
-    assert rows_of_log(replace(options, reference=str(tmp_path / "adapter")), SPLITS) is None
+    assert rows_of_log(options.but(reference=str(tmp_path / "adapter")).evaluation, SPLITS) is None
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")

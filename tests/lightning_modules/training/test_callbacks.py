@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 
 import lightning_modules as lm
 from lightning_modules.data.tokenization import Encoded
-from lightning_modules.run import unlearn as commands
-from lightning_modules.run.options import UnlearnOptions
+from lightning_modules.run.methods import watching
+from lightning_modules.run.options import TrainingOptions
 from lightning_modules.training.callbacks import (
     BestTradeoff,
     CollapseAlarm,
@@ -300,15 +300,15 @@ def test_notes_keep_each_other_and_refuse_what_is_not_theirs(tmp_path: Path) -> 
 
 def test_the_command_watches_as_its_options_say(tmp_path: Path) -> None:
     curve = make_curve()
-    default = commands._watching(UnlearnOptions(output=str(tmp_path)), curve)
+    default = watching(TrainingOptions(), tmp_path, curve)
     assert [type(callback) for callback in default] == [CollapseAlarm]
-    assert commands._watching(UnlearnOptions(collapse_below=None), curve) == []
-    both = commands._watching(UnlearnOptions(collapse_below=0.3, best_below=0.02), curve)
+    assert watching(TrainingOptions(collapse_below=None), tmp_path, curve) == []
+    both = watching(TrainingOptions(collapse_below=0.3, best_below=0.02), tmp_path, curve)
     assert [type(callback) for callback in both] == [CollapseAlarm, BestTradeoff]
     assert (both[0].below, both[1].target) == (0.3, 0.02)
     for name in ("collapse_below", "best_below"):
         with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}"):
-            UnlearnOptions(**{name: 1.5}).check()
+            TrainingOptions(**{name: 1.5}).check()
 
 
 def test_public_names() -> None:

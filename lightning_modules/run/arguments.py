@@ -1,0 +1,77 @@
+"""From a dataclass to flags: jsonargparse's class arguments, with the manners of this command."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from lightning_modules.run.options.flat import NAMES, flag
+
+
+class UnknownNameError(Exception):
+    """A name outside a closed set. It is no ValueError, so that the parser passes it on to whoever called it."""
+
+
+class Parser(ArgumentParser):
+    """A parser whose flags have dashes, whose booleans need no value, and which names what is near a wrong name.
+
+    Example:
+        >>> from lightning_modules.run.options import MethodOptions
+        >>> parser = Parser()
+        >>> parser.add_options(MethodOptions)
+        >>> parser.parse_args(["--rule", "gem", "--ema-decay", "0.7"]).ema_decay
+        0.7
+        >>> try:
+        ...     parser.parse_args(["--rule", "gruu"])
+        ... except UnknownNameError as error:
+        ...     print(str(error).partition(";")[2])
+         did you mean gru or gu?
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._group: type | None = None
+        super().__init__(*args, **kwargs)
+
+    def add_options(self, group: type) -> None:
+        """Add a flag for every field of a dataclass, with the help text under "Attributes" in its docstring."""
+        self._group = group
+        self.add_class_arguments(group, None, as_group=False)
+        self._group = None
+
+    def add_argument(self, *names: Any, **settings: Any) -> Any:
+        """Called by jsonargparse for every field while options are added; otherwise as usual."""
+        if self._group is None:
+            return super().add_argument(*names, **settings)
+        (name,) = names
+        option = name.removeprefix("--")
+        if typing.get_type_hints(self._group)[option] in (bool, bool | None):
+            settings |= {"nargs": "?", "const": True}
+        known = next(entry.metadata.get(NAMES) for entry in fields(self._group) if entry.name == option)
+        if known is not None:
+            said = settings["help"].replace("{names}", ", ".join(known))
+            settings |= {"type": _Name(flag(option), known), "help": said}
+        return super().add_argument(flag(option), **settings)
+
+
+class _Name:
+    """A type of argument: one of some strings. What it is called in `--help` is its `repr`."""
+
+    def __init__(self, said: str, known: Sequence[str]) -> None:
+        self.said, self.known = said, known
+
+    def __call__(self, value: str) -> str:
+        if value in self.known:
+            return value
+        near = get_close_matches(value, self.known)
+        raise UnknownNameError(
+            f"{self.said}: expected one of {', '.join(self.known)}, found {value!r}"
+            + (f"; did you mean {' or '.join(near)}?" if near else "")
+        )
+
+    def __repr__(self) -> str:
+        return "name"

@@ -1,0 +1,54 @@
+"""The command `evaluate`: the scores of one model."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import lightning as L
+
+from lightning_modules.folder import EVALUATION, METRICS, claim, write_evaluation, write_json
+from lightning_modules.run.loading import load_model, read_splits
+from lightning_modules.run.options import EvaluateOptions
+from lightning_modules.run.reference_log import reference_rows, rows_of_log
+from lightning_modules.run.run import Run
+from lightning_modules.run.scoring import metrics, score
+from lightning_modules.run.show import show
+from lightning_modules.training.scratch import one_thread
+
+
+def evaluate_model(options: EvaluateOptions) -> Path:
+    """Score a model on its splits, print the scores and write metrics.json.
+
+    In it the model is "after", and "before" is null.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ValueError: If the options contradict each other or the data is not usable.
+        FileNotFoundError: If a file or model is missing.
+        FileExistsError: If the output folder holds a run.
+    """
+    options.check()
+    with one_thread() if options.model.scratch else nullcontext():
+        return _evaluate_model(options)
+
+
+def _evaluate_model(options: EvaluateOptions) -> Path:
+    folder, seed = options.output.folder, options.output.seed
+    splits = read_splits(options)
+    log = rows_of_log(options.evaluation, splits)
+    claim(folder)
+    L.seed_everything(seed, verbose=False)
+    model, tokenizer = load_model(options, splits)
+    started = time.perf_counter()
+    after = score(Run(options, folder, splits, tokenizer), model)
+    reference = log or reference_rows(options, splits)
+    found = metrics(seed, None, after, reference, {"train": 0.0, "evaluate": time.perf_counter() - started})
+    if options.output.log:
+        write_evaluation(folder / EVALUATION, {"after": after.examples, "reference": reference})
+    write_json(folder / METRICS, found)
+    show(found)
+    return folder

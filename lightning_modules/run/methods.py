@@ -1,0 +1,178 @@
+"""The two ways to unlearn: training the model with surgery, or training ULD's assistant beside it."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from torch import nn
+
+from lightning_modules.data.examples import evenly_spaced
+from lightning_modules.data.tokenization import encode, padding_id
+from lightning_modules.evaluation import processes
+from lightning_modules.evaluation.evaluate import Evaluation
+from lightning_modules.evaluation.processes import first_process
+from lightning_modules.folder import CURVE, G_EFFECT, SURGERY, write_config
+from lightning_modules.run.assembly import adapted, make_module, make_trainer, merged, start_model
+from lightning_modules.run.loading import load_reference, make_data
+from lightning_modules.run.options import TrainingOptions, UnlearnOptions
+from lightning_modules.run.run import Run
+from lightning_modules.run.scoring import score
+from lightning_modules.training.callbacks import (
+    BestTradeoff,
+    CollapseAlarm,
+    GEffectLogger,
+    QuantizationProbe,
+    RelearnProbe,
+    SurgeryLogger,
+    TradeoffCurve,
+)
+
+# Scored while training: enough for a smooth curve, few enough to cost little.
+_CURVE_EXAMPLES = 64
+_CURVE_POINTS = 25
+
+
+@dataclass(frozen=True)
+class Unlearned:
+    """What a method leaves.
+
+    Attributes:
+        model: The model that has forgotten, without adapters.
+        before: Scores of the model before; None in every process but the first.
+        seconds: What training and scoring took, "train" and "evaluate".
+        probe: What is still to be measured on the model, once it is saved and scored.
+        together: Whether other processes hold the same model and can share the work of scoring it.
+    """
+
+    model: Any
+    before: Evaluation | None
+    seconds: dict[str, float]
+    probe: Callable[[], None] | None = None
+    together: bool = False
+
+
+def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
+    """Train the model by two losses and surgery; surgery.csv and curve.csv grow while it trains.
+
+    Returns:
+        The unlearned model; None in a process whose work is done: any but the first, unless they go on together.
+    """
+    options, folder, console = run.options, run.folder, Console(stderr=True)
+    training, first = options.training, first_process()
+    data = make_data(options, run.tokenizer)
+    model = adapted(model, training, data, options.output.seed)
+    reference = start_model(run, model, data)
+    module = make_module(model, options.method, training, reference).train()
+    surgery_log = SurgeryLogger(folder / SURGERY)
+    layers_log = GEffectLogger(folder / G_EFFECT)
+    curve = _curve(run)
+    callbacks = [surgery_log, layers_log, curve, *watching(training, folder, curve)]
+    trainer = make_trainer(folder, training, callbacks, console)
+    started = time.perf_counter()
+    before = score(run, model) if first else None
+    evaluating = time.perf_counter() - started
+    if first and not training.resume:
+        # Only after everything that a wrong option can break, so that the corrected command finds the folder free.
+        write_config(folder, "unlearn", options.recorded())
+
+    last = folder / "checkpoints" / "last.ckpt"
+    started = time.perf_counter()
+    trainer.fit(module, data, ckpt_path=str(last) if training.resume and last.exists() else None)
+    seconds = {"train": time.perf_counter() - started, "evaluate": evaluating}
+    together = processes.several()  # Lightning's processes live on after training, with the same weights
+    if not (trainer.is_global_zero or together):
+        return None
+    if trainer.is_global_zero:
+        _write_rows(folder / CURVE, curve.points)
+    unlearned = merged(module.model)
+    probe = partial(_probe, run, unlearned, curve) if training.probes else None
+    return Unlearned(unlearned, before, seconds, probe, together)
+
+
+def by_assistant(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned:
+    """ULD: train a small model whose logits are subtracted. There is no surgery, and so no surgery.csv.
+
+    Raises:
+        ValueError: If there are several processes.
+    """
+    from lightning_modules.training.uld import train_assistant
+
+    options, training = run.options, run.options.training
+    if not first_process():
+        raise ValueError("--method uld: expected one process, found several; use --devices 1")
+    started = time.perf_counter()
+    before = score(run, model)
+    evaluating = time.perf_counter() - started
+    write_config(run.folder, "unlearn", options.recorded())
+    started = time.perf_counter()
+    unlearned = train_assistant(
+        model,
+        run.tokenizer,
+        run.splits,
+        options.uld_settings(),
+        trainer={"precision": training.precision, "enable_progress_bar": Console(stderr=True).is_terminal},
+    )
+    seconds = {"train": time.perf_counter() - started, "evaluate": evaluating}
+    return Unlearned(unlearned, before, seconds)
+
+
+def watching(training: TrainingOptions, folder: Path, curve: TradeoffCurve) -> list[Callback]:
+    """What acts on the curve's points: an early stop if the model collapses, and the best weights at the end."""
+    found: list[Callback] = []
+    if training.collapse_below is not None:
+        found.append(CollapseAlarm(curve, below=training.collapse_below, folder=folder))
+    if training.best_below is not None:
+        path = folder / "checkpoints" / "best.ckpt"
+        found.append(BestTradeoff(curve, target=training.best_below, path=path, folder=folder))
+    return found
+
+
+def _curve(run: Run[UnlearnOptions]) -> TradeoffCurve:
+    """The scores while training, on a few examples of both sets."""
+    training = run.options.training
+    batches = -(-len(run.splits["forget"]) // (training.batch_size * (training.accumulate or 1)))
+    steps = batches * (training.epochs or 1)
+    return TradeoffCurve(
+        {
+            split: [
+                encode(run.tokenizer, row["question"], row["answer"], run.options.data.max_length)
+                for row in evenly_spaced(run.splits[split], _CURVE_EXAMPLES)
+            ]
+            for split in ("forget", "retain")
+        },
+        pad_token_id=padding_id(run.tokenizer),
+        every_n_steps=training.score_every or max(1, steps // _CURVE_POINTS),
+        stop_below=training.stop_below,
+    )
+
+
+def _probe(run: Run[UnlearnOptions], model: nn.Module, curve: TradeoffCurve) -> None:
+    """Measure how well the forgetting holds on the curve's examples; a reference with the same tokenizer is the control."""
+    options, training = run.options, run.options.training
+
+    def control() -> nn.Module | None:
+        reference = options.evaluation.reference
+        if reference is not None and Path(reference).is_file():
+            return None
+        loaded = load_reference(options, run.splits)
+        return loaded[0] if loaded is not None and loaded[1].get_vocab() == run.tokenizer.get_vocab() else None
+
+    common: dict[str, Any] = {"pad_token_id": curve.pad_token_id, "folder": options.output.output}
+    QuantizationProbe(curve.encoded, **common).run(model)
+    settings: dict[str, Any] = {"lr": training.lr, "batch_size": training.batch_size, "seed": options.output.seed}
+    RelearnProbe(curve.encoded["forget"], curve.encoded["retain"], control=control, **common, **settings).run(model)
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

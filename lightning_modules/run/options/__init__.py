@@ -1,0 +1,32 @@
+"""What the commands can be told: groups of options, each for one part of a run, and one flat table on the command line.
+
+Strings end here: the groups' methods turn names into functions, and `UnlearnOptions.resolved` "it depends" into values.
+"""
+
+from __future__ import annotations
+
+from lightning_modules.run.options.commands import EvaluateOptions, Options, UnlearnOptions
+from lightning_modules.run.options.data import (
+    DataOptions,
+    EvaluateOutputOptions,
+    EvaluationOptions,
+    ModelOptions,
+    OutputOptions,
+    Split,
+)
+from lightning_modules.run.options.method import MethodOptions
+from lightning_modules.run.options.training import TrainingOptions
+
+__all__ = [
+    "DataOptions",
+    "EvaluateOptions",
+    "EvaluateOutputOptions",
+    "EvaluationOptions",
+    "MethodOptions",
+    "ModelOptions",
+    "Options",
+    "OutputOptions",
+    "Split",
+    "TrainingOptions",
+    "UnlearnOptions",
+]

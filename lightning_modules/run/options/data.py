@@ -1,0 +1,122 @@
+"""Which model forgets what, how it is scored, and where the result goes: the options of both commands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lightning_modules.run.options.flat import at_least_one
+
+Split = Literal["forget01", "forget05", "forget10"]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model that is to forget.
+
+    Attributes:
+        model: folder or hub name of a causal language model; 'scratch' trains a small Llama first (and caches it)
+    """
+
+    model: str = "scratch"
+
+    @property
+    def scratch(self) -> bool:
+        """Whether the model is the small Llama that is trained first."""
+        return self.model == "scratch"
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What is to be forgotten and what is to be kept.
+
+    Attributes:
+        authors: authors that the model from scratch learns
+        forget_authors: so many of them, the last ones, are to be forgotten; a fifth if not given
+        forget: examples to forget: JSON, JSON lines, CSV or Parquet (question/answer, prompt/response, messages, text)
+        retain: examples to keep
+        tofu: forget this split of TOFU
+        tofu_dir: folder with TOFU's files; from the hub if not given
+        holdout: examples that neither the model nor the reference has seen, of the kind to forget: attacks on
+            membership are scored with them; nothing is trained on them; a file, or with --tofu also a split of TOFU,
+            holdout10
+        max_length: tokens an example; longer ones lose their end
+    """
+
+    authors: int = 10
+    forget_authors: int | None = None
+    forget: str | None = None
+    retain: str | None = None
+    tofu: Split | None = None
+    tofu_dir: str | None = None
+    holdout: str | None = None
+    max_length: int = 512
+
+    def check(self) -> None:
+        """Raise ValueError on options outside their domain, or that contradict each other."""
+        files = (self.forget is not None, self.retain is not None)
+        if any(files) and not all(files):
+            raise ValueError("expected --forget and --retain together, found only one of them")
+        if any(files) and self.tofu is not None:
+            raise ValueError("expected either --forget and --retain, or --tofu, found both")
+        if self.tofu_dir is not None and self.tofu is None:
+            raise ValueError("expected --tofu with --tofu-dir, for example --tofu forget10")
+        at_least_one(self, "max_length", "authors")
+        if self.forget_authors is not None and not 1 <= self.forget_authors < self.authors:
+            raise ValueError(f"expected 1 <= --forget-authors < --authors, {self.authors}, found {self.forget_authors}")
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How much is scored, and what a model that never saw the forget set scores.
+
+    Attributes:
+        max_new_tokens: tokens a generated answer
+        evaluation_examples: examples of each split to score, the first ones
+        evaluation_batch_size: texts a forward pass when scoring
+        reference: a model that never saw the forget set (folder or hub name), or its evaluation.jsonl; for 'scratch' it
+            is trained
+        reference_cache: keep the scores of a reference model and use them again; false scores it anew
+    """
+
+    max_new_tokens: int = 64
+    evaluation_examples: int = 400
+    evaluation_batch_size: int = 32
+    reference: str | None = None
+    reference_cache: bool = True
+
+    def check(self) -> None:
+        """Raise ValueError on options outside their domain."""
+        at_least_one(self, "max_new_tokens", "evaluation_examples", "evaluation_batch_size")
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What tells a run from another of the same configuration: its seed and its folder.
+
+    Attributes:
+        seed: of the data's order, the adapters, and the model from scratch
+        output: folder for everything that the run leaves
+    """
+
+    seed: int = 0
+    output: str = "runs/unlearn"
+
+    @property
+    def folder(self) -> Path:
+        """The folder that is called `output`."""
+        return Path(self.output)
+
+
+@dataclass(frozen=True)
+class EvaluateOutputOptions(OutputOptions):
+    """What `evaluate` leaves.
+
+    Attributes:
+        output: folder for metrics.json
+        log: write evaluation.jsonl too, the scores of every example, which can be a later run's --reference
+    """
+
+    output: str = "runs/evaluate"
+    log: bool = False

@@ -1,0 +1,114 @@
+"""Steps, batches, weights and devices: how a method is trained."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch
+
+from lightning_modules.run.options.flat import at_least_one, flag
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How it is trained: steps, batches, weights, and the devices.
+
+    Attributes:
+        optimizer: class of torch.optim that steps
+        lr: learning rate; 1e-5, for the model from scratch 5e-5
+        weight_decay: of the optimizer
+        warmup_steps: steps over which the learning rate rises
+        epochs: passes over the forget set; 5, for the model from scratch 20
+        stop_below: stop once the mean probability of the forget answers is below this, 0 for never; never, for the
+            model from scratch 0.05
+        score_every: optimizer steps between scores on up to 64 examples of each set; a 25th of the run, for the model
+            from scratch 1
+        collapse_below: stop when the mean retain probability is below this fraction of what it was at the start; null
+            for never
+        best_below: end with the weights of the scored step with the largest retain probability among those with a
+            forget probability below this; null for the last weights
+        probes: at the end, teach a float32 copy a quarter of the forget answers again, and round copies to 8 and 4
+            bits; only for the model from scratch
+        batch_size: forget and retain examples a forward pass and process
+        accumulate: batches an optimizer step; 4, for the model from scratch 1
+        max_norm: clip the combined gradient to this norm; null for no clipping
+        lora_rank: train adapters of this rank instead of all weights; merged at the end; of ULD's assistant (32 if 0)
+        uld: settings of ULD: num_layers, weight, top_logit_filter, retain_weight, lora_alpha, perturbed_per_row; for
+            the model from scratch num_layers is 1 and weight 1
+        lora_init: how adapters start: at random, or by LoKU's FILA from Fisher information
+        precision: Lightning's name of it; bf16-mixed, on a CPU 32-true
+        devices: number of devices, or auto
+        strategy: Lightning's name of how devices share the work: auto, ddp
+        resume: go on with the interrupted run in --output, with its config.yaml
+    """
+
+    optimizer: str = "AdamW"
+    lr: float | None = None
+    weight_decay: float = 0.01
+    warmup_steps: int = 5
+    epochs: int | None = None
+    stop_below: float | None = None
+    score_every: int | None = None
+    collapse_below: float | None = 0.1
+    best_below: float | None = None
+    probes: bool | None = None
+    batch_size: int = 8
+    accumulate: int | None = None
+    max_norm: float | None = 1.0
+    lora_rank: int = 0
+    uld: dict[str, float] = field(default_factory=dict)
+    lora_init: Literal["default", "fila"] = "default"
+    precision: str | None = None
+    devices: str = "auto"
+    strategy: str = "auto"
+    resume: bool = False
+
+    def check(self) -> None:
+        """Raise ValueError on options outside their domain, or that contradict each other."""
+        self.optimizer_class()
+        at_least_one(self, "batch_size", "accumulate", "epochs", "score_every")
+        if self.lora_rank < 0 or self.warmup_steps < 0:
+            raise ValueError(
+                f"expected --lora-rank and --warmup-steps >= 0, found {self.lora_rank} and {self.warmup_steps}"
+            )
+        for name in ("collapse_below", "best_below"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value < 1.0:
+                raise ValueError(f"expected {flag(name)} between 0 and 1, found {value}")
+        if self.lr is not None and self.lr <= 0.0:
+            raise ValueError(f"expected --lr > 0, found {self.lr}")
+        if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
+            raise ValueError(f"expected --devices to be auto or a number of devices, found {self.devices!r}")
+        known = {"num_layers", "weight", "top_logit_filter", "retain_weight", "lora_alpha", "perturbed_per_row"}
+        if set(self.uld) - known:
+            raise ValueError(
+                f"--uld: expected {', '.join(sorted(known))}, found {', '.join(sorted(set(self.uld) - known))}"
+            )
+        if self.lora_init == "fila" and not self.lora_rank:
+            raise ValueError("expected --lora-rank with --lora-init fila, for example 8, found 0")
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether an optimizer step takes more than one batch."""
+        return (self.accumulate or 1) > 1
+
+    def optimizer_class(self) -> Callable[..., torch.optim.Optimizer]:
+        """The class called `optimizer`.
+
+        Raises:
+            ValueError: If torch.optim has none of this name with a learning rate and weight decay.
+        """
+        kind = getattr(torch.optim, self.optimizer, None)
+        if not (isinstance(kind, type) and {"lr", "weight_decay"} <= set(inspect.signature(kind).parameters)):
+            raise ValueError(
+                f"--optimizer: expected a class of torch.optim with lr and weight_decay, such as AdamW, found {self.optimizer!r}"
+            )
+        return kind
+
+    def base_optimizer(self) -> Callable[..., torch.optim.Optimizer]:
+        """Parameters -> the base optimizer with its learning rate and weight decay."""
+        return partial(self.optimizer_class(), lr=self.lr, weight_decay=self.weight_decay)
