@@ -27,7 +27,7 @@ from gradsurgery.losses._tokens import (
     unlikelihood,
     weighted_gradient_ascent,
 )
-from gradsurgery.losses.dual import DualVariable
+from gradsurgery.losses._multiplier import DualVariable
 
 __all__ = [
     "IGNORED",
