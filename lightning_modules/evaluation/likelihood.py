@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
 from lightning_modules.data.tokenization import IGNORED, Encoded, collate
+from lightning_modules.evaluation.heads import backbone_and_head, gives_logits
 
 # Rows of logits held at once, in float32: 0.5 GB with a vocabulary of 128,000.
 _HEAD_ROWS = 1024
@@ -138,7 +138,7 @@ def _answer_rows(model: nn.Module, encoded: Sequence[Encoded], pad_token_id: int
         logits = model(**_inputs(batch)).logits[:, :-1][keep]
         yield from zip(logits.split(_HEAD_ROWS), labels[keep].split(_HEAD_ROWS), strict=True)
 
-    parts = _backbone_and_head(model)
+    parts = backbone_and_head(model)
     if parts is None or not encoded:
         return plain
     backbone, head = parts
@@ -150,28 +150,10 @@ def _answer_rows(model: nn.Module, encoded: Sequence[Encoded], pad_token_id: int
         for rows, targets in zip(hidden.split(_HEAD_ROWS), labels[keep].split(_HEAD_ROWS), strict=True):
             yield head(rows), targets
 
-    def losses(rows_of: _Rows) -> Tensor:
-        return torch.cat([_loss(logits.float(), labels) for logits, labels in rows_of(batch)])
-
-    # Some models scale or cap their logits after the head (Gemma 2, Cohere, Granite), and a wrapper may mix two models.
-    # One short example tells, so that no list of such models has to be kept.
-    batch = _on_device(model, [min(encoded, key=lambda example: len(example.input_ids))], pad_token_id)
-    tolerance = 1e-4 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 2e-2
-    same = torch.allclose(losses(gathered), losses(plain), rtol=tolerance, atol=tolerance, equal_nan=True)
-    return gathered if same else plain
-
-
-def _backbone_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return None  # FSDP gathers its shards in the outermost forward, which calling a part would go round
-    core: Any = model
-    if hasattr(core, "peft_config") and hasattr(core, "get_base_model"):
-        if any(config.is_prompt_learning for config in core.peft_config.values()):
-            return None  # the learned prompt is put in front by the outermost forward
-        core = core.get_base_model()
-    backbone = getattr(core, getattr(core, "base_model_prefix", "") or "-", None)
-    head = core.get_output_embeddings() if hasattr(core, "get_output_embeddings") else None
-    return (backbone, head) if isinstance(backbone, nn.Module) and isinstance(head, nn.Module) else None
+    shortest = min(encoded, key=lambda example: len(example.input_ids))
+    inputs = _on_device(model, [shortest], pad_token_id)
+    del inputs["labels"]
+    return gathered if gives_logits(model, backbone, head, inputs) else plain
 
 
 def _inputs(batch: dict[str, Tensor]) -> dict[str, object]:
