@@ -1,10 +1,12 @@
-r"""Losses for forgetting and for retaining, as pure functions: logits ``[N, V]`` and labels ``[N]`` in, one value per token out, no mean inside.
+r"""Losses for forgetting and for retaining: pure functions of logits ``[N, V]`` and labels ``[N]``.
 
-They are exact for forgotten and for certain tokens, where the usual code gives a model rounding noise or NaN.
+They return one value per token and take no mean. They are exact for forgotten and for certain tokens, where the usual
+code gives a model rounding noise or NaN.
 
 | loss | of | paper |
 |---|---|---|
-| `ceu`, `unlikelihood` | a token | [CE-U, 2503.01224](https://arxiv.org/abs/2503.01224), [1908.04319](https://arxiv.org/abs/1908.04319) |
+| `ceu` | a token | [CE-U, 2503.01224](https://arxiv.org/abs/2503.01224) |
+| `unlikelihood` | a token | [1908.04319](https://arxiv.org/abs/1908.04319) |
 | `inverted_hinge` | a token | [LoKU, 2408.06621](https://arxiv.org/abs/2408.06621) |
 | `gradient_ascent`, `cross_entropy` | a token | [TOFU, 2401.06121](https://arxiv.org/abs/2401.06121) |
 | `weighted_gradient_ascent` | a token | [G-effect, 2502.19301](https://arxiv.org/abs/2502.19301) |
@@ -18,16 +20,17 @@ They are exact for forgotten and for certain tokens, where the usual code gives 
 | `logit_margin` with `DualVariable` | a row of logits | [PDU, 2506.05314](https://arxiv.org/abs/2506.05314) |
 | `rmu` | hidden states | [2403.03218](https://arxiv.org/abs/2403.03218) |
 
-From a model's logits to a loss: `answer_tokens` shifts and masks, a loss gives values, `token_mean` or `sequence_sum` takes them together.
+From a model's logits to a loss: `answer_tokens` shifts and masks, a loss gives values, `token_mean` or `sequence_sum`
+makes one number of them, or one per sequence.
 
 >>> import torch
 >>> logits, labels = torch.zeros(2, 4, 10, requires_grad=True), torch.tensor([[-100, 1, 2, 3], [-100, -100, 4, 5]])
 >>> tokens = answer_tokens(logits, labels, skip_first=1)
 >>> token_mean(ceu(*tokens), tokens[1]).backward()
 
-`linear` applies any loss of a token or a row to hidden states and a language-model head. Only answer tokens go through the head, chunk by
-chunk, the gradient is computed on the way, and ``[tokens, vocabulary]`` is never held. A `Head` describes a head that has more than a weight,
-and ``Loss.of`` binds the `Reference` that a loss compares with.
+`linear` applies any loss of a token or a row to hidden states and a language-model head. Only answer tokens go through
+the head, chunk by chunk, the gradient is computed on the way, and ``[tokens, vocabulary]`` is never held. A `Head`
+describes a head that has more than a weight, and ``Loss.of`` binds the `Reference` that a loss compares with.
 
 >>> hidden, head = torch.randn(5, 8, requires_grad=True), Head(torch.randn(10, 8), softcap=30.0)
 >>> linear(hidden, head, torch.tensor([-100, 1, 2, 3, 4]), "ceu").sum().backward()
@@ -35,14 +38,14 @@ and ``Loss.of`` binds the `Reference` that a loss compares with.
 >>> linear(hidden, head, torch.tensor([-100, 1, 2, 3, 4]), compared).sum().item()
 0.0
 
-**Your own loss** is one function of the labels' log-odds $d = \log(p_y / (1 - p_y))$. It works everywhere that the losses above do; a plain
-function of logits and labels does too.
+**Your own loss** is one function of the labels' log-odds $d = \log(p_y / (1 - p_y))$. It works everywhere that the
+losses above do; a plain function of logits and labels does too.
 
 >>> from functools import partial
 >>> from torch.nn.functional import softplus
 >>> @token_loss
 ... def patient_unlikelihood(odds, *, patience=2.0):
-...     return softplus(odds) * (odds > -patience)  # unlikelihood that ignores tokens whose odds are below exp(-patience)
+...     return softplus(odds) * (odds > -patience)  # unlikelihood that lets go once the odds are below exp(-patience)
 >>> patient_unlikelihood(torch.tensor([[0.0, 0.0], [0.0, 5.0]]), torch.tensor([0, 0]))
 tensor([0.6931, 0.0000])
 >>> values = linear(hidden, head, torch.tensor([-100, 1, 2, 3, 4]), partial(patient_unlikelihood, patience=3.0))

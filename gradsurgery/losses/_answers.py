@@ -11,14 +11,14 @@ from gradsurgery.losses._checks import IGNORED
 def answer_tokens(logits: Tensor, labels: Tensor, *, skip_first: int = 0) -> tuple[Tensor, Tensor]:
     """The logits that predict the tokens that count, and those tokens.
 
-    Position t predicts token t + 1, so logits ``[:, :-1]`` are paired with labels ``[:, 1:]``. Of these pairs only the answer tokens
-    (label not -100) are kept, without the first ``skip_first`` of each sequence.
+    Position t predicts token t + 1, so logits ``[:, :-1]`` are paired with labels ``[:, 1:]``. Of these pairs only the
+    answer tokens (label not -100) are kept, without the first ``skip_first`` of each sequence.
 
     Args:
         logits: ``[B, T, V]`` (or hidden states ``[B, T, H]``).
         labels: ``[B, T]``, -100 on the prompt and the padding.
-        skip_first: Answer tokens to leave out at the start of each sequence (CE-U's ``ignore_first_n_answer_tokens`` is 1). If a row
-            has several answer spans, only the first span loses tokens.
+        skip_first: Answer tokens to leave out at the start of each sequence (CE-U's ``ignore_first_n_answer_tokens`` is
+            1). If a row has several answer spans, only the first span loses tokens.
 
     Returns:
         Logits ``[N, V]`` and labels ``[N]``, N the number of tokens that count, in row order; N may be 0.
@@ -75,7 +75,8 @@ def sequence_sum(values: Tensor, labels: Tensor, *, skip_first: int = 0) -> Tens
         ValueError: If the labels are not ``[B, T]``, or there is not one value for each of their tokens that count.
 
     Example:
-        >>> sequence_sum(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([[-100, 7, 8], [-100, -100, 9], [-100, -100, -100]]))
+        >>> labels = torch.tensor([[-100, 7, 8], [-100, -100, 9], [-100, -100, -100]])
+        >>> sequence_sum(torch.tensor([1.0, 2.0, 4.0]), labels)
         tensor([3., 4., 0.])
     """
     positions = _positions(labels, skip_first)

@@ -13,7 +13,8 @@ def checked(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Check the arguments of a loss per token.
 
     Returns:
-        Which tokens count, ``[N]`` bool, and labels ``[N]`` that are 0 where they do not, so that they can be used as an index.
+        Which tokens count, ``[N]`` bool, and labels ``[N]`` that are 0 where they do not, so that they can be used as
+        an index.
     """
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or logits.shape[1] < 2:
         raise ValueError(

@@ -39,7 +39,7 @@ class Task:
 def values_(
     logits: Tensor, labels: Tensor, task: Task, reference: Tensor | None, weights: Tensor, differentiate: bool
 ) -> Tensor:
-    """Values of rows of raw logits, which are overwritten by the gradients of their weighted sum if ``differentiate``."""
+    """Values of rows of raw logits, overwritten by the gradients of the values' weighted sum if ``differentiate``."""
     loss = task.loss
     if loss.log_odds is not None and _kernel.usable(logits):
         statistics = _kernel.reduce(logits, labels, task.scale, task.softcap)

@@ -1,8 +1,9 @@
 r"""A model's distribution compared with another one: the divergence or the cross-entropy, with its gradient $p - q$.
 
-The divergence of $q$ from $p$ is computed as $\sum_i q_i (e^{u_i} - 1 - u_i)$ with the log ratios $u_i = \log(p_i / q_i)$. No term is
-negative, and an error in a normaliser enters only by its square. Two models that hardly differ therefore get a small divergence, and not the
-rounding noise of two large sums. The gradient $q_i (e^{u_i} - 1)$ is as exact. `_pairs` does this arithmetic, one block of rows at a time.
+The divergence of $q$ from $p$ is computed as $\sum_i q_i (e^{u_i} - 1 - u_i)$ with the log ratios
+$u_i = \log(p_i / q_i)$. No term is negative, and an error in a normaliser enters only by its square. Two models that
+hardly differ therefore get a small divergence, and not the rounding noise of two large sums. The gradient
+$q_i (e^{u_i} - 1)$ is as exact. `_pairs` does this arithmetic, one block of rows at a time.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class _Rows(NamedTuple):
 
 
 def divergence_(logits: Tensor, labels: Tensor, reference: Tensor | None, weights: Tensor | None) -> Tensor:
-    """Divergences ``[n]`` of float logits, which are overwritten by the gradient of their sum weighted by ``weights``, if given."""
+    """Divergences ``[n]`` of float logits, which are overwritten by the gradient of the weighted sum, given weights."""
     return _overwritten(_Rows(logits, reference, labels, None), weights)
 
 
@@ -65,7 +66,7 @@ def _overwritten(compared: _Rows, weights: Tensor | None) -> Tensor:
 def compare(
     logits: Tensor, reference: Tensor | None, labels: Tensor | None = None, beta: float | None = None
 ) -> Tensor:
-    """The divergence ``[N]``, or with a beta the cross-entropy, differentiable by the logits; the reference is a constant."""
+    """The divergence ``[N]``, or with a beta the cross-entropy; the reference is a constant, uniform if None."""
     return _Divergence.apply(logits, None if reference is None else reference.detach(), labels, beta)
 
 

@@ -1,6 +1,7 @@
 """Log-odds of rows of logits, and their gradients in place, by Triton kernels where there is a GPU.
 
-Where the kernels are not `usable`, ``reduce_`` and ``gradient`` of `_log_odds` do the same in plain PyTorch. The tests compare the two.
+Where the kernels are not `usable`, ``reduce_`` and ``gradient`` of `_log_odds` do the same in plain PyTorch. The tests
+compare the two.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Statistics(NamedTuple):
-    """What the gradient needs of rows of logits, tensors ``[n]`` in float32; m is the largest logit that is not the label's.
+    """What the gradient needs of rows of logits, tensors ``[n]`` in float32.
+
+    m is the largest logit that is not the label's.
 
     Attributes:
         own: Log-odds of the label.
@@ -54,7 +57,7 @@ def usable(logits: Tensor) -> bool:
 
 
 def reduce(logits: Tensor, labels: Tensor, scale: float, softcap: float | None) -> Statistics:
-    """Read ``[n, V]`` raw logits once. They are scaled, capped and computed in float32 as they are read, and not changed."""
+    """Read ``[n, V]`` raw logits once, scaled, capped and in float32 as they are read; they are not changed."""
     largest, rest, label, runner_up = _required().reduce(logits, labels, scale, softcap)
     log_rest, label = rest.log(), label - largest
     total, other_total = log1p_exp(log_rest), torch.logaddexp(log_rest, label)

@@ -25,47 +25,49 @@ def linear(
     bias: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    r"""A loss of hidden states and a head, with the value and the gradients of the plain loss, that never holds all logits.
+    r"""A loss of hidden states and a head: value and gradients of the plain loss, without ever holding all logits.
 
     $$\ell_n = L(W h_n + b,\, y_n)$$
 
-    Tokens whose label is -100 are left out before the head; the others go through it chunk by chunk. The gradients with respect to
-    hidden states, weight and bias are computed in the same pass: three matrix products, or two with a frozen head. They are computed for
-    the mean of the values. A backward pass that weighs every token alike, as a mean or a sum does, only scales them. With a
-    weight per token the result is as right, but costs more: the gradients of the hidden states are scaled row by row, and the gradient of a
-    trainable weight is computed again (two more products). ``Loss.of(loss, recompute=True)`` leaves all gradients to the
-    backward pass, which is cheaper for losses computed from the values afterwards (`npo`, `simnpo`, `dpo`): four products, and
-    nothing but the inputs is held until then.
+    Tokens whose label is -100 are left out before the head; the others go through it chunk by chunk. The gradients with
+    respect to hidden states, weight and bias are computed in the same pass: three matrix products, or two with a frozen
+    head. They are computed for the mean of the values. A backward pass that weighs every token alike, as a mean or a
+    sum does, at most scales them. With a weight per token the result is as right, but costs more: the gradients of the
+    hidden states are scaled row by row, and the gradient of a trainable weight is computed again (two more products).
+    ``Loss.of(loss, recompute=True)`` leaves all gradients to the backward pass, which is cheaper for losses computed
+    from the values afterwards (`npo`, `simnpo`, `dpo`): four products, and nothing but the inputs is held until then.
 
     Args:
-        hidden: ``[N, H]``, the states that predict the labels (`answer_tokens` shifts and gathers hidden states as it does logits).
-        weight: ``[V, H]``, the head's weight, or a `Head` (with its bias, scale and cap). Gradients are computed only for what requires
-            them.
+        hidden: ``[N, H]``, the states that predict the labels (`answer_tokens` shifts and gathers hidden states as it
+            does logits).
+        weight: ``[V, H]``, the head's weight, or a `Head` (with its bias, scale and cap). Gradients are computed only
+            for what requires them.
         labels: ``[N]`` integers, -100 where a token does not count.
-        loss: The name of a loss per token in `LOSSES` or of a row loss in `ROW_LOSSES`, one of these functions, a ``functools.partial`` of
-            one, or any function of logits ``[n, V]`` and labels ``[n]`` (and of reference logits, if there are any) whose value i depends on
-            row i only. `Loss.of` binds the `Reference` that `undial` and `kl_divergence` need.
+        loss: The name of a loss per token in `LOSSES` or of a row loss in `ROW_LOSSES`, one of these functions, a
+            ``functools.partial`` of one, or any function of logits ``[n, V]`` and labels ``[n]`` (and of reference
+            logits, if there are any) whose value i depends on row i only. `Loss.of` binds the `Reference` that `undial`
+            and `kl_divergence` need.
         bias: ``[V]`` or None; None if ``weight`` is a `Head`.
-        chunk_size: Tokens whose logits are held at once. None chooses: on a CPU 64 to 128 with a frozen head, else as many as fill 64 MiB
-            with logits (512 MiB for a trainable half-precision head, whose gradient would lose digits and time with every chunk added to
-            it); on a GPU 256 MiB, or 1 GiB.
+        chunk_size: Tokens whose logits are held at once. None chooses: on a CPU 64 to 128 with a frozen head, else as
+            many as fill 64 MiB with logits (512 MiB for a trainable half-precision head, whose gradient would lose
+            digits and time with every chunk added to it); on a GPU 256 MiB, or 1 GiB.
 
     Returns:
         ``[N]`` float32 (float64 for float64), 0 where the label is -100.
 
     Raises:
-        ValueError: If the loss is unknown, a shape does not fit, a label is no token, or a loss of ours needs a reference and has none
-            (or the other way round).
+        ValueError: If the loss is unknown, a shape does not fit, a label is no token, or a loss of ours needs a
+            reference and has none (or the other way round).
         RuntimeError: If a second derivative is asked for.
-        TypeError: If the types do not fit, or a tensor is sharded (a DTensor): call this where FSDP has gathered the head, or let the model
-            compute its logits.
+        TypeError: If the types do not fit, or a tensor is sharded (a DTensor): call this where FSDP has gathered the
+            head, or let the model compute its logits.
 
-    Memory: ``chunk_size x V`` logits, a block of them in float32, and the gradients; nothing of size ``[N, V]``. Under autocast
-    the products are in its type; under ``torch.compile`` it breaks the graph. With float16 the gradients are always computed in the
-    backward pass, because they must be multiplied by the loss scale before they are rounded.
+    Memory: ``chunk_size x V`` logits, a block of them in float32, and the gradients; nothing of size ``[N, V]``. Under
+    autocast the products are in its type; under ``torch.compile`` it breaks the graph. With float16 the gradients are
+    always computed in the backward pass, because they must be multiplied by the loss scale before they are rounded.
 
-    Difference from ``torch.nn.functional.linear_cross_entropy``: that one is cross-entropy alone, needs four products for a value per
-    token, and sends the prompt through the head too. Liger and Cut Cross-Entropy need a GPU.
+    Difference from ``torch.nn.functional.linear_cross_entropy``: that one is cross-entropy alone, needs four products
+    for a value per token, and sends the prompt through the head too. Liger and Cut Cross-Entropy need a GPU.
 
     Example:
         >>> hidden, weight = torch.eye(2).requires_grad_(), torch.zeros(5, 2, requires_grad=True)

@@ -1,9 +1,9 @@
 r"""The number that most losses per token are a function of: the log-odds of the label, and its exact gradient.
 
-With logits $z$ and label $y$ it is $d = z_y - \log\sum_{j \ne y} e^{z_j}$. The label's probability is $\mathrm{sigmoid}(d)$, its
-negative log-likelihood $\mathrm{softplus}(-d)$, and every loss $\varphi(d)$ has the gradient $\varphi'(d)\,(e_y - q)$, where $q$ is the
-softmax without $y$. No step subtracts numbers that are nearly equal. A forgotten token therefore gets a vanishing gradient instead of
-rounding noise, and a token that is certain gets no NaN.
+With logits $z$ and label $y$ it is $d = z_y - \log\sum_{j \ne y} e^{z_j}$. The label's probability is
+$\mathrm{sigmoid}(d)$, its negative log-likelihood $\mathrm{softplus}(-d)$, and every loss $\varphi(d)$ has the gradient
+$\varphi'(d)\,(e_y - q)$, where $q$ is the softmax without $y$. No step subtracts numbers that are nearly equal. A
+forgotten token therefore gets a vanishing gradient instead of rounding noise, and a token that is certain gets no NaN.
 
 A loss may also use the log-odds of the runner-up, the likeliest token that is not the label.
 """
@@ -19,22 +19,22 @@ from gradsurgery.losses._checks import float_type
 
 
 def log_odds(logits: Tensor, labels: Tensor, runner_up: bool) -> tuple[Tensor, Tensor | None]:
-    """The log-odds of the labels, ``[N]``, and those of the runner-ups if wanted, differentiable by the logits ``[N, V]``."""
+    """The log-odds of the labels, ``[N]``, and those of the runners-up if wanted, of logits ``[N, V]``."""
     return _LogOdds.apply(logits, labels, runner_up)
 
 
 class Reduced(NamedTuple):
-    """What is left of rows of logits, all ``[n, 1]`` but the first two.
+    """The log-odds of rows of logits, and what their gradient needs, ``[n, 1]`` each but the first two.
 
-    With m the largest logit that is not the label's, and S the sum of exp(z - m) over the tokens that are summed.
+    m is the largest logit that is not the label's.
 
     Attributes:
         own: ``[n]``, log-odds of the label.
         other: ``[n]``, log-odds of the runner-up, or None.
         place: The labels.
-        runner_up: Its index, or None.
-        total: log of the sum over all but the label (with a runner-up), or that sum itself.
-        other_total: log of the sum over all but the runner-up, or None.
+        runner_up: The token with the logit m, or None.
+        total: Sum of exp(z - m) over all tokens but the label; its logarithm if there is a runner-up.
+        other_total: Logarithm of the sum of exp(z - m) over all tokens but the runner-up, or None.
         label: z_y - m.
     """
 
@@ -55,13 +55,13 @@ def reduce_(rows: Tensor, labels: Tensor, runner_up: bool) -> Reduced:
     if not runner_up:
         largest = rows.amax(1, keepdim=True)
         own = own - largest
-        # Differences to the largest logit are exact, and small: logits of 1e4 would leave a logsumexp with three decimals.
+        # Differences to the largest logit are exact and small, while a logsumexp of logits near 1e4 has three decimals.
         total = rows.sub_(largest).exp_().sum(1, keepdim=True)
         return Reduced((own - total.log()).squeeze(1), None, index, None, total, None, own)
     second = rows.argmax(1, keepdim=True)
     largest = rows.gather(1, second)
     own = own - largest
-    # Without the runner-up's own 1 the sum keeps the digits that the runner-up's log-odds are made of.
+    # The sum leaves out the runner-up's own 1, which would cost the digits that its log-odds depend on.
     log_rest = rows.sub_(largest).scatter_(1, second, -torch.inf).exp_().sum(1, keepdim=True).log_()
     total = log1p_exp(log_rest)
     other_total = torch.logaddexp(log_rest, own)
@@ -69,19 +69,28 @@ def reduce_(rows: Tensor, labels: Tensor, runner_up: bool) -> Reduced:
 
 
 def log1p_exp(value: Tensor) -> Tensor:
-    """log(1 + exp(value)) with every digit: torch's softplus stops at 20."""
+    """log(1 + exp(value)), exact to the last digit; torch's softplus returns its argument beyond 20."""
     return torch.logaddexp(value, torch.zeros_like(value))
 
 
 def gradient(rows: Tensor, reduced: Reduced, own: Tensor, other: Tensor | None, *, in_place: bool) -> Tensor:
-    """d/dz of ``own * d_y + other * d_v``, from rows that `reduce_` left; `own` and `other` are ``[n]``."""
+    """The gradient by the logits of ``own * d_y + other * d_v``, from rows that `reduce_` has overwritten.
+
+    Args:
+        rows: ``[n, V]``.
+        reduced: What `reduce_` returned.
+        own: ``[n]``, the slope by the label's log-odds.
+        other: ``[n]``, the slope by the runner-up's log-odds, or None.
+        in_place: Whether to overwrite the rows.
+    """
     first = own[:, None]
     if other is None or reduced.runner_up is None or reduced.other_total is None:
         shares = -first / reduced.total
         result = rows.mul_(shares) if in_place else rows * shares
         return result.scatter_(1, reduced.place, first)
     second = other[:, None]
-    # exp(-total) of a runner-up as certain as e^80 would overflow; the shares that it multiplies are 0 in float32 by then.
+    # For a runner-up with odds beyond e^80 the exponential would overflow; by then the shares that it multiplies are 0 in
+    # float32.
     inverse = (-reduced.other_total.clamp_min(-80.0 if rows.dtype == torch.float32 else -700.0)).exp()
     shares = -(first * (-reduced.total).exp() + second * inverse)
     result = rows.mul_(shares) if in_place else rows * shares
@@ -90,7 +99,7 @@ def gradient(rows: Tensor, reduced: Reduced, own: Tensor, other: Tensor | None, 
 
 
 class _LogOdds(torch.autograd.Function):
-    """The log-odds of the labels ``[N]``, gradient e_y - q, and if wanted those of the runner-ups."""
+    """The log-odds of the labels ``[N]``, gradient e_y - q, and if wanted those of the runners-up."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, runner_up: bool) -> tuple[Tensor, Tensor | None]:

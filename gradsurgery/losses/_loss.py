@@ -22,20 +22,24 @@ _ATTRIBUTE = "described"
 class Loss:
     """A loss as `linear` takes it: a function, what is known of it, and what it is compared with.
 
-    `Loss.of` makes one of any loss function. It is needed only where a call binds a reference or ``recompute``; elsewhere
-    `linear` takes the function itself, or its name.
+    `Loss.of` makes one of any loss function. It is needed only where a call binds a reference or ``recompute``;
+    elsewhere `linear` takes the function itself, or its name.
 
     Attributes:
         function: ``(logits [N, V], labels [N], reference logits [N, V])`` -> values ``[N]``, value i from row i alone.
-        takes_labels: Whether the function takes labels. If not, values of tokens whose label is -100 are set to 0 afterwards.
-        takes_reference: Whether it takes reference logits; None if unknown (a plain function), then it gets them if there are any.
-        log_odds: The function of the labels' log-odds ``[N]`` that the loss is (`token_loss`); None for a loss of another kind.
+        takes_labels: Whether the function takes labels. If not, values of tokens whose label is -100 are set to 0
+            afterwards.
+        takes_reference: Whether it takes reference logits; None if unknown (a plain function), then it gets them if
+            there are any.
+        log_odds: The function of the labels' log-odds ``[N]`` that the loss is (`token_loss`); None for a loss of
+            another kind.
         runner_up: Whether ``log_odds`` also takes the log-odds of the likeliest other token.
-        in_place: ``(logits, labels, reference logits, weights)`` -> values, for a loss that can differentiate itself: it overwrites
-            the logits by the gradient of the weighted sum of the values. Without weights it only computes the values. None: autograd.
+        in_place: ``(logits, labels, reference logits, weights)`` -> values, for a loss that can differentiate itself:
+            it overwrites the logits by the gradient of the weighted sum of the values. Without weights it only computes
+            the values. None: autograd.
         reference: The hidden states and the head of the model that the loss compares with.
-        recompute: Whether `linear` makes the gradients in the backward pass instead of the forward pass. That is faster if the
-            values are not averaged but go through another function, as those of `npo`, `simnpo` and `dpo` do.
+        recompute: Whether `linear` makes the gradients in the backward pass instead of the forward pass. That is faster
+            if the values are not averaged but go through another function, as those of `npo`, `simnpo` and `dpo` do.
 
     Example:
         >>> import torch
@@ -61,7 +65,8 @@ class Loss:
         """Describe a loss, and bind what it is compared with.
 
         Args:
-            loss: A loss of this package, a ``functools.partial`` of one, a function of your own, or a description to bind more to.
+            loss: A loss of this package, a ``functools.partial`` of one, a function of your own, or a description to
+                bind more to.
             reference: See the attributes; None keeps what the description holds.
             recompute: See the attributes.
         """
@@ -87,7 +92,7 @@ def described(
     runner_up: bool = False,
     in_place: Callable[..., Tensor] | None = None,
 ) -> Callable[[F], F]:
-    """A decorator that attaches a description to a loss function, where `Loss.of` finds it. The function stays as it is."""
+    """A decorator that attaches a description to a loss function, for `Loss.of`; the function stays as it is."""
 
     def attach(function: F) -> F:
         vars(function)[_ATTRIBUTE] = Loss(
@@ -111,7 +116,8 @@ def _description(loss: Callable[..., Tensor]) -> Loss:
         options = {**plain.keywords, **options}
         plain = plain.func
     found: Loss | None = getattr(plain, _ATTRIBUTE, None)
-    # functools.wraps copies attributes: a function that wraps a loss of ours would carry a description that is not its own.
+    # functools.wraps copies attributes: a function that wraps a loss of ours would carry a description that is not its
+    # own.
     if found is None or found.function is not plain:
         return Loss(
             function=loss, takes_labels=True, takes_reference=None, log_odds=None, runner_up=False, in_place=None

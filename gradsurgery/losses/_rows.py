@@ -20,26 +20,29 @@ _BETA = 10.0
 
 @described(takes_labels=False, takes_reference=True, in_place=divergence_)
 def kl_divergence(logits: Tensor, reference_logits: Tensor) -> Tensor:
-    r"""Divergence of the model from a reference, $\mathrm{KL}(q \,\|\, p) = \sum_i q_i \log(q_i / p_i)$; a retain loss.
+    r"""Divergence of the model from a reference, $\mathrm{KL}(q \,\|\, p)$; a retain loss.
+
+    $$\mathrm{KL}(q \,\|\, p) = \sum_i q_i \log(q_i / p_i)$$
 
     Args:
         logits: ``[N, V]``, the model's ($p$), any floating-point type (half-precision ones are computed in float32).
-        reference_logits: ``[N, V]``, those of the model before unlearning ($q$); a constant, whatever graph it carries. A token whose
-            reference logit is minus infinity adds nothing to the sum.
+        reference_logits: ``[N, V]``, those of the model before unlearning ($q$); a constant, whatever graph it carries.
+            A token whose reference logit is minus infinity adds nothing to the sum.
 
     Returns:
-        ``[N]`` nats, float32 (float64 for float64 logits), one value per row; infinite where the model excludes a token that the
-        reference does not.
+        ``[N]`` nats, float32 (float64 for float64 logits), one value per row; infinite where the model excludes a token
+        that the reference does not.
 
     Raises:
         ValueError: If the shapes are not the same ``[N, V]``.
         TypeError: If the logits are not of a floating-point type.
 
-    Gradient row: $p - q$. Cost: temporaries for one block of rows; only the inputs and five numbers per row are kept. The backward
-    pass computes the rows again; `linear` computes value and gradient together in its forward pass.
+    Gradient row: $p - q$. Cost: temporaries for one block of rows; only the inputs and five numbers per row are kept.
+    The backward pass computes the rows again; `linear` computes value and gradient together in its forward pass.
 
-    Source: the "KL" retain loss of TOFU (2401.06121) and open-unlearning. Difference from the authors' code: it takes the mean over all
-    B T positions, prompt and padding included. Here the caller chooses the rows (`answer_tokens`, or the attention mask) and the mean.
+    Source: the "KL" retain loss of TOFU (2401.06121) and open-unlearning. Difference from the authors' code: it takes
+    the mean over all B T positions, prompt and padding included. Here the caller chooses the rows (`answer_tokens`, or
+    the attention mask) and the mean.
 
     Example:
         >>> kl_divergence(torch.tensor([[0.0, 0.0], [1.0, 2.0]]), torch.tensor([[0.0, -torch.inf], [1.0, 2.0]]))
@@ -51,7 +54,9 @@ def kl_divergence(logits: Tensor, reference_logits: Tensor) -> Tensor:
 
 @described(takes_labels=False, in_place=divergence_)
 def uniform(logits: Tensor) -> Tensor:
-    r"""Divergence from the uniform distribution, $\mathrm{KL}(U \,\|\, p) = \log\sum_i e^{z_i} - \overline{z} - \log V$.
+    r"""Divergence of the model from the uniform distribution.
+
+    $$\mathrm{KL}(U \,\|\, p) = \log\sum_i e^{z_i} - \overline{z} - \log V$$
 
     It pulls the model towards knowing nothing. ULD trains its assistant with it on the retain set.
 
@@ -59,7 +64,8 @@ def uniform(logits: Tensor) -> Tensor:
         logits: ``[N, V]``, any floating-point type.
 
     Returns:
-        ``[N]`` nats, at least float32, one value per row; infinite where a logit is minus infinity (cut off the padding of a vocabulary).
+        ``[N]`` nats, at least float32, one value per row; infinite where a logit is minus infinity (cut off the padding
+        of a vocabulary).
 
     Raises:
         ValueError: If the logits are not ``[N, V]``.
@@ -67,9 +73,9 @@ def uniform(logits: Tensor) -> Tensor:
 
     Gradient row: $p - 1/V$. Cost: as `kl_divergence`; no reference is held.
 
-    Source: ULD (2406.08607), equation 5, with the weight 6.5 in the paper and 5 in the code. Difference from the authors' code: its value
-    is larger by log V, a constant; it averages over all positions, prompt and padding included; and it takes a logarithm of rounded
-    probabilities, which is minus infinity in bfloat16 for rare tokens.
+    Source: ULD (2406.08607), equation 5, with the weight 6.5 in the paper and 5 in the code. Difference from the
+    authors' code: its value is larger by log V, a constant; it averages over all positions, prompt and padding
+    included; and it takes a logarithm of rounded probabilities, which is minus infinity in bfloat16 for rare tokens.
 
     Example:
         >>> uniform(torch.tensor([[3.0, 3.0, 3.0], [9.0, 0.0, 0.0]]))
@@ -89,11 +95,12 @@ def undial(logits: Tensor, labels: Tensor, reference_logits: Tensor, beta: float
         logits: ``[N, V]``, the model's ($p$), any floating-point type.
         labels: ``[N]`` integers, -100 where a token does not count.
         reference_logits: ``[N, V]``, those of the model before unlearning; a constant, whatever graph it carries.
-        beta: How much the label's logit is lowered, >= 0; open-unlearning's configuration uses 10 (its class 1), with learning rate 1e-4.
+        beta: How much the label's logit is lowered, >= 0; open-unlearning's configuration uses 10 (its class 1), with
+            learning rate 1e-4.
 
     Returns:
-        ``[N]`` nats, float32 (float64 for float64 logits), one value per token; 0 with a zero gradient where the label is -100. The
-        smallest possible value is the entropy of $q$ and not 0.
+        ``[N]`` nats, float32 (float64 for float64 logits), one value per token; 0 with a zero gradient where the label
+        is -100. The smallest possible value is the entropy of $q$ and not 0.
 
     Raises:
         ValueError: If the shapes are not ``[N, V]``, ``[N]`` and ``[N, V]``, V < 2, or beta is negative.
@@ -101,8 +108,8 @@ def undial(logits: Tensor, labels: Tensor, reference_logits: Tensor, beta: float
 
     Gradient row: $p - q$. Cost: as `kl_divergence`.
 
-    Source: UNDIAL (2402.10052). Difference from open-unlearning's code, which has no mask: it averages over all B (T - 1) positions, and
-    where the label is -100 it lowers vocabulary entry V - 100, so that prompt and padding take part.
+    Source: UNDIAL (2402.10052). Difference from open-unlearning's code, which has no mask: it averages over all B (T -
+    1) positions, and where the label is -100 it lowers vocabulary entry V - 100, so that prompt and padding take part.
 
     Example:
         >>> undial(torch.zeros(2, 4), torch.tensor([1, -100]), torch.zeros(2, 4))
@@ -115,24 +122,29 @@ def undial(logits: Tensor, labels: Tensor, reference_logits: Tensor, beta: float
 
 @described()
 def logit_margin(logits: Tensor, labels: Tensor | None = None) -> Tensor:
-    r"""Squared margin of the largest logit over the mean one, $(\max_k z_k - \overline{z})^2$: PDU's forget loss, 0 for equal logits.
+    r"""Squared margin of the largest logit over the mean one; PDU's forget loss, 0 for equal logits.
+
+    $$(\max_k z_k - \overline{z})^2$$
 
     Args:
         logits: ``[N, V]``, any floating-point type.
-        labels: ``[N]`` integers, or None. Only whether they are -100 matters: the loss is against any confidence, right or wrong.
+        labels: ``[N]`` integers, or None. Only whether they are -100 matters: the loss is against any confidence, right
+            or wrong.
 
     Returns:
-        ``[N]``, float32 (float64 for float64 logits), one value per token; 0 with a zero gradient where the label is -100.
+        ``[N]``, float32 (float64 for float64 logits), one value per token; 0 with a zero gradient where the label is
+        -100.
 
     Raises:
         ValueError: If the shapes are not ``[N, V]`` and ``[N]``.
         TypeError: If the labels are not integers, or the logits not of a floating-point type.
 
-    Gradient row: $2 m (e_k - 1/V)$, with $m$ the margin and $k$ the place of the largest logit, the first of equals. Cost: one pass; two
-    numbers per row are kept for the backward pass.
+    Gradient row: $2 m (e_k - 1/V)$, with $m$ the margin and $k$ the place of the largest logit, the first of equals.
+    Cost: one pass; two numbers per row are kept for the backward pass.
 
-    Source: PDU (primal-dual unlearning, 2506.05314) in open-unlearning; `DualVariable` is its other half. Difference from the authors'
-    code: their mask is not shifted, so that it selects the rows at the answer tokens instead of those that predict them (`answer_tokens`).
+    Source: PDU (primal-dual unlearning, 2506.05314) in open-unlearning; `DualVariable` is its other half. Difference
+    from the authors' code: their mask is not shifted, so that it selects the rows at the answer tokens instead of those
+    that predict them (`answer_tokens`).
 
     Example:
         >>> logit_margin(torch.tensor([[4.0, 1.0, 1.0], [5.0, 5.0, 5.0]]))
@@ -157,7 +169,8 @@ class _Margin(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, valid: Tensor | None) -> Tensor:
         margins = logits.new_empty(len(logits), dtype=float_type(logits.dtype))
         for rows, room in blocks(logits):
-            # The mean of the differences, none of which is positive: the mean of logits near 1e4 is exact to three decimals only.
+            # The mean of the differences, none of which is positive: the mean of logits near 1e4 is exact to three
+            # decimals only.
             margins[rows] = shifted(logits[rows], room[0])[0].mean(1).neg_()
         ctx.save_for_backward(logits.argmax(1, keepdim=True), valid)
         ctx.shape, ctx.dtype = logits.shape, logits.dtype

@@ -1,9 +1,11 @@
-r"""Losses with one value per sequence, all $-\frac{2}{\beta} \log\sigma(\beta x)$ of one number $x$ that grows as a sequence is forgotten.
+r"""Losses with one value per sequence, functions of one number $x$ that grows as the sequence is forgotten.
 
-They take negative log-likelihoods (nll) that are summed over a sequence's answer tokens, so that their gradient is a sum over those
-tokens and not a mean. Where nothing has been forgotten yet, the gradient of `npo` is about T times that of the mean `gradient_ascent`, T the
-number of answer tokens, and the entries of a Gram matrix are about T squared times as large. Be aware of that when you combine a loss per
-sequence with a mean per token.
+$$-\frac{2}{\beta} \log\sigma(\beta x)$$
+
+They take negative log-likelihoods (nll) that are summed over a sequence's answer tokens, so that their gradient is a
+sum over those tokens and not a mean. Where nothing has been forgotten yet, the gradient of `npo` is about T times that
+of the mean `gradient_ascent`, T the number of answer tokens, and the entries of a Gram matrix are about T squared times
+as large. Be aware of that when you combine a loss per sequence with a mean per token.
 
 Example:
     A batch of two sequences, from logits to a loss:
@@ -25,16 +27,19 @@ __all__ = ["npo", "simnpo", "dpo"]  # noqa: RUF022 (in the order of the table `S
 
 
 def npo(nll: Tensor, reference_nll: Tensor, beta: float = 0.1) -> Tensor:
-    r"""Negative preference optimisation: $-\frac{2}{\beta}\log\sigma(\beta D)$, with $D$ = nll - reference nll of a forget sequence.
+    r"""Negative preference optimisation (NPO) of a forget sequence.
+
+    $$-\frac{2}{\beta}\log\sigma(\beta D), \quad D = \mathrm{nll} - \mathrm{nll_{reference}}$$
 
     The loss falls towards its lower bound 0 as the model's likelihood of the sequence falls below the reference's.
 
     Args:
-        nll: ``[B]`` nats, the model's negative log-likelihood summed over each sequence's answer tokens (`sequence_sum`).
-        reference_nll: ``[B]`` nats, the same for the model before unlearning (a second model, the model with its adapter switched off, or
-            numbers from a file); a constant, whatever graph it carries.
-        beta: Inverse temperature, > 0. The paper and open-unlearning's configuration use 0.1 (its class 1). For beta -> 0 the gradient
-            becomes that of gradient ascent.
+        nll: ``[B]`` nats, the model's negative log-likelihood summed over each sequence's answer tokens
+            (`sequence_sum`).
+        reference_nll: ``[B]`` nats, the same for the model before unlearning (a second model, the model with its
+            adapter switched off, or numbers from a file); a constant, whatever graph it carries.
+        beta: Inverse temperature, > 0. The paper and open-unlearning's configuration use 0.1 (its class 1). For beta ->
+            0 the gradient becomes that of gradient ascent.
 
     Returns:
         ``[B]``, float32 (float64 if an input is), one value per sequence; take the mean for the paper's loss.
@@ -43,9 +48,9 @@ def npo(nll: Tensor, reference_nll: Tensor, beta: float = 0.1) -> Tensor:
         ValueError: If the shapes are not the same ``[B]``, or beta is not positive.
         TypeError: If an input is not of a floating-point type.
 
-    Gradient by nll: $-2\,\sigma(-\beta D)$, between -2 and 0. It is -1 at the start, where $D = 0$, and goes to 0 as the sequence is
-    forgotten. It is as large as that of ascent on the sum of the tokens, about T times that of ascent on their mean. A sequence without
-    answer tokens (nll 0) has the constant value $2 \log(2) / \beta$ and no gradient.
+    Gradient by nll: $-2\,\sigma(-\beta D)$, between -2 and 0. It is -1 at the start, where $D = 0$, and goes to 0 as
+    the sequence is forgotten. It is as large as that of ascent on the sum of the tokens, about T times that of ascent
+    on their mean. A sequence without answer tokens (nll 0) has the constant value $2 \log(2) / \beta$ and no gradient.
 
     Source: NPO (2404.05868); open-unlearning's ``compute_dpo_loss`` without a winner, with the same value and gradient.
 
@@ -58,26 +63,32 @@ def npo(nll: Tensor, reference_nll: Tensor, beta: float = 0.1) -> Tensor:
 
 
 def simnpo(nll: Tensor, lengths: Tensor, beta: float = 4.5, delta: float = 0.0) -> Tensor:
-    r"""Simple NPO, without a reference model: $-\frac{2}{\beta}\log\sigma(\beta(\mathrm{nll}/T - \delta))$, with T answer tokens.
+    r"""Simple NPO, without a reference model; $T$ is the number of answer tokens.
+
+    $$-\frac{2}{\beta}\log\sigma(\beta(\mathrm{nll}/T - \delta))$$
 
     Args:
-        nll: ``[B]`` nats, summed over each sequence's answer tokens (`sequence_sum`). This function divides by their number.
+        nll: ``[B]`` nats, summed over each sequence's answer tokens (`sequence_sum`). This function divides by their
+            number.
         lengths: ``[B]``, the number of those tokens (`answer_lengths`, with the same ``skip_first``).
-        beta: Inverse temperature, > 0; open-unlearning's configuration uses 4.5 (its class 1), with 0.125 as the forget loss's weight.
-        delta: Mean nll in nats at which the gradient has half its largest size. The paper's margin is gamma = beta * delta.
+        beta: Inverse temperature, > 0; open-unlearning's configuration uses 4.5 (its class 1), with 0.125 as the forget
+            loss's weight.
+        delta: Mean nll in nats at which the gradient has half its largest size. The paper's margin is gamma = beta *
+            delta.
 
     Returns:
         ``[B]``, float32 (float64 if nll is), one value per sequence.
 
     Raises:
-        ValueError: If the shapes are not the same ``[B]``, if beta is not positive, or if a length is not: a sequence whose answer was cut
-            off has no mean. The check of the lengths waits for the device once.
+        ValueError: If the shapes are not the same ``[B]``, if beta is not positive, or if a length is not: a sequence
+            whose answer was cut off has no mean. The check of the lengths waits for the device once.
         TypeError: If nll is not of a floating-point type.
 
-    Gradient by nll: $-2\,\sigma(-\beta(\mathrm{nll}/T - \delta)) / T$, so that every sequence has the same weight, however long.
+    Gradient by nll: $-2\,\sigma(-\beta(\mathrm{nll}/T - \delta)) / T$, so that every sequence has the same weight,
+    however long.
 
-    Source: SimNPO (2410.07163). Difference from open-unlearning's code: it counts lengths before the shift, so that a label
-    at position 0, which nothing predicts, adds 1 to the length; and an empty answer gives NaN.
+    Source: SimNPO (2410.07163). Difference from open-unlearning's code: it counts lengths before the shift, so that a
+    label at position 0, which nothing predicts, adds 1 to the length; and an empty answer gives NaN.
 
     Example:
         >>> simnpo(torch.tensor([6.0, 6.0]), torch.tensor([3, 6]))
@@ -101,11 +112,13 @@ def dpo(
     reference_rejected_nll: Tensor,
     beta: float = 0.1,
 ) -> Tensor:
-    r"""Direct preference optimisation of one answer over another: $-\frac{2}{\beta}\log\sigma(\beta(D_r - D_c))$.
+    r"""Direct preference optimisation of one answer over another.
 
-    $D$ = nll - reference nll, of the chosen answer ($c$) and of the rejected one ($r$). If the chosen answer is a refusal ("I don't know")
-    and the rejected one is the answer to forget, this is IdkDPO. IdkNLL needs no function of its own: it is `cross_entropy` of the refusals
-    and of the retain set.
+    $$-\frac{2}{\beta}\log\sigma(\beta(D_r - D_c)), \quad D = \mathrm{nll} - \mathrm{nll_{reference}}$$
+
+    $D$ is taken of the chosen answer ($c$) and of the rejected one ($r$). If the chosen answer is a
+    refusal ("I don't know") and the rejected one is the answer to forget, this is IdkDPO. IdkNLL needs no function of
+    its own: it is `cross_entropy` of the refusals and of the retain set.
 
     Args:
         chosen_nll: ``[B]`` nats, summed over the tokens of each chosen answer (`sequence_sum`).
@@ -121,10 +134,11 @@ def dpo(
         ValueError: If the shapes are not the same ``[B]``, or beta is not positive.
         TypeError: If an input is not of a floating-point type.
 
-    Gradient: $2 s$ by the chosen nll and $-2 s$ by the rejected one, with $s = \sigma(-\beta(D_r - D_c))$. If $D_c = 0$, this is `npo`.
+    Gradient: $2 s$ by the chosen nll and $-2 s$ by the rejected one, with $s = \sigma(-\beta(D_r - D_c))$. If
+    $D_c = 0$, this is `npo`.
 
-    Source: DPO (2305.18290), equation 7, and TOFU (2401.06121) for refusals. Difference from DPO: the factor 2 / beta (DPO has 1), which
-    open-unlearning uses to match NPO. Multiply by beta / 2 for the standard loss.
+    Source: DPO (2305.18290), equation 7, and TOFU (2401.06121) for refusals. Difference from DPO: the factor 2 / beta
+    (DPO has 1), which open-unlearning uses to match NPO. Multiply by beta / 2 for the standard loss.
 
     Example:
         >>> dpo(*torch.tensor([[3.0], [9.0], [5.0], [2.0]]), beta=1.0)  # the refusal gained 2 nats, the answer lost 7
@@ -144,7 +158,8 @@ def dpo(
 def _bounded(distance: Tensor, beta: float) -> Tensor:
     if not beta > 0:
         raise ValueError(f"beta: expected a number > 0, found {beta}; gradient_ascent is the limit of a vanishing beta")
-    # Not softplus(-x), which torch replaces by its argument beyond 20: logsigmoid is exact to the last digit on both sides.
+    # Not softplus(-x), which torch replaces by its argument beyond 20: logsigmoid is exact to the last digit on both
+    # sides.
     return (-2.0 / beta) * functional.logsigmoid(beta * distance)
 
 

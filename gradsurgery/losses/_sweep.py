@@ -12,7 +12,8 @@ from gradsurgery.losses._chunk import Task, chunks, kind, values_
 
 # Logits held at once, in bytes. On a CPU small chunks stay near the caches; a GPU needs large products.
 _BYTES = {"cpu": 64 << 20, "accelerator": 256 << 20}
-# Adding to a half-precision weight gradient rounds it every time, and on a CPU takes as long as the product: few, large chunks.
+# Adding to a half-precision weight gradient rounds it every time, and on a CPU takes as long as the product: few, large
+# chunks.
 _BYTES_HALF_TRAINABLE = {"cpu": 512 << 20, "accelerator": 1 << 30}
 # With a frozen head nothing but the logits takes memory. More rows save little time, and fewer make the products slow.
 _FROZEN_CPU_ROWS = (64, 128)
@@ -41,7 +42,7 @@ class _Gradients(NamedTuple):
 
 
 class Linear(torch.autograd.Function):
-    """Values ``[N]``. Their gradients are computed in the forward pass, those of the mean, or all in the backward pass."""
+    """Values ``[N]``. The gradients of their mean come from the forward pass, or all gradients from the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, task: Task) -> Tensor:
@@ -81,8 +82,8 @@ class Linear(torch.autograd.Function):
         if of_hidden is not None:  # always a new tensor: a second backward pass must find the old one unchanged
             of_hidden = of_hidden.clone() if mean else (of_hidden * factor[:, None]).to(of_hidden.dtype)
         of_weight, of_bias = known.weight, known.bias
-        # Given to the caller, or freed before it is computed again, so that only one [V, H] exists. A second backward pass
-        # computes its own.
+        # Given to the caller, or freed before it is computed again, so that only one [V, H] exists. A second backward
+        # pass computes its own.
         ctx.gradients = known = _Gradients(known.hidden, None, None)
         if needs.weight or needs.bias:
             if (of_weight is None and of_bias is None) or not (same or bool((outer == outer[:1]).all())):

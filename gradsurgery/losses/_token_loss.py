@@ -29,16 +29,19 @@ def token_loss(
     *, runner_up: bool
 ) -> Callable[[Callable[Concatenate[Tensor, Tensor, P], Tensor]], Callable[Concatenate[Tensor, Tensor, P], Tensor]]: ...
 def token_loss(function: Callable[..., Tensor] | None = None, /, *, runner_up: bool = False) -> Any:
-    r"""Make a loss of logits ``[N, V]`` and labels ``[N]`` from a function of the labels' log-odds $d = \log(p_y / (1 - p_y))$, ``[N]``.
+    r"""Make a loss of logits ``[N, V]`` and labels ``[N]`` from a function of the labels' log-odds, ``[N]``.
 
-    Autograd differentiates the function, on N numbers only. Detach in it what must not be differentiated, for example a weight. The loss
-    checks its arguments, computes half-precision logits in float32, and gives 0 with a zero gradient where the label is -100. `linear`
-    applies it without ever holding ``[N, V]``.
+    $$d = \log(p_y / (1 - p_y))$$
+
+    Autograd differentiates the function, on N numbers only. Detach in it what must not be differentiated, for example a
+    weight. The loss checks its arguments, computes half-precision logits in float32, and gives 0 with a zero gradient
+    where the label is -100. `linear` applies it without ever holding ``[N, V]``.
 
     Args:
-        function: Log-odds ``[N]`` (float32, or float64 for float64 logits) and options by keyword -> values ``[N]``, elementwise.
-        runner_up: Whether the function takes a second tensor: the log-odds of the likeliest token other than the label, the first of
-            equals.
+        function: Log-odds ``[N]`` (float32, or float64 for float64 logits) and options by keyword -> values ``[N]``,
+            elementwise.
+        runner_up: Whether the function takes a second tensor: the log-odds of the likeliest token other than the label,
+            the first of equals.
 
     Returns:
         The loss: ``(logits, labels, **options)`` -> ``[N]``.

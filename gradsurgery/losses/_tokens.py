@@ -1,6 +1,8 @@
-r"""Losses with one value per token. Each function here maps the labels' log-odds $d$ to values; `token_loss` makes the loss of it.
+r"""Losses with one value per token.
 
-A new loss is one function here and its name in ``__all__``: the table `LOSSES`, `linear` and the package's names follow.
+Each function here maps the labels' log-odds $d$ to values, and `token_loss` makes a loss of it.
+A new loss is one function here and its name in ``__all__``: the table `LOSSES`, `linear` and the package's names
+follow.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ def cross_entropy(odds: Tensor) -> Tensor:  # noqa: D417 (the decorator makes lo
         ValueError: If the shapes are not ``[N, V]`` and ``[N]``, or V < 2.
         TypeError: If the labels are not integers.
 
-    Gradient row: $p - e_y$. Cost: one float copy of the logits for the backward pass; `linear` holds none. Arguments, shapes, errors and
-    cost are the same for all losses per token.
+    Gradient row: $p - e_y$. Cost: one float copy of the logits for the backward pass; `linear` holds none. Arguments,
+    shapes, errors and cost are the same for all losses per token.
 
     Example:
         >>> cross_entropy(torch.tensor([[0.0, 0.0], [2.0, 0.0]]), torch.tensor([0, -100]))
@@ -51,8 +53,8 @@ def cross_entropy(odds: Tensor) -> Tensor:  # noqa: D417 (the decorator makes lo
 def gradient_ascent(odds: Tensor) -> Tensor:
     r"""Log-likelihood of each label, $\log p_y$: minimising it raises the cross-entropy without bound.
 
-    Gradient row: $e_y - p$, which vanishes on a memorised token and is largest on a forgotten one. Arguments, shapes and errors as
-    `cross_entropy`. Source: "GradAscent" of TOFU (2401.06121) and open-unlearning.
+    Gradient row: $e_y - p$, which vanishes on a memorised token and is largest on a forgotten one. Arguments, shapes
+    and errors as `cross_entropy`. Source: "GradAscent" of TOFU (2401.06121) and open-unlearning.
 
     Example:
         >>> gradient_ascent(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
@@ -65,14 +67,15 @@ def gradient_ascent(odds: Tensor) -> Tensor:
 def ceu(odds: Tensor) -> Tensor:
     r"""CE-U: cross-entropy against the model's own distribution with the label's logit at minus infinity.
 
-    Computed as $-\log(1 - p_y) = \mathrm{softplus}(d)$, which has exactly CE-U's gradient. The gradient row is $p - q$, $q$ the softmax
-    without the label: $p_y$ at the label and $-p_i\, p_y / (1 - p_y)$ elsewhere. Its 1-norm is $2 p_y$, largest where the model is most
-    confident and 0 once it has forgotten.
+    Computed as $-\log(1 - p_y) = \mathrm{softplus}(d)$, which has exactly CE-U's gradient. The gradient row is $p - q$,
+    $q$ the softmax without the label: $p_y$ at the label and $-p_i\, p_y / (1 - p_y)$ elsewhere. Its 1-norm is $2 p_y$,
+    largest where the model is most confident and 0 once it has forgotten.
 
-    Source: CE-U (2503.01224). Difference from the authors' code: its value is larger by the entropy of $q$, a constant for the gradient;
-    its gradient, a difference of two softmaxes, is rounding noise for forgotten tokens. Unlikelihood training has the same loss
-    (`unlikelihood`). The paper skips the first answer token: ``answer_tokens(..., skip_first=1)``. The loss does nothing for retention:
-    combine it with surgery or a retain loss. Arguments, shapes and errors as `cross_entropy`.
+    Source: CE-U (2503.01224). Difference from the authors' code: its value is larger by the entropy of $q$, a constant
+    for the gradient; its gradient, a difference of two softmaxes, is rounding noise for forgotten tokens. Unlikelihood
+    training has the same loss (`unlikelihood`). The paper skips the first answer token:
+    ``answer_tokens(..., skip_first=1)``. The loss does nothing for retention: combine it with surgery or a retain loss.
+    Arguments, shapes and errors as `cross_entropy`.
 
     Example:
         >>> ceu(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
@@ -85,8 +88,8 @@ def ceu(odds: Tensor) -> Tensor:
 def unlikelihood(odds: Tensor) -> Tensor:
     r"""Unlikelihood: $-\log(1 - p_y)$, with the same value and gradient as `ceu`; see there for the reason.
 
-    Source: unlikelihood training (1908.04319), equation 4, with the label as the only negative candidate. Unlikelihood training counts
-    every answer token, while CE-U skips the first. Arguments, shapes and errors as `cross_entropy`.
+    Source: unlikelihood training (1908.04319), equation 4, with the label as the only negative candidate. Unlikelihood
+    training counts every answer token, while CE-U skips the first. Arguments, shapes and errors as `cross_entropy`.
 
     Example:
         >>> unlikelihood(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
@@ -97,13 +100,14 @@ def unlikelihood(odds: Tensor) -> Tensor:
 
 @token_loss
 def weighted_gradient_ascent(odds: Tensor, *, beta: float = 1.0) -> Tensor:
-    r"""Gradient ascent that stops pushing forgotten tokens: $p_y^\beta \log p_y$, with the weight $p_y^\beta$ a constant.
+    r"""Gradient ascent that lets go of forgotten tokens: $p_y^\beta \log p_y$, with the weight $p_y^\beta$ a constant.
 
-    Gradient row: $p_y^\beta (e_y - p)$. The weights are not normalised; open-unlearning takes the mean over the tokens that count
-    (`token_mean`).
+    Gradient row: $p_y^\beta (e_y - p)$. The weights are not normalised; open-unlearning takes the mean over the tokens
+    that count (`token_mean`).
 
-    Source: WGA of the G-effect paper (2502.19301); beta is 1 in open-unlearning, 5 in the authors' code when unset, and 0.1 in GRU's
-    configuration. Arguments, shapes and errors as `cross_entropy`; beta any number, 0 gives `gradient_ascent`.
+    Source: WGA of the G-effect paper (2502.19301); beta is 1 in open-unlearning, 5 in the authors' code when unset, and
+    0.1 in GRU's configuration. Arguments, shapes and errors as `cross_entropy`; beta any number, 0 gives
+    `gradient_ascent`.
 
     Example:
         >>> weighted_gradient_ascent(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
@@ -117,11 +121,11 @@ def weighted_gradient_ascent(odds: Tensor, *, beta: float = 1.0) -> Tensor:
 def satimp(odds: Tensor, *, beta1: float = 5.0, beta2: float = 1.0) -> Tensor:
     r"""SatImp: $p_y^{\beta_1} (1 - p_y)^{\beta_2} \log p_y$, with the weight $w$ in front of the logarithm a constant.
 
-    Its first factor vanishes on saturated (forgotten) tokens, its second on those that the model is certain of. Gradient row:
-    $w\,(e_y - p)$.
+    Its first factor vanishes on saturated (forgotten) tokens, its second on those that the model is certain of.
+    Gradient row: $w\,(e_y - p)$.
 
-    Source: SatImp in open-unlearning. Its settings file multiplies this loss by 0.1 and the retain loss by 1, while its class and its
-    page say the reverse; here the caller chooses. Arguments, shapes and errors as `cross_entropy`.
+    Source: SatImp in open-unlearning. Its settings file multiplies this loss by 0.1 and the retain loss by 1, while its
+    class and its page say the reverse; here the caller chooses. Arguments, shapes and errors as `cross_entropy`.
 
     Example:
         >>> satimp(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
@@ -136,10 +140,12 @@ def satimp(odds: Tensor, *, beta1: float = 5.0, beta2: float = 1.0) -> Tensor:
 def inverted_hinge(odds: Tensor, runner_up_odds: Tensor) -> Tensor:
     r"""Inverted hinge: $1 + p_y - \max_{v \ne y} p_v$, between 0 and 2.
 
-    As with gradient ascent, its gradient vanishes on perfectly memorised tokens. Of several likeliest other tokens the first is taken.
+    As with gradient ascent, its gradient vanishes on perfectly memorised tokens. Of several likeliest other tokens the
+    first is taken.
 
-    Source: LoKU (2408.06621), equation 4. Difference from the authors' code: the softmax is always applied, and the value is computed
-    from two log-odds, so that it is exact where $p_y$ or $p_v$ rounds to 1. Arguments, shapes and errors as `cross_entropy`.
+    Source: LoKU (2408.06621), equation 4. Difference from the authors' code: the softmax is always applied, and the
+    value is computed from two log-odds, so that it is exact where $p_y$ or $p_v$ rounds to 1. Arguments, shapes and
+    errors as `cross_entropy`.
 
     Example:
         >>> inverted_hinge(torch.tensor([[0.0, 0.0, -9.0]]), torch.tensor([0]))

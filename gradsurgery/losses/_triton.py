@@ -1,5 +1,8 @@
 # pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
-"""Triton kernels over rows of logits. One program per row reads every element once and, for the gradient, writes it once in place."""
+"""Triton kernels over rows of logits.
+
+One program per row reads every element once and, for the gradient, writes it once in place.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ def reduce(
     """One pass over rows of logits z ``[n, V]``.
 
     Returns:
-        The largest logit m of the tokens that are not the label, the sum of exp(z - m) over those tokens without the largest itself, the
-        label's logit, and the place of m; ``[n]`` each.
+        The largest logit m of the tokens that are not the label, the sum of exp(z - m) over those tokens without the
+        largest itself, the label's logit, and the place of m; ``[n]`` each.
     """
     rows, width = logits.shape
     largest, rest, label = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(3))
@@ -81,8 +84,8 @@ def _reduce(
     label = tl.load(labels + row)
     start = logits + row.to(tl.int64) * width
     lanes = tl.arange(0, BLOCK)
-    # Each lane keeps its own largest logit, its place, and the sum of the others relative to it. That takes one exponential per element,
-    # and no exchange between lanes before the end.
+    # Each lane keeps its own largest logit, its place, and the sum of the others relative to it. That takes one
+    # exponential per element, and no exchange between lanes before the end.
     top = tl.full([BLOCK], -float("inf"), tl.float32)
     where = tl.zeros([BLOCK], tl.int64)
     total = tl.zeros([BLOCK], tl.float32)

@@ -18,7 +18,8 @@ def backbone_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     Adapters stay in place in both parts.
 
     Returns:
-        None if the model does not tell its parts apart, or if they do not work without it: sharded weights, a learned prompt.
+        None if the model does not tell its parts apart, or if they do not work without it: sharded weights, a learned
+        prompt.
     """
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return None  # FSDP gathers its shards in the outermost forward, which a call of a part alone would bypass
@@ -35,10 +36,10 @@ def backbone_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
 def gives_logits(
     model: nn.Module, backbone: nn.Module, head: Callable[[Tensor], Tensor], inputs: Mapping[str, Tensor]
 ) -> bool:
-    """Whether a head of the backbone's last hidden states gives the model's logits, tried on the first tokens of one row.
+    """Whether a head of the backbone's last hidden states gives the model's logits, tried on a few tokens.
 
-    Some families scale or cap their logits after the head (Gemma 2, Cohere, Granite), some rule out tokens, and a wrapper may mix two
-    models. The trial finds out, so that no list of such models has to be kept.
+    Some families scale or cap their logits after the head (Gemma 2, Cohere, Granite), some rule out tokens, and a
+    wrapper may mix two models. The trial finds out, so that no list of such models has to be kept.
 
     Args:
         model: The model, in evaluation mode and without gradients, so that dropout does not tell the two apart.
@@ -52,9 +53,9 @@ def gives_logits(
     found = head(hidden)
     exact = expected.dtype in (torch.float32, torch.float64) and hidden.dtype == expected.dtype
     # The logits are compared and not a loss of them, because a token that a family rules out may change no loss. The
-    # tolerance is relative to their spread, which the size of a model's logits does not change: 1e-4 is far above float32
-    # rounding and far below a cap or a scale that matters, and 2e-2 leaves room for half-precision rounding. Ruled-out
-    # tokens with a logit of minus infinity do not count: with an infinite tolerance everything would agree.
+    # tolerance is relative to their spread, which the size of a model's logits does not change: 1e-4 is far above
+    # float32 rounding and far below a cap or a scale that matters, and 2e-2 leaves room for half-precision rounding.
+    # Ruled-out tokens with a logit of minus infinity do not count: with an infinite tolerance everything would agree.
     finite = expected.float()[expected.isfinite()]
     spread = float(finite.amax() - finite.amin()) if len(finite) else 0.0
     tolerance = (1e-4 if exact else 2e-2) * spread

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,8 @@ from lightning_modules.evaluation.heads import backbone_and_head, gives_logits
 # Rows of logits held at once, in float32: 0.5 GB with a vocabulary of 128,000.
 _HEAD_ROWS = 1024
 
-# Logits `[rows, vocabulary]` in float32, labels `[rows]` and the place of each row's example, int64 `[rows]` on the CPU
-# -> tensors `[rows]`, one number a token each.
+# Logits `[rows, vocabulary]` in float32, labels `[rows]`, and for each row the place of its example in the list, int64
+# `[rows]` on the CPU -> tensors `[rows]`, one number per token each.
 Summary = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 # A batch -> the logits that predict its labelled tokens, with those labels, some rows at a time.
 _Rows = Callable[[dict[str, Tensor]], Iterator[tuple[Tensor, Tensor]]]
@@ -33,10 +32,10 @@ def answer_nll(
 ) -> Tensor:
     r"""Returns the mean token negative log-likelihood of each answer given its question, eos counted, in nats.
 
-    .. math:: \mathrm{nll}_i = -\frac{1}{T_i} \sum_t \log p(\mathrm{token}_{it} \mid \mathrm{tokens\ before})
+    $$\mathrm{nll}_i = -\frac{1}{T_i} \sum_t \log p(\mathrm{token}_{it} \mid \mathrm{tokens\ before})$$
 
-    without dropout, as a float32 log-softmax whatever the model's dtype. Where the model has a backbone and a head, the
-    head sees the answer positions only: `[answer tokens, vocabulary]` is never larger than 1024 rows.
+    There is no dropout, and the log-softmax is taken in float32 whatever the model's dtype. If the model splits into a
+    backbone and a head, the head sees the answer positions only, at most 1024 rows at a time.
 
     Args:
         model: a causal language model, on any device and in any dtype.
@@ -130,7 +129,10 @@ def _on_device(model: nn.Module, encoded: list[Encoded], pad_token_id: int) -> d
 
 
 def _answer_rows(model: nn.Module, encoded: Sequence[Encoded], pad_token_id: int) -> _Rows:
-    """Returns batch -> logits at answer positions: backbone, then head on those alone, where that is the model."""
+    """Returns a function from a batch to the logits at its answer positions.
+
+    If backbone and head alone are the model, only the answer positions go through the head.
+    """
 
     def plain(batch: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         labels = batch["labels"][:, 1:]

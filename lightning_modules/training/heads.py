@@ -17,7 +17,7 @@ Batch = Mapping[str, Tensor]
 
 
 class States(NamedTuple):
-    """What a loss is computed from: hidden states ``[B, T, H]`` with their head, or logits ``[B, T, V]`` without one."""
+    """What a loss is computed from: hidden states ``[B, T, H]`` and their head, or logits ``[B, T, V]`` and None."""
 
     values: Tensor
     head: gs.losses.Head | None
@@ -26,10 +26,10 @@ class States(NamedTuple):
 class AnswerHead:
     """The model in two parts, backbone and head, so that only answer tokens go through the head.
 
-    The logits of all tokens, ``[B, T, V]``, are then never held. A Hugging Face model whose head is a plain `nn.Linear` is split; how its
-    logits are scaled and capped (Gemma 2, Cohere, Granite) is read from its configuration. On the first batch both ways are compared on a
-    few tokens. Any other model computes its own logits, and a warning says so once: FSDP's shards, adapters in the head, or a
-    family that computes its logits in another way.
+    The logits of all tokens, ``[B, T, V]``, are then never held. A Hugging Face model whose head is a plain `nn.Linear`
+    is split; how its logits are scaled and capped (Gemma 2, Cohere, Granite) is read from its configuration. On the
+    first batch both ways are compared on a few tokens. Any other model computes its own logits, and a warning says so
+    once: FSDP's shards, adapters in the head, or a family that computes its logits in another way.
 
     Args:
         model: Maps `input_ids` and `attention_mask` to an output with `logits [B, T, V]`.
@@ -113,7 +113,8 @@ def answer_values(
         states: Of the model.
         labels: `[B, T]`.
         skip_first: Answer tokens left out at the start of each answer.
-        reference: States of the reference model, with a head if `states` has one; only for a loss that compares with them.
+        reference: States of the reference model, with a head if `states` has one; only for a loss that compares with
+            them.
         again: Whether the values will be weighted token by token, so that the gradients are made in the backward pass.
     """
     values, tokens = gs.losses.answer_tokens(states.values, labels, skip_first=skip_first)
