@@ -116,7 +116,7 @@ def test_a_loss_with_its_head_is_that_of_the_cpu(
     found = []
     for device in ("cpu", "cuda"):
         h, w = hidden.to(device).requires_grad_(), weight.to(device).requires_grad_()
-        values = gs.losses.linear(h, w, labels.to(device), name, softcap=softcap, chunk_size=64)
+        values = gs.losses.linear(h, gs.losses.Head(w, softcap=softcap), labels.to(device), name, chunk_size=64)
         (values @ upstream.to(device)).backward()
         found.append([values.detach().cpu().double(), h.grad.cpu().double(), w.grad.cpu().double()])
     for one, other in zip(*found, strict=True):

@@ -1,6 +1,7 @@
-"""The row kernel's door: log-odds and gradients of rows of logits in place, by Triton where there is a GPU.
+"""Log-odds of rows of logits, and their gradients in place, by Triton kernels where there is a GPU.
 
-Where this is not usable, `reduce_` and `gradient` of `_log_odds` do the same in plain PyTorch; they are its oracle.
+Where the kernels are not `usable`, ``reduce_`` and ``gradient`` of `_log_odds` do the same in plain PyTorch. The tests
+compare the two.
 """
 
 from __future__ import annotations
@@ -18,16 +19,21 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Statistics(NamedTuple):
-    """Of rows of logits, each ``[n]`` and float32; m is the largest logit that is not the label's.
+    """What the gradient needs of rows of logits, tensors ``[n]`` in float32.
+
+    m is the largest logit that is not the label's.
 
     Attributes:
         own: Log-odds of the label.
         other: Log-odds of the runner-up.
         largest: m.
-        runner_up: Its index, the first of equals.
+        runner_up: The token with the logit m, the first of equals.
         label: z_y - m.
-        total: log of the sum of exp(z - m) over all but the label.
+        total: log of the sum of exp(z - m) over all tokens but the label.
         other_total: The same over all but the runner-up.
+        labels: The labels, as `reduce` was given them.
+        scale: As `reduce` was given it.
+        softcap: As `reduce` was given it.
     """
 
     own: Tensor
@@ -37,58 +43,60 @@ class Statistics(NamedTuple):
     label: Tensor
     total: Tensor
     other_total: Tensor
+    labels: Tensor
+    scale: float
+    softcap: float | None
 
 
 def usable(logits: Tensor) -> bool:
     """Whether the kernels can take these rows."""
-    # The environment first: on a CPU nobody shall wait for an import of Triton.
+    # Looked at first, so that nobody with a CPU waits for an import of Triton.
     if not (logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         return False
     return logits.dtype in _TYPES and logits.is_contiguous() and _kernels() is not None
 
 
 def reduce(logits: Tensor, labels: Tensor, scale: float, softcap: float | None) -> Statistics:
-    """One pass over ``[n, V]`` raw logits; they are scaled, capped and computed in float32 as they are read, and stay as they are."""
-    kernels = _kernels()
-    if kernels is None:
-        raise RuntimeError("expected Triton, which is not installed; `usable` tells")
-    largest, rest, label, runner_up = kernels.reduce(logits, labels, scale, softcap)
+    """Read ``[n, V]`` raw logits once, scaled, capped and in float32 as they are read; they are not changed."""
+    largest, rest, label, runner_up = _required().reduce(logits, labels, scale, softcap)
     log_rest, label = rest.log(), label - largest
     total, other_total = log1p_exp(log_rest), torch.logaddexp(log_rest, label)
-    return Statistics(label - total, -other_total, largest, runner_up, label, total, other_total)
+    return Statistics(
+        label - total, -other_total, largest, runner_up, label, total, other_total, labels, scale, softcap
+    )
 
 
-def gradient_(
-    logits: Tensor,
-    labels: Tensor,
-    found: Statistics,
-    own: Tensor,
-    other: Tensor | None,
-    scale: float,
-    softcap: float | None,
-) -> None:
-    """Overwrite raw logits by the gradient of ``own * d_y + other * d_v`` with respect to them."""
+def gradient_(logits: Tensor, statistics: Statistics, own: Tensor, other: Tensor | None) -> None:
+    """Overwrite raw logits by the gradient of ``own * d_y + other * d_v`` with respect to them.
+
+    Args:
+        logits: ``[n, V]``, those that `reduce` has read.
+        statistics: What `reduce` returned.
+        own: ``[n]``, the slope by the labels' log-odds.
+        other: ``[n]``, the slope by the runners-up's log-odds, or None.
+    """
+    own = own.contiguous()  # the kernel reads number n at place n, and a slope may be an expanded tensor
+    other = None if other is None else other.contiguous()
+    at_label, at_runner_up = own, -own * (-statistics.total).exp()
+    if other is not None:
+        at_label = at_label - other * (statistics.label - statistics.other_total).exp()
+        at_runner_up = at_runner_up + other
+    _required().gradient_(
+        logits,
+        statistics.largest,
+        # Exponents instead of factors: the factor of a runner-up that is nearly certain would overflow.
+        (statistics.total, own),
+        None if other is None else (statistics.other_total, other),
+        ((statistics.labels, at_label), (statistics.runner_up, at_runner_up)),
+        (statistics.scale, statistics.softcap),
+    )
+
+
+def _required() -> Any:
     kernels = _kernels()
     if kernels is None:
         raise RuntimeError("expected Triton, which is not installed; `usable` tells")
-    own = own.contiguous()  # the kernel reads number n at n, and a slope may be an expanded one
-    other = None if other is None else other.contiguous()
-    at_label, at_runner_up = own, -own * (-found.total).exp()
-    if other is not None:
-        at_label = at_label - other * (found.label - found.other_total).exp()
-        at_runner_up = at_runner_up + other
-    # Exponents and not factors: a factor overflows for a runner-up that is nearly certain.
-    kernels.gradient_(
-        logits,
-        labels,
-        found.runner_up,
-        found.largest,
-        (found.total, own),
-        None if other is None else (found.other_total, other),
-        (at_label, at_runner_up),
-        scale,
-        softcap,
-    )
+    return kernels
 
 
 @cache

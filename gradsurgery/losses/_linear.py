@@ -2,75 +2,72 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from gradsurgery.gram import dtensor_type
-from gradsurgery.losses._log_odds import check_integers
-from gradsurgery.losses._sweep import Head, Linear, Reference
-from gradsurgery.losses._table import RowLoss, as_row_loss, row_loss_by_name, takes_reference
+from gradsurgery.losses._checks import check_integers
+from gradsurgery.losses._chunk import Task
+from gradsurgery.losses._head import Head, Reference
+from gradsurgery.losses._loss import Loss
+from gradsurgery.losses._sweep import Linear
+from gradsurgery.losses._table import as_row_loss
 
 
 def linear(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Head,
     labels: Tensor,
-    loss: str | RowLoss = "cross_entropy",
+    loss: str | Callable[..., Tensor] | Loss = "cross_entropy",
     bias: Tensor | None = None,
     chunk_size: int | None = None,
-    *,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    reference_hidden: Tensor | None = None,
-    reference_weight: Tensor | None = None,
-    reference_bias: Tensor | None = None,
-    recompute: bool = False,
 ) -> Tensor:
-    r"""A loss of the logits ``hidden @ weight.T + bias`` that never holds them all: the value and gradients of the plain loss.
+    r"""A loss of hidden states and a head: value and gradients of the plain loss, without ever holding all logits.
 
-    .. math:: \ell_n = L(c \tanh(s (W h_n + b)/c), y_n)
+    $$\ell_n = L(W h_n + b,\, y_n)$$
 
-    Tokens whose label is -100 are left out before the head; the others go through it chunk by chunk. The gradients with respect to
-    hidden states, weight and bias are made in the same pass (three matrix products; two with a frozen head), as if the values' mean were
-    to be taken. A backward pass that brings the same number for every token, as a mean or a sum does, at most scales them. One with a
-    weight per token is as right: hidden states' gradients are scaled row by row, and a trainable weight's is computed again (two products
-    more). ``recompute=True``, for losses that are made of the values afterwards (`npo`, `simnpo`, `dpo`), leaves all of it to the
-    backward pass: four products, and nothing held meanwhile but the inputs.
+    Tokens whose label is -100 are left out before the head; the others go through it chunk by chunk. The gradients with
+    respect to hidden states, weight and bias are computed in the same pass: three matrix products, or two with a frozen
+    head. They are computed for the mean of the values. A backward pass that weighs every token alike, as a mean or a
+    sum does, at most scales them. With a weight per token the result is as right, but costs more: the gradients of the
+    hidden states are scaled row by row, and the gradient of a trainable weight is computed again (two more products).
+    ``Loss.of(loss, recompute=True)`` leaves all gradients to the backward pass, which is cheaper for losses computed
+    from the values afterwards (`npo`, `simnpo`, `dpo`): four products, and nothing but the inputs is held until then.
 
     Args:
-        hidden: ``[N, H]``, the states that predict the labels (`answer_tokens` shifts and gathers hidden states as it does logits).
-        weight: ``[V, H]``. Its gradient is computed only if it requires one.
+        hidden: ``[N, H]``, the states that predict the labels (`answer_tokens` shifts and gathers hidden states as it
+            does logits).
+        weight: ``[V, H]``, the head's weight, or a `Head` (with its bias, scale and cap). Gradients are computed only
+            for what requires them.
         labels: ``[N]`` integers, -100 where a token does not count.
-        loss: The name of a token loss in `LOSSES` or of a row loss in `ROW_LOSSES`, one of these functions, a ``functools.partial`` of one,
-            or any function of logits ``[n, V]`` and labels ``[n]`` (and reference logits, if there are any) whose value i depends on row i
-            only.
-        bias: ``[V]`` or None.
-        chunk_size: Tokens whose logits are held at once; None chooses: on a CPU 64 to 128 with a frozen head, else 64 MiB of logits
-            (512 MiB for a trainable half-precision head, whose gradient would lose digits and time with every chunk added to it); on a GPU
-            256 MiB, or 1 GiB.
-        scale: s, by which a model family multiplies its logits (Cohere; 1/s in Granite).
-        softcap: c, at which it caps them (Gemma 2); None for no cap.
-        reference_hidden: ``[N, H']``, hidden states of the reference model, constants, for losses that need its logits (`undial`,
-            `kl_divergence`).
-        reference_weight: Its head ``[V, H']``; None: ``weight`` and ``bias``.
-        reference_bias: That head's bias ``[V]``, or None.
-        recompute: Make the gradients in the backward pass. Always so for float16, whose gradients must be scaled before they are rounded.
+        loss: The name of a loss per token in `LOSSES` or of a row loss in `ROW_LOSSES`, one of these functions, a
+            ``functools.partial`` of one, or any function of logits ``[n, V]`` and labels ``[n]`` (and of reference
+            logits, if there are any) whose value i depends on row i only. `Loss.of` binds the `Reference` that `undial`
+            and `kl_divergence` need.
+        bias: ``[V]`` or None; None if ``weight`` is a `Head`.
+        chunk_size: Tokens whose logits are held at once. None chooses: on a CPU 64 to 128 with a frozen head, else as
+            many as fill 64 MiB with logits (512 MiB for a trainable half-precision head, whose gradient would lose
+            digits and time with every chunk added to it); on a GPU 256 MiB, or 1 GiB.
 
     Returns:
         ``[N]`` float32 (float64 for float64), 0 where the label is -100.
 
     Raises:
-        ValueError: If the loss is unknown, a shape does not fit, a label is no token, or a loss of ours needs a reference and there is none
-            (or the other way round).
+        ValueError: If the loss is unknown, a shape does not fit, a label is no token, or a loss of ours needs a
+            reference and has none (or the other way round).
         RuntimeError: If a second derivative is asked for.
-        TypeError: If the types do not fit, or a tensor is sharded (a DTensor): call this where FSDP has gathered the head, or let the model
-            compute its logits.
+        TypeError: If the types do not fit, or a tensor is sharded (a DTensor): call this where FSDP has gathered the
+            head, or let the model compute its logits.
 
-    Memory: ``chunk_size x V`` logits, a block of them in float32, and the gradients; nothing of size ``[N, V]``. Under autocast
-    the products are in its type; under ``torch.compile`` it is a break in the graph.
+    Memory: ``chunk_size x V`` logits, a block of them in float32, and the gradients; nothing of size ``[N, V]``. Under
+    autocast the products are in its type; under ``torch.compile`` it breaks the graph. With float16 the gradients are
+    always computed in the backward pass, because they must be multiplied by the loss scale before they are rounded.
 
-    Difference from ``torch.nn.functional.linear_cross_entropy``: that one is cross-entropy alone, needs four products for a value per
-    token, and sends the prompt through the head too. Liger and Cut Cross-Entropy need a GPU.
+    Difference from ``torch.nn.functional.linear_cross_entropy``: that one is cross-entropy alone, needs four products
+    for a value per token, and sends the prompt through the head too. Liger and Cut Cross-Entropy need a GPU.
 
     Example:
         >>> hidden, weight = torch.eye(2).requires_grad_(), torch.zeros(5, 2, requires_grad=True)
@@ -78,9 +75,13 @@ def linear(
         >>> weight.grad[3]
         tensor([0.2000, 0.0000])
     """
-    loss = row_loss_by_name(loss) if isinstance(loss, str) else as_row_loss(loss)
-    _check(hidden, weight, labels, bias, chunk_size, softcap)
-    reference = _reference(loss, hidden, weight, bias, reference_hidden, reference_weight, reference_bias)
+    bound = as_row_loss(loss)
+    if isinstance(weight, Head) and bias is not None:
+        raise ValueError("bias: expected None beside a Head, which holds its own, found a tensor")
+    head = weight if isinstance(weight, Head) else Head(weight, bias)
+    _check(hidden, head, labels, chunk_size)
+    reference = _checked_reference(bound, hidden, head)
+    weight, bias = head.weight, head.bias
     if not torch.is_grad_enabled():
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
@@ -91,21 +92,15 @@ def linear(
         raise TypeError(
             f"expected hidden and weight of one type, found {hidden.dtype} and {weight.dtype}; convert one, or use autocast"
         )
-    head = Head(loss, scale, softcap, chunk_size, reference)
-    # What is differentiated in the forward pass is not yet multiplied by a GradScaler's scale: too small for float16.
-    recompute = recompute or hidden.dtype == torch.float16
+    # In the forward pass a gradient is not yet multiplied by a GradScaler's scale, and may be too small for float16.
+    recompute = bound.recompute or hidden.dtype == torch.float16
+    bound = dataclasses.replace(bound, reference=reference, recompute=recompute)
     with torch.autocast(hidden.device.type, enabled=False):
-        return Linear.apply(hidden, weight, bias, labels, head, recompute)
+        return Linear.apply(hidden, weight, bias, labels, Task(bound, head.scale, head.softcap, chunk_size))
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    chunk_size: int | None,
-    softcap: float | None,
-) -> None:
+def _check(hidden: Tensor, head: Head, labels: Tensor, chunk_size: int | None) -> None:
+    weight, bias = head.weight, head.bias
     _check_whole(hidden=hidden, weight=weight, bias=bias)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] < 2:
         raise ValueError(
@@ -119,41 +114,36 @@ def _check(
         raise ValueError(f"bias: expected [{len(weight)}], found {list(bias.shape)}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: expected a number of tokens >= 1, found {chunk_size}")
-    if softcap is not None and softcap <= 0.0:
-        raise ValueError(f"softcap: expected a positive number or None, found {softcap}")
+    _check_softcap(head)
 
 
-def _reference(
-    loss: RowLoss,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    other_hidden: Tensor | None,
-    other_weight: Tensor | None,
-    other_bias: Tensor | None,
-) -> Reference | None:
-    wanted = takes_reference(loss)
-    if other_hidden is None:
-        if other_weight is not None or other_bias is not None:
-            raise ValueError("reference_weight: expected reference_hidden with it, found none")
-        if wanted:
+def _check_softcap(head: Head) -> None:
+    if head.softcap is not None and head.softcap <= 0.0:
+        raise ValueError(f"softcap: expected a positive number or None, found {head.softcap}")
+
+
+def _checked_reference(loss: Loss, hidden: Tensor, head: Head) -> Reference | None:
+    """The loss's reference without a graph, in its head's type, with the model's head if it has none of its own."""
+    if loss.reference is None:
+        if loss.takes_reference:
             raise ValueError(
-                "reference_hidden: expected the reference's hidden states, which this loss compares with, found none"
+                "reference: expected the reference's hidden states, which this loss compares with, found none; bind them by "
+                "Loss.of(loss, reference=Reference(hidden, head))"
             )
         return None
-    if wanted is False:
-        raise ValueError("reference_hidden: expected None, for this loss has no reference, found a tensor")
-    _check_whole(reference_hidden=other_hidden, reference_weight=other_weight, reference_bias=other_bias)
-    if other_weight is None:
-        other_weight, other_bias = weight, bias
-    if other_hidden.shape != (len(hidden), other_weight.shape[1]) or len(other_weight) != len(weight):
+    if loss.takes_reference is False:
+        raise ValueError("reference: expected None, for this loss has no reference, found one")
+    other, own = loss.reference.hidden, loss.reference.head or head
+    _check_whole(reference_hidden=other, reference_weight=own.weight, reference_bias=own.bias)
+    _check_softcap(own)
+    if other.shape != (len(hidden), own.weight.shape[1]) or len(own.weight) != len(head.weight):
         raise ValueError(
-            f"reference: expected hidden states [{len(hidden)}, H'] and a weight [{len(weight)}, H'], found {list(other_hidden.shape)} and "
-            f"{list(other_weight.shape)}"
+            f"reference: expected hidden states [{len(hidden)}, H'] and a weight [{len(head.weight)}, H'], found {list(other.shape)} and "
+            f"{list(own.weight.shape)}"
         )
-    if other_bias is not None:
-        other_bias = other_bias.detach().to(other_weight.dtype)
-    return Reference(other_hidden.detach().to(other_weight.dtype), other_weight.detach(), other_bias)
+    weight = own.weight.detach()
+    bias = None if own.bias is None else own.bias.detach().to(weight.dtype)
+    return Reference(other.detach().to(weight.dtype), dataclasses.replace(own, weight=weight, bias=bias))
 
 
 def _check_whole(**tensors: Tensor | None) -> None:

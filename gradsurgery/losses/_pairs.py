@@ -1,11 +1,13 @@
-r"""Two distributions over the vocabulary, p and q, a block of rows at a time: their divergence, cross-entropy, and p - q.
+r"""Two distributions $p$ and $q$ over the vocabulary, one block of rows at a time: divergence, cross-entropy, $p - q$.
 
-With half the log ratio :math:`h = \tfrac12 \log(p/q)`, the difference is :math:`p - q = (p + q) \tanh h`: no digit is lost where p and q
-nearly agree, and nothing overflows where they do not. The divergence of q from p is the sum of :math:`p - q - q \log(p/q)`, no
-term of which is negative; a term is :math:`(p + q)(\tanh h - h + h \tanh h)`, with tanh h - h by its series where h is small.
+With half the log ratio $h = \tfrac12 \log(p/q)$, the difference is $p - q = (p + q) \tanh h$. No digit is lost where
+$p$ and $q$ nearly agree, and nothing overflows where they do not. The divergence of $q$ from $p$ is the sum of
+$p - q - q \log(p/q)$, no term of which is negative. A term equals $(p + q)(\tanh h - h + h \tanh h)$, with
+$\tanh h - h$ by its series where $h$ is small.
 
-On a CPU a tanh takes a quarter of an ``expm1``, arithmetic a tenth, and a choice by a mask (``where``, ``masked_fill``) as much as
-twenty of them: hence no masks where there is nothing to mask, and buffers that stay in the cache.
+On a CPU one tanh takes a quarter of the time of an ``expm1``, one addition or product a tenth, and a choice by a mask
+(``where``, ``masked_fill``) as long as twenty of those. So nothing is masked where there is nothing to mask, and the
+buffers stay in the cache.
 """
 
 from __future__ import annotations
@@ -17,17 +19,19 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from gradsurgery.losses._log_odds import float_type
+from gradsurgery.losses._checks import float_type
 
 BLOCKS = {"cpu": 2**17, "other": 2**24}
-"""Logits worked on at once, in six float32 buffers. On a CPU half a MiB each: smaller ones pay for every call, larger ones leave the second
-cache. Elsewhere a block must outlast the launch of its kernels."""
+"""Logits worked on at once, in six float32 buffers. On a CPU a buffer is half a MiB: with smaller ones the calls take
+most of the time, and larger ones do not fit into the second cache. Elsewhere a block must take longer than the launch
+of its kernels."""
 
 Room: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Six buffers ``[n, V]`` for intermediate results."""
 
 
 def blocks(logits: Tensor) -> Iterator[tuple[slice, Room]]:
-    """Slices of the rows, and room ``[n, V]`` to work on each of them in."""
+    """Slices of the rows, each with the buffers for it; all slices share the same memory."""
     rows = max(1, BLOCKS.get(logits.device.type, BLOCKS["other"]) // logits.shape[1])
     room = logits.new_empty(6, min(rows, len(logits)), logits.shape[1], dtype=float_type(logits.dtype)).unbind()
     for start in range(0, len(logits), rows):
@@ -37,14 +41,14 @@ def blocks(logits: Tensor) -> Iterator[tuple[slice, Room]]:
 
 
 class Totals(NamedTuple):
-    """What is left of a block of logits and reference logits, ``[n, 1]`` each: with it a second visit needs no reductions.
+    """Five numbers per row, ``[n, 1]`` each, that save a second `Pair` of the same rows all sums over the vocabulary.
 
     Attributes:
         top: The largest logit.
-        reference_top: That of the reference.
-        share: What p's exponentials are multiplied by to be in q's unit.
-        of_q: That unit, the sum of q's exponentials.
-        shift: Half the share's logarithm.
+        reference_top: The largest logit of the reference.
+        share: The factor from the exponentials of p to the scale of those of q: ``of_q`` / sum of p's exponentials.
+        of_q: The sum of q's exponentials.
+        shift: Half the logarithm of ``share``.
     """
 
     top: Tensor
@@ -57,14 +61,14 @@ class Totals(NamedTuple):
 class Pair:
     """A block of rows of p and q, ``[n, V]``; without a reference q is uniform.
 
-    Its questions can be asked once each, in the order in which they stand here.
+    The methods overwrite the buffers. Call each at most once, and in the order in which they are defined.
 
     Args:
-        logits: ``[n, V]``; they stay as they are.
+        logits: ``[n, V]``; they are not changed.
         reference: ``[n, V]`` or None.
-        room: What it works in.
-        lowered: Tokens ``[n]``, and what is taken off their reference logits.
-        totals: What an earlier visit of these rows found.
+        room: The buffers.
+        lowered: Tokens ``[n]``, and the number by which their reference logits are lowered.
+        totals: The ``totals`` of an earlier `Pair` of the same rows, if there was one.
     """
 
     def __init__(
@@ -96,7 +100,8 @@ class Pair:
     def cross_entropy(self) -> Tensor:
         """Sum of q (-log p), ``[n]``."""
         model, _, p, _, free, _ = self._room
-        # The fractions leave out the 1 of a token that is certain: with it the sum's logarithm would round to 0.
+        # The fractional parts leave out the 1 of a token that is certain: with it the logarithm of the sum would round
+        # to 0.
         rest = torch.frac(p, out=free).sum(1, keepdim=True)
         log_total = torch.where(self._of_p < 2.0, rest.log1p(), self._of_p.log())
         return (log_total - _sums(torch.mul(model, self._q, out=free), self._q) / self.totals.of_q).squeeze(1)
@@ -107,7 +112,8 @@ class Pair:
         self._compare()
         first = half if self._flat else torch.mul(half, self._q, out=one)
         values = _sums(first, self._q).mul_(-2.0) / self.totals.of_q
-        # Only a CPU can be asked. A sum of both signs has its last digits too where it is not small; a NaN is not large.
+        # A sum of terms of both signs is exact enough if it is large. Only on a CPU is it cheap to look; a NaN is not
+        # large.
         if half.device.type == "cpu" and bool((values >= LARGE).all()):
             return values.squeeze(1)
         self._add()
@@ -125,7 +131,8 @@ class Pair:
         self._compare()
         self._add()
         row = tangent if self._bent else half.tanh_()
-        # An exact row sums to 0. What this one sums to is the rounding of the totals, which would drown distributions 1e-4 apart.
+        # An exact row sums to 0. The sum of this one is the rounding error of the totals. Left in, it would hide the
+        # difference of distributions that are only 1e-4 apart.
         excess = _sums(row.mul_(both), both) / self.totals.of_q
         if self._flat:
             row.sub_(excess)
@@ -138,28 +145,29 @@ class Pair:
             out.copy_(row.mul_(scale))
 
     def _compare(self) -> None:
-        """Half the log ratio, where p's logits were."""
+        """Overwrite p's logits by half the log ratio."""
         if self._compared:
             return
         self._compared = True
         half, other, *_ = self._room
-        # The logits' difference first: it is exact where they are close, which a difference of two log-probabilities is not.
+        # First the difference of the logits: it is exact if they are close, unlike a difference of two
+        # log-probabilities.
         torch.add(self.totals.shift, half if self._flat else half.sub_(other), alpha=0.5, out=half)
 
     def _add(self) -> None:
-        """Both distributions, p + q in q's unit, where p was."""
+        """Overwrite p's exponentials by p + q, in the scale of q's exponentials."""
         if self._added:
             return
         self._added = True
         p = self._room[2]
-        if self._flat:  # addcmul of two numbers a row takes a CPU four times as long as of one
+        if self._flat:  # on a CPU addcmul with two numbers per row takes four times as long as with one
             p.mul_(self.totals.share).add_(1.0)
         else:
             torch.addcmul(self._q, p, self.totals.share, out=p)
 
 
 def shifted(logits: Tensor, out: Tensor, top: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Logits less the largest, and that: a difference of logits is exact where a logsumexp of 1e4 has three decimals."""
+    """The logits minus the largest of their row, and that one: exact, while a logsumexp of 1e4 has three decimals."""
     rows = logits if logits.dtype == out.dtype else out.copy_(logits)
     if top is None:
         top = rows.amax(1, keepdim=True)
@@ -179,18 +187,21 @@ def _lowered(logits: Tensor, out: Tensor, top: Tensor | None, lowered: tuple[Ten
 
 
 LARGE = 0.25
-"""Divergences of which four roundings of a total of 1 are not more than sixteen of their own."""
+"""Divergences of at least this size are the plain sum of q log(q/p). Rounding puts it off by about four roundings of 1;
+for a divergence of a quarter or more that is at most sixteen roundings of the divergence itself."""
 NEAR = 0.125
-"""Half log ratios up to which tanh h - h comes from its series; beyond, the difference loses at most three bits."""
+"""Half log ratios h up to this size take tanh h - h from its series; beyond, the difference loses three bits at most."""
 _SERIES = (-1 / 3, 2 / 15, -17 / 315, 62 / 2835, -1382 / 155925, 21844 / 6081075, -929569 / 638512875)
-"""tanh h = h + h^3 (c_0 + c_1 h^2 + ...). The first one left out is 1e-8 of h tanh h after three terms, and 2e-17 after seven."""
+"""tanh h = h + h^3 (c_0 + c_1 h^2 + ...). Relative to h tanh h, the first term left out is 1e-8 after three terms
+(float32) and 2e-17 after seven (float64)."""
 
 
 def _terms(near: Tensor, tangent: Tensor, free: Tensor, out: Tensor) -> Tensor:
-    """A in p - q - q log(p/q) = (p + q) A - 2 q (h - near), where ``near`` is h kept within -1/8 and 1/8.
+    r"""The factor $A$ in $p - q - q \log(p/q) = (p + q) A - 2 q (h - h_0)$, with $h_0$ (``near``) $h$ clamped to ±1/8.
 
-    The tangent is split as h is, so that no element has to be told apart: within, A = (tanh h - h) + h tanh h and there is nothing else;
-    beyond, A does not grow with h, for p log(p/q) is no part of the divergence.
+    The tangent is split in the same way (softshrink), so that no element needs a case of its own. Within the limits
+    $h = h_0$ and $A = (\tanh h - h) + h \tanh h$. Beyond them $A$ does not grow with $h$, because $p \log(p/q)$ is no
+    part of the divergence.
     """
     square = torch.square(near, out=free)
     *coefficients, last = _SERIES[: 3 if near.dtype == torch.float32 else 7]
@@ -202,9 +213,10 @@ def _terms(near: Tensor, tangent: Tensor, free: Tensor, out: Tensor) -> Tensor:
 
 
 def _sums(product: Tensor, weight: Tensor) -> Tensor:
-    """Sums ``[n, 1]`` of products with a weight, which are 0 where the weight is 0, though its factor be infinite or NaN."""
+    """Sums ``[n, 1]`` of products with a weight; 0 times anything counts as 0, also times infinity or NaN."""
     sums = product.sum(1, keepdim=True)
-    # A CPU can see that there is nothing to mask. A NaN does not equal 0, and stays.
+    # On a CPU it is cheap to see that there is nothing to mask. A weight that is NaN does not equal 0, so its NaN
+    # stays.
     if product.device.type != "cpu" or not math.isfinite(sums.sum().item()):
         sums = product.masked_fill_(weight == 0.0, 0.0).sum(1, keepdim=True)
     return sums

@@ -1,14 +1,17 @@
-r"""Losses with one value per sequence, all :math:`-\frac{2}{\beta} \log\sigma(\beta x)` of one number x: how far a sequence has come.
+r"""Losses with one value per sequence, functions of one number $x$ that grows as the sequence is forgotten.
 
-They take negative log-likelihoods that are summed over a sequence's answer tokens, so their gradient is the sum over those tokens and not
-the mean: where nothing has been forgotten yet, `npo` is `gradient_ascent` times about T, the number of answer tokens. Rows of a Gram matrix
-feel that as T squared: do not mix both normalisations without noting it.
+$$-\frac{2}{\beta} \log\sigma(\beta x)$$
+
+They take negative log-likelihoods (nll) that are summed over a sequence's answer tokens, so that their gradient is a
+sum over those tokens and not a mean. Where nothing has been forgotten yet, the gradient of `npo` is about T times that
+of the mean `gradient_ascent`, T the number of answer tokens, and the entries of a Gram matrix are about T squared times
+as large. Be aware of that when you combine a loss per sequence with a mean per token.
 
 Example:
     A batch of two sequences, from logits to a loss:
 
     >>> import torch
-    >>> from gradsurgery.losses import answer_tokens, cross_entropy
+    >>> from gradsurgery.losses import answer_tokens, cross_entropy, sequence_sum
     >>> logits, labels = torch.zeros(2, 4, 10, requires_grad=True), torch.tensor([[-100, 1, 2, 3], [-100, -100, 4, 5]])
     >>> nll = sequence_sum(cross_entropy(*answer_tokens(logits, labels)), labels)
     >>> npo(nll, reference_nll=nll.detach()).mean().backward()
@@ -20,32 +23,36 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gradsurgery.losses._answers import answer_tokens
+__all__ = ["npo", "simnpo", "dpo"]  # noqa: RUF022 (in the order of the table `SEQUENCE_LOSSES`)
 
 
 def npo(nll: Tensor, reference_nll: Tensor, beta: float = 0.1) -> Tensor:
-    r"""Negative preference optimisation: :math:`-\frac{2}{\beta}\log\sigma(\beta D)`, with D = nll - reference nll of a forget sequence.
+    r"""Negative preference optimisation (NPO) of a forget sequence.
 
-    Bounded below by 0 and reached from above as the model's likelihood falls below the reference's.
+    $$-\frac{2}{\beta}\log\sigma(\beta D), \quad D = \mathrm{nll} - \mathrm{nll_{reference}}$$
+
+    The loss falls towards its lower bound 0 as the model's likelihood of the sequence falls below the reference's.
 
     Args:
-        nll: ``[B]`` nats, the model's negative log-likelihood summed over each sequence's answer tokens (`sequence_sum`).
-        reference_nll: ``[B]`` nats, that of the model before unlearning (a second model, an adapter switched off, or numbers from a
-            disk); a constant, whatever graph it carries.
-        beta: Inverse temperature, > 0. The paper and open-unlearning's configuration use 0.1 (its class 1); beta -> 0 is gradient ascent.
+        nll: ``[B]`` nats, the model's negative log-likelihood summed over each sequence's answer tokens
+            (`sequence_sum`).
+        reference_nll: ``[B]`` nats, the same for the model before unlearning (a second model, the model with its
+            adapter switched off, or numbers from a file); a constant, whatever graph it carries.
+        beta: Inverse temperature, > 0. The paper and open-unlearning's configuration use 0.1 (its class 1). For beta ->
+            0 the gradient becomes that of gradient ascent.
 
     Returns:
         ``[B]``, float32 (float64 if an input is), one value per sequence; take the mean for the paper's loss.
 
     Raises:
-        ValueError: If the shapes are not one ``[B]``, or beta is not positive.
+        ValueError: If the shapes are not the same ``[B]``, or beta is not positive.
         TypeError: If an input is not of a floating-point type.
 
-    Gradient: -2 sigma(-beta D) by nll, in [-2, 0]: -1 at the start, where D = 0, then 0 as the sequence is forgotten. Its size is that of
-    ascent on the sum of the tokens, about T times ascent on their mean. A sequence without answer tokens (nll 0) has the constant value
-    2 log(2) / beta and no gradient.
+    Gradient by nll: $-2\,\sigma(-\beta D)$, between -2 and 0. It is -1 at the start, where $D = 0$, and goes to 0 as
+    the sequence is forgotten. It is as large as that of ascent on the sum of the tokens, about T times that of ascent
+    on their mean. A sequence without answer tokens (nll 0) has the constant value $2 \log(2) / \beta$ and no gradient.
 
-    Source: NPO (2404.05868); open-unlearning's ``compute_dpo_loss`` without a winner. Same value and gradient.
+    Source: NPO (2404.05868); open-unlearning's ``compute_dpo_loss`` without a winner, with the same value and gradient.
 
     Example:
         >>> npo(torch.tensor([7.0, 37.0]), torch.tensor([7.0, 7.0]))
@@ -56,26 +63,32 @@ def npo(nll: Tensor, reference_nll: Tensor, beta: float = 0.1) -> Tensor:
 
 
 def simnpo(nll: Tensor, lengths: Tensor, beta: float = 4.5, delta: float = 0.0) -> Tensor:
-    r"""Simple NPO, without a reference model: :math:`-\frac{2}{\beta}\log\sigma(\beta(\mathrm{nll}/T - \delta))`, T answer tokens.
+    r"""Simple NPO, without a reference model; $T$ is the number of answer tokens.
+
+    $$-\frac{2}{\beta}\log\sigma(\beta(\mathrm{nll}/T - \delta))$$
 
     Args:
-        nll: ``[B]`` nats, summed over each sequence's answer tokens (`sequence_sum`): this function divides.
+        nll: ``[B]`` nats, summed over each sequence's answer tokens (`sequence_sum`). This function divides by their
+            number.
         lengths: ``[B]``, the number of those tokens (`answer_lengths`, with the same ``skip_first``).
-        beta: Inverse temperature, > 0; open-unlearning's configuration uses 4.5 (its class 1), with 0.125 as the forget loss's weight.
-        delta: Mean nll in nats at which the gradient is halved. The paper's margin is gamma = beta * delta.
+        beta: Inverse temperature, > 0; open-unlearning's configuration uses 4.5 (its class 1), with 0.125 as the forget
+            loss's weight.
+        delta: Mean nll in nats at which the gradient has half its largest size. The paper's margin is gamma = beta *
+            delta.
 
     Returns:
         ``[B]``, float32 (float64 if nll is), one value per sequence.
 
     Raises:
-        ValueError: If the shapes are not one ``[B]``, beta is not positive, or a length is not: a sequence whose answer was cut off has
-            no mean. Looking costs one synchronisation with the device.
+        ValueError: If the shapes are not the same ``[B]``, if beta is not positive, or if a length is not: a sequence
+            whose answer was cut off has no mean. The check of the lengths waits for the device once.
         TypeError: If nll is not of a floating-point type.
 
-    Gradient: -2 sigma(-beta(nll / T - delta)) / T by nll, so every sequence weighs the same.
+    Gradient by nll: $-2\,\sigma(-\beta(\mathrm{nll}/T - \delta)) / T$, so that every sequence has the same weight,
+    however long.
 
-    Source: SimNPO (2410.07163). Difference from open-unlearning's code: it counts lengths before the shift, so a label at
-    position 0, which nothing predicts, lengthens its sequence; and an empty answer gives it NaN.
+    Source: SimNPO (2410.07163). Difference from open-unlearning's code: it counts lengths before the shift, so that a
+    label at position 0, which nothing predicts, adds 1 to the length; and an empty answer gives NaN.
 
     Example:
         >>> simnpo(torch.tensor([6.0, 6.0]), torch.tensor([3, 6]))
@@ -99,29 +112,33 @@ def dpo(
     reference_rejected_nll: Tensor,
     beta: float = 0.1,
 ) -> Tensor:
-    r"""Direct preference optimisation of one answer over another: :math:`-\frac{2}{\beta}\log\sigma(\beta(D_r - D_c))`.
+    r"""Direct preference optimisation of one answer over another.
 
-    D = nll - reference nll, of the chosen answer (c) and of the rejected one (r). With a refusal ("I don't know") chosen and the answer to
-    forget rejected this is IdkDPO. IdkNLL needs no function: it is `cross_entropy` on the refusals, and on the retain set.
+    $$-\frac{2}{\beta}\log\sigma(\beta(D_r - D_c)), \quad D = \mathrm{nll} - \mathrm{nll_{reference}}$$
+
+    $D$ is taken of the chosen answer ($c$) and of the rejected one ($r$). If the chosen answer is a
+    refusal ("I don't know") and the rejected one is the answer to forget, this is IdkDPO. IdkNLL needs no function of
+    its own: it is `cross_entropy` of the refusals and of the retain set.
 
     Args:
-        chosen_nll: ``[B]`` nats, summed over the answer tokens of each chosen answer (`sequence_sum`).
-        rejected_nll: ``[B]`` nats, of each rejected answer to the same question.
-        reference_chosen_nll: ``[B]`` nats, the chosen answers' under the model before unlearning; a constant.
-        reference_rejected_nll: ``[B]`` nats, the rejected answers' under that model; a constant.
+        chosen_nll: ``[B]`` nats, summed over the tokens of each chosen answer (`sequence_sum`).
+        rejected_nll: ``[B]`` nats, the same of the rejected answer to the same question.
+        reference_chosen_nll: ``[B]`` nats, the chosen answers' nll under the model before unlearning; a constant.
+        reference_rejected_nll: ``[B]`` nats, the rejected answers' nll under that model; a constant.
         beta: Inverse temperature, > 0; open-unlearning's configuration uses 0.1 (its class 1).
 
     Returns:
         ``[B]``, float32 (float64 if an input is), one value per pair.
 
     Raises:
-        ValueError: If the shapes are not one ``[B]``, or beta is not positive.
+        ValueError: If the shapes are not the same ``[B]``, or beta is not positive.
         TypeError: If an input is not of a floating-point type.
 
-    Gradient: 2 s by the chosen nll and -2 s by the rejected, s = sigma(-beta(D_r - D_c)). With D_c = 0 it is `npo`.
+    Gradient: $2 s$ by the chosen nll and $-2 s$ by the rejected one, with $s = \sigma(-\beta(D_r - D_c))$. If
+    $D_c = 0$, this is `npo`.
 
-    Source: DPO (2305.18290), equation 7, and TOFU (2401.06121) for refusals. Difference from DPO: the factor 2 / beta (DPO has 1), which
-    open-unlearning has for NPO's sake; multiply by beta / 2 for the standard loss.
+    Source: DPO (2305.18290), equation 7, and TOFU (2401.06121) for refusals. Difference from DPO: the factor 2 / beta
+    (DPO has 1), which open-unlearning uses to match NPO. Multiply by beta / 2 for the standard loss.
 
     Example:
         >>> dpo(*torch.tensor([[3.0], [9.0], [5.0], [2.0]]), beta=1.0)  # the refusal gained 2 nats, the answer lost 7
@@ -138,73 +155,12 @@ def dpo(
     return _bounded(rejected - chosen, beta)
 
 
-def sequence_sum(values: Tensor, labels: Tensor, *, skip_first: int = 0) -> Tensor:
-    """Values per token, in the order of `answer_tokens`, summed over each sequence.
-
-    Args:
-        values: ``[N]``, from a loss per token of ``answer_tokens(logits, labels, skip_first=skip_first)``.
-        labels: ``[B, T]``, those that ``answer_tokens`` was given.
-        skip_first: What ``answer_tokens`` was given.
-
-    Returns:
-        ``[B]``, at least float32; 0 for a sequence without tokens that count. The same on every run, on a GPU too.
-
-    Raises:
-        ValueError: If the labels are not ``[B, T]``, or there is not one value for each of their tokens that count.
-
-    Example:
-        >>> sequence_sum(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([[-100, 7, 8], [-100, -100, 9], [-100, -100, -100]]))
-        tensor([3., 4., 0.])
-    """
-    positions = _positions(labels, skip_first)
-    if values.shape != positions.shape:
-        raise ValueError(
-            f"values: expected {list(positions.shape)}, one of each token that counts, found {list(values.shape)}; sum what a loss gave "
-            "for answer_tokens(...) with the same labels and skip_first"
-        )
-    return _by_sequence(_wide(values), positions, labels.shape)
-
-
-def answer_lengths(labels: Tensor, *, skip_first: int = 0) -> Tensor:
-    """How many tokens of each sequence count: what `answer_tokens` returns of it.
-
-    Args:
-        labels: ``[B, T]``, -100 on the prompt and the padding.
-        skip_first: Answer tokens left out at the start of each sequence.
-
-    Returns:
-        ``[B]`` int64. A label at position 0 does not count, for nothing predicts it.
-
-    Raises:
-        ValueError: If the labels are not ``[B, T]`` or ``skip_first`` is negative.
-
-    Example:
-        >>> answer_lengths(torch.tensor([[-100, 7, 8], [-100, -100, 9], [-100, -100, -100]]))
-        tensor([2, 1, 0])
-    """
-    positions = _positions(labels, skip_first)
-    return _by_sequence(torch.ones_like(positions), positions, labels.shape)
-
-
 def _bounded(distance: Tensor, beta: float) -> Tensor:
     if not beta > 0:
         raise ValueError(f"beta: expected a number > 0, found {beta}; gradient_ascent is the limit of a vanishing beta")
-    # logsigmoid and not softplus(-x), which torch cuts off at 20: right to the last digit on both sides.
+    # Not softplus(-x), which torch replaces by its argument beyond 20: logsigmoid is exact to the last digit on both
+    # sides.
     return (-2.0 / beta) * functional.logsigmoid(beta * distance)
-
-
-def _positions(labels: Tensor, skip_first: int) -> Tensor:
-    """Where in the flattened ``[B, T]`` each token that counts is predicted, ``[N]``."""
-    if labels.dim() != 2:
-        raise ValueError(f"labels: expected [B, T], found {list(labels.shape)}")
-    # answer_tokens itself chooses, so that which tokens count is said in one place.
-    places = torch.arange(labels.numel(), device=labels.device).view(*labels.shape, 1)
-    return answer_tokens(places, labels, skip_first=skip_first)[0].squeeze(1)
-
-
-def _by_sequence(values: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
-    # Laid out and then summed, not index_add: its atomic additions on a GPU have no fixed order.
-    return values.new_zeros(shape.numel()).scatter(0, positions, values).view(shape).sum(1)
 
 
 def _check(**values: Tensor) -> None:

@@ -1,16 +1,32 @@
-"""Losses with one value per token, all functions of the label's log-odds; see `token_loss`."""
+r"""Losses with one value per token.
+
+Each function here maps the labels' log-odds $d$ to values, and `token_loss` makes a loss of it.
+A new loss is one function here and its name in ``__all__``: the table `LOSSES`, `linear` and the package's names
+follow.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from gradsurgery.losses._log_odds import IGNORED, log1p_exp, token_loss
+from gradsurgery.losses._log_odds import log1p_exp
+from gradsurgery.losses._token_loss import token_loss
+
+__all__ = [  # noqa: RUF022 (in the order of the table `LOSSES`)
+    "cross_entropy",
+    "gradient_ascent",
+    "ceu",
+    "inverted_hinge",
+    "weighted_gradient_ascent",
+    "satimp",
+    "unlikelihood",
+]
 
 
 @token_loss
 def cross_entropy(odds: Tensor) -> Tensor:  # noqa: D417 (the decorator makes logits and labels of it)
-    r"""Negative log-likelihood of each label, :math:`-\log p_y = \mathrm{softplus}(-d)`; the usual retain loss.
+    r"""Negative log-likelihood of each label, $-\log p_y = \mathrm{softplus}(-d)$; the usual retain loss.
 
     Args:
         logits: ``[N, V]``, any floating-point type (half-precision ones are computed in float32).
@@ -23,7 +39,8 @@ def cross_entropy(odds: Tensor) -> Tensor:  # noqa: D417 (the decorator makes lo
         ValueError: If the shapes are not ``[N, V]`` and ``[N]``, or V < 2.
         TypeError: If the labels are not integers.
 
-    Gradient row: p - e_y. Cost: one float copy of the logits for the backward pass; `linear` holds none. All losses here share these.
+    Gradient row: $p - e_y$. Cost: one float copy of the logits for the backward pass; `linear` holds none. Arguments,
+    shapes, errors and cost are the same for all losses per token.
 
     Example:
         >>> cross_entropy(torch.tensor([[0.0, 0.0], [2.0, 0.0]]), torch.tensor([0, -100]))
@@ -34,10 +51,10 @@ def cross_entropy(odds: Tensor) -> Tensor:  # noqa: D417 (the decorator makes lo
 
 @token_loss
 def gradient_ascent(odds: Tensor) -> Tensor:
-    r"""Log-likelihood of each label, :math:`\log p_y`: minimising it climbs the cross-entropy, without bound.
+    r"""Log-likelihood of each label, $\log p_y$: minimising it raises the cross-entropy without bound.
 
-    Gradient row: e_y - p, which vanishes on a memorised token and is largest on a forgotten one. Arguments, shapes and errors as
-    `cross_entropy`. Source: "GradAscent" of TOFU (2401.06121) and open-unlearning.
+    Gradient row: $e_y - p$, which vanishes on a memorised token and is largest on a forgotten one. Arguments, shapes
+    and errors as `cross_entropy`. Source: "GradAscent" of TOFU (2401.06121) and open-unlearning.
 
     Example:
         >>> gradient_ascent(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
@@ -50,13 +67,15 @@ def gradient_ascent(odds: Tensor) -> Tensor:
 def ceu(odds: Tensor) -> Tensor:
     r"""CE-U: cross-entropy against the model's own distribution with the label's logit at minus infinity.
 
-    Computed as :math:`-\log(1 - p_y) = \mathrm{softplus}(d)`, which has exactly CE-U's gradient, row p - q: p_y at the label and
-    -p_i p_y/(1 - p_y) elsewhere, of 1-norm 2 p_y: largest where the model is most confident, 0 once it has forgotten.
+    Computed as $-\log(1 - p_y) = \mathrm{softplus}(d)$, which has exactly CE-U's gradient. The gradient row is $p - q$,
+    $q$ the softmax without the label: $p_y$ at the label and $-p_i\, p_y / (1 - p_y)$ elsewhere. Its 1-norm is $2 p_y$,
+    largest where the model is most confident and 0 once it has forgotten.
 
-    Source: CE-U (2503.01224). Difference from the authors' code: its value is larger by the entropy of q, a constant for the gradient;
-    its gradient, q - p from two softmaxes, is rounding noise for forgotten tokens. The loss is also that of unlikelihood training
-    (`unlikelihood`). The paper skips the first answer token: ``answer_tokens(..., skip_first=1)``. It says nothing about retention: pair
-    it with surgery or a retain loss. Arguments, shapes and errors as `cross_entropy`.
+    Source: CE-U (2503.01224). Difference from the authors' code: its value is larger by the entropy of $q$, a constant
+    for the gradient; its gradient, a difference of two softmaxes, is rounding noise for forgotten tokens. Unlikelihood
+    training has the same loss (`unlikelihood`). The paper skips the first answer token:
+    ``answer_tokens(..., skip_first=1)``. The loss does nothing for retention: combine it with surgery or a retain loss.
+    Arguments, shapes and errors as `cross_entropy`.
 
     Example:
         >>> ceu(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
@@ -67,10 +86,10 @@ def ceu(odds: Tensor) -> Tensor:
 
 @token_loss
 def unlikelihood(odds: Tensor) -> Tensor:
-    r"""Unlikelihood: :math:`-\log(1 - p_y)`, the same value and gradient as `ceu`, which says why.
+    r"""Unlikelihood: $-\log(1 - p_y)$, with the same value and gradient as `ceu`; see there for the reason.
 
-    Source: unlikelihood training (1908.04319), equation 4, with the label as the only negative candidate; there it counts every answer
-    token, while CE-U skips the first. Arguments, shapes and errors as `cross_entropy`.
+    Source: unlikelihood training (1908.04319), equation 4, with the label as the only negative candidate. Unlikelihood
+    training counts every answer token, while CE-U skips the first. Arguments, shapes and errors as `cross_entropy`.
 
     Example:
         >>> unlikelihood(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
@@ -81,13 +100,14 @@ def unlikelihood(odds: Tensor) -> Tensor:
 
 @token_loss
 def weighted_gradient_ascent(odds: Tensor, *, beta: float = 1.0) -> Tensor:
-    r"""Gradient ascent that lets go of forgotten tokens: :math:`p_y^\beta \log p_y` with the weight held constant.
+    r"""Gradient ascent that lets go of forgotten tokens: $p_y^\beta \log p_y$, with the weight $p_y^\beta$ a constant.
 
-    Gradient row: :math:`p_y^\beta (e_y - p)`. Normalisation as everywhere per token; open-unlearning takes the mean over the tokens that
-    count, `token_mean`.
+    Gradient row: $p_y^\beta (e_y - p)$. The weights are not normalised; open-unlearning takes the mean over the tokens
+    that count (`token_mean`).
 
-    Source: WGA of the G-effect paper (2502.19301); beta is 1 in open-unlearning, 5 in the authors' code when unset, and 0.1 in GRU's
-    configuration. Arguments, shapes and errors as `cross_entropy`; beta any number, 0 gives `gradient_ascent`.
+    Source: WGA of the G-effect paper (2502.19301); beta is 1 in open-unlearning, 5 in the authors' code when unset, and
+    0.1 in GRU's configuration. Arguments, shapes and errors as `cross_entropy`; beta any number, 0 gives
+    `gradient_ascent`.
 
     Example:
         >>> weighted_gradient_ascent(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
@@ -99,13 +119,13 @@ def weighted_gradient_ascent(odds: Tensor, *, beta: float = 1.0) -> Tensor:
 
 @token_loss
 def satimp(odds: Tensor, *, beta1: float = 5.0, beta2: float = 1.0) -> Tensor:
-    r"""SatImp: :math:`p_y^{\beta_1} (1 - p_y)^{\beta_2} \log p_y` with the weights held constant.
+    r"""SatImp: $p_y^{\beta_1} (1 - p_y)^{\beta_2} \log p_y$, with the weight $w$ in front of the logarithm a constant.
 
-    The first weight stops at saturated (forgotten) tokens, the second spares those that the model is certain of. Gradient row:
-    :math:`w (e_y - p)`.
+    Its first factor vanishes on saturated (forgotten) tokens, its second on those that the model is certain of.
+    Gradient row: $w\,(e_y - p)$.
 
-    Source: SatImp in open-unlearning, whose settings file multiplies this by 0.1 and the retain loss by 1, while its class and its page
-    say the reverse; here the weight is yours. Arguments, shapes and errors as `cross_entropy`.
+    Source: SatImp in open-unlearning. Its settings file multiplies this loss by 0.1 and the retain loss by 1, while its
+    class and its page say the reverse; here the caller chooses. Arguments, shapes and errors as `cross_entropy`.
 
     Example:
         >>> satimp(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
@@ -118,33 +138,19 @@ def satimp(odds: Tensor, *, beta1: float = 5.0, beta2: float = 1.0) -> Tensor:
 
 @token_loss(runner_up=True)
 def inverted_hinge(odds: Tensor, runner_up_odds: Tensor) -> Tensor:
-    r"""Inverted hinge: :math:`1 + p_y - \max_{v \ne y} p_v`, in [0, 2].
+    r"""Inverted hinge: $1 + p_y - \max_{v \ne y} p_v$, between 0 and 2.
 
-    Source: LoKU (2408.06621), equation 4. Like gradient ascent its gradient vanishes on perfectly memorised tokens; unlike its
-    authors' code it always applies the softmax, and is computed from two log-odds, exact where p_y or p_v rounds to 1. The first of
-    equal runners-up is taken. Arguments, shapes and errors as `cross_entropy`.
+    As with gradient ascent, its gradient vanishes on perfectly memorised tokens. Of several likeliest other tokens the
+    first is taken.
+
+    Source: LoKU (2408.06621), equation 4. Difference from the authors' code: the softmax is always applied, and the
+    value is computed from two log-odds, so that it is exact where $p_y$ or $p_v$ rounds to 1. Arguments, shapes and
+    errors as `cross_entropy`.
 
     Example:
         >>> inverted_hinge(torch.tensor([[0.0, 0.0, -9.0]]), torch.tensor([0]))
         tensor([1.])
     """
     logsigmoid = torch.nn.functional.logsigmoid
-    # exp(logsigmoid) and not sigmoid: its derivative p (1 - p) keeps its digits where p rounds to 1.
+    # Not sigmoid: the derivative of exp(logsigmoid), p (1 - p), stays exact where p rounds to 1.
     return 1.0 + logsigmoid(odds).exp() - logsigmoid(runner_up_odds).exp()
-
-
-def token_mean(values: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the tokens that count; 0 with a zero gradient if none does.
-
-    Args:
-        values: ``[N]`` from one of the losses.
-        labels: ``[N]``, -100 where a token does not count.
-
-    Returns:
-        0-dim.
-
-    Example:
-        >>> token_mean(torch.tensor([1.0, 3.0, 0.0]), torch.tensor([5, 6, -100]))
-        tensor(2.)
-    """
-    return values.sum() / (labels != IGNORED).sum().clamp_min(1)

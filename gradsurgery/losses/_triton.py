@@ -1,5 +1,8 @@
 # pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
-"""Triton kernels over rows of logits: one program a row, every element read once and, for the gradient, written once in place."""
+"""Triton kernels over rows of logits.
+
+One program per row reads every element once and, for the gradient, writes it once in place.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor
 from triton import knobs
 
 INTERPRETED = bool(knobs.runtime.interpret)
-"""Triton runs in its interpreter (TRITON_INTERPRET=1): on CPU tensors, to test the kernels where there is no GPU."""
+"""Whether Triton runs in its interpreter (TRITON_INTERPRET=1), on CPU tensors: tests without a GPU."""
 
 _BLOCK = 4096
 _WARPS = 8
@@ -19,7 +22,12 @@ _WARPS = 8
 def reduce(
     logits: Tensor, labels: Tensor, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Largest logit but the label's, sum of exp(z - it) over the rest (without it), the label's logit, and where the largest is."""
+    """One pass over rows of logits z ``[n, V]``.
+
+    Returns:
+        The largest logit m of the tokens that are not the label, the sum of exp(z - m) over those tokens without the
+        largest itself, the label's logit, and the place of m; ``[n]`` each.
+    """
     rows, width = logits.shape
     largest, rest, label = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(3))
     runner_up = torch.empty(rows, dtype=torch.int64, device=logits.device)
@@ -33,21 +41,29 @@ def reduce(
 
 def gradient_(
     logits: Tensor,
-    labels: Tensor,
-    runner_up: Tensor,
     largest: Tensor,
     own: tuple[Tensor, Tensor],
     other: tuple[Tensor, Tensor] | None,
-    at: tuple[Tensor, Tensor],
-    scale: float,
-    softcap: float | None,
+    at: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
+    scaling: tuple[float, float | None],
 ) -> None:
-    """Overwrite z by -(a exp(z - m - s) + b exp(z - m - t)), (s, a) being ``own``, (t, b) ``other``; by ``at`` at label and runner-up."""
+    """Overwrite logits z by -(a exp(z - m - s) + b exp(z - m - t)), and by given numbers at two places of each row.
+
+    Args:
+        logits: ``[n, V]``, raw.
+        largest: m, ``[n]``.
+        own: (s, a), ``[n]`` each.
+        other: (t, b), ``[n]`` each, or None for b = 0.
+        at: (place, number) for the label and for the runner-up, ``[n]`` each.
+        scaling: The number by which logits are multiplied, and the one at which they are capped.
+    """
     rows, width = logits.shape
+    (labels, at_label), (runner_up, at_runner_up) = at
+    scale, softcap = scaling
     second = other or own
     with torch.cuda.device_of(logits):
         _gradient[(rows,)](
-            logits, labels, runner_up, largest, *own, *second, *at, width, scale, softcap or 1.0,
+            logits, labels, runner_up, largest, *own, *second, at_label, at_runner_up, width, scale, softcap or 1.0,
             CAPPED=softcap is not None, BOTH=other is not None, BLOCK=_BLOCK, num_warps=_WARPS,
         )  # fmt: skip
 
@@ -68,8 +84,8 @@ def _reduce(
     label = tl.load(labels + row)
     start = logits + row.to(tl.int64) * width
     lanes = tl.arange(0, BLOCK)
-    # Each lane keeps its own largest logit, where it was, and the sum of the others relative to it: one exponential an element, and no
-    # exchange between lanes before the end.
+    # Each lane keeps its own largest logit, its place, and the sum of the others relative to it. That takes one
+    # exponential per element, and no exchange between lanes before the end.
     top = tl.full([BLOCK], -float("inf"), tl.float32)
     where = tl.zeros([BLOCK], tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
@@ -112,7 +128,7 @@ def _gradient(
         columns = begin + tl.arange(0, BLOCK)
         inside = columns < width
         z = _capped(tl.load(start + columns, mask=inside, other=0.0).to(tl.float32), scale, cap, CAPPED)
-        distance = z - most  # exact, and small: z - (m + s) would have three decimals for logits of 1e4
+        distance = z - most  # exact and small, while z - (m + s) is exact to three decimals only for logits near 1e4
         found = -a * tl.exp(distance - s)
         if BOTH:
             found -= b * tl.exp(distance - t)

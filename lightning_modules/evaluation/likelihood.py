@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
 from lightning_modules.data.tokenization import IGNORED, Encoded, collate
+from lightning_modules.evaluation.heads import backbone_and_head, gives_logits
 
 # Rows of logits held at once, in float32: 0.5 GB with a vocabulary of 128,000.
 _HEAD_ROWS = 1024
 
-# Logits `[rows, vocabulary]` in float32, labels `[rows]` and the place of each row's example, int64 `[rows]` on the CPU
-# -> tensors `[rows]`, one number a token each.
+# Logits `[rows, vocabulary]` in float32, labels `[rows]`, and for each row the place of its example in the list, int64
+# `[rows]` on the CPU -> tensors `[rows]`, one number per token each.
 Summary = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 # A batch -> the logits that predict its labelled tokens, with those labels, some rows at a time.
 _Rows = Callable[[dict[str, Tensor]], Iterator[tuple[Tensor, Tensor]]]
@@ -33,10 +32,10 @@ def answer_nll(
 ) -> Tensor:
     r"""Returns the mean token negative log-likelihood of each answer given its question, eos counted, in nats.
 
-    .. math:: \mathrm{nll}_i = -\frac{1}{T_i} \sum_t \log p(\mathrm{token}_{it} \mid \mathrm{tokens\ before})
+    $$\mathrm{nll}_i = -\frac{1}{T_i} \sum_t \log p(\mathrm{token}_{it} \mid \mathrm{tokens\ before})$$
 
-    without dropout, as a float32 log-softmax whatever the model's dtype. Where the model has a backbone and a head, the
-    head sees the answer positions only: `[answer tokens, vocabulary]` is never larger than 1024 rows.
+    There is no dropout, and the log-softmax is taken in float32 whatever the model's dtype. If the model splits into a
+    backbone and a head, the head sees the answer positions only, at most 1024 rows at a time.
 
     Args:
         model: a causal language model, on any device and in any dtype.
@@ -142,7 +141,10 @@ def _on_device(model: nn.Module, encoded: list[Encoded], pad_token_id: int) -> d
 
 
 def _answer_rows(model: nn.Module, encoded: Sequence[Encoded], pad_token_id: int) -> _Rows:
-    """Returns batch -> logits at answer positions: backbone, then head on those alone, where that is the model."""
+    """Returns a function from a batch to the logits at its answer positions.
+
+    If backbone and head alone are the model, only the answer positions go through the head.
+    """
 
     def plain(batch: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         labels = batch["labels"][:, 1:]
@@ -150,7 +152,7 @@ def _answer_rows(model: nn.Module, encoded: Sequence[Encoded], pad_token_id: int
         logits = model(**_inputs(batch)).logits[:, :-1][keep]
         yield from zip(logits.split(_HEAD_ROWS), labels[keep].split(_HEAD_ROWS), strict=True)
 
-    parts = _backbone_and_head(model)
+    parts = backbone_and_head(model)
     if parts is None or not encoded:
         return plain
     backbone, head = parts
@@ -162,28 +164,10 @@ def _answer_rows(model: nn.Module, encoded: Sequence[Encoded], pad_token_id: int
         for rows, targets in zip(hidden.split(_HEAD_ROWS), labels[keep].split(_HEAD_ROWS), strict=True):
             yield head(rows), targets
 
-    def losses(rows_of: _Rows) -> Tensor:
-        return torch.cat([_loss(logits.float(), labels) for logits, labels in rows_of(batch)])
-
-    # Some models scale or cap their logits after the head (Gemma 2, Cohere, Granite), and a wrapper may mix two models.
-    # One short example tells, so that no list of such models has to be kept.
-    batch = _on_device(model, [min(encoded, key=lambda example: len(example.input_ids))], pad_token_id)
-    tolerance = 1e-4 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 2e-2
-    same = torch.allclose(losses(gathered), losses(plain), rtol=tolerance, atol=tolerance, equal_nan=True)
-    return gathered if same else plain
-
-
-def _backbone_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return None  # FSDP gathers its shards in the outermost forward, which calling a part would go round
-    core: Any = model
-    if hasattr(core, "peft_config") and hasattr(core, "get_base_model"):
-        if any(config.is_prompt_learning for config in core.peft_config.values()):
-            return None  # the learned prompt is put in front by the outermost forward
-        core = core.get_base_model()
-    backbone = getattr(core, getattr(core, "base_model_prefix", "") or "-", None)
-    head = core.get_output_embeddings() if hasattr(core, "get_output_embeddings") else None
-    return (backbone, head) if isinstance(backbone, nn.Module) and isinstance(head, nn.Module) else None
+    shortest = min(encoded, key=lambda example: len(example.input_ids))
+    inputs = _on_device(model, [shortest], pad_token_id)
+    del inputs["labels"]
+    return gathered if gives_logits(model, backbone, head, inputs) else plain
 
 
 def _inputs(batch: dict[str, Tensor]) -> dict[str, object]:

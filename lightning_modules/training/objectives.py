@@ -88,7 +88,7 @@ def objective(loss: Any, skip_first: int | None = None) -> Objective:
     kind = next((name for name, known in gs.losses.SEQUENCE_LOSSES.items() if known is plain), None)
     if kind is not None:
         return partial(_sequence_mean, loss, kind, skip)
-    return partial(_token_mean, gs.losses.as_row_loss(loss), skip, needs_logits(loss))
+    return partial(_token_mean, loss, skip, needs_logits(loss))
 
 
 def as_objective(function: Any) -> Any:

@@ -72,7 +72,8 @@ def weighted(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 def sequences(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """As NPO and its like take likelihoods: the gradient is made in the backward pass."""
-    values = gs.losses.linear(hidden, weight, labels, gs.losses.cross_entropy, recompute=weight.requires_grad)
+    loss = gs.losses.Loss.of(gs.losses.cross_entropy, recompute=weight.requires_grad)
+    values = gs.losses.linear(hidden, weight, labels, loss)
     return gs.losses.npo(values.view(8, -1).sum(1), torch.zeros(8, device=values.device)).mean()
 
 
@@ -153,8 +154,9 @@ def compare_heads(
         start.grad = weight.grad = None
 
     def ours_(name: str, start: Tensor) -> None:
-        options = {} if name == "uniform" else {"reference_hidden": hidden.detach(), "reference_weight": head}
-        (gs.losses.linear(start, weight, labels, name, **options).sum() / valid.sum()).backward()
+        reference = gs.losses.Reference(hidden.detach(), gs.losses.Head(head))
+        loss = gs.losses.Loss.of(gs.losses.ROW_LOSSES[name], None if name == "uniform" else reference)
+        (gs.losses.linear(start, weight, labels, loss).sum() / valid.sum()).backward()
         start.grad = weight.grad = None
 
     print(

@@ -15,7 +15,7 @@ import itertools, sys
 import torch
 import gradsurgery as gs
 from gradsurgery.losses import _kernel
-from gradsurgery.losses._log_odds import token_loss
+from gradsurgery.losses import Head, token_loss
 from torch import Tensor
 
 assert _kernel._kernels() is not None and _kernel._kernels().INTERPRETED
@@ -71,7 +71,7 @@ for kind, V, dtype, name in itertools.product(
             torch.testing.assert_close(found.other, other.other, rtol=1e-4, atol=1e-5, equal_nan=True)
             ones = torch.ones(4)
             expected = gradient(plain, other, ones, ones, in_place=False) * slope * scale
-            _kernel.gradient_(z, labels, found, ones, ones, scale, cap)
+            _kernel.gradient_(z, found, ones, ones)
             bad = expected.isnan().any(1)
             assert torch.equal(bad, z.isnan().any(1)), (kind, V, dtype)
             torch.testing.assert_close(z[~bad].float(), expected[~bad], rtol=1e-2, atol=1e-4)
@@ -82,7 +82,7 @@ for kind, V, dtype, name in itertools.product(
             _kernel.usable = (lambda z: True) if interpreted else (lambda z: False)
             h = hidden.clone().requires_grad_()
             w = weight.clone().requires_grad_()
-            values = gs.losses.linear(h, w, labels, name, scale=scale, softcap=cap)
+            values = gs.losses.linear(h, Head(w, None, scale, cap), labels, name)
             values.sum().backward()
             results.append((values.detach(), w.grad.double()))
         (value, grad), (plain_value, plain_grad) = results

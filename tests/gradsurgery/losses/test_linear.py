@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,12 +16,32 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 import gradsurgery as gs
-from gradsurgery.losses import _sweep
+from gradsurgery.losses import Head, Loss, Reference, _chunk
 from tests.reference import losses as reference
 from tests.tolerances import LINEAR, close
 
-linear = gs.losses.linear
 NAMES = list(gs.losses.LOSSES)
+
+
+def linear(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss: Any,
+    bias: Tensor | None = None,
+    chunk_size: int | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    reference: Reference | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """`gs.losses.linear`, with a `Head` only where a weight and a bias do not say it, and a `Loss` only where a call binds something."""
+    if reference is not None or recompute:
+        loss = Loss.of(gs.losses.as_row_loss(loss), reference, recompute)
+    if scale != 1.0 or softcap is not None:
+        return gs.losses.linear(hidden, Head(weight, bias, scale, softcap), labels, loss, chunk_size=chunk_size)
+    return gs.losses.linear(hidden, weight, labels, loss, bias, chunk_size)
 
 
 class Case(NamedTuple):
@@ -203,6 +224,33 @@ def test_a_custom_loss_of_the_log_odds() -> None:
     agree(*both(case(), partial(squared, power=1.5), WEIGHTS["one for each token"]), torch.float64)
 
 
+def test_a_function_that_wraps_a_loss_is_not_taken_for_it() -> None:
+    @wraps(gs.losses.ceu)  # copies the attributes of what it wraps
+    def doubled(logits: Tensor, labels: Tensor) -> Tensor:
+        return 2 * gs.losses.ceu(logits, labels)
+
+    agree(*both(case(bias=True), doubled, None), torch.float64)
+
+
+def test_a_reference_has_a_scale_and_a_cap_of_its_own() -> None:
+    inputs, other = case(masked=0.0), case(seed=9)
+    head = Head(other.weight, None, 0.5, 3.0)
+    found = linear(inputs.hidden, inputs.weight, inputs.labels, "undial", reference=Reference(other.hidden, head))
+    target = 3.0 * torch.tanh(0.5 * other.hidden @ other.weight.T / 3.0)
+    expected = gs.losses.undial(inputs.hidden @ inputs.weight.T, inputs.labels, target)
+    close(found, expected, LINEAR[torch.float64], scale=float(expected.norm()))
+
+
+def test_a_description_keeps_what_is_bound_to_it() -> None:
+    reference = Reference(torch.zeros(1, 1))
+    bound = Loss.of(Loss.of(partial(gs.losses.undial, beta=2.0), reference), recompute=True)
+    assert bound.reference is reference
+    assert bound.recompute
+    assert Loss.of(bound) is bound
+    assert gs.losses.as_row_loss(bound) is bound
+    assert Loss.of(gs.losses.ceu).reference is None
+
+
 def test_a_loss_that_does_not_depend_on_the_logits_has_no_gradient() -> None:
     inputs = case()
     for loss in (
@@ -227,9 +275,8 @@ REFERENCED = {
 def test_losses_of_rows_and_of_a_reference(name: str, own_head: bool) -> None:
     inputs, other = case(bias=True), case(bias=True, seed=9)
     takes = name in ("undial", "kl_divergence")
-    options: dict[str, Any] = {"reference_hidden": other.hidden} if takes else {}
-    if takes and own_head:
-        options |= {"reference_weight": other.weight, "reference_bias": other.bias}
+    own = Head(other.weight, other.bias) if own_head else None
+    options: dict[str, Any] = {"reference": Reference(other.hidden, own)} if takes else {}
     head = (other.weight, other.bias) if own_head else (inputs.weight, inputs.bias)
     target = functional.linear(other.hidden, *head)
     results = []
@@ -259,12 +306,12 @@ def test_the_gradient_that_a_divergence_makes_itself_is_that_of_autograd(
     results = []
     for by_itself in (True, False):
         if by_itself:
-            monkeypatch.setattr(_sweep, "_differentiated", lambda *_: pytest.fail("went through autograd"))
+            monkeypatch.setattr(_chunk, "_differentiated", lambda *_: pytest.fail("went through autograd"))
         else:
             monkeypatch.undo()
-            monkeypatch.setattr(_sweep, "of_pair", lambda loss: None)
+            loss = replace(gs.losses.as_row_loss(loss), in_place=None)
         tensors = [tensor.to(dtype).requires_grad_() for tensor in (inputs.hidden, inputs.weight)]
-        reference = {"reference_hidden": other.hidden.to(dtype)} if known else {}
+        reference = {"reference": Reference(other.hidden.to(dtype))} if known else {}
         values = linear(*tensors, inputs.labels, loss, chunk_size=5, **reference, **options)
         (values @ WEIGHTS["one for each token"].to(values.dtype)).backward()
         results.append([values.detach(), *(tensor.grad for tensor in tensors)])
@@ -278,7 +325,7 @@ def test_what_a_divergence_would_refuse_is_refused_within_linear_too() -> None:
         (partial(gs.losses.kl_divergence, beta=1.0), TypeError),
     ):
         with pytest.raises(error, match="beta"):
-            linear(inputs.hidden, inputs.weight, inputs.labels, loss, reference_hidden=inputs.hidden)
+            linear(inputs.hidden, inputs.weight, inputs.labels, loss, reference=Reference(inputs.hidden))
 
 
 def test_a_loss_that_does_not_return_a_value_for_each_token_is_refused() -> None:
@@ -467,15 +514,15 @@ def test_a_frozen_head_chooses_64_to_128_rows_and_a_half_precision_one_few_chunk
         ({"labels": torch.full((23,), 37)}, ValueError, "37"),
         ({"labels": torch.full((23,), -1), "loss": "logit_margin"}, ValueError, "-1"),
         ({"loss": "undial"}, ValueError, "reference"),
-        ({"reference_hidden": torch.zeros(23, 8, dtype=torch.float64)}, ValueError, "no reference"),
+        ({"reference": Reference(torch.zeros(23, 8, dtype=torch.float64))}, ValueError, "no reference"),
         ({"hidden": torch.zeros(23, 7, dtype=torch.float64)}, ValueError, "hidden"),
         ({"hidden": torch.zeros(2, 23, 8, dtype=torch.float64)}, ValueError, "answer_tokens"),
         ({"hidden": torch.zeros(23, 8)}, TypeError, "one type"),
         ({"bias": torch.zeros(36, dtype=torch.float64)}, ValueError, "bias"),
         ({"chunk_size": 0}, ValueError, "chunk_size"),
         ({"softcap": 0.0}, ValueError, "softcap"),
-        ({"reference_weight": torch.zeros(37, 8, dtype=torch.float64)}, ValueError, "reference_hidden"),
-        ({"loss": "undial", "reference_hidden": torch.zeros(22, 8, dtype=torch.float64)}, ValueError, "reference"),
+        ({"weight": Head(torch.zeros(37, 8)), "bias": torch.zeros(37)}, ValueError, "beside a Head"),
+        ({"loss": "undial", "reference": Reference(torch.zeros(22, 8, dtype=torch.float64))}, ValueError, "reference"),
     ],
 )
 def test_bad_arguments_are_refused_in_a_sentence(change: dict[str, Any], error: type[Exception], match: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradsurgery.losses._representations import rmu, rmu_direction
+from gradsurgery.losses import rmu, rmu_direction
 from tests.reference import row_losses as reference
 from tests.tolerances import LOSS, close
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradsurgery.losses import _pairs
-from gradsurgery.losses._rows import kl_divergence, logit_margin, undial, uniform
+from gradsurgery.losses import _pairs, kl_divergence, logit_margin, undial, uniform
 from tests.gradsurgery.losses.test_tokens import VOCABULARY, batch
 from tests.reference import row_losses as reference
 from tests.tolerances import LOSS, Tolerance, close

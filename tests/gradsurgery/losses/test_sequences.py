@@ -8,8 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradsurgery.losses import answer_tokens, cross_entropy, gradient_ascent
-from gradsurgery.losses._sequences import answer_lengths, dpo, npo, sequence_sum, simnpo
+from gradsurgery.losses import (
+    answer_lengths,
+    answer_tokens,
+    cross_entropy,
+    dpo,
+    gradient_ascent,
+    npo,
+    sequence_sum,
+    simnpo,
+)
 from tests.reference import row_losses as reference
 from tests.tolerances import LOSS, close
 

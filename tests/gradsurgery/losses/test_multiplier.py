@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradsurgery.losses.dual import DualVariable
+from gradsurgery.losses import DualVariable
 
 
 def test_it_ascends_by_the_excess_and_never_below_zero() -> None:

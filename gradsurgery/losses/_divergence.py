@@ -1,0 +1,113 @@
+r"""A model's distribution compared with another one: the divergence or the cross-entropy, with its gradient $p - q$.
+
+The divergence of $q$ from $p$ is computed as $\sum_i q_i (e^{u_i} - 1 - u_i)$ with the log ratios
+$u_i = \log(p_i / q_i)$. No term is negative, and an error in a normaliser enters only by its square. Two models that
+hardly differ therefore get a small divergence, and not the rounding noise of two large sums. The gradient
+$q_i (e^{u_i} - 1)$ is as exact. `_pairs` does this arithmetic, one block of rows at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradsurgery.losses._checks import IGNORED, float_type
+from gradsurgery.losses._pairs import Pair, Room, Totals, blocks
+
+
+class _Rows(NamedTuple):
+    """Rows of logits, ``[n, V]``, and those they are compared with.
+
+    Attributes:
+        logits: The model's.
+        reference: The reference's; None for the uniform distribution.
+        labels: Tokens ``[n]`` whose reference logits are lowered by ``beta``; they matter only with a beta.
+        beta: With a beta the loss is the cross-entropy, without one the divergence.
+    """
+
+    logits: Tensor
+    reference: Tensor | None
+    labels: Tensor | None
+    beta: float | None
+
+    def pair(self, rows: slice, room: Room, totals: Totals | None = None) -> Pair:
+        lowered = None if self.labels is None or self.beta is None else (self.labels[rows], self.beta)
+        return Pair(self.logits[rows], None if self.reference is None else self.reference[rows], room, lowered, totals)
+
+    def values(self, pair: Pair) -> Tensor:
+        return pair.divergence() if self.beta is None else pair.cross_entropy()
+
+
+def divergence_(logits: Tensor, labels: Tensor, reference: Tensor | None, weights: Tensor | None) -> Tensor:
+    """Divergences ``[n]`` of float logits, which are overwritten by the gradient of the weighted sum, given weights."""
+    return _overwritten(_Rows(logits, reference, labels, None), weights)
+
+
+def cross_entropy_(
+    logits: Tensor, labels: Tensor, reference: Tensor | None, weights: Tensor | None, *, beta: float
+) -> Tensor:
+    """As `divergence_`, of the cross-entropy against a reference whose labels' logits are lowered by ``beta``."""
+    return _overwritten(_Rows(logits, reference, labels, checked_beta(beta)), weights)
+
+
+def _overwritten(compared: _Rows, weights: Tensor | None) -> Tensor:
+    logits = compared.logits
+    values = torch.empty_like(logits[:, 0])
+    for rows, room in blocks(logits):
+        pair = compared.pair(rows, room)
+        values[rows] = compared.values(pair)
+        if weights is not None:
+            pair.difference(weights[rows], out=logits[rows])
+    return values
+
+
+def compare(
+    logits: Tensor, reference: Tensor | None, labels: Tensor | None = None, beta: float | None = None
+) -> Tensor:
+    """The divergence ``[N]``, or with a beta the cross-entropy; the reference is a constant, uniform if None."""
+    return _Divergence.apply(logits, None if reference is None else reference.detach(), labels, beta)
+
+
+def checked_beta(beta: float) -> float:
+    """Refuse a negative beta."""
+    if not beta >= 0:
+        raise ValueError(f"beta: expected a number >= 0, found {beta}")
+    return float(beta)
+
+
+class _Divergence(torch.autograd.Function):
+    """Keeps the inputs and five numbers per row for the backward pass, which computes the rows again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, reference: Tensor | None, labels: Tensor | None, beta: float | None
+    ) -> Tensor:
+        index = None if labels is None else torch.where(labels == IGNORED, 0, labels).long()
+        compared = _Rows(logits, reference, index, beta)
+        values = logits.new_empty(len(logits), dtype=float_type(logits.dtype))
+        totals = values.new_empty(len(values), len(Totals._fields))
+        for rows, room in blocks(logits):
+            pair = compared.pair(rows, room)
+            values[rows] = compared.values(pair)
+            torch.cat(pair.totals, 1, out=totals[rows])
+        ctx.save_for_backward(logits, reference, labels, index, totals)
+        ctx.beta = beta
+        return values if labels is None else values.masked_fill_(labels == IGNORED, 0.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        logits, reference, labels, index, totals = ctx.saved_tensors
+        compared = _Rows(logits, reference, index, ctx.beta)
+        result = torch.empty_like(logits)
+        for rows, room in blocks(logits):
+            pair = compared.pair(rows, room, Totals(*totals[rows].split(1, 1)))
+            pair.difference(gradients[0][rows], out=result[rows])
+        if labels is not None:
+            ignored = (labels == IGNORED)[:, None]
+            # On a CPU it is cheap to look whether any token is ignored, and a mask takes longer than all the rest.
+            if result.device.type != "cpu" or bool(ignored.any()):
+                result.masked_fill_(ignored, 0.0)
+        return result, None, None, None

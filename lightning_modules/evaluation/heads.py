@@ -1,0 +1,62 @@
+"""A language model as two parts, backbone and head, and a trial whether the two give its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+_TRIAL_TOKENS = 32
+
+
+def backbone_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    """The part of a Hugging Face model that gives hidden states, and its output embeddings.
+
+    Adapters stay in place in both parts.
+
+    Returns:
+        None if the model does not tell its parts apart, or if they do not work without it: sharded weights, a learned
+        prompt.
+    """
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return None  # FSDP gathers its shards in the outermost forward, which a call of a part alone would bypass
+    core: Any = model
+    if hasattr(core, "peft_config") and hasattr(core, "get_base_model"):
+        if any(config.is_prompt_learning for config in core.peft_config.values()):
+            return None  # the outermost forward puts the learned prompt in front
+        core = core.get_base_model()
+    backbone = getattr(core, getattr(core, "base_model_prefix", "") or "-", None)
+    head = core.get_output_embeddings() if hasattr(core, "get_output_embeddings") else None
+    return (backbone, head) if isinstance(backbone, nn.Module) and isinstance(head, nn.Module) else None
+
+
+def gives_logits(
+    model: nn.Module, backbone: nn.Module, head: Callable[[Tensor], Tensor], inputs: Mapping[str, Tensor]
+) -> bool:
+    """Whether a head of the backbone's last hidden states gives the model's logits, tried on a few tokens.
+
+    Some families scale or cap their logits after the head (Gemma 2, Cohere, Granite), some rule out tokens, and a
+    wrapper may mix two models. The trial finds out, so that no list of such models has to be kept.
+
+    Args:
+        model: The model, in evaluation mode and without gradients, so that dropout does not tell the two apart.
+        backbone: Its backbone, see `backbone_and_head`.
+        head: From hidden states ``[T, H]`` to logits ``[T, V]``.
+        inputs: ``input_ids`` and, if there is padding, ``attention_mask``, ``[B, T]``.
+    """
+    trial = {name: tensor[:1, :_TRIAL_TOKENS] for name, tensor in inputs.items()}
+    expected = model(**trial).logits[0]
+    hidden = backbone(**trial, use_cache=False).last_hidden_state[0]
+    found = head(hidden)
+    exact = expected.dtype in (torch.float32, torch.float64) and hidden.dtype == expected.dtype
+    # The logits are compared and not a loss of them, because a token that a family rules out may change no loss. The
+    # tolerance is relative to their spread, which the size of a model's logits does not change: 1e-4 is far above
+    # float32 rounding and far below a cap or a scale that matters, and 2e-2 leaves room for half-precision rounding.
+    # Ruled-out tokens with a logit of minus infinity do not count: with an infinite tolerance everything would agree.
+    finite = expected.float()[expected.isfinite()]
+    spread = float(finite.amax() - finite.amin()) if len(finite) else 0.0
+    tolerance = (1e-4 if exact else 2e-2) * spread
+    return torch.allclose(found.float(), expected.float(), rtol=0.0, atol=tolerance, equal_nan=True)
