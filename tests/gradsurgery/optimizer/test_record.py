@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import gradsurgery as gs
-from gradsurgery.optimizer import update as _update
+from gradsurgery.optimizer import rows as _rows
 from gradsurgery.optimizer.scope import by_layer
 from tests.gradsurgery.optimizer import distributed_workers as workers
 from tests.problems import BASES, FOUR, TWO, classification, contexts, joined, mlp, taken, values
@@ -160,13 +160,13 @@ def test_recording_changes_no_bit_of_anything_else(name: str, dtype: torch.dtype
 @pytest.mark.parametrize("name", ["plain", "ema", "tensor", "sago"])
 def test_it_costs_no_pass_over_the_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[int] = []
-    original = _update.block_gram
+    original = _rows.block_gram
 
     def counted(*arguments: Any, **options: Any) -> Tensor:
         passes.append(1)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(_update, "block_gram", counted)
+    monkeypatch.setattr(_rows, "block_gram", counted)
     model = mlp()
     train(model, make(model, **OPTIONS[name]), steps=3)
     assert len(passes) == 3

@@ -322,7 +322,7 @@ def test_an_exception_in_a_backward_pass_empties_every_slot(front_end: str) -> N
             losses["retain"].backward()
     hook.remove()
     assert_same(snapshot(model, optimizer), before)
-    assert not optimizer._window.slots.rows
+    assert not optimizer._window.slots
     works_on(model, optimizer)
 
 
@@ -554,7 +554,7 @@ def test_a_guard_on_low_precision_weights_warns_and_records_what_was_achieved() 
         model(x).square().mean().backward()
     protected = [p.grad.double() if p.grad is not None else None for p in model.parameters()]
     assert all(row is None for row in protected)  # the slot is out of .grad
-    row = [t.double().clone() for t in optimizer._window.slots.rows["retain"] if t is not None]
+    row = [t.double().clone() for t in optimizer._window.slots["retain"] if t is not None]
     with optimizer.objective("forget"):
         (-model(x).square().mean()).backward()
     optimizer.step()
