@@ -52,7 +52,7 @@ class EMA:
         """Type of the average of a row of this tensor's type: a complex one for complex numbers."""
         return self.dtype.to_complex() if tensor.is_complex() else self.dtype
 
-    def fold(self, rows: Rows, candidates: dict[str, list[Tensor | None]], *, kept: Sequence[float]) -> None:
+    def fold(self, rows: Rows, candidates: dict[str, list[Tensor | None]], *, add: Sequence[float]) -> None:
         """Turn captured rows r into the next averages d m + (1 - d) r, in the rows' own memory, where that is possible.
 
         This takes one pass. Otherwise the products with r and with m, their combination and the commit take three;
@@ -63,12 +63,12 @@ class EMA:
         Args:
             rows: The captured rows; entries that are folded become None, also in the slots whose lists they are.
             candidates: The next averages so far, by objective; added to.
-            kept: Not 0 for rows that are read again and must stay as they are, K numbers.
+            add: The multiple of each current row that the update adds, K numbers. A row that is added must stay.
         """
         inverse = 1.0 / torch.as_tensor(rows.scale, dtype=torch.float64)
         unscaled = inverse.device.type == "cpu" and float(inverse) == 1.0
-        for name, row, keep in zip(self.objectives, rows.lists, kept, strict=True):
-            if keep or (decay := self.decays.get(name)) is None:
+        for name, row, multiple in zip(self.objectives, rows.lists, add, strict=True):
+            if multiple or (decay := self.decays.get(name)) is None:
                 continue
             average = self.averages[name]
             folded = candidates.setdefault(name, [])

@@ -61,8 +61,8 @@ def blocks_of_both(
     scope: Scope, record_scope: Scope | None, param_groups: Sequence[Mapping[str, Any]]
 ) -> tuple[Blocks, Blocks | None]:
     """The blocks of ``scope`` and of ``record_scope`` (None where that is None), as `blocks`."""
-    recorded = None if record_scope is None else blocks(record_scope, param_groups, option="record_scope")
-    return blocks(scope, param_groups), recorded
+    seen = blocks(scope, param_groups)
+    return seen, None if record_scope is None else blocks(record_scope, param_groups, option="record_scope")
 
 
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}

@@ -180,8 +180,8 @@ class GradientSurgery(Wrapper):
         def finish(gradient: Tensor) -> None:
             self._window.joined += 1
             # Inside DDP's no_sync() the rows are this rank's own; they are reduced, and combined, with the last
-            # micro-batch. The incoming gradient is loss scale / micro-batches. Divided by that, times the number of
-            # micro-batches so far, the rows are means.
+            # micro-batch. The incoming gradient is loss scale / micro-batches, and the rows are sums so far: the scale
+            # below makes them means over the micro-batches so far.
             if self._ranks.synchronising(self._parameters()):
                 self.combine(scale=gradient * self._window.joined)
 
@@ -222,7 +222,7 @@ class GradientSurgery(Wrapper):
             metric=optimizer_metric(self._base, parameters) if self._metric == "optimizer" else None,
         )
         if not self._accumulate:  # rows that will grow must stay what they are
-            self._ema.fold(rows, window.candidates, kept=self._add)
+            self._ema.fold(rows, window.candidates, add=self._add)
         rows = self._ema.stand_in(rows, window.candidates)
         keep, check = self._accumulate, partial(self._ranks.check_gram, parameters)
         update, written = decide(rows, self._rule, add=self._add, max_norm=self._max_norm, keep=keep, check=check)
@@ -282,7 +282,7 @@ class GradientSurgery(Wrapper):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear ``.grad`` and every row; ``model.zero_grad()`` knows nothing of rows that are not in ``.grad``."""
         self._base.zero_grad(set_to_none)
-        # Zeroed tensors may stay in .grad: they are spent, and no objective's that is still to be combined.
+        # Zeroed tensors may stay in .grad. They are spent, and must not be refused as gradients of no objective.
         self._window.clear(Phase.OPEN if set_to_none else Phase.CLOSED)
 
     # Saving ----------------------------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ class GradientSurgery(Wrapper):
         return f"{type(self).__name__}({self._base!r}, rule={rule}, objectives={self.objectives}, ema_decay={self._ema.decays})"
 
     def __getstate__(self) -> dict[str, Any]:
-        # Rows belong to a moment, and what is known of DDP modules to a process.
+        # Rows belong to one step, and the DDP modules that were found to one process: a copy starts without them.
         return {key: value for key, value in super().__getstate__().items() if key not in ("_window", "_ranks")}
 
     def state_dict(self) -> dict[str, Any]:
