@@ -1,19 +1,25 @@
-"""Slots: how rows are captured from ``.grad``, accumulated, and refused when they cannot be trusted.
+"""Capture: how the backward passes of one step become rows, from contexts or from one joint scalar.
 
-Inside ``capture("retain")`` every ``p.grad`` *is* the retain slot; on exit it is swapped out. Nothing is copied and no hook is
-installed, gradients add up in place over micro-batches, and everything that acts on ``.grad`` during a backward pass (DDP's reducer,
-FSDP2, gradient checkpointing, compiled graphs, tied weights) does to the row what it would do to an ordinary gradient.
+Inside ``capture("retain")`` every ``p.grad`` *is* the retain slot, and on exit it is swapped out. Nothing is copied and
+no hook is installed, and gradients add up in place over micro-batches. Whatever acts on ``.grad`` during a backward
+pass (DDP's reducer, FSDP2, gradient checkpointing, compiled graphs, tied weights) does to the row what it would do to
+an ordinary gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from enum import Enum
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradsurgery.gram import dtensor_type
+from gradsurgery.optimizer.record import Record
+from gradsurgery.optimizer.rows import Rows
+from gradsurgery.optimizer.update import Update
 
 _STRAY = (
     "expected every .grad to be None, found gradients that no objective wrote; call zero_grad(), and run every backward pass inside an "
@@ -22,30 +28,57 @@ _STRAY = (
 
 
 class Phase(Enum):
-    """Where a window (all micro-batches of one step) stands, and so what ``.grad`` holds outside the contexts."""
+    """Where a window stands, and so what ``.grad`` holds outside the contexts."""
 
     OPEN = "rows are being captured; .grad holds nothing"
     COMBINED = "the rows are combined; .grad holds the update"
     CLOSED = "a step happened or .grad was zeroed; what .grad holds is spent"
 
 
-class Slots:
-    """The rows of one window, by objective: for each parameter the tensor that was its ``.grad``, or None."""
+def check_objectives(objectives: Sequence[str]) -> tuple[str, ...]:
+    """The objectives' names.
+
+    Raises:
+        ValueError: If they are not distinct, or if there is none.
+    """
+    names = tuple(objectives)
+    if isinstance(objectives, str) or not names or len(set(names)) < len(names):
+        raise ValueError(f"objectives: expected distinct names, the rectified one first, found {objectives!r}")
+    return names
+
+
+class Window:
+    """All micro-batches of one step: the rows captured so far, where the step stands, and what ``combine`` hands on.
+
+    It is changed in place and never replaced, because Lightning calls the optimizer's methods on a proxy.
+
+    Attributes:
+        slots: The captured rows by objective: for each parameter the tensor that was its ``.grad``, or None.
+        phase: Where the step stands.
+        active: The objective whose context is open.
+        joined: Number of micro-batches that ``join`` has captured.
+        candidates: The next averages by objective, made of rows that `EMA.fold` took out of their slots.
+        combined: What ``combine`` hands to ``step``.
+        record: Of the latest ``combine``; it outlives the window.
+    """
 
     def __init__(self) -> None:
-        self.rows: dict[str, list[Tensor | None]] = {}
+        self.slots: dict[str, list[Tensor | None]] = {}
         self.phase = Phase.OPEN
         self.active: str | None = None
-        self.joins = 0  # micro-batches whose rows join() has added up
-        self.folded: dict[str, list[Tensor | None]] = {}  # what has become of rows that EMA.fold took
+        self.joined = 0
+        self.candidates: dict[str, list[Tensor | None]] = {}
+        self.combined: tuple[Rows, Update] | None = None
+        self.record: Record | None = None
 
     def clear(self, phase: Phase = Phase.OPEN) -> None:
-        """Forget every row."""
-        self.rows.clear()
+        """Forget every row; the record stays for whoever reads it."""
+        self.slots.clear()
         self.phase = phase
         self.active = None
-        self.joins = 0
-        self.folded.clear()
+        self.joined = 0
+        self.candidates.clear()
+        self.combined = None
 
     @contextmanager
     def capture(
@@ -57,37 +90,96 @@ class Slots:
             name: The objective.
             parameters: Every parameter, in the rows' order.
             accumulate: Whether a row may grow after it was combined (the caller kept it).
-            agree: Called first, with the problem if there is one; it raises then, on every rank.
+            agree: Called first, with the problem if there is one, which it raises on every rank.
 
         Raises:
-            RuntimeError: If objectives are nested; if ``.grad`` holds a gradient that belongs to no objective; if the rows were combined
-                and not yet stepped, without ``accumulate``; if no parameter got a gradient; if a gradient is sparse. Every slot is
-                then empty and ``.grad`` None, parameters untouched.
+            RuntimeError: If objectives are nested; if ``.grad`` holds a gradient that belongs to no objective; if the
+                rows were combined and not yet stepped, without ``accumulate``; if no parameter got a gradient; if a
+                gradient is sparse. After the last two every slot is empty and every ``.grad`` None, with the parameters
+                untouched.
         """
-        agree(self._entering(name, parameters, accumulate=accumulate))
-        slot = self.rows.get(name, [])
+        agree(self._problem_entering(name, parameters, accumulate=accumulate))
+        slot = self.slots.get(name, [])
         slot += [None] * (len(parameters) - len(slot))  # a parameter group was added since
         for parameter, gradient in zip(parameters, slot, strict=True):
             parameter.grad = gradient
         self.active = name
         try:
             yield
-            captured = [_own(parameter.grad, name) for parameter in parameters]
+            captured = [_owned(parameter.grad, name) for parameter in parameters]
             if all(gradient is None for gradient in captured):
                 raise RuntimeError(_no_gradient(name, parameters))
         except BaseException:
-            # A backward pass that broke off has already added to the slot: the window cannot be saved, the parameters can.
+            # A backward pass that broke off has already added to the slot: the window cannot be saved, the parameters
+            # can.
             self.clear()
             raise
         else:
-            self.rows[name] = captured
+            self.slots[name] = captured
             self.phase, self.active = Phase.OPEN, None
         finally:
             for parameter in parameters:
                 parameter.grad = None
 
-    def _entering(self, name: str, parameters: Sequence[Tensor], *, accumulate: bool) -> str | None:
-        """Why this objective cannot be entered now, if it cannot."""
+    def rows(self, objectives: Sequence[str], number: int) -> list[list[Tensor | None]]:
+        """The slots' own lists in the objectives' order, filled up to ``number`` parameters (some may be new)."""
+        for slot in self.slots.values():
+            slot += [None] * (number - len(slot))
+        return [self.slots[name] for name in objectives]
+
+    def hand_to_step(self, rows: Rows, update: Update, gradients: Sequence[Tensor | None], *, keep_slots: bool) -> None:
+        """Write the update to ``.grad``, and keep what ``step`` reads.
+
+        Args:
+            rows: The rows.
+            update: What was decided.
+            gradients: The update, one tensor or None per parameter.
+            keep_slots: Whether the rows may grow after this.
+        """
+        self.combined = rows, update
+        for parameter, gradient in zip(rows.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        if not keep_slots:
+            self.slots.clear()
+        self.phase = Phase.COMBINED
+
+    def rows_to_step(self, objectives: Sequence[str], parameters: Sequence[Tensor]) -> Rows:
+        """The rows that ``combine`` left, if the base may step with the update in ``.grad``. It waits for the device.
+
+        Raises:
+            FloatingPointError: If the update is not finite.
+            RuntimeError: If there is no update.
+        """
+        if self.combined is None:
+            raise RuntimeError("step: expected rows that combine() left, found none; call zero_grad() and start again")
+        rows, update = self.combined
+        update.check_finite(objectives)
+        if all(parameter.grad is None for parameter in parameters):
+            raise RuntimeError(
+                "step: expected the update in .grad, found none, so something zeroed it after combine(); to drop a batch call "
+                "optimizer.zero_grad(), which forgets the rows too (model.zero_grad() does not)"
+            )
+        return rows
+
+    def problem_stepping(self, objectives: Sequence[str]) -> str:
+        """What is wrong where no objective ran."""
+        return (
+            f"step: expected a backward pass for each of {list(objectives)} since the last step, found none; run them inside "
+            "optimizer.objective(name), or call backward() on optimizer.join(...)"
+        )
+
+    def problem_combining(self, objectives: Sequence[str], parameters: Sequence[Tensor]) -> str | None:
+        """Why the rows cannot be combined now; None if they can."""
+        if missing := [name for name in objectives if name not in self.slots]:
+            return (
+                f"combine: expected a backward pass for each of {list(objectives)} since the last step, found none for "
+                f"{missing}; run it inside optimizer.objective(name)"
+            )
+        # The update would overwrite them.
+        return f"combine: {_STRAY}" if any(parameter.grad is not None for parameter in parameters) else None
+
+    def _problem_entering(self, name: str, parameters: Sequence[Tensor], *, accumulate: bool) -> str | None:
+        """Why this objective cannot be entered now; None if it can."""
         if self.active is not None:
             return (
                 f"objective {name!r}: expected to be entered outside any other, found inside {self.active!r}; a backward pass belongs to "
@@ -103,18 +195,8 @@ class Slots:
             )
         return f"objective {name!r}: {_STRAY}" if self.phase is Phase.OPEN and held else None
 
-    def combining(self, objectives: Sequence[str], parameters: Sequence[Tensor]) -> str | None:
-        """Why the rows cannot be combined now, if they cannot."""
-        if missing := [name for name in objectives if name not in self.rows]:
-            return (
-                f"combine: expected a backward pass for each of {list(objectives)} since the last step, found none for "
-                f"{missing}; run it inside optimizer.objective(name)"
-            )
-        # The update would overwrite them.
-        return f"combine: {_STRAY}" if any(parameter.grad is not None for parameter in parameters) else None
 
-
-def _own(gradient: Tensor | None, name: str) -> Tensor | None:
+def _owned(gradient: Tensor | None, name: str) -> Tensor | None:
     """The gradient as a tensor that no later backward pass writes to."""
     if gradient is None:
         return None
@@ -126,8 +208,8 @@ def _own(gradient: Tensor | None, name: str) -> Tensor | None:
     DTensor = dtensor_type()
     if DTensor is not None and isinstance(gradient, DTensor):
         return gradient
-    # DDP's gradient_as_bucket_view=True hands out views of buckets that the next backward pass overwrites. A bucket may be as large as its
-    # only parameter, so that its size alone does not tell.
+    # DDP's gradient_as_bucket_view=True hands out views of buckets that the next backward pass overwrites. A bucket may
+    # be as large as its only parameter, so that its size alone does not tell.
     shared = gradient._is_view() or gradient.untyped_storage().nbytes() > gradient.numel() * gradient.element_size()
     return gradient.clone() if shared else gradient
 
@@ -146,3 +228,79 @@ def _no_gradient(name: str, parameters: Sequence[Tensor]) -> str:
             "step, so remove the hook"
         )
     return f"{found}; did the context contain a backward() of a loss that depends on the parameters, and zero_grad() stay outside it?"
+
+
+# Join: one scalar whose single backward pass captures every row, for trainers that own the loop ---------------------
+
+
+def join(
+    losses: Mapping[str, Tensor],
+    objectives: Sequence[str],
+    objective: Callable[[str], AbstractContextManager[None]],
+    arm: Callable[[Tensor], None],
+    finish: Callable[[Tensor], None],
+    *,
+    retain_graph: bool,
+) -> Tensor:
+    """The scalar that `GradientSurgery.join` returns.
+
+    Args:
+        losses: A loss for each objective.
+        objectives: The names, the rectified one first.
+        objective: The context that captures the row of a name.
+        arm: Called with a loss before its backward pass.
+        finish: Called with the scalar's incoming gradient when every row is captured.
+        retain_graph: Keep the graphs until the last of the backward passes.
+
+    Raises:
+        ValueError: If an objective is missing or unknown, or a loss is not a single number.
+        RuntimeError: If a loss has no graph.
+    """
+    if set(losses) != set(objectives):
+        raise ValueError(f"join: expected one loss for each of {list(objectives)}, found {list(losses)}")
+    for name, loss in losses.items():
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"join: expected a loss of one number for {name!r}, found {found}; take its mean or sum first"
+            )
+    if not torch.is_grad_enabled():
+        return _total(losses)  # validation: there is nothing to capture
+    for name, loss in losses.items():
+        if not loss.requires_grad:
+            raise RuntimeError(
+                f"join: expected the loss of {name!r} to depend on trainable parameters, found one without a graph"
+            )
+    # Protected rows first: the first objective's row, captured last, is the one that the update overwrites.
+    ordered = {name: losses[name] for name in (*objectives[1:], objectives[0])}
+
+    def backward(gradient: Tensor) -> None:
+        for name, loss in ordered.items():
+            keep_graph = retain_graph and name != objectives[0]
+            arm(loss)
+            with objective(name):
+                torch.autograd.backward(loss, gradient.to(loss).reshape(loss.shape), retain_graph=keep_graph)
+        finish(gradient)
+
+    anchor = torch.zeros((), device=losses[objectives[0]].device, requires_grad=True)
+    return _Join.apply(backward, ordered, anchor)
+
+
+class _Join(torch.autograd.Function):
+    """The losses are no inputs of the function, because autograd would hand them one shared backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, backward: Callable[[Tensor], None], losses: dict[str, Tensor], _anchor: Tensor) -> Tensor:
+        ctx.run = backward
+        return _total(losses)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        ctx.run(gradients[0])
+        return None, None, None
+
+
+def _total(losses: Mapping[str, Tensor]) -> Tensor:
+    # A float64 model needs a float64 scalar: 1 / number of micro-batches comes back through its gradient.
+    dtype = torch.float64 if any(loss.dtype == torch.float64 for loss in losses.values()) else torch.float32
+    return torch.stack([loss.detach().to(dtype).reshape(()) for loss in losses.values()]).sum()

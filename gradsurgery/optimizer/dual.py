@@ -1,4 +1,4 @@
-"""DualOptimizer: one optimizer with a state of its own for each objective, which take turns."""
+"""DualOptimizer: objectives take turns at stepping one optimizer, each with a state of its own."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ _STEPS = "gradsurgery_turns_taken"
 class DualOptimizer(Wrapper):
     r"""Let objectives take turns at stepping, each with its own moments in the base optimizer.
 
-    Momentum and second moments of an optimizer that steps with forget and retain gradients in turn are a mixture of both. Here the state is
-    exchanged with the turn, so that each objective sees its own: with Adam and turn k,
+    When an optimizer steps with forget and retain gradients in turn, its momentum and second moments are a mixture of
+    both. Here the state changes with the turn, so that each objective has its own. With Adam, in a turn of objective k,
 
-    .. math:: m_k \leftarrow \beta_1 m_k + (1 - \beta_1) g_k, \quad v_k \leftarrow \beta_2 v_k + (1 - \beta_2) g_k^2, \quad
+    .. math:: m_k \leftarrow \beta_1 m_k + (1 - \beta_1) g_k, \quad
+        v_k \leftarrow \beta_2 v_k + (1 - \beta_2) g_k^2, \quad
         \theta \leftarrow \theta - \rho_k\,\mathrm{lr}\,\hat m_k / (\sqrt{\hat v_k} + \epsilon),
 
     bias-corrected by the number of k's own turns. `turn` says whose gradient the next step wants::
@@ -31,26 +32,28 @@ class DualOptimizer(Wrapper):
         optimizer.step()
         optimizer.zero_grad()
 
-    Gradients are never combined: this is an alternative to `gradsurgery.GradientSurgery`, not a base for it (it is refused there). It is a
-    `torch.optim.Optimizer` with the base's parameter groups: schedulers, clipping and GradScaler work on it (a step that a GradScaler skips
-    does not end the turn).
+    Gradients are never combined. This is an alternative to `gradsurgery.GradientSurgery`, which refuses it as a base.
+    It is a `torch.optim.Optimizer` with the base's parameter groups: schedulers, clipping and GradScaler work on it (a
+    step that a GradScaler skips does not end the turn).
 
-    Source: DualOptim (2504.15827). From the abstract: an adaptive learning rate, and momentum decoupled between forgetting and retaining.
-    From the authors' code for language models: both moments decoupled, one AdamW configuration with a learning-rate ratio, turns of fixed
-    length, gradients of one objective at a time. Ours: any base, any number of objectives, any order of turns. Their image experiments
-    forget with Adam and retain with SGD: that is two optimizers and needs no wrapper.
+    Source: DualOptim (2504.15827). From the abstract: an adaptive learning rate, and momentum decoupled between
+    forgetting and retaining. From the authors' code for language models: both moments decoupled, one AdamW
+    configuration with a learning-rate ratio, turns of fixed length, gradients of one objective at a time. Ours: any
+    base, any number of objectives, any order of turns. Their image experiments forget with Adam and retain with SGD:
+    that is two optimizers and needs no wrapper.
 
     Args:
         base: Any constructed optimizer whose step needs no closure.
         turns: Objectives in the order of their turns, repeated for longer ones: ("forget", "retain", "retain").
-        lr_ratio: Multiple of the base's learning rate in an objective's turns, by name; 1 where nothing is said.
+        lr_ratio: Multiple of the base's learning rate in an objective's turns, by name; 1 for names left out.
 
     Raises:
         TypeError: If ``base`` is not a constructed optimizer, or needs a closure (LBFGS).
         ValueError: If there is no turn, or a ratio is negative, NaN, or of an objective that has no turn.
 
-    Cost: one more copy of the base's state for every further objective; no copies of gradients. `torch.distributed.checkpoint` makes an
-    optimizer's state by a step, which here makes one of several, so it is not supported.
+    Cost: one more copy of the base's state for every further objective; no copies of gradients.
+    `torch.distributed.checkpoint` is not supported: it creates an optimizer's state by one step, which here creates the
+    state of only one objective.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
@@ -77,7 +80,7 @@ class DualOptimizer(Wrapper):
         self.lr_ratio = dict(lr_ratio or {})
         if bad := {name: ratio for name, ratio in self.lr_ratio.items() if name not in turns or not ratio >= 0.0}:
             raise ValueError(f"lr_ratio: expected numbers >= 0 for objectives of {sorted(set(turns))}, found {bad}")
-        # Adagrad makes its state when it is constructed: each objective starts from a copy.
+        # Adagrad has a state from its construction on, and each objective starts from a copy of it.
         self._states: dict[str, Any] = {name: _copied(base.state) for name in dict.fromkeys(turns)}
         self._progress = {"steps": 0}  # changed in place, as Lightning calls methods on a proxy
 
@@ -120,9 +123,10 @@ class DualOptimizer(Wrapper):
         return f"{type(self).__name__}({self._base!r}, turns={self.turns}, lr_ratio={self.lr_ratio})"
 
     def state_dict(self) -> dict[str, Any]:
-        """The base's state_dict, in which every parameter's state has the entries of each objective under names of its own."""
-        for hook in self._optimizer_state_dict_pre_hooks.values():
-            hook(self)
+        """The base's state_dict, where each parameter's state has the entries of every objective, by longer names."""
+        return self._save_between_hooks(self._saved)
+
+    def _saved(self) -> dict[str, Any]:
         merged: dict[Any, dict[str, Any]] = {}
         state_dict: dict[str, Any] = {}
         for name, state in self._states.items():
@@ -131,11 +135,7 @@ class DualOptimizer(Wrapper):
             for index, entries in state_dict["state"].items():
                 merged.setdefault(index, {}).update({f"{_STATE}{name}_{key}": value for key, value in entries.items()})
         groups = [{**group, _STEPS: self._progress["steps"]} for group in state_dict["param_groups"]]
-        state_dict = {**state_dict, "state": merged, "param_groups": groups}
-        for hook in self._optimizer_state_dict_post_hooks.values():
-            found = hook(self, state_dict)
-            state_dict = state_dict if found is None else found
-        return state_dict
+        return {**state_dict, "state": merged, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # the name is torch.distributed.checkpoint's
         """Restore what `state_dict` returned.
@@ -146,11 +146,10 @@ class DualOptimizer(Wrapper):
         Raises:
             ValueError: If it is not one of a DualOptimizer with these objectives, or the parameter groups do not fit.
         """
-        state_dict = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            found = hook(self, state_dict)
-            state_dict = state_dict if found is None else found
-        # The longest name first: one may be the beginning of another.
+        self._load_between_hooks(state_dict, self._load)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        # The longest name first, because one may be the beginning of another.
         parts: dict[str, dict[Any, dict[str, Any]]] = {name: {} for name in sorted(self._states, key=len, reverse=True)}
         for index, entries in state_dict["state"].items():
             for key, value in entries.items():
@@ -173,8 +172,6 @@ class DualOptimizer(Wrapper):
             loaded[name] = self._base.state
         self._states.update(loaded)
         self._progress["steps"] = int(steps[0])
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
 
 
 def _copied(state: Mapping[Any, Mapping[str, Any]]) -> defaultdict[Any, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The base optimizer's own inner product, read from its state."""
+"""The metric: the inner product in which conflict is measured, if it is the base optimizer's own."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from torch import Tensor
 
 from gradsurgery.gram import Metric
 
-# Their step is not a diagonal matrix times the gradient that one tensor of their state describes.
+# What their step does to a gradient is no diagonal matrix that one tensor of their state describes.
 _WITHOUT_DIAGONAL = ("Adadelta", "Adafactor", "Muon", "Rprop")
 
 
-def check_metric(base: torch.optim.Optimizer) -> None:
-    """Refuse ``metric="optimizer"`` where the optimizer's own metric is not a diagonal that its state holds.
+def check_metric(metric: str, base: torch.optim.Optimizer) -> None:
+    """Check the option, and refuse ``"optimizer"`` where the base's own metric is not a diagonal that its state holds.
 
     Raises:
-        ValueError: For Adadelta, Adafactor, Muon, Rprop, and RMSprop with ``centered``.
+        ValueError: If there is no such metric; for Adadelta, Adafactor, Muon, Rprop, and RMSprop with ``centered``.
     """
+    if metric not in ("euclidean", "optimizer"):
+        raise ValueError(f"metric: expected 'euclidean' or 'optimizer', found {metric!r}")
+    if metric == "euclidean":
+        return
     without = tuple(kind for name in _WITHOUT_DIAGONAL if (kind := getattr(torch.optim, name, None)) is not None)
     if isinstance(base, without) or any(group.get("centered") for group in base.param_groups):
         raise ValueError(
@@ -29,10 +33,15 @@ def check_metric(base: torch.optim.Optimizer) -> None:
 
 
 def optimizer_metric(base: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> Metric | None:
-    """The base's preconditioner, from its state before the coming step; None (Euclidean) for SGD and before the first step.
+    """The base's preconditioner as a metric, from its state before the coming step.
 
-    Raises:
-        RuntimeError: When it is asked for a parameter whose state holds no second moment known here.
+    Args:
+        base: The base optimizer.
+        parameters: Its parameters, in order.
+
+    Returns:
+        None (Euclidean) for SGD and before the first step. The metric raises a RuntimeError for a parameter whose state
+        holds no second moment known here.
     """
     if isinstance(base, (torch.optim.SGD, torch.optim.ASGD)) or not base.state:
         return None
@@ -41,10 +50,10 @@ def optimizer_metric(base: torch.optim.Optimizer, parameters: Sequence[Tensor]) 
     def weights(index: int) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
         state, group = base.state.get(parameters[index]), groups[index]
         if not state or ("sum" in state and state["step"] == 0):
-            return None  # this parameter's first step (Adagrad makes its state when it is constructed)
+            return None  # this parameter's first step (Adagrad has a state from its construction on)
         eps = group.get("eps", 0.0)
         if "exp_avg_sq" in state:
-            # In float64: 1 - 0.999 keeps three digits of a float32 step's power.
+            # In float64, because 1 - 0.999 ** step would keep only a few digits of a float32 step count's power.
             unbiased = 1.0 - group["betas"][1] ** torch.as_tensor(state["step"], dtype=torch.float64)
             moment = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
             return moment, lambda v: 1.0 / ((v / unbiased).sqrt() + eps)

@@ -1,4 +1,4 @@
-"""What surgery must know of torch.distributed: DDP's reducer, wrappers to refuse, and whether the ranks hold the same rows."""
+"""Ranks: DDP's reducer, wrappers that are refused, and the check that all ranks do the same with the same rows."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from gradsurgery.gram import dtensor_type
 if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
 
-# Enough for the warm-up of every wrapper (DDP rebuilds its buckets after the first step), and free afterwards.
+# Checks wait for the other ranks, so that only the first steps are checked: enough for the warm-up of every wrapper
+# (DDP rebuilds its buckets after the first step).
 _CHECKED_STEPS = 3
-# Ranks hold bit-equal rows when reduced; a row that was not reduced differs in its first digits.
+# Reduced rows are bit-equal on all ranks, and a row that was not reduced differs in its first digits.
 _AGREEMENT = 1e-6
 
 
@@ -28,16 +29,17 @@ def active() -> bool:
 
 
 class Ranks:
-    """The wrappers around these parameters, found once, and the check that all ranks hold the same rows."""
+    """The DDP modules around the parameters, and the checks of the first steps that all ranks do the same."""
 
     def __init__(self) -> None:
         self._modules: list[weakref.ref[DistributedDataParallel]] | None = None
-        self._left = _CHECKED_STEPS
+        self._steps_to_check = _CHECKED_STEPS
 
-    def modules(self, parameters: Sequence[Tensor]) -> list[DistributedDataParallel]:
+    def ddp_modules(self, parameters: Sequence[Tensor]) -> list[DistributedDataParallel]:
         """Every DDP module that holds one of the parameters.
 
-        The wrapper holds the parameters and not the other way round, so the only way there is to look through the live objects: once.
+        Parameters do not know their module, so all live Python objects are searched: once, and again when a module is
+        gone.
 
         Raises:
             RuntimeError: If one of the parameters is managed by FSDP1.
@@ -50,41 +52,49 @@ class Ranks:
             else [module for reference in self._modules if (module := reference()) is not None]
         )
         if self._modules is None or len(found) < len(self._modules):
-            found = _wrappers(parameters)
+            found = _find_ddp_modules(parameters)
             self._modules = [weakref.ref(module) for module in found]
         return found
 
     def synchronising(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether the backward pass that just ended was reduced: False inside DDP's no_sync()."""
-        return all(module.require_backward_grad_sync for module in self.modules(parameters))
+        """Whether backward passes are reduced over the ranks: False inside DDP's no_sync()."""
+        return all(module.require_backward_grad_sync for module in self.ddp_modules(parameters))
 
-    def prepare(self, loss: Tensor, parameters: Sequence[Tensor]) -> None:
-        """Make DDP reduce the coming backward pass: its reducer is armed by a forward pass, once, and reduces one backward only."""
-        for module in self.modules(parameters):
+    def arm_reducer(self, parameters: Sequence[Tensor], loss: Tensor) -> None:
+        """Make DDP reduce the coming backward pass: a forward pass arms its reducer for one backward pass only.
+
+        Args:
+            parameters: The parameters.
+            loss: Whose backward pass is coming.
+
+        Raises:
+            RuntimeError: If a module has ``static_graph``.
+        """
+        for module in self.ddp_modules(parameters):
             if module.static_graph:
                 raise RuntimeError(
                     "join: expected DistributedDataParallel(static_graph=False), found static_graph=True, whose reducer allows one "
                     "backward pass a forward pass; drop static_graph, or run forward and backward of each objective in its own context"
                 )
             if module.require_backward_grad_sync:
-                # Inside a backward pass grad mode is off, and the reducer would then record nothing.
+                # Inside a backward pass grad mode is off, and with grad mode off the reducer records nothing.
                 with torch.enable_grad():
                     module.reducer._rebuild_buckets()
                     module.reducer.prepare_for_backward([loss] if module.find_unused_parameters else [])
 
-    def agree(self, doing: int, problem: str | None, parameters: Sequence[Tensor]) -> None:
-        """On the first steps, make sure that every rank is about to do the same, before any of them waits for another in a collective.
+    def agree(self, action: int, problem: str | None, parameters: Sequence[Tensor]) -> None:
+        """On the first steps, check that every rank is about to do the same, so that none waits for another for ever.
 
         Args:
-            doing: A number for what this rank is about to do: enter an objective, or combine.
-            problem: Why it cannot, if it cannot.
+            action: A number for what this rank is about to do: to enter an objective, or to combine.
+            problem: Why it cannot do so; None if it can.
             parameters: The parameters.
 
         Raises:
-            RuntimeError: This rank's problem, or the news that another rank is elsewhere. Every rank raises then.
+            RuntimeError: With this rank's problem, or because another rank does something else. Every rank raises then.
         """
-        if self._left > 0 and active() and (group := self._group(parameters)) is not None:
-            mine = -1 if problem else doing
+        if self._steps_to_check > 0 and active() and (group := self._process_group(parameters)) is not None:
+            mine = -1 if problem else action
             found = _gather(torch.tensor(mine, dtype=torch.float64), parameters, group[0])
             others = (found != mine).nonzero().flatten().tolist()
             if problem is None and others:
@@ -95,19 +105,25 @@ class Ranks:
         if problem is not None:
             raise RuntimeError(problem)
 
-    def check(self, gram: Tensor, parameters: Sequence[Tensor]) -> None:
+    def agree_to_enter(self, index: int, parameters: Sequence[Tensor], problem: str | None) -> None:
+        """As `agree`, before an objective is entered."""
+        # Inside DDP's no_sync() no rank waits for another, and each may have its own number of micro-batches.
+        if problem is not None or self.synchronising(parameters):
+            self.agree(index, problem, parameters)
+
+    def check_gram(self, parameters: Sequence[Tensor], gram: Tensor) -> None:
         """On the first steps, compare the Gram matrix across ranks.
 
         Raises:
-            RuntimeError: On every rank, if it differs: at least one row was not reduced.
+            RuntimeError: On every rank, if it differs, because then at least one row was not reduced.
         """
-        if self._left <= 0 or not active() or (group := self._group(parameters)) is None:
+        if self._steps_to_check <= 0 or not active() or (group := self._process_group(parameters)) is None:
             return
-        self._left -= 1
+        self._steps_to_check -= 1
         grams = _gather(gram, parameters, group[0]).to(gram.device)
         lengths = grams.diagonal(dim1=-2, dim2=-1).sqrt()
         differ = (grams - grams[:1]).abs() > _AGREEMENT * (lengths[..., :, None] * lengths[..., None, :]).amax(0)
-        # A non-finite matrix is the business of the step, which leaves NaN in .grad or raises.
+        # A non-finite matrix is handled by the step, which leaves NaN in .grad or raises.
         if bool(differ.any() & grams.isfinite().all()):
             raise RuntimeError(
                 "rows differ across ranks: expected every rank to hold the same reduced gradients, found different Gram matrices. Under "
@@ -115,9 +131,12 @@ class Ranks:
                 "of the next, or use join; without DDP or FSDP2 reduce the gradients inside each objective's context"
             )
 
-    def _group(self, parameters: Sequence[Tensor]) -> tuple[Any] | None:
-        """The processes that must agree, in a tuple (None stands for all of them); None where they cannot be told."""
-        modules = self.modules(parameters)
+    def _process_group(self, parameters: Sequence[Tensor]) -> tuple[Any] | None:
+        """The process group that must agree, in a tuple of one; None where it is unknown.
+
+        The tuple tells an unknown group from the default one, which torch.distributed calls None.
+        """
+        modules = self.ddp_modules(parameters)
         if modules:
             return (modules[0].process_group,)
         DTensor = dtensor_type()
@@ -125,8 +144,8 @@ class Ranks:
         return (None,) if sizes <= {torch.distributed.get_world_size()} else None
 
 
-def refuse(base: object, parameters: Sequence[Tensor]) -> None:
-    """Refuse engines that own gradients and steps.
+def refuse_deepspeed(base: object, parameters: Sequence[Tensor]) -> None:
+    """Refuse an engine that owns gradients and steps itself.
 
     Raises:
         RuntimeError: If DeepSpeed manages the parameters or the optimizer.
@@ -140,12 +159,12 @@ def refuse(base: object, parameters: Sequence[Tensor]) -> None:
         )
 
 
-def _wrappers(parameters: Sequence[Tensor]) -> list[DistributedDataParallel]:
+def _find_ddp_modules(parameters: Sequence[Tensor]) -> list[DistributedDataParallel]:
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.nn.parallel import DistributedDataParallel
 
     ours = {id(parameter) for parameter in parameters}
-    # type() and not isinstance(): the latter runs code of lazy proxies among the live objects.
+    # type() and not isinstance(), which would run code of lazy proxies among the live objects.
     wrappers = [
         found
         for found in gc.get_objects()
@@ -161,7 +180,7 @@ def _wrappers(parameters: Sequence[Tensor]) -> list[DistributedDataParallel]:
 
 
 def _gather(values: Tensor, parameters: Sequence[Tensor], group: Any) -> Tensor:
-    """One tensor of every rank, stacked. Through the parameters' device, because NCCL knows no other."""
+    """One tensor of every rank, stacked, on the parameters' device (NCCL cannot send from another)."""
     values = values.to(parameters[0].device)
     gathered = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(gathered, values.contiguous(), group=group)

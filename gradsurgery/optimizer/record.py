@@ -1,11 +1,15 @@
-"""What happened in one step."""
+"""Record: what happened in one step."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from gradsurgery.optimizer.rows import Rows
+from gradsurgery.optimizer.update import Update
 
 
 @dataclass(frozen=True)
@@ -16,23 +20,26 @@ class Record:
 
     Attributes:
         objectives: The K names, in the order of the rows.
-        gram: Gram matrix the rule saw, float64 ``[K, K]`` in the global scope, ``[S, K, K]`` in one of S blocks.
-        coefficients: ``[K]`` or ``[S, K]`` after ``max_norm``: the update is ``sum_k coefficients[k] * row_k``, plus, where an objective
-            has both an EMA and an entry in ``add``, that multiple of its current row. None where the rule is elementwise
-            (`gradsurgery.elementwise`): its update is no combination of the rows. Everything else is measured on the update itself.
-        predicted_change: ``[K]``: minus the inner product of each row with the update, the first-order change of each objective per
-            unit of learning rate under plain gradient descent (in the optimizer's metric, where the Gram matrix is).
+        gram: Gram matrix that the rule saw, float64: ``[K, K]`` in the global scope, ``[S, K, K]`` in a scope of S
+            blocks.
+        coefficients: ``[K]`` or ``[S, K]`` after ``max_norm``: the update is ``sum_k coefficients[k] * row_k``. Where
+            an objective has both an EMA and an entry in ``add``, that multiple of its current row comes on top. None
+            where the rule is elementwise (`gradsurgery.elementwise`), because its update is no combination of the rows;
+            everything else is then measured on the update itself.
+        predicted_change: ``[K]``: minus the inner product of each row with the update. This is the first-order change
+            of each objective per unit of learning rate under plain gradient descent (in the optimizer's metric, where
+            the Gram matrix is).
         update_norm: Norm of the update, 0-dim, in the metric of the Gram matrix.
         blocks: Names of the S blocks, or None in the global scope.
         applied: Whether a step with this update happened (a GradScaler may skip it).
-        actual_change: ``[K - 1]``: inner product of each protected row with the parameter change as it was really made, measured after
-            the base's step and the guard: the first-order change of that objective. Only with ``guard="measure"`` or ``"update"``, and
-            after the step.
-        unguarded_change: ``[K - 1]``: the same before the guard corrected the change (with ``"measure"``, the same).
-        block_gram: Gram matrices of the R blocks of ``record_scope``, float64 ``[R, K, K]``, whatever the rule saw; they add up to the
-            global one. The rows are those of ``gram``: a protected row is its average where it has one, the current gradient elsewhere.
-            Entry ``[r, 0, k]`` is the G-effect (2502.19301) of block r: below 0, a step along the first row raises objective k. None
-            without ``record_scope``.
+        actual_change: ``[K - 1]``: inner product of each protected row with the parameter change, measured after the
+            base's step and the guard. It is the first-order change of that objective. None before the step, and without
+            ``guard="measure"`` or ``"update"``.
+        unguarded_change: ``[K - 1]``: the same before the guard corrected the change (equal to it with ``"measure"``).
+        block_gram: Gram matrices of the R blocks of ``record_scope``, float64 ``[R, K, K]``, whatever the rule saw;
+            they add up to the global one. The rows are those of ``gram``: a protected row is its average where it has
+            one, else the current gradient. Entry ``[r, 0, k]`` is the G-effect (2502.19301) of block r: where it is
+            below 0, a step along the first row raises objective k. None without ``record_scope``.
         block_names: Names of the R blocks.
     """
 
@@ -60,13 +67,29 @@ class Record:
 
     @property
     def block_cosines(self) -> Tensor | None:
-        """As `cosines`, of each block of ``record_scope``, ``[R, K, K]``; None without."""
+        """As `cosines` for each block of ``record_scope``, ``[R, K, K]``; None without a ``record_scope``."""
         return None if self.block_gram is None else _cosines(self.block_gram)
 
     @property
     def conflict(self) -> bool:
-        """Whether the first row conflicts with a protected one, ``<row_0, row_k> < 0``, in any block. Reading it waits for the device."""
+        """Whether ``<row_0, row_k> < 0`` for any protected row in any block. Reading it waits for the device."""
         return bool((self.gram[..., 0, 1:] < 0.0).any())
+
+
+def record_of(objectives: Sequence[str], rows: Rows, update: Update) -> Record:
+    """The record of an update that is decided and not yet stepped."""
+    one = rows.blocks.names is None
+    coefficients = update.coefficients
+    return Record(
+        objectives=tuple(objectives),
+        gram=update.gram[0] if one else update.gram,
+        coefficients=coefficients[0] if one and coefficients is not None else coefficients,
+        predicted_change=update.predicted_change,
+        update_norm=update.norm,
+        blocks=rows.blocks.names,
+        block_gram=update.block_gram,
+        block_names=None if rows.record_blocks is None else rows.record_blocks.names or ("global",),
+    )
 
 
 def _cosines(gram: Tensor) -> Tensor:

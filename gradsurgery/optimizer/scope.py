@@ -1,4 +1,4 @@
-"""What shares one Gram matrix."""
+"""Scope: which parameters share one Gram matrix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ Scope: TypeAlias = Literal["global", "tensor"] | Callable[[str], Any]
 
 
 class Blocks(NamedTuple):
-    """The block of each parameter (None: all in one), the number of blocks, and their names (None in the global scope)."""
+    """Which parameters share one Gram matrix.
+
+    Attributes:
+        of_parameter: The block of each parameter; None puts all in one.
+        number: Number of blocks.
+        names: Their names; None in the global scope.
+    """
 
     of_parameter: Sequence[int] | None
     number: int
@@ -18,12 +24,12 @@ class Blocks(NamedTuple):
 
 
 def blocks(scope: Scope, param_groups: Sequence[Mapping[str, Any]], *, option: str = "scope") -> Blocks:
-    """The blocks of parameters that the scope makes.
+    """The blocks of parameters that a scope stands for.
 
     Args:
         scope: ``"global"``, ``"tensor"``, or a function parameter name -> block key (blocks are in order of first use).
         param_groups: The optimizer's.
-        option: What the user calls the scope, for the error.
+        option: Name of the option that holds the scope, for the error.
 
     Raises:
         ValueError: If the scope is none of these, or is a function and the parameters have no names.
@@ -51,10 +57,18 @@ def blocks(scope: Scope, param_groups: Sequence[Mapping[str, Any]], *, option: s
     return Blocks([order[key] for key in keys], len(order), tuple(str(key) for key in order))
 
 
+def blocks_of_both(
+    scope: Scope, record_scope: Scope | None, param_groups: Sequence[Mapping[str, Any]]
+) -> tuple[Blocks, Blocks | None]:
+    """The blocks of ``scope`` and of ``record_scope`` (None where that is None), as `blocks`."""
+    seen = blocks(scope, param_groups)
+    return seen, None if record_scope is None else blocks(record_scope, param_groups, option="record_scope")
+
+
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _STACKS = {"layers", "layer", "h", "block", "blocks"}
 _PATH = {"base_model", "model", "language_model", "text_model", "transformer", "gpt_neox", "backbone"} | _STACKS
-# In this order: post_attention_layernorm is a norm.
+# Searched in this order, because post_attention_layernorm is a norm.
 _IN_A_LAYER = {
     "norm": re.compile(r"norm|^ln(_|$)", re.IGNORECASE),
     "attention": re.compile(r"attn|attention", re.IGNORECASE),
@@ -68,20 +82,24 @@ _OUTSIDE = {
 
 
 def by_layer(name: str) -> str:
-    """The part of a Transformer that a parameter belongs to: a ``scope``, or a ``record_scope``, with three blocks a layer.
+    """The part of a Transformer that a parameter belongs to. As ``scope`` or ``record_scope``: three blocks a layer.
 
-    ``embedding``, ``layer 7 attention``, ``layer 7 mlp``, ``layer 7 norm``, ``final norm`` or ``head``, from the words that Llama, GPT-2,
-    GPT-NeoX, Gemma, Mistral, Qwen, Phi, OPT, BLOOM, Falcon and T5 use in transformers; wrappers (PEFT, FSDP, torch.compile) are looked
-    through. The first word that says something decides: Gemma 3's ``self_attn.q_norm`` is attention. A second stack keeps its
-    name (``encoder layer 0 mlp``), and what is not known keeps its own (``layer 3 mixer``, ``score``): nothing is put together on a
-    guess. A head tied to the embedding is one tensor, and part of ``embedding``.
+    The parts are ``embedding``, ``layer 7 attention``, ``layer 7 mlp``, ``layer 7 norm``, ``final norm`` and ``head``.
+    They are recognised by the words that Llama, GPT-2, GPT-NeoX, Gemma, Mistral, Qwen, Phi, OPT, BLOOM, Falcon and T5
+    use in transformers; the words of wrappers (PEFT, FSDP, torch.compile) are skipped. The first known word of a layer
+    decides: Gemma 3's ``self_attn.q_norm`` is attention. Another stack keeps its name (``encoder layer 0 mlp``). A part
+        that is not
+    recognised keeps its own name (``layer 3 mixer``, ``score``), and is never merged with another on a guess. A head
+    tied to the embedding is one tensor, and part of ``embedding``.
 
     Args:
         name: From ``model.named_parameters()``.
 
     Example:
-        >>> by_layer("model.layers.7.mlp.down_proj.weight"), by_layer("transformer.h.0.ln_1.bias"), by_layer("model.norm.weight")
-        ('layer 7 mlp', 'layer 0 norm', 'final norm')
+        >>> by_layer("model.layers.7.mlp.down_proj.weight"), by_layer("transformer.h.0.ln_1.bias")
+        ('layer 7 mlp', 'layer 0 norm')
+        >>> by_layer("model.norm.weight")
+        'final norm'
         >>> by_layer("base_model.model.model.layers.7.self_attn.q_proj.lora_A.default.weight")
         'layer 7 attention'
     """
@@ -91,13 +109,13 @@ def by_layer(name: str) -> str:
         for index, word in enumerate(words):
             for kind, pattern in _OUTSIDE.items():
                 if pattern.search(word):
-                    return _called(words[:index], kind)
+                    return _part(words[:index], kind)
         return ".".join(words[:-1]) or name
     at = next((index for index in numbers if index and words[index - 1] in _STACKS), numbers[0])
     inside = [word for word in words[at + 1 : -1] if not word.isdigit()]
     found = (kind for word in inside for kind, pattern in _IN_A_LAYER.items() if pattern.search(word))
-    return _called(words[:at], f"layer {words[at]}", next(found, inside[0] if inside else ""))
+    return _part(words[:at], f"layer {words[at]}", next(found, inside[0] if inside else ""))
 
 
-def _called(path: Sequence[str], *kind: str) -> str:
+def _part(path: Sequence[str], *kind: str) -> str:
     return " ".join(word for word in (*(word for word in path if word not in _PATH), *kind) if word)

@@ -1,143 +1,151 @@
-"""From rows to an update: the arithmetic on K x K matrices between the Gram pass and the combination."""
+"""From rows to the update: Gram matrix, rule, added rows, clipping, and the one pass that writes the update."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, overload
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradsurgery import rules
-from gradsurgery.gram import Metric, Row, block_gram, combine_, combine_blocks_, local_tensor, numbers_on
-from gradsurgery.optimizer.average import Mixing
-from gradsurgery.optimizer.scope import Blocks
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of one step and how to measure them.
-
-    Attributes:
-        mixing: K rows as combinations of B tensor lists.
-        scale: Loss scale of the captured lists.
-        blocks: What shares one Gram matrix.
-        parameters: The parameters, in the rows' order.
-        metric: Of the inner product; Euclidean when None.
-        recorded: Blocks whose Gram matrices are recorded beside those that the rule sees.
-    """
-
-    mixing: Mixing
-    scale: float | Tensor
-    blocks: Blocks
-    parameters: Sequence[Tensor]
-    metric: Metric | None = None
-    recorded: Blocks | None = None
-
-    def products(self, metric: Metric | None) -> Tensor:
-        """Inner products of the B lists in unscaled units, ``[S, B, B]``."""
-        blocks = self.blocks
-        return self.unscaled(
-            block_gram(
-                self.mixing.rows,
-                blocks=blocks.of_parameter,
-                num_blocks=blocks.number,
-                metric=metric,
-                like=self.parameters,
-            )
-        )
-
-    def unscaled(self, products: Tensor) -> Tensor:
-        """Products of the lists as they are, in unscaled units."""
-        units = self.mixing.units(self.scale, products.device)
-        return products * units[:, None] * units
+from gradsurgery.gram import Row, combine_blocks_, numbers_on
+from gradsurgery.optimizer.elementwise import with_answer
+from gradsurgery.optimizer.rows import Rows, check_protected
+from gradsurgery.rules import elementwise
 
 
 @dataclass(frozen=True)
 class Update:
-    """What the rule made of the rows: ``sum_b amounts[s, b] * list_b`` in block s, in unscaled units.
+    """What was decided: in block s the update is ``sum_b amounts[s, b] * lists[b]``, in unscaled units.
 
     Attributes:
-        gram: ``[S, K, K]``.
-        coefficients: ``[S, K]``, the added multiples of current rows included where they are rows of the Gram matrix; None where the
-            rule is elementwise.
-        amounts: ``[S, B]``.
-        change: ``[K]``, inner product of each row with the update.
-        norm: 0-dim, in the metric of the Gram matrix.
-        healthy: ``[K]`` bool, whether each captured row is finite.
+        gram: Gram matrices that the rule saw, ``[S, K, K]``.
+        block_gram: Gram matrices of the recorded blocks, ``[R, K, K]``; None without them.
+        coefficients: ``[S, K]`` after clipping, with the added multiples of current rows where those are rows of the
+            Gram matrix; None where the rule is elementwise.
+        amounts: ``[S, B]``; all NaN where a captured row is not finite.
+        predicted_change: ``[K]``, minus the inner product of each row with the update.
+        norm: Norm of the update, 0-dim, in the metric of the Gram matrix.
+        finite_rows: Whether each captured row is finite, ``[K]`` bool.
     """
 
     gram: Tensor
+    block_gram: Tensor | None
     coefficients: Tensor | None
     amounts: Tensor
-    change: Tensor
+    predicted_change: Tensor
     norm: Tensor
-    healthy: Tensor
+    finite_rows: Tensor
+
+    def check_finite(self, objectives: Sequence[str]) -> None:
+        """Refuse an update with a NaN or inf in it. It waits for the device.
+
+        Raises:
+            FloatingPointError: Naming the objectives whose rows are not finite.
+        """
+        if bool(self.amounts.isfinite().all()):
+            return
+        culprits = [name for name, finite in zip(objectives, self.finite_rows.tolist(), strict=True) if not finite]
+        found = (
+            f"a NaN or inf in the gradient of {' and '.join(map(repr, culprits))}"
+            if culprits
+            else "finite rows but a non-finite rule or average"
+        )
+        raise FloatingPointError(
+            f"step: expected finite rows, found {found}; nothing was stepped and zero_grad() recovers. Look at that loss, lower the "
+            "learning rate, or use a GradScaler with fp16"
+        )
 
 
-class Measured(NamedTuple):
-    """Products ``[S, B, B]`` of the lists at hand, and Gram matrices of the rows that they make: ``[S, K, K]``, ``[R, K, K]`` recorded."""
+def resolve_rule(rule: Callable[..., Any] | str, number: int, *, scope: object, metric: str) -> Callable[..., Any]:
+    """The rule, by its name where that is given.
 
-    products: Tensor
-    gram: Tensor
-    recorded: Tensor | None
+    Args:
+        rule: The rule or its name.
+        number: Number of rows.
+        scope: The option of that name.
+        metric: The option of that name.
+
+    Raises:
+        ValueError: If there is no such rule; if it is elementwise, and the scope or metric is one that only a Gram
+            matrix has; and by an elementwise rule whose own options are wrong.
+    """
+    if isinstance(rule, str):
+        rule = rules.by_name(rule)
+    if not callable(rule):
+        raise ValueError(f"rule: expected a function of the Gram matrix or its name, found {rule!r}")
+    if isinstance(rule, type):
+        raise ValueError(f"rule: expected a function of the Gram matrix, found the class {rule.__name__}; construct it")
+    if not elementwise.is_elementwise(rule):
+        return rule
+    for option, found, only in (("scope", scope, "global"), ("metric", metric, "euclidean")):
+        if found != only:
+            raise ValueError(
+                f"{option}: expected {only!r} with an elementwise rule, which decides coordinate by coordinate and asks for no Gram "
+                f"matrix, found {found!r} with {getattr(rule, '__name__', rule)!r}; drop {option}, or use a rule of gradsurgery.rules"
+            )
+    rule([[] for _ in range(number)])  # a wrong option of the rule shows on rows of no parameters too
+    return rule
 
 
-def measure(rows: Rows) -> Measured:
-    """Everything that one pass over the rows tells."""
-    if rows.recorded is None:
-        products = rows.products(rows.metric)
-        return Measured(products, _of_rows(rows, products), None)
-    # Every product is of one tensor, and is added up twice: in the parameters' order, as `block_gram` does, so that recording changes
-    # no bit of what the rule sees (unless ranks hold shards, whose sums then are in another order).
-    number = len(rows.parameters)
-    by_tensor = block_gram(
-        rows.mixing.rows, blocks=range(number), num_blocks=number, metric=rows.metric, like=rows.parameters
-    )
-    products, recorded = (rows.unscaled(_added(by_tensor, blocks)) for blocks in (rows.blocks, rows.recorded))
-    return Measured(products, _of_rows(rows, products), _of_rows(rows, recorded))
+def multiples(add: Mapping[str, float], objectives: Sequence[str]) -> list[float]:
+    """The option ``add`` as one number for each objective, 0 where it names none.
 
-
-def _added(by_tensor: Tensor, blocks: Blocks) -> Tensor:
-    """Sums over the tensors of each block, ``[P, B, B]`` to ``[S, B, B]``."""
-    of_parameter = [0] * len(by_tensor) if blocks.of_parameter is None else blocks.of_parameter
-    total = by_tensor.new_zeros(blocks.number, *by_tensor.shape[1:])
-    return total.index_add_(0, numbers_on(total.device, of_parameter), by_tensor)
-
-
-def _of_rows(rows: Rows, products: Tensor) -> Tensor:
-    weights = numbers_on(products.device, rows.mixing.weights)
-    gram = weights @ products @ weights.mT
-    return (gram + gram.mT) / 2
+    Raises:
+        ValueError: If it names what is not a protected objective.
+    """
+    check_protected("add", add, objectives)
+    return [add.get(name, 0.0) for name in objectives]
 
 
 def decide(
     rows: Rows,
-    products: Tensor,
-    gram: Tensor,
-    rule: Callable[[Tensor], Tensor],
+    rule: Callable[..., Any],
     *,
     add: Sequence[float],
-    averaged: Sequence[bool],
     max_norm: float | None,
-) -> Update:
-    """Ask the rule, add the current rows, clip.
+    keep: bool,
+    check: Callable[[Tensor], None],
+) -> tuple[Update, list[Tensor | None]]:
+    """Measure the rows, ask the rule, add the current rows, clip, and write the update.
 
     Args:
-        rows: The rows.
-        products: From `measure`.
-        gram: From `measure`.
-        rule: Gram matrix -> coefficients; it sees ``[K, K]`` in the global scope.
+        rows: The rows. The first list is overwritten, or, with an elementwise rule, emptied: nobody reads it again, and
+            so it is freed before the base's step.
+        rule: Gram matrix -> coefficients (it sees ``[K, K]`` in the global scope), or, if it is elementwise, rows ->
+            row.
         add: Multiple of each current row, K numbers.
-        averaged: Whether an average stands in for each row, K times.
-        max_norm: Euclidean norm to clip to; c^T G c gives it without another pass.
+        max_norm: Euclidean norm to clip to; None does not clip.
+        keep: Whether the first captured row will grow and must stay as it is (one copy).
+        check: Called with the Gram matrix before the update is decided; raises where ranks disagree. The answer of an
+            elementwise rule is row 0 of the matrix then.
+
+    Returns:
+        The update as it was decided, and as the row that was written, in the captured rows' loss scale.
 
     Raises:
         ValueError: If the rule's answer has the wrong shape.
     """
-    number = gram.shape[-1]
-    weights = numbers_on(gram.device, rows.mixing.weights)
+    if elementwise.is_elementwise(rule):
+        return _decide_by_coordinates(rows, rule, add, max_norm, check)
+    update = _decide_by_gram(rows, rule, add, max_norm, check)
+    first = [None if tensor is None else tensor.clone() for tensor in rows.lists[0]] if keep else rows.lists[0]
+    amounts = rows.in_loss_scale(update.amounts)
+    return update, combine_blocks_([first, *rows.lists[1:]], amounts, blocks=rows.blocks.of_parameter)
+
+
+def _decide_by_gram(
+    rows: Rows,
+    rule: Callable[[Tensor], Tensor],
+    add: Sequence[float],
+    max_norm: float | None,
+    check: Callable[[Tensor], None],
+) -> Update:
+    products, record_products = rows.measure()
+    gram = rows.gram(products)
+    check(gram)
     asked = gram[0] if rows.blocks.names is None else gram
     coefficients = rule(asked)
     if coefficients.shape != asked.shape[:-1]:
@@ -145,188 +153,81 @@ def decide(
             f"rule: expected coefficients {list(asked.shape[:-1])} for a Gram matrix {list(asked.shape)}, found "
             f"{list(coefficients.shape)}"
         )
+    number = gram.shape[-1]
     coefficients = coefficients.to(gram).view(-1, number)
-    extra = numbers_on(gram.device, add, torch.float64)
-    amounts = coefficients @ weights
-    amounts[:, :number] += extra
-    factor = _clipping(rows, products, amounts, max_norm)
-    shown = coefficients + torch.where(numbers_on(gram.device, averaged), 0.0, extra)
-    return _finished(rows, products, gram, weights, amounts * factor, shown * factor)
+    added = numbers_on(gram.device, add, torch.float64)
+    amounts = coefficients @ numbers_on(gram.device, rows.weights)
+    amounts[:, :number] += added
+    factor = _clip_factor(rows, products, amounts, max_norm)
+    recorded = coefficients + torch.where(numbers_on(gram.device, rows.averaged), 0.0, added)
+    block_gram = None if record_products is None else rows.gram(record_products)
+    return _finish(rows, products, gram, block_gram, amounts * factor, recorded * factor)
 
 
-def decide_by_coordinates(
-    rows: Rows, products: Tensor, gram: Tensor, *, add: Sequence[float], max_norm: float | None
-) -> Update:
-    """Add the current rows to what an elementwise rule made, and clip by its true norm.
-
-    Args:
-        rows: From `with_update`.
-        products: From `measure`, ``[1, 1 + B, 1 + B]``.
-        gram: From `measure`, ``[1, 1 + K, 1 + K]``: the update's own products come first.
-        add: As `decide`.
-        max_norm: As `decide`.
-    """
+def _decide_by_coordinates(
+    rows: Rows,
+    rule: Callable[[Sequence[Row]], Any],
+    add: Sequence[float],
+    max_norm: float | None,
+    check: Callable[[Tensor], None],
+) -> tuple[Update, list[Tensor | None]]:
+    """As `decide`, in new memory. The update's amounts are ``[1, 1 + B]``, that of the rule's answer first."""
+    extended = with_answer(rows, rule)
+    products, record_products = extended.measure()
+    gram = extended.gram(products)
+    try:
+        check(gram)
+    except RuntimeError as error:
+        error.add_note(
+            "A rule that draws at random, such as graddrop, needs a generator with the same seed on every rank."
+        )
+        raise
     amounts = torch.zeros_like(products[..., 0])
     amounts[:, 0] = 1.0
     amounts[:, 1 : 1 + len(add)] += numbers_on(amounts.device, add, torch.float64)
-    amounts = amounts * _clipping(rows, products, amounts, max_norm)
-    weights = numbers_on(gram.device, rows.mixing.weights)[1:]
-    return _finished(rows, products, gram[:, 1:, 1:], weights, amounts, None)
+    amounts = amounts * _clip_factor(extended, products, amounts, max_norm)
+    block_gram = None if record_products is None else extended.gram(record_products)[:, 1:, 1:]
+    update = _finish(extended, products, gram[:, 1:, 1:], block_gram, amounts, None)
+    used = [0, *(k + 1 for k, multiple in enumerate(add) if multiple)]
+    amounts = extended.in_loss_scale(update.amounts)
+    written = combine_blocks_([extended.lists[b] for b in used], torch.stack([amounts[:, b] for b in used], 1))
+    rows.lists[0] = [None] * len(rows.parameters)
+    return update, written
 
 
-def _clipping(rows: Rows, products: Tensor, amounts: Tensor, max_norm: float | None) -> Tensor:
-    """What scales the update to the norm allowed, 0-dim."""
+def _clip_factor(rows: Rows, products: Tensor, amounts: Tensor, max_norm: float | None) -> Tensor:
+    """What brings the update to the norm allowed, 0-dim. Amounts and products give the norm without another pass."""
     if max_norm is None:
         return torch.ones_like(products[0, 0, 0])
     euclidean = products if rows.metric is None else rows.products(None)
     return (max_norm / (_norm(euclidean, amounts) + 1e-6)).clamp_max(1.0)  # as torch.nn.utils.clip_grad_norm_
 
 
-def _finished(
-    rows: Rows, products: Tensor, gram: Tensor, weights: Tensor, amounts: Tensor, coefficients: Tensor | None
+def _finish(
+    rows: Rows,
+    products: Tensor,
+    gram: Tensor,
+    block_gram: Tensor | None,
+    amounts: Tensor,
+    coefficients: Tensor | None,
 ) -> Update:
+    number = gram.shape[-1]
+    weights = numbers_on(gram.device, rows.weights)[-number:]  # without the row that is an elementwise rule's answer
     finite = products.diagonal(dim1=-2, dim2=-1).isfinite().all(0)
-    owners = numbers_on(finite.device, rows.mixing.owners)
-    healthy = torch.stack([(finite | (owners != k)).all() for k in range(gram.shape[-1])])
-    # A rule of the user's may answer ill rows by finite numbers; the step must still be seen to be ill.
+    owners = numbers_on(finite.device, rows.owners)
+    # A user's rule may answer non-finite rows by finite numbers; whoever steps must still see that they were not.
     amounts = torch.where(finite.all(), amounts, torch.nan)
     return Update(
         gram=gram,
+        block_gram=block_gram,
         coefficients=coefficients,
         amounts=amounts,
-        change=torch.einsum("kb,sbc,sc->k", weights, products, amounts),
+        predicted_change=-torch.einsum("kb,sbc,sc->k", weights, products, amounts),
         norm=_norm(products, amounts),
-        healthy=healthy,
+        finite_rows=torch.stack([(finite | (owners != k)).all() for k in range(number)]),
     )
-
-
-class _Seen(Sequence[Tensor | None]):
-    """A row as an elementwise rule sees it, in unscaled units: each parameter's tensor is made when it is asked for."""
-
-    def __init__(self, lists: Sequence[Sequence[Tensor | None]], factors: Tensor | None) -> None:
-        self._lists, self._factors = lists, factors
-
-    def __len__(self) -> int:
-        return len(self._lists[0])
-
-    @overload
-    def __getitem__(self, index: int) -> Tensor | None: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Tensor | None]: ...
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        parts = [part[index] for part in self._lists]
-        placed = next((part for part in parts if part is not None), None)
-        if placed is None or self._factors is None:
-            return placed
-        wide = torch.float32 if placed.dtype.itemsize < 4 else placed.dtype
-        start = torch.zeros_like(placed, dtype=wide)
-        return combine_([[start], *([part] for part in parts)], torch.nn.functional.pad(self._factors, (1, 0)))[0]
-
-
-def with_update(rows: Rows, rule: Callable[[Sequence[Row]], Any]) -> Rows:
-    """Ask an elementwise rule, and put its answer before the lists at hand, as one more row of the Gram matrix.
-
-    Args:
-        rows: The rows.
-        rule: Rows -> row.
-
-    Returns:
-        Rows over 1 + B lists. The first is the update: unscaled, and nobody else's memory.
-
-    Raises:
-        ValueError: If the rule's answer is no row over these parameters.
-
-    Cost: one row; where a row is no captured list as it stands (an average, a loss scale) one parameter's tensor at a time.
-    """
-    mixing, parameters = rows.mixing, rows.parameters
-    scale = torch.as_tensor(rows.scale)
-    plain = scale.device.type == "cpu" and float(scale) == 1.0
-    device = local_tensor(parameters[0]).device
-    units = mixing.units(rows.scale, device)
-    seen: list[Row] = []
-    for weights in mixing.weights:
-        used = [b for b, weight in enumerate(weights.tolist()) if weight != 0.0]
-        alone = len(used) == 1 and weights[used[0]] == 1.0 and (plain or mixing.averaged[used[0]])
-        factors = None if alone else torch.stack([(numbers_on(device, weights) * units)[b] for b in used])
-        seen.append(_Seen([mixing.rows[b] for b in used], factors))
-    update = list(rule(seen))
-    shapes = [None if tensor is None else tensor.shape for tensor in update]
-    if len(shapes) != len(parameters) or any(
-        shape not in (None, parameter.shape) for shape, parameter in zip(shapes, parameters, strict=True)
-    ):
-        raise ValueError(
-            f"rule: expected an elementwise rule to return a tensor shaped like each of {len(parameters)} parameters, or None, found "
-            f"shapes {[None if shape is None else list(shape) for shape in shapes]}"
-        )
-    # The update is changed in place by whoever clips it; a rule may have handed back a row.
-    taken = {_memory(tensor) for part in mixing.rows for tensor in part if tensor is not None}
-    for index, (tensor, parameter) in enumerate(zip(update, parameters, strict=True)):
-        if tensor is not None:
-            update[index] = tensor.to(parameter.dtype, copy=_memory(tensor) in taken)
-    return replace(
-        rows,
-        mixing=replace(
-            mixing,
-            rows=[update, *mixing.rows],
-            weights=torch.block_diag(torch.ones(1, 1, dtype=mixing.weights.dtype), mixing.weights),
-            averaged=(True, *mixing.averaged),
-            owners=(len(mixing.weights), *mixing.owners),
-        ),
-    )
-
-
-def _memory(tensor: Tensor) -> int:
-    return local_tensor(tensor).untyped_storage().data_ptr()
-
-
-def guard(rows: Rows, before: Sequence[Tensor | None], *, project: bool) -> tuple[Tensor, Tensor]:
-    r"""Measure the parameter change against every protected row, and project it onto the cone where none gets worse.
-
-    With the change :math:`\Delta` and protected rows :math:`r_k`, the parameters move on by the solution of
-    :math:`\min_d \lVert d - \Delta\rVert^2` subject to :math:`\langle d, r_k\rangle \le 0`, the problem of `rules.gru` for minus d.
-
-    Args:
-        rows: As the rule saw them. The first list is not read.
-        before: The parameters before the base's step, where they had a gradient; overwritten by the change.
-        project: Whether to change the parameters.
-
-    Returns:
-        ``[K - 1]`` twice: the inner products of the change with each protected row as the base made it, and as it is now.
-    """
-    changes = list(before)
-    for change, parameter in zip(changes, rows.parameters, strict=True):
-        if change is not None:
-            change.neg_().add_(parameter)
-    mixing, blocks = rows.mixing, rows.blocks
-    lists = [changes, *mixing.rows[1:]]
-    products = block_gram(lists, blocks=blocks.of_parameter, num_blocks=blocks.number, like=rows.parameters)
-    units = mixing.units(rows.scale, products.device).clone()
-    units[0] = -1.0  # what descends is minus the change, and it has no loss scale
-    weights = numbers_on(products.device, mixing.weights)
-    gram = weights @ (products * units[:, None] * units) @ weights.mT
-    made = -gram[:, 0, 1:].sum(0)
-    if not project:
-        return made, made
-    coefficients = rules.gru(gram)
-    moved = [[None if change is None else t for change, t in zip(changes, row, strict=True)] for row in lists]
-    moved[0] = [None if change is None else p for change, p in zip(changes, rows.parameters, strict=True)]
-    amounts = -(coefficients @ weights) * units
-    amounts[:, 0] = 1.0
-    for change, parameter in zip(changes, rows.parameters, strict=True):
-        if change is not None:
-            change.sub_(parameter)  # minus the parameters before the step, again
-    combine_blocks_(moved, amounts, blocks=blocks.of_parameter)
-    for change, parameter in zip(changes, rows.parameters, strict=True):
-        if change is not None:
-            change.add_(parameter)
-    # Measured and not predicted: what the parameters' type rounds away must show.
-    products = block_gram(lists, blocks=blocks.of_parameter, num_blocks=blocks.number, like=rows.parameters)
-    gram = weights @ (products * units[:, None] * units) @ weights.mT
-    return made, -gram[:, 0, 1:].sum(0)
 
 
 def _norm(products: Tensor, amounts: Tensor) -> Tensor:
-    """Norm over all blocks: products ``[S, B, B]``, amounts ``[S, B]``."""
+    """Norm of the update over all blocks, 0-dim: products ``[S, B, B]``, amounts ``[S, B]``."""
     return torch.einsum("sb,sbc,sc->", amounts, products, amounts).clamp_min(0.0).sqrt()

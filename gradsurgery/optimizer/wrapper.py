@@ -1,10 +1,10 @@
-"""Being a torch.optim.Optimizer around another one: everything that is the base's own, by delegation."""
+"""Wrapper: a torch.optim.Optimizer around another one, to which it delegates whatever is the base's own."""
 
 from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,17 +25,18 @@ _HOOKS = (
 class Wrapper(torch.optim.Optimizer):
     """An optimizer whose parameter groups, state and defaults are those of ``base``.
 
-    `torch.optim.Optimizer.__init__` is not called: it would build groups and state of its own. As properties they stay the base's
-    through ``load_state_dict`` and ``add_param_group``, and schedulers, GradScaler and Lightning see the real ones.
+    `torch.optim.Optimizer.__init__` is not called, because it would build groups and state of its own. As properties
+    they stay the base's through ``load_state_dict`` and ``add_param_group``, and schedulers, GradScaler and Lightning
+    see the real ones.
     """
 
     def __init__(self, base: torch.optim.Optimizer) -> None:
-        _check(base)
+        _check_base(base)
         self._base = base
         self._restart()
 
     def _restart(self) -> None:
-        """Everything that neither a copy nor a pickle takes along."""
+        """Build what neither a copy nor a pickle takes along. Called by the constructor and after copying."""
         for name in _HOOKS:
             self.__dict__[name] = OrderedDict()
         self._warned_capturable_if_run_uncaptured = True
@@ -78,18 +79,43 @@ class Wrapper(torch.optim.Optimizer):
         self._base.add_param_group(param_group)
 
     def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self.param_groups for parameter in group["params"]]
+        return parameters_of(self._base)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._base!r})"
 
+    def _save_between_hooks(self, save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What ``save`` returns, with the registered state_dict hooks called before and after."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        state_dict = save()
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        return state_dict
+
+    def _load_between_hooks(self, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None]) -> None:
+        """Call ``load`` with a shallow copy, and the registered load_state_dict hooks before and after."""
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        load(state_dict)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
     def __getstate__(self) -> dict[str, Any]:
-        # A scheduler leaves a "step" bound to this object here, which in a copy would step the original.
+        # A scheduler sets an attribute "step" bound to this object, which in a copy would step the original.
         return {key: value for key, value in self.__dict__.items() if key not in ("step", *_HOOKS)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._restart()
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Every parameter of the optimizer, in the order of its groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def local_bytes(parameters: Sequence[Tensor], itemsize: int | None = None) -> int:
@@ -99,7 +125,7 @@ def local_bytes(parameters: Sequence[Tensor], itemsize: int | None = None) -> in
     return sum(tensor.numel() * (itemsize or tensor.element_size()) for tensor in local)
 
 
-def _check(base: object) -> None:
+def _check_base(base: object) -> None:
     if not isinstance(base, torch.optim.Optimizer) or isinstance(base, Wrapper):
         found = base.__name__ if isinstance(base, type) else type(base).__name__
         raise TypeError(

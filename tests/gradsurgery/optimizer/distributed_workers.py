@@ -1,4 +1,4 @@
-"""What the processes of test_distributed.py run, and how they are started.
+"""What the processes of test_ranks.py and of other tests run, and how they are started.
 
 Processes are forked from a server that has imported torch once, so that a test takes half a second and every test has fresh ones.
 A scenario makes its own assertions; `run` raises if one failed in any process, or if a process hangs.
@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo  # the first step of any optimizer imports it: once here, for all processes
+import torch._dynamo  # imported once here for all processes, because the first step of any optimizer imports it
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
@@ -36,7 +36,7 @@ from tests.tolerances import STEPPED, close
 
 WORLD = 2
 STEPS = 6
-# A process that waits for another is one that hangs: nothing here takes a second.
+# Nothing here takes a second: a process that waits this long for another hangs.
 COLLECTIVE_TIMEOUT, PROCESS_TIMEOUT = 10, 60
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -168,7 +168,7 @@ def ddp_contexts(rank: int, wrapper: dict[str, Any]) -> None:
 
 
 def ddp_forward_forward(rank: int, wrapper: dict[str, Any]) -> None:
-    """Both forwards first: only one of the backward passes is reduced, without a word from DDP."""
+    """Both forward passes first: DDP then reduces only one of the backward passes, and does not say so."""
     model = mlp()
     wrapped = DistributedDataParallel(model, **wrapper)
     optimizer = surgeon(model)
@@ -246,7 +246,7 @@ def ddp_static_graph(rank: int) -> None:
 
 
 def ddp_no_sync(rank: int, wrapper: dict[str, Any], front_end: str) -> None:
-    """Three micro-batches, reduced once an objective: with the last."""
+    """Three micro-batches; each objective's row is reduced once, with the last of them."""
     model, plain = mlp(), mlp()
     wrapped = DistributedDataParallel(model, **wrapper)
     optimizer = surgeon(model, ema_decay=0.5, accumulate=front_end == "join, accumulate")
@@ -319,7 +319,7 @@ def ddp_unused_head(rank: int, front_end: str) -> None:
 
 
 def ddp_copies(rank: int) -> None:
-    """What the optimizer knows of DDP neither stops a copy or a pickle nor travels with it."""
+    """The DDP modules that the optimizer has found do not prevent a copy or a pickle, and are not part of it."""
     model = mlp()
     wrapped = DistributedDataParallel(model)
     optimizer = surgeon(model, ema_decay=0.5)
@@ -365,7 +365,7 @@ def synchronised_by_hand(rank: int) -> None:
 
 
 def missing_on_one_rank(rank: int, wrap: str, done: str) -> None:
-    """Rank 1 leaves out one objective, or both, while rank 0 does all: every rank hears of it."""
+    """Rank 1 leaves out one objective, or both, while rank 0 does all: every rank raises."""
     model = mlp()
     module: nn.Module = DistributedDataParallel(model) if wrap == "ddp" else model
     optimizer = surgeon(model)
@@ -380,7 +380,7 @@ def missing_on_one_rank(rank: int, wrap: str, done: str) -> None:
 
 
 def fsdp1(rank: int) -> None:
-    """FSDP1 cannot be built on a CPU; its class around the parameters is enough to be refused."""
+    """FSDP1 cannot be built on a CPU, but its class around the parameters is enough to be refused."""
 
     class Wrapper(FullyShardedDataParallel):
         def __init__(self, module: nn.Module) -> None:
@@ -483,7 +483,7 @@ def fsdp_without_sync(rank: int, front_end: str) -> None:
 
 
 def fsdp_checkpoint(rank: int, full: bool) -> None:
-    """A state_dict in whole tensors or in shards, back into a fresh model and on: as if nothing had happened."""
+    """A state_dict in whole tensors or in shards is loaded into a fresh model, which trains on as the original does."""
     settings = StateDictOptions(full_state_dict=full, broadcast_from_rank0=full)
     model, resumed = sharded(), sharded()
     optimizer, again = (

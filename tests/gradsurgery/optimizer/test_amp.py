@@ -82,7 +82,7 @@ def test_a_scale_that_grows_changes_nothing(name: str, front_end: str, micro_bat
 
 
 def test_the_scale_must_be_known_to_average_over_steps() -> None:
-    """Without it a growing scale shows in the average, or the test above means nothing."""
+    """Without the scale, a growing scale shows in the average; otherwise the test above would mean nothing."""
     trained = []
     for known in (True, False):
         model = mlp(dtype=torch.float32)
@@ -162,7 +162,7 @@ def test_clipping_after_unscale_clips_the_unscaled_update(front_end: str) -> Non
 
 
 def test_a_fused_base_is_scaled_like_any_other() -> None:
-    """Its flag that it unscales by itself must not reach the scaler, which would hand it the scaled update."""
+    """The base's flag that it unscales by itself must not reach the scaler, which would then leave the update scaled."""
     losses = classification()
     model, plain = mlp(dtype=torch.float32), mlp(dtype=torch.float32)
     base = torch.optim.AdamW(model.parameters(), lr=0.02, fused=True)

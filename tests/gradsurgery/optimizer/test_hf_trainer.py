@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 
 CLIP, DECAY = 0.5, 0.7
-BATCHES = 5  # an epoch; not a multiple of 2, so that the last window of an epoch is a short one
+BATCHES = 5  # batches in an epoch; odd, so that the last window of an epoch is a short one
 
 
 def llama() -> Any:
@@ -137,7 +137,7 @@ def make(
         data_collator=collate,
         optimizers=(optimizer, None),
     )
-    trainer.model_accepts_loss_kwargs = False  # or Trainer takes the loss for one that is already divided
+    trainer.model_accepts_loss_kwargs = False  # otherwise Trainer takes the loss for one that is already divided
     return model, optimizer, trainer
 
 

@@ -65,7 +65,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(base: str) -> None:
 
 @pytest.mark.parametrize("option", ["average", "bias correction", "GradVac's target"])
 def test_every_part_of_the_state_matters(option: str) -> None:
-    """A resumed run without it differs, so the test above would notice its loss."""
+    """A resumed run without this part differs, so the test above would notice its loss."""
     model = mlp()
     optimizer = surgeon(model)
     contexts(model, optimizer, LOSSES, HALF)
@@ -130,7 +130,7 @@ def test_a_plain_checkpoint_of_the_base_starts_the_averages_at_0() -> None:
     for used in (False, True):
         model = copy.deepcopy(plain)
         optimizer = surgeon(model, rule="gru")
-        if used:  # averages of another run, to be forgotten
+        if used:  # averages of another run, which the load must replace
             contexts(model, optimizer, LOSSES, HALF)
             model.load_state_dict(plain.state_dict())
         optimizer.load_state_dict(through_a_file(base.state_dict()))
@@ -244,7 +244,7 @@ def test_the_way_of_accelerate_prepare_changes_nothing() -> None:
 @pytest.mark.parametrize("rule", ["gru", "GradVac"])
 @pytest.mark.parametrize("base", ["AdamW", "SGD", "momentum", "Adagrad"])
 def test_torch_distributed_checkpoint_restores_averages(base: str, rule: str, tmp_path: Path) -> None:
-    """SGD has no state of its own, Adagrad has one before its first step, the others make theirs in a step at learning rate 0."""
+    """SGD has no state, Adagrad has one before its first step, and the others get theirs in a step at learning rate 0."""
 
     def make(model: nn.Module) -> gs.GradientSurgery:
         return surgeon(model, base, rule=gs.rules.GradVac(beta=0.5) if rule == "GradVac" else rule)
@@ -335,7 +335,7 @@ def test_a_deepcopy_alone_has_parameters_of_its_own() -> None:
 def test_schedulers_drive_the_base(
     make: Callable[[torch.optim.Optimizer], Any], duplicate: Callable[[Any], Any] | None
 ) -> None:
-    """As they would drive the plain base; no "scheduler before optimizer" warning; OneCycleLR moves the betas too."""
+    """Schedulers drive it as they would the plain base, without the "scheduler before optimizer" warning; OneCycleLR moves the betas too."""
     model, plain = mlp(), mlp()
     optimizer = gs.GradientSurgery(torch.optim.AdamW(model.parameters(), lr=0.02), rule="sum")
     if duplicate is not None:

@@ -21,7 +21,7 @@ STEPS = 8
 
 @dataclass(frozen=True)
 class Variant:
-    """Options of the optimizer, and what they mean in the oracle's words (the same where nothing is said)."""
+    """Options of the optimizer, and the oracle's options with the same meaning (the same names if left out)."""
 
     base: str = "AdamW"
     objectives: tuple[str, ...] = TWO
@@ -300,52 +300,6 @@ def test_a_step_without_conflict_leaves_the_forget_gradient_alone() -> None:
     assert record.gram.tolist() == [[2.0, 1.0], [1.0, 5.0]]
 
 
-# The guard -----------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ema_decay", [None, 0.9])
-@pytest.mark.parametrize("base", ["momentum", "AdamW", "Adagrad"])
-def test_the_guard_lets_no_step_raise_a_protected_objective(base: str, ema_decay: float | None) -> None:
-    """The change is measured here, from the parameters before and after, against rows that are computed here."""
-    losses = classification(FOUR)
-
-    def worst(guard: str) -> Tensor:
-        model = mlp()
-        parameters = list(model.parameters())
-        optimizer = gs.GradientSurgery(
-            BASES[base](parameters), objectives=FOUR, ema_decay=ema_decay, ema_dtype=torch.float64, guard=guard
-        )
-        averages, found = torch.zeros(3, 43, dtype=torch.float64), []
-        for step in range(20):
-            now = losses(model, step, 0)
-            rows = torch.stack(
-                [training.flat(training.gradient(now[name], parameters), parameters) for name in FOUR[1:]]
-            )
-            decay = ema_decay or 0.0
-            averages = decay * averages + (1.0 - decay) * rows
-            protected = averages / (1.0 - decay ** (step + 1))
-            before = values(model)
-            joined(model, optimizer, losses, [step])
-            change = values(model) - before
-            found.append((protected @ change / protected.norm(dim=1) / change.norm()).max())
-        return torch.stack(found).max()
-
-    assert worst("update") <= STEPPED.relative
-    assert worst("measure") > 1e-3, (
-        "without the guard the base raises a protected objective, or this test means nothing"
-    )
-
-
-def test_the_guard_leaves_a_harmless_change_alone() -> None:
-    losses = classification()
-    model, plain = mlp(), mlp()
-    guarded = gs.GradientSurgery(torch.optim.SGD(model.parameters(), lr=0.1), guard="update")
-    unguarded = gs.GradientSurgery(torch.optim.SGD(plain.parameters(), lr=0.1))
-    contexts(model, guarded, losses, range(STEPS))
-    contexts(plain, unguarded, losses, range(STEPS))
-    close(values(model), values(plain), STEPPED)
-
-
 # Parameters of every kind --------------------------------------------------------------------------------------------------------
 
 
@@ -397,7 +351,7 @@ def test_a_parameter_gets_a_gradient_only_where_an_objective_reached_it() -> Non
 
 @pytest.mark.parametrize("name", ["several, ema by name", "guard, several, ema"])
 def test_the_average_of_a_layer_that_is_frozen_mid_run_takes_no_part(name: str) -> None:
-    """The step cannot move that layer, so its average must not tilt what is done to the others."""
+    """The step cannot move that layer, so its average must not influence the projection of the others."""
     variant = VARIANTS[name]
     losses = classification(variant.objectives)
     model, plain = mlp(), mlp()
@@ -412,7 +366,7 @@ def test_the_average_of_a_layer_that_is_frozen_mid_run_takes_no_part(name: str) 
 
 
 def test_an_average_lives_on_where_this_steps_row_has_no_gradient() -> None:
-    """A head that the retain loss uses in step 0 only, and the forget loss always: its average decays, it does not vanish."""
+    """The retain loss uses the head in step 0 only, the forget loss always: the head's average decays and does not vanish."""
     weight = nn.Parameter(torch.tensor([1.0, 1.0], dtype=torch.float64))
     other = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
     optimizer = gs.GradientSurgery(
@@ -526,7 +480,7 @@ def test_losses_of_one_forward_pass_need_retain_graph() -> None:
 
 
 def test_retain_graph_frees_the_graph_with_the_last_pass() -> None:
-    """Asking for the graph between the inner passes does not keep it for ever."""
+    """retain_graph keeps the graph between the inner passes, and not beyond the last."""
     model = mlp()
     optimizer = gs.GradientSurgery(torch.optim.SGD(model.parameters(), lr=0.1))
     losses = shared_forward(model, 0, 0)

@@ -536,7 +536,7 @@ def test_captured_rows_are_freed_before_the_base_steps() -> None:
     optimizer.join(**classification()(model, 0, 0)).backward()
     combined = optimizer._window.combined
     assert combined is not None
-    assert all(tensor is None for tensor in combined.rows.mixing.rows[0])
+    assert all(tensor is None for tensor in combined[0].lists[0])
 
 
 # Several processes ---------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,98 @@
+"""Checkpoint: how averages and a stateful rule's numbers are kept in the base optimizer's state_dict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsurgery.optimizer.average import EMA
+from gradsurgery.optimizer.wrapper import parameters_of
+from gradsurgery.rules import StatefulRule
+
+_AVERAGE = "gradsurgery_ema_"
+_STEPS = "gradsurgery_steps"
+_DECAY = "gradsurgery_decay_"
+_RULE = "gradsurgery_rule"
+
+
+def save(base: torch.optim.Optimizer, average: EMA, rule: object) -> dict[str, Any]:
+    """The base's state_dict with the averages and the rule's numbers in it (see `GradientSurgery.state_dict`)."""
+    state_dict = base.state_dict()
+    state = {index: dict(entries) for index, entries in state_dict["state"].items()}
+    for name, averages in average.averages.items():
+        for index, parameter in enumerate(parameters_of(base)):
+            if parameter in averages:
+                state.setdefault(index, {})[_AVERAGE + name] = averages[parameter]
+            elif index in state and parameter.requires_grad:
+                # Adagrad has a state before its first step, which torch.distributed.checkpoint takes for its template.
+                state[index][_AVERAGE + name] = average.zero(parameter)
+    groups = [dict(group) for group in state_dict["param_groups"]]
+    for group in groups:
+        if average.decays:
+            group[_STEPS] = average.steps
+            group.update({_DECAY + name: decay for name, decay in average.decays.items()})
+        if isinstance(rule, StatefulRule):
+            group[_RULE] = rule.state_dict()
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def load(state_dict: Mapping[str, Any], base: torch.optim.Optimizer, average: EMA, rule: object) -> None:
+    """Restore what `save` returned.
+
+    Raises:
+        ValueError: If it does not fit. Nothing is changed then.
+    """
+    # The base must not see the averages, because it would cast them to the parameters' type.
+    state, averages = _split_state(state_dict, parameters_of(base), average)
+    groups = [dict(group) for group in state_dict["param_groups"]]
+    for group in groups:
+        for key in [key for key in group if key.startswith(_DECAY)]:
+            name, decay = key.removeprefix(_DECAY), group.pop(key)
+            if averages.get(name) and average.decays[name] != decay:
+                raise ValueError(
+                    f"load_state_dict: expected the average of {name!r} to have ema_decay={average.decays[name]}, found {decay}; "
+                    "construct GradientSurgery with that"
+                )
+    steps = [int(group.pop(_STEPS, 0)) for group in groups]
+    of_rule = [group.pop(_RULE, None) for group in groups]
+    base.load_state_dict({**state_dict, "state": state, "param_groups": groups})
+    average.restore(averages, max(steps, default=0))
+    if isinstance(rule, StatefulRule) and of_rule and of_rule[0] is not None:
+        rule.load_state_dict(of_rule[0])
+
+
+def _split_state(
+    state_dict: Mapping[str, Any], parameters: list[Tensor], average: EMA
+) -> tuple[dict[Any, Any], dict[str, dict[Tensor, Tensor]]]:
+    """The base's part of the parameters' states, and the averages by objective and parameter."""
+    averages: dict[str, dict[Tensor, Tensor]] = {name: {} for name in average.decays}
+    state: dict[Any, Any] = {}
+    # As in torch, the order in the saved groups says which parameter a key means, and not the key itself:
+    # torch.distributed.checkpoint's keys are names.
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    of_key = dict(zip(keys, parameters, strict=False))
+    for index, entries in state_dict["state"].items():
+        ours = {key: value for key, value in entries.items() if isinstance(key, str) and key.startswith(_AVERAGE)}
+        for key, value in ours.items():
+            name = key.removeprefix(_AVERAGE)
+            if name not in averages:
+                raise ValueError(
+                    f"load_state_dict: expected averages of {list(averages)}, found one of {name!r}; construct GradientSurgery with "
+                    "the ema_decay it was saved with"
+                )
+            parameter = of_key.get(index)
+            if parameter is None or value.shape != parameter.shape:
+                raise ValueError(
+                    f"load_state_dict: expected the average of {name!r} for parameter {index} to have the parameter's shape, found "
+                    f"{list(value.shape)}; the checkpoint is of another model"
+                )
+            averages[name][parameter] = value.detach().to(
+                device=parameter.device, dtype=average.type_for(parameter), copy=True
+            )
+        rest = {key: value for key, value in entries.items() if key not in ours}
+        if rest or not ours:
+            state[index] = rest
+    return state, averages

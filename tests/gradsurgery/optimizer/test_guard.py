@@ -1,0 +1,79 @@
+"""The guard: no step raises a protected objective to first order, and a harmless change is left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import gradsurgery as gs
+from tests.problems import BASES, FOUR, classification, contexts, joined, mlp, values
+from tests.reference import training
+from tests.tolerances import STEPPED, close
+
+STEPS = 8
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+@pytest.mark.parametrize("base", ["momentum", "AdamW", "Adagrad"])
+def test_the_guard_lets_no_step_raise_a_protected_objective(base: str, ema_decay: float | None) -> None:
+    """The change is measured here, from the parameters before and after, against rows that are computed here."""
+    losses = classification(FOUR)
+
+    def worst(guard: str) -> Tensor:
+        model = mlp()
+        parameters = list(model.parameters())
+        optimizer = gs.GradientSurgery(
+            BASES[base](parameters), objectives=FOUR, ema_decay=ema_decay, ema_dtype=torch.float64, guard=guard
+        )
+        averages, found = torch.zeros(3, 43, dtype=torch.float64), []
+        for step in range(20):
+            now = losses(model, step, 0)
+            rows = torch.stack(
+                [training.flat(training.gradient(now[name], parameters), parameters) for name in FOUR[1:]]
+            )
+            decay = ema_decay or 0.0
+            averages = decay * averages + (1.0 - decay) * rows
+            protected = averages / (1.0 - decay ** (step + 1))
+            before = values(model)
+            joined(model, optimizer, losses, [step])
+            change = values(model) - before
+            found.append((protected @ change / protected.norm(dim=1) / change.norm()).max())
+        return torch.stack(found).max()
+
+    assert worst("update") <= STEPPED.relative
+    assert worst("measure") > 1e-3, (
+        "without the guard the base raises a protected objective, or this test means nothing"
+    )
+
+
+def test_the_guard_leaves_a_harmless_change_alone() -> None:
+    losses = classification()
+    model, plain = mlp(), mlp()
+    guarded = gs.GradientSurgery(torch.optim.SGD(model.parameters(), lr=0.1), guard="update")
+    unguarded = gs.GradientSurgery(torch.optim.SGD(plain.parameters(), lr=0.1))
+    contexts(model, guarded, losses, range(STEPS))
+    contexts(plain, unguarded, losses, range(STEPS))
+    close(values(model), values(plain), STEPPED)
+
+
+def test_a_guard_on_low_precision_weights_warns_and_records_what_was_achieved() -> None:
+    model = torch.nn.Linear(32, 32).to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="float32"):
+        optimizer = gs.GradientSurgery(torch.optim.AdamW(model.parameters(), lr=1e-5), guard="update")
+    x = torch.randn(8, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    before = [p.detach().double().clone() for p in model.parameters()]
+    with optimizer.objective("retain"):
+        model(x).square().mean().backward()
+    protected = [p.grad.double() if p.grad is not None else None for p in model.parameters()]
+    assert all(row is None for row in protected)  # the slot is out of .grad
+    row = [t.double().clone() for t in optimizer._window.slots["retain"] if t is not None]
+    with optimizer.objective("forget"):
+        (-model(x).square().mean()).backward()
+    optimizer.step()
+    moved = sum(
+        ((p.detach().double() - old) * r).sum() for p, old, r in zip(model.parameters(), before, row, strict=True)
+    )
+    assert optimizer.record is not None
+    assert optimizer.record.actual_change is not None
+    assert float(optimizer.record.actual_change[0]) == pytest.approx(float(moved), rel=1e-4, abs=1e-12)
