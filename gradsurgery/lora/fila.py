@@ -30,9 +30,9 @@ def fila_(
     alpha / sqrt r with rslora):
 
     .. math::
-        s_i = \sqrt{\textstyle\sum_j I_{ij}}, \quad U S V^T \approx \mathrm{diag}(s) W \text{ of rank } r, \quad
-        A = \sqrt{S / \sigma}\, V^T, \quad B = \mathrm{diag}(1 / (s + \epsilon))\, U \sqrt{S / \sigma}, \quad
-        W \leftarrow W - \sigma B A
+        s_i = \sqrt{\textstyle\sum_j I_{ij}}, \quad U S V^T \approx \mathrm{diag}(s) W \text{ of rank } r,
+        \quad A = \sqrt{S / \sigma}\, V^T, \quad B = \mathrm{diag}(1 / (s + \epsilon))\, U \sqrt{S / \sigma},
+        \quad W \leftarrow W - \sigma B A
 
     The model's output does not change, and :math:`\| \mathrm{diag}(s)(W - \sigma B A) \|_F` is within 0.2 % of the
     least possible (where s is far above :math:`\epsilon`). One weight s_i per row, because only then does the

@@ -18,9 +18,9 @@ def of_gram(function: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Conc
     The rule checks the matrix, converts it to float64 and detaches it. Where a matrix ``[K, K]`` of a batch
     contains NaN or inf, its coefficients are NaN; the function sees the identity in its place.
 
-    Raises (the rule, when it is called):
-        ValueError: If the argument is not ``[..., K, K]`` with K >= 1.
-        TypeError: If it is not a real floating-point tensor.
+    Raises:
+        ValueError: When the rule is called, if the matrix is not ``[..., K, K]`` with K >= 1.
+        TypeError: When the rule is called, if the matrix is not a real floating-point tensor.
 
     Example:
         >>> @of_gram

@@ -131,8 +131,9 @@ def sago(rows: Sequence[Row], *, gamma: float = 1.0, alpha: float = 1.0) -> list
     .. math:: u_i = \alpha r_i \;\text{ if } f_i r_i < 0, \text{ else } \gamma f_i .
 
     So no coordinate moves against retention: :math:`u_i r_i \ge 0`, as gamma and alpha are >= 0. A zero has no sign
-    that could be opposite. r is the sum of the protected rows, as in `rules.hamu` and `rules.blur`; with several of
-    them the promise is about their sum. Coordinates that agree contain no retain gradient: that is the paper's rule.
+    that could be opposite. r is the sum of the protected rows, as in `gradsurgery.rules.hamu` and `blur`; with
+    several of them the promise is about their sum. Coordinates that agree contain no retain gradient: that is the
+    paper's rule.
 
     Source: SAGO (2604.14808) and its authors' code (strategy ``sago``): one retain gradient, after accumulation and
     averaging over ranks. Several protected rows are our generalisation.

@@ -32,8 +32,8 @@ def gradient_difference(gram: Tensor, *, gamma: float = 1.0, alpha: float = 1.0)
 def gru(gram: Tensor) -> Tensor:
     r"""GRU: the update nearest to f that conflicts with no protected row.
 
-    .. math:: \min_u \lVert u - f\rVert^2 \;\text{ s.t. }\; \langle u, r_k\rangle \ge 0, \qquad
-        u = f + \sum_k \lambda_k r_k, \quad \lambda \ge 0 .
+    .. math:: \min_u \lVert u - f\rVert^2 \;\text{ s.t. }\; \langle u, r_k\rangle \ge 0,
+        \qquad u = f + \sum_k \lambda_k r_k, \quad \lambda \ge 0 .
 
     With one protected row the coefficients are :math:`(1, \max(0, -c)/R)`. With several, the quadratic program is
     solved exactly, by an active-set method on the K x K matrix. Projecting off one row after another would not do: a

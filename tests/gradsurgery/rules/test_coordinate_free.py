@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gradsurgery as gs
 from gradsurgery import gram as gram_module
 from gradsurgery import rules
-from gradsurgery.rules import elementwise
+from gradsurgery.rules import elementwise, multi_task, projections
 from tests import tolerances, zoo
 from tests.problems import classification, contexts, mlp, values
 from tests.reference import rules as reference
@@ -172,7 +172,7 @@ def test_the_table_names_each_rule_by_its_function(name: str) -> None:
 def test_every_public_function_of_the_two_modules_is_in_the_table_and_in_the_package() -> None:
     written = {
         name: value
-        for module in (rules.projections, rules.multi_task)
+        for module in (projections, multi_task)
         for name, value in vars(module).items()
         if callable(value) and not name.startswith("_") and value.__module__ == module.__name__
     }
