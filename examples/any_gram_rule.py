@@ -1,4 +1,4 @@
-"""Any function of the Gram matrix is a rule: one of your own, and the weightings of TorchJD where it is installed.
+"""Any function of the Gram matrix is a rule: one of your own, and those of TorchJD if it is installed.
 
 Run it: python examples/any_gram_rule.py   (pip install torchjd for the second half)
 """
@@ -9,7 +9,7 @@ import gradsurgery as gs
 
 
 def loudest(gram: torch.Tensor) -> torch.Tensor:
-    """Step along the longest gradient alone: gram [..., K, K] -> coefficients [..., K]."""
+    """Step along the longest gradient only: gram [..., K, K] -> coefficients [..., K]."""
     lengths = gram.diagonal(dim1=-2, dim2=-1)
     return (lengths == lengths.amax(-1, keepdim=True)).to(gram)
 
@@ -24,7 +24,7 @@ try:
 except ImportError:
     print("without TorchJD; pip install torchjd")
 else:
-    # A Weighting is a module [K, K] -> [K], so scope="global" takes it as it is (blocks would need torch.vmap).
+    # A Weighting maps [K, K] to [K], so it is a rule for scope="global"; several blocks would need torch.vmap.
     rules |= {"TorchJD MGDA": MGDAWeighting(), "TorchJD PCGrad": PCGradWeighting(), "TorchJD IMTL-G": IMTLGWeighting()}
 
 for name, rule in rules.items():

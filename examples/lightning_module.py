@@ -1,4 +1,4 @@
-"""Gradient surgery in your own LightningModule: wrap the optimizer, return optimizer.join(...). The Trainer does the rest.
+"""Gradient surgery in your own LightningModule: wrap the optimizer, and return optimizer.join(...).
 
 Run it: python examples/lightning_module.py
 """
@@ -25,7 +25,7 @@ class Forgetter(L.LightningModule):
         return self.surgery.join(**losses)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        # accumulate=True because the Trainer below adds up two batches a step.
+        # accumulate=True, because the Trainer below accumulates two batches a step.
         self.surgery = gs.GRU(torch.optim.AdamW(self.parameters(), lr=3e-3), accumulate=True)
         return self.surgery
 

@@ -1,4 +1,4 @@
-"""Two dimensions, so that the projection can be seen: one step's geometry, and where 60 steps lead with and without it.
+"""GRU in two dimensions, where it can be seen: the geometry of one step, and 60 steps with and without it.
 
 Run it: python examples/toy_2d.py   (writes toy_2d.png)
 """

@@ -42,6 +42,13 @@ def warmup_and_decay(optimizer: Optimizer, steps: int) -> LambdaLR:
     """A schedule of so many steps: a linear warm-up over the first tenth of them, at most 100, then a linear decay.
 
     The decay would reach 0 after the last step; it stops at `LAST_SHARE` of the highest learning rate.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        >>> share = warmup_and_decay(optimizer, 40).lr_lambdas[0]
+        >>> [share(step) for step in (0, 3, 4, 22, 40)]
+        [0.25, 1.0, 1.0, 0.5, 0.02]
     """
     rising = max(1, min(100, steps // 10))
 

@@ -1,16 +1,17 @@
-"""What a training step of ULD's assistant costs beside a step of full unlearning on the same rows.
+"""What a training step of ULD's assistant costs, compared with a step of full unlearning on the same rows.
 
 Run it: python tests/benchmarks/uld.py [--layers 32] [--assistant-layers 8] [--width 256] [--rows 4] [--length 64] [--device cuda]
 
-Both steps see the same forget and retain batch, every token counting, and end with AdamW's update:
+All steps see the same forget and retain batch, count every token, and end with AdamW's update:
 
-- full: gradient ascent and retain cross-entropy on all weights, two backward passes, kept apart and combined by `gs.GRU`;
-- full, summed: the same losses in one backward pass and plain AdamW, GradDiff's step, the cheapest there is;
+- full: gradient ascent and retain cross-entropy on all weights, in two backward passes that `gs.GRU` keeps apart and
+  combines;
+- full, summed: the same losses in one backward pass and plain AdamW. This is GradDiff's step, the cheapest of all;
 - ULD: cross-entropy and KL(uniform || assistant) on a LoRA adapter (rank 32) over the first layers.
 
-Times are the median of interleaved rounds in one process, and only their ratio means something. ULD's epoch is longer than its step tells: D'_f
-holds a paraphrase beside every forget row, two in the paper, so that the ratio for one pass over the forget set is a half or a third of the ratio
-for one step; both are printed.
+A time is the median over interleaved rounds in one process; only ratios of times mean something. An epoch of ULD has
+more steps: D'_f holds a paraphrase (in the paper two) beside every forget row. The ratio for one pass over the forget
+set is therefore half (a third of) the ratio for one step. The first two are printed.
 """
 
 from __future__ import annotations

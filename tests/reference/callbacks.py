@@ -1,4 +1,4 @@
-"""Oracles of the probes and of the choice of a checkpoint: loops, as the definitions are written."""
+"""Oracles of the probes and of the choice of a checkpoint: loops that follow the definitions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def rounded(weight: Tensor, bits: int) -> Tensor:
-    """Round-to-nearest of a matrix, one number at a time: the nearest of the 2^bits - 1 levels of its row."""
+    """A matrix rounded to nearest, one number at a time, to one of the 2^bits - 1 levels of its row."""
     result = weight.clone().double()
     for row in result:
         largest = max(abs(float(value)) for value in row)
@@ -23,7 +23,7 @@ def rounded(weight: Tensor, bits: int) -> Tensor:
 
 
 def best(points: Sequence[Mapping[str, float]], target: float) -> Mapping[str, float] | None:
-    """The best trade-off of all points at once, by its definition."""
+    """The best trade-off by its definition, chosen from all points at once."""
     known = [point for point in points if not (math.isnan(point["forget"]) or math.isnan(point["retain"]))]
     enough = [point for point in known if point["forget"] < target]
     if enough:

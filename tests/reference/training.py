@@ -1,8 +1,8 @@
 """The oracle of the optimizer: a plain loop on flattened float64 vectors, as the papers write it.
 
-One `torch.autograd.grad` call a loss; the moving average by its definition, m <- d m + (1 - d) r and m / (1 - d^t); GRU by its closed
-form, and for several protected rows as the non-negative least-squares problem it is dual to; the base optimizer is a plain one from
-torch.optim. Nothing here is taken from the code under test.
+Each loss takes one call of `torch.autograd.grad`. The moving average follows its definition, m <- d m + (1 - d) r and
+m / (1 - d^t). GRU with one protected row is its closed form; with several it is solved as its dual, a non-negative
+least-squares problem. The base optimizer is a plain one of torch.optim. Nothing here is taken from the code under test.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Step:
-    """What the oracle did.
+    """What the oracle did in one step.
 
     Attributes:
         gram: Inner products of the rows that the rule saw, ``[S, K, K]``.
         update: The gradient that the base stepped with, flattened.
         rows: The rows that the rule saw, flattened, ``[K, n]``.
-        change: The parameter change, flattened.
-        made: The parameter change as the base made it, before the guard.
+        change: The parameter change after the guard, flattened.
+        made: The parameter change by the base optimizer, before the guard, flattened.
     """
 
     gram: Tensor
@@ -50,7 +50,7 @@ class Surgery:
         ema_decay: By objective.
         add: By objective.
         max_norm: Of the update.
-        block: Parameter name -> what shares one Gram matrix with it.
+        block: Parameter name -> a key. Parameters with the same key share one Gram matrix.
         preconditioner: (base, parameter) -> diagonal weights of the inner product, or None for 1.
         guard: Whether to project the parameter change.
     """
@@ -69,7 +69,7 @@ class Surgery:
     steps: int = 0
 
     def step(self, micro_batches: Sequence[Mapping[str, Tensor]]) -> Step:
-        """One step on the mean over micro-batches of each objective's loss."""
+        """One step, on the mean of each objective's loss over the micro-batches."""
         named = list(self.model.named_parameters())
         parameters = [parameter for _, parameter in named]
         rows, reached = [], [False] * len(parameters)
@@ -163,7 +163,7 @@ def rectified(forget: Tensor, protected: Tensor, weights: Tensor) -> Tensor:
 
 
 def preconditioner(base: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None:
-    """What the optimizer of torch.optim multiplies the gradient by, from its documentation's pseudo-code; None before its first step."""
+    """What the base multiplies the gradient by, from the pseudo-code in torch's documentation; None before its first step."""
     state = base.state.get(parameter, {})
     if not state or int(state["step"]) == 0:
         return None
