@@ -89,8 +89,8 @@ def gradient(rows: Tensor, reduced: Reduced, own: Tensor, other: Tensor | None, 
         result = rows.mul_(shares) if in_place else rows * shares
         return result.scatter_(1, reduced.place, first)
     second = other[:, None]
-    # For a runner-up with odds beyond e^80 the exponential would overflow; by then the shares that it multiplies are 0 in
-    # float32.
+    # For a runner-up with odds beyond e^80 the exponential would overflow; the shares that it multiplies are 0 in
+    # float32 by then.
     inverse = (-reduced.other_total.clamp_min(-80.0 if rows.dtype == torch.float32 else -700.0)).exp()
     shares = -(first * (-reduced.total).exp() + second * inverse)
     result = rows.mul_(shares) if in_place else rows * shares

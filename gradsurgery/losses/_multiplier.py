@@ -18,7 +18,7 @@ class DualVariable(nn.Module):
 
     Forgetting under the constraint minimises ``forget_loss + dual.value * retain_loss``; the limit is a constant there.
     Call `update` once per optimizer step, with the retain loss's mean over the micro-batches and the processes of that
-    step::
+    step:
 
         loss = gs.losses.logit_margin(*tokens).mean() + dual.value * retain_loss
         loss.backward()

@@ -190,7 +190,7 @@ LARGE = 0.25
 """Divergences of at least this size are the plain sum of q log(q/p). Rounding puts it off by about four roundings of 1;
 for a divergence of a quarter or more that is at most sixteen roundings of the divergence itself."""
 NEAR = 0.125
-"""Half log ratios h up to this size take tanh h - h from its series; beyond, the difference loses three bits at most."""
+"""Half log ratios h up to this size take tanh h - h from its series; beyond, the difference loses up to three bits."""
 _SERIES = (-1 / 3, 2 / 15, -17 / 315, 62 / 2835, -1382 / 155925, 21844 / 6081075, -929569 / 638512875)
 """tanh h = h + h^3 (c_0 + c_1 h^2 + ...). Relative to h tanh h, the first term left out is 1e-8 after three terms
 (float32) and 2e-17 after seven (float64)."""

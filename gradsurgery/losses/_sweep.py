@@ -42,7 +42,7 @@ class _Gradients(NamedTuple):
 
 
 class Linear(torch.autograd.Function):
-    """Values ``[N]``. The gradients of their mean come from the forward pass, or all gradients from the backward pass."""
+    """Values ``[N]``. The forward pass computes the gradients of their mean too, or the backward pass computes all."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, task: Task) -> Tensor:
