@@ -19,7 +19,7 @@ class Spread(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """Differences of pairs: mean, standard deviation, how many of the n are above 0, and Student's interval of the mean.
+    """Differences of pairs: mean, standard deviation, how many of the n are above 0, Student's interval of the mean.
 
     For a single pair there is neither a standard deviation nor an interval (None).
     """
