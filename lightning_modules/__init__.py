@@ -1,6 +1,7 @@
-"""Lightning modules, data, metrics, callbacks and the command around `gradsurgery`; usually `import lightning_modules as lm`.
+"""Lightning modules, data, metrics, callbacks and the command around `gradsurgery`.
 
-Needs the extra `gradsurgery[lightning]`. Everything is imported when it is first used.
+Usually imported as `import lightning_modules as lm`. It needs the extra `gradsurgery[lightning]`. Every name of
+`__all__` is imported when it is first used.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Methods compared where they have forgotten equally much: the grid, the matching, one run, all runs, the table."""
+"""Methods compared where they have forgotten equally much: a grid of runs, their table and their picture."""

@@ -10,16 +10,25 @@ from lightning_modules.ablation.grid import Grid
 from lightning_modules.ablation.methods import Method
 from lightning_modules.ablation.statistics import spread
 
-_LEAST = 1e-4  # forget probability at the right edge: below it nobody compares
+_LEAST = 1e-4  # forget probability at the right edge: smaller ones are not compared
 _COLOURS = (0, 1, 2, 3, 4, 5, 6, 8, 9)  # of tab10; its grey is the baseline
 
 
 def draw_tradeoff(grid: Grid, results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A panel for each row without a baseline and those that build on it; the grid's baseline is grey in every other.
+    """Draw a panel for each method without a baseline, together with the methods that build on it.
 
-    Lines: mean over the seeds, as far as all of them went, interpolated between what was scored and matched, in the logarithm of the
-    forget probability. Points with bars: matches, mean and standard deviation over the seeds; squares: mixed with the start model, to equal
-    retention. To the right a model has forgotten more; higher is better.
+    Further to the right a model has forgotten more; higher is better. The grid's baseline is drawn in grey in every
+    panel that is not its own.
+
+    - Lines: retain probability against forget probability on the way, mean over the seeds. Values between scored states
+      are interpolated in the logarithm of the forget probability. A line ends where the first of the seeds ends.
+    - Circles with bars: matches, mean and standard deviation over the seeds.
+    - Squares: the same of models mixed with the start model until retention is equal.
+
+    Args:
+        grid: What was compared.
+        results: From `read_results`.
+        path: Where the picture is written.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -47,7 +56,10 @@ def draw_tradeoff(grid: Grid, results: Sequence[Mapping[str, Any]], path: Path) 
 
 
 def _families(grid: Grid) -> dict[str, list[Method]]:
-    """Rows by the row that their baselines lead to; a circle leads to where it is entered."""
+    """Method without a baseline -> itself and the methods whose baselines lead to it.
+
+    If baselines go round in a circle, the last one before the circle closes stands for all.
+    """
     by_name = {method.name: method for method in grid.methods}
     found: dict[str, list[Method]] = {}
     for method in grid.methods:
@@ -76,10 +88,12 @@ def _draw(axes: Any, name: str, results: Sequence[Mapping[str, Any]], colour: An
 
 
 def _interpolated(run: Sequence[Mapping[str, Any]], at: Any) -> Any:
-    """Retain probability at forget probabilities; NaN where the run never was."""
+    """The run's retain probability at these forget probabilities; NaN at those that it never had."""
     import numpy as np
 
-    met = [row for row in run if row["reached"] and not row["target"].startswith("retained")]  # a mix is not on the way
+    met = [
+        row for row in run if row["reached"] and not row["target"].startswith("retained")
+    ]  # a mixed model is no state of training
     scored = [*run[0]["curve"], *met]
     points = sorted((float(point["forget_probability"]), float(point["retain_probability"])) for point in scored)
     x, y = (np.array(values) for values in zip(*points, strict=True))

@@ -1,4 +1,4 @@
-"""The grid: what is compared, on what, over which seeds; and its runs."""
+"""The grid: which methods are compared, on what data and over which seeds, and the runs that this takes."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ class Run:
 
     @property
     def id(self) -> str:
-        """Readable, and the same whatever else is in the grid."""
+        """A readable name, which does not depend on what else is in the grid."""
         return f"{slug(self.method.name)}-m{self.model_seed}-d{self.data_seed}"
 
     @property
     def config(self) -> dict[str, Any]:
-        """Everything that its result depends on; not what only names it or says where the data lies."""
+        """Everything that the result depends on, as JSON; not what only names the run or says where the data lies."""
         grid, method = asdict(self.grid), asdict(self.method)
         shared = {name: grid[name] for name in ("data", "model", "train", "evaluate", "targets")}
         shared["data"] = {name: value for name, value in grid["data"].items() if name != "tofu_dir"}
         if self.grid.data.forget_authors is None:
-            del shared["data"]["forget_authors"]  # as `_LATER`
+            del shared["data"]["forget_authors"]  # for the same reason as those of `_LATER`
         later = {name for name, value in _LATER.items() if method[name] == value}
         method = {name: value for name, value in method.items() if name not in {"name", "baseline", *later}}
         if not self.grid.targets.retained:
@@ -51,7 +51,7 @@ class Run:
         return plain({**shared, "method": method, "data_seed": self.data_seed, "model_seed": self.model_seed})
 
     def options(self) -> UnlearnOptions:
-        """The same run as `unlearn` would be told of it."""
+        """The options with which `unlearn` would do the same run."""
         grid, method = self.grid, self.method
         data = {name: value for name, value in vars(grid.data).items() if name != "reference"}
         alone = method.rule == "none"
@@ -97,10 +97,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Grid:
-    """What the YAML file says.
+    """What the YAML file of an ablation holds.
 
     Attributes:
-        baseline: Name of a row that every row is compared with, besides its own baseline.
+        methods: The rows of the table.
+        targets: Where the methods are compared.
+        data: What is to be forgotten and kept.
+        model: The small Llama that is trained first, or the folder or hub name of a model.
+        train: What all methods share, unless a row says otherwise.
+        evaluate: How much is scored.
+        seeds: Every method is run with every pair of them.
+        baseline: Name of a method that every other is compared with, besides its own baseline.
     """
 
     methods: tuple[Method, ...]
@@ -113,16 +120,20 @@ class Grid:
     baseline: str | None = None
 
     def baselines(self, method: Method) -> list[str]:
-        """Names of the rows that a row is compared with."""
+        """Names of the methods that a method is compared with."""
         return [name for name in dict.fromkeys((method.baseline, self.baseline)) if name not in (None, method.name)]
 
     def runs(self) -> list[Run]:
-        """Every method with every pair of seeds; the first seeds of all methods come first, so that a table is soon of use."""
+        """Every method with every pair of seeds.
+
+        All methods come with the first seeds before any comes with the next, so that an unfinished table is useful
+        early.
+        """
         pairs = itertools.product(self.seeds.model, self.seeds.data)
         return [Run(self, method, data, model) for model, data in pairs for method in self.methods]
 
     def check(self) -> None:
-        """Raise ValueError on whatever would fail later, or compare what cannot be compared."""
+        """Raise ValueError on whatever would fail later, or would compare what cannot be compared."""
         names = [method.name for method in self.methods]
         slugs = [slug(name) for name in names]
         if not names or len(set(slugs)) < len(slugs) or not all(slugs):
@@ -168,13 +179,14 @@ class Grid:
                 raise ValueError(f"methods, {method.name!r}: {error}") from error
 
 
-# Settings of rows that came when there were results already: at these values they are no part of a config, and old results stay valid.
+# Settings that were added when there were results already. At these values they are left out of a run's config, so that
+# the old results stay valid.
 _LATER = {name: getattr(Method(""), name) for name in ("kind", "epochs", "lora_rank", "lora_init", "uld", "max_weight")}
 _COUNTS = tuple(("evaluate", entry.name) for entry in fields(Evaluate) if entry.name != "tolerance")
 
 
 def slug(name: str) -> str:
-    """A name as part of a file's.
+    """A name in the form that it has in file names.
 
     Example:
         >>> slug("GA + GRU, alpha=0.5")
@@ -184,7 +196,7 @@ def slug(name: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """The same value as JSON gives it back: lists for tuples."""
+    """The value as it comes back from JSON: with lists instead of tuples."""
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value

@@ -1,4 +1,4 @@
-"""Matching: methods forget at different speeds, so each is looked at where it has forgotten as much as the target says."""
+"""Matching: methods forget at different speeds, so each is scored where it has forgotten as much as a target says."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ FALLS = {"forget_probability": True, "forget_nll": False, "retain_probability": 
 
 
 class Match(NamedTuple):
-    """Where on the path the score met its target, what it was there, and how often it was computed."""
+    """Where a score met its target.
+
+    Attributes:
+        position: On the path, in [0, 1].
+        value: Of the score at this position.
+        calls: How often the score was computed.
+    """
 
     position: float
     value: float
@@ -22,14 +28,20 @@ class Match(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A value of one of the scores in `FALLS`, and what the table calls it."""
+    """A value that a score is to reach.
+
+    Attributes:
+        metric: The score, one of `FALLS`.
+        value: Of the score.
+        name: What the table calls the target.
+    """
 
     metric: str
     value: float
     name: str
 
     def passed(self, value: float) -> bool:
-        """Whether a model with this score has reached the target; NaN has not."""
+        """Whether a model with this score has reached the target; a model with NaN has not."""
         return value <= self.value if FALLS[self.metric] else value >= self.value
 
 
@@ -42,21 +54,22 @@ def match(
     tolerance: float = 0.04,
     max_calls: int = 30,
 ) -> Match:
-    r"""Go along a path of states to where a score meets its target, by bisection, and stay there.
+    """Find the position on a path of states where a score meets a target, by bisection, and leave the state there.
 
-    The path may be anything with a position in [0, 1]: the line between two parameter vectors (`between`), the mix of a model and its
-    start. The score need not be monotone, only continuous: bisection finds one of the places where it meets the target.
+    A path is anything with a position in [0, 1], for example the line between two parameter vectors (`between`), or the
+    mix of a model and its start. The score has to be continuous, but not monotone: bisection finds one of the positions
+    where it meets the target.
 
     Args:
         move: Takes the state to a position.
-        score: Of the state where it is.
+        score: Computes the score of the state.
         target: The value to meet.
-        ends: The scores at 0 and 1, where they are known.
-        tolerance: The score found is within this share of the target.
-        max_calls: Scores to compute before giving up.
+        ends: The scores at positions 0 and 1, if they are known.
+        tolerance: The score may differ from the target by this share of it.
+        max_calls: How many scores are computed before giving up.
 
     Raises:
-        ValueError: If the scores at the ends do not enclose the target.
+        ValueError: If the target is not between the scores at the ends.
         RuntimeError: If the score jumps over the target.
 
     Example:
@@ -95,7 +108,7 @@ def match(
 
 
 def between(parameters: Sequence[Tensor], before: Sequence[Tensor], after: Sequence[Tensor]) -> Callable[[float], None]:
-    """The line from one parameter vector (position 0) to another (position 1): a path for `match`."""
+    """The straight line from one parameter vector (position 0) to another (position 1), as a path for `match`."""
 
     @torch.no_grad()
     def move(position: float) -> None:
@@ -106,20 +119,21 @@ def between(parameters: Sequence[Tensor], before: Sequence[Tensor], after: Seque
 
 
 class Matching:
-    """Targets met along a path of states that are looked at one after another.
+    """Meet targets along a path of states, which are scored one after another.
 
-    Between two states on either side of a target the path is bisected.
+    Where two successive states lie on either side of a target, the path between them is bisected.
 
     Args:
-        targets: Each met once, in whatever order.
+        targets: Each is met once, in whatever order.
         score: Model -> scores by name, at least those of the targets.
-        describe: Model at a match -> what is to be known of it.
-        tolerance: See `match`.
-        progress: Numbers that grow along the path (counts of conflicts), for the rows of matches.
+        describe: Model -> what is recorded of a model that meets a target.
+        tolerance: As in `match`.
+        progress: Further numbers for what is recorded of a match, such as the share of steps with a conflict so far.
 
     Attributes:
-        curve: One dictionary for each state: where it is (`step`, `seconds`), and its scores.
-        matches: Target -> description with where on the path it is, and the score that was matched.
+        open: Targets that are neither met nor missed so far.
+        curve: One dictionary for each state: where on the path it is (`step`, `seconds`), and its scores.
+        matches: Target -> what `describe` recorded, where on the path that was, and the score that was matched.
         missed: Target -> why it was not met.
     """
 
@@ -139,12 +153,12 @@ class Matching:
         self.missed: dict[Target, str] = {}
 
     def look(self, model: nn.Module, at: Mapping[str, float], move: Callable[[float], None]) -> None:
-        """Score a state, find the targets between the last state and this one, and come back to this one.
+        """Score a state, meet the targets that lie between the previous state and this one, and return to this one.
 
         Args:
-            model: In the state.
-            at: Where on the path it is: numbers between which can be interpolated.
-            move: Takes the model from the last state (0) to this one (1).
+            model: In this state.
+            at: Where on the path the state is, as numbers that can be interpolated between two states.
+            move: Takes the model from the previous state (position 0) to this one (position 1).
         """
         point = {**at, **self.score(model)}
         passed = [target for target in self.open if target.passed(point[target.metric])]
@@ -161,13 +175,13 @@ class Matching:
             self._miss(target, f"diverged: {target.metric} is {point[target.metric]} after {where}")
 
     def close(self, where: str) -> None:
-        """Say of what is still open how far it came."""
+        """End the path: every target that is still open is missed, and the reason says how near its score came."""
         for target in list(self.open):
             reached = f"{target.metric} was {self.curve[-1][target.metric]:.4g}"
             self._miss(target, f"not reached: {reached} {where}")
 
     def give_up(self, reason: str) -> None:
-        """Say of what is still open why nobody will look for it any more."""
+        """Stop for a reason of its own, which is then the reason of every target that is still open."""
         for target in list(self.open):
             self._miss(target, reason)
 

@@ -17,22 +17,28 @@ Kind = Literal["surgery", "uld", "task_vector", "rectified_task_vector"]
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table; names and meanings are those of `unlearn`, with a few more.
+    """One row of the table.
+
+    A setting means what the option of `unlearn` with the same name means, except for these.
 
     Attributes:
-        name: Of the row, distinct.
-        baseline: Name of the row that it is compared with.
-        kind: "surgery" trains with two losses and a rule. "uld" trains an assistant, whose logits times a weight are subtracted.
-            "task_vector" fine-tunes a copy on the forget set, and what that added times a weight is taken away;
-            "rectified_task_vector" does so with both halves, TRU-style (unverified), see `gradsurgery.task_vectors.rectified`.
-        rule: Also "none": the forget gradient alone.
+        name: What the table calls the method; no two methods have the same.
+        baseline: Name of the method that it is compared with.
+        kind: "surgery" trains with two losses and a rule. "uld" trains an assistant, whose logits times a weight are
+            subtracted. "task_vector" fine-tunes a copy on the forget set and takes away a weight times what that added.
+            "rectified_task_vector" does so with both halves of the forget set, TRU-style (unverified), see
+            `gradsurgery.task_vectors.rectified`.
+        rule: Can also be "none": the forget gradient alone.
         placebo: Replace the rule's correction by one of the same length in a random direction.
-        guard: By default "measure", which changes nothing and counts the steps that raise the retain loss to first order.
-        lr, optimizer, epochs: Instead of those of `train`. A kind with a weight trains for all of its epochs.
-        lora_rank: Of adapters, which are trained instead of all weights; of ULD's assistant (0: 32).
-        lora_init: "fila" measures Fisher information first; that counts as training.
-        uld: Settings of ULD but its weight.
-        max_weight: The largest that is tried, from 0 upward.
+        guard: By default "measure", which changes nothing and counts the steps that raise the retain loss to first
+            order.
+        lr: Instead of that of `train`.
+        optimizer: Instead of that of `train`.
+        epochs: Instead of the `max_epochs` of `train`. A kind with a weight trains for all of its epochs.
+        lora_rank: Of adapters, which are trained instead of all weights, or of ULD's assistant, where 0 means 32.
+        lora_init: "fila" measures Fisher information first, and the time that this takes counts as training.
+        uld: Settings of ULD, but not its weight, which is matched.
+        max_weight: The largest weight that is tried. Weights are tried from 0 upward.
     """
 
     name: str
@@ -60,20 +66,20 @@ class Method:
 
     @property
     def backward_passes(self) -> int:
-        """Batches differentiated for a step that the method needs: one, and one for each use of the retain loss."""
+        """Backward passes that a step of the method needs: one, and one more for each use of the retain loss."""
         if self.kind != "surgery":
             return 2 if self.kind == "uld" else 1
         surgery = self.rule != "none" or self.retain_weight != 0.0 or self.guard == "update"
         return 1 + int(self.retain_inside != 0.0) + int(surgery)
 
     def bound_rule(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Gram matrix -> coefficients, as the row says."""
+        """The rule with its options: Gram matrix -> coefficients."""
         options = MethodOptions(rule=self.rule, rule_options=self.rule_options)
         return forget_alone if self.rule == "none" else options.bound_rule()
 
     @property
     def note(self) -> str:
-        """What a reader of the table must know to compare it with the others; empty where that is nothing."""
+        """What a reader of the table must know to compare the method with the others; often empty."""
         adapters = f"adapters of rank {self.lora_rank}" + (", started by FILA" if self.lora_init == "fila" else "")
         weight = "its weight is matched, and lowered to restore retention"
         return {
@@ -84,7 +90,7 @@ class Method:
         }[self.kind]
 
     def check(self) -> None:
-        """Raise ValueError on a setting that its kind would not look at."""
+        """Raise ValueError on a setting that the method's kind ignores, or that is outside its domain."""
         default = Method(self.name)
         changed = {entry.name for entry in fields(self) if getattr(self, entry.name) != getattr(default, entry.name)}
         if unused := sorted(changed - {"name", "baseline", "kind"} - _used(self.kind)):
@@ -100,7 +106,7 @@ class Method:
 
 
 def _used(kind: Kind) -> set[str]:
-    """Settings that a kind looks at."""
+    """Settings that a kind uses."""
     if kind == "surgery":
         return {entry.name for entry in fields(Method)} - {"name", "baseline", "kind", "uld", "max_weight"}
     return {"lr", "epochs", "max_weight"} | ({"uld", "lora_rank"} if kind == "uld" else {"optimizer"})

@@ -1,4 +1,4 @@
-"""The placebo: as much correction as the rule would have made, in a direction that means nothing."""
+"""The placebo: a correction as long as the rule's, in a random direction."""
 
 from __future__ import annotations
 
@@ -13,16 +13,23 @@ from lightning_modules.training.module import UnlearningModule
 
 
 class Placebo(Callback):
-    r"""Add to the forget gradient a random vector as long as a rule's correction.
+    r"""Adds to the forget gradient a random vector that is as long as a rule's correction.
 
-    A rule turns the first row :math:`g_0` into :math:`\sum_k c_k g_k`: its correction is :math:`\sum_k (c_k - [k = 0])\, g_k`, of length
-    :math:`\sqrt{d^\top G d}` with :math:`d = c - e_0`. Where a rule helps and its placebo does not, it is the direction that helps and
-    not the length of the step. The optimizer itself must take the forget gradient alone (`ablation.grid.forget_alone`) and keep the
-    averages that the rule would see; its scope must be the whole model, its `max_norm` None.
+    It tells whether a rule helps by its direction or by the length of its step: where the rule helps and its placebo
+    does not, it is the direction.
+
+    A rule turns the first row :math:`g_0` into :math:`\sum_k c_k g_k`. With :math:`d = c - e_0`, its correction is
+    :math:`\sum_k d_k g_k`, of length :math:`\sqrt{d^\top G d}`.
+
+    The optimizer itself has to take the forget gradient alone (`ablation.methods.forget_alone`) and to keep the
+    averages that the rule would see. Its scope has to be the whole model, and its `max_norm` None.
 
     Args:
-        rule: Gram matrix -> coefficients: whose correction is imitated.
-        seed: Of the directions; the generator is its own, and the same on every device.
+        rule: Gram matrix -> coefficients; the length of its correction is taken.
+        seed: Of the random directions. They come from a generator of their own, and are the same on every device.
+
+    Attributes:
+        length: Of the last correction.
     """
 
     def __init__(self, rule: Callable[[Tensor], Tensor], seed: int = 0) -> None:
@@ -32,7 +39,7 @@ class Placebo(Callback):
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:  # noqa: ARG002 (Lightning's)
-        """Push the gradient that `combine` has written."""
+        """Add the random vector to the gradients that `combine` has written."""
         if not isinstance(pl_module, UnlearningModule) or (record := pl_module.surgery.record) is None:
             raise TypeError("Placebo: expected an UnlearningModule after its backward pass, found none")
         coefficients = self.rule(record.gram).clone()

@@ -1,4 +1,4 @@
-"""A grid from a YAML file: lists in rows become rows, and whatever cannot be is refused in a sentence."""
+"""A grid from a YAML file: a list in a row stands for several rows, and what is no grid is refused in a sentence."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ Section = TypeVar("Section")
 
 
 def read_grid(path: str | Path, tofu_dir: str | None = None) -> Grid:
-    """The grid in a YAML file, checked.
+    """Read a grid from a YAML file and check it.
 
-    The file's keys are the fields of `Grid`. In a row of `methods` any value (also inside `rule_options`) may be a list: the row
-    then stands for one row for each combination, and what was chosen is added to its name.
+    The file's keys are the fields of `Grid`. In a row of `methods`, any value may be a list, also inside
+    `rule_options`. The row then stands for several rows, one for each combination, and the chosen values are added to
+    their names.
 
     Args:
-        path: Of the file.
-        tofu_dir: Instead of the file's own `data.tofu_dir`.
+        path: The file.
+        tofu_dir: Replaces `data.tofu_dir` of the file.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a grid; the sentence says which key, what was expected and what was found.
+        ValueError: If it is not a grid. The message says which key, what was expected and what was found.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -77,7 +78,7 @@ def read_grid(path: str | Path, tofu_dir: str | None = None) -> Grid:
 
 
 def expanded(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row for each combination of the lists in it, named after what was chosen.
+    """One row for each combination of values from the lists in a row, named after the chosen values.
 
     Example:
         >>> [row["name"] for row in expanded({"name": "GradDiff", "rule_options": {"alpha": [1, 5]}})]
@@ -106,7 +107,7 @@ def _at(row: Mapping[str, Any], place: tuple[str, ...]) -> Any:
 
 
 def _section(kind: type[Section], values: Mapping[str, Any], where: str) -> Section:
-    """A dataclass from YAML; jsonargparse knows the types (and that YAML takes 3e-4 for a word)."""
+    """A dataclass from values in YAML. jsonargparse converts them, among them 3e-4, which YAML takes for a word."""
     from jsonargparse import ArgumentParser
 
     known = [entry.name for entry in fields(kind)]  # pyright: ignore[reportArgumentType]

@@ -37,7 +37,10 @@ _COST = ("steps", "seconds", "backward_passes", "conflicts", "raising", "weight"
 
 
 def read_results(grid: Grid, folder: Path) -> list[dict[str, Any]]:
-    """One dictionary for every run and target of the grid, also for what failed or is not there yet, with `reached` and `reason`.
+    """One dictionary for every run and target of the grid.
+
+    Where a target was not reached, a run failed, or a run is still to be done, `reached` is False and `reason` says
+    why.
 
     Raises:
         ValueError: If a run was made with other settings than the grid's.
@@ -77,7 +80,7 @@ def write_csv(results: Sequence[Result], path: Path) -> None:
 
 
 def differences(ours: Sequence[Result], theirs: Sequence[Result], column: str) -> Paired | None:
-    """Of the runs of two methods that reached a target, seed by seed."""
+    """Differences in a column between the runs of two methods that reached a target, seed by seed."""
     return paired(*({_seeds(row): row[column] for row in rows if row[column] is not None} for rows in (ours, theirs)))
 
 
@@ -86,5 +89,5 @@ def _seeds(row: Result) -> tuple[int, int]:
 
 
 def number(value: Any) -> float | None:
-    """A number as JSON holds it: not finite ones are words."""
+    """A number from JSON, where NaN and infinity are written as words."""
     return None if value is None else float(value)

@@ -1,4 +1,4 @@
-"""Equal retention: methods differ in what they lose, so each is mixed with the start model until it keeps a given share again."""
+"""Equal retention: each method is mixed with the start model until it retains the same share, and then compared."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lightning_modules.ablation.scoring import Scorer
 
 
 class Ended(NamedTuple):
-    """What a method leaves: what was met on the way, and the line from its end back to the start.
+    """What a method leaves: the targets that it met, and the two ends of the line along which it can be mixed.
 
     Attributes:
-        matching: What was met.
-        model: Holds any state of the line.
+        matching: The targets that were met and missed on the way.
+        model: Can hold any state of the line.
         load: Puts a state into the model.
-        before: State of the start.
-        after: State of the end.
-        extra_backward_passes: Batches differentiated before the first step.
+        before: State of the start model.
+        after: State where the method ended.
+        extra_backward_passes: Backward passes before the first step.
     """
 
     matching: Matching
@@ -34,19 +34,21 @@ class Ended(NamedTuple):
 
 
 def equal_retention(share: float, ended: Ended, scorer: Scorer) -> dict[str, Any] | str:
-    r"""What a method has forgotten once it keeps a share of the start's retain probability again: UWC's comparison (2406.09179).
+    r"""What a method has still forgotten once it retains a given share again: UWC's comparison (2406.09179).
 
-    Its end is mixed with the start, :math:`\rho\,\theta_0 + (1 - \rho)\,\theta`, with the smallest rho that restores the share
-    (`gradsurgery.task_vectors.calibrate_mix`); rho is 0 where nothing is to be restored, and then more may be kept than the share. Where
-    the state is a weight (ULD's, a task vector's), the mix is a smaller weight.
+    The state where the method ended is mixed with the start, :math:`\rho\,\theta_0 + (1 - \rho)\,\theta`, with the
+    smallest rho that restores the share (`gradsurgery.task_vectors.calibrate_mix`). If nothing has to be restored, rho
+    is 0, and more than the share may be retained. Where the state is a weight (ULD's, or a task vector's), mixing makes
+    the weight smaller.
 
     Args:
-        share: Of the start's mean retain probability, in (0, 1).
-        ended: The method.
-        scorer: Its retain examples are those of a match.
+        share: Of the start model's mean retain probability, in (0, 1).
+        ended: What the method left.
+        scorer: Retention is measured on its retain examples, as many as at a match.
 
     Returns:
-        `share_of_start` (rho), where on the path the end was, and the scores of the mix; or why there are none.
+        `share_of_start` (rho), where on the path the method ended, and the scores of the mix. If the method diverged, a
+        sentence that says so.
     """
 
     def score(state: StateDict) -> float:

@@ -1,4 +1,4 @@
-"""One run: one method with one pair of seeds, trained as `unlearn` trains, looked at where it meets the targets."""
+"""One run: one method with one pair of seeds, trained as `unlearn` trains, and scored where it meets the targets."""
 
 from __future__ import annotations
 
@@ -35,18 +35,19 @@ KINDS: dict[Kind, Callable[[Run, nn.Module, Any, Scorer, Sequence[Target]], Ende
     "task_vector": by_task_vector,
     "rectified_task_vector": by_rectified,
 }
-"""(run, start model, tokenizer, scorer, targets) -> what the method leaves."""
+"""Kind -> function from run, start model, tokenizer, scorer and targets to what the method leaves."""
 
 
 def execute(run: Run, folder: Path) -> dict[str, Any]:
-    """Make one method forget until every target is met or it cannot go on, and write what was found to `runs/<id>.json`.
+    """Let one method forget until every target is met or it cannot go on, and write the result to `runs/<id>.json`.
 
-    A target that is not met, and training that diverges, are results and are recorded with the reason.
+    If a target is not met, or training diverges, that is a result too, and it is recorded with its reason.
 
     Returns:
-        What was written: `id`, `method`, seeds, `status`, `targets` (a dictionary each: `target`, `metric`, `value`, `reached`, `reason`,
-        and where reached the scores of the model there), `curve`, `backward_passes` (for a step),
-        `extra_backward_passes` (before the first), `seconds`, `config`, `versions`.
+        What was written: `id`, `method`, `data_seed`, `model_seed`, `status`, `targets`, `curve`, `backward_passes` (of
+        a step), `extra_backward_passes` (before the first step), `seconds`, `config` and `versions`. Each of the
+        targets is a dictionary with `target`, `metric`, `value`, `reached` and `reason`; where it was reached, the
+        scores of the model there are in it too.
     """
     started = time.perf_counter()
     known = prepare(run, folder)
@@ -84,7 +85,10 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def prepare(run: Run, folder: Path) -> dict[str, Any]:
-    """Scores of the model that is to forget and of the reference, `models/m<seed>.json`: computed once for each model seed."""
+    """The scores of the model that is to forget and of the reference.
+
+    They are computed once for each model seed, and kept in `models/m<seed>.json`.
+    """
     path = folder / MODELS / f"m{run.model_seed}.json"
     config = {name: run.config[name] for name in ("data", "model", "evaluate", "model_seed")}
     if path.exists():
@@ -105,10 +109,10 @@ def prepare(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def targets(grid: Grid, known: Mapping[str, Any]) -> list[Target]:
-    """What the grid asks for, with the reference's NLL where it says so.
+    """The grid's targets that are met on the way, with the reference's NLL where the grid says "reference".
 
     Raises:
-        ValueError: If there is no reference to take it from.
+        ValueError: If the grid says so and there is no reference.
     """
     found: list[Target] = []
     for metric, values in grid.targets.on_the_way.items():
@@ -133,7 +137,7 @@ def load_start(run: Run, splits: Splits) -> tuple[nn.Module, Any]:
 
 
 def refuse_other(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raise ValueError if a file was made with another configuration than this one."""
+    """Raise ValueError if a file was written with another configuration than the expected one."""
     wanted = plain(expected)
     other = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
     if other:
@@ -145,7 +149,7 @@ def refuse_other(path: Path, found: Mapping[str, Any], expected: Mapping[str, An
 
 
 def write(path: Path, value: Mapping[str, Any]) -> None:
-    """Strict JSON, whole or not at all, also if two processes write the same file."""
+    """Write strict JSON, the whole file or nothing, even if two processes write the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     write_json(temporary, value)

@@ -1,4 +1,4 @@
-"""What is known of a model: quickly along the way, thoroughly at a match, at the start, and of the reference."""
+"""Scores of a model: a few, fast, along the way; all of them at a match, at the start, and for the reference."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lightning_modules.metrics.functional import forget_quality
 
 
 class Scorer:
-    """Scores of models with one tokenizer on one data set.
+    """Scores models that have the same tokenizer, on one data set.
 
     Args:
         grid: How much is scored.
         splits: Examples by split, "forget" and "retain" among them.
         tokenizer: Of the models.
-        reference: Truth ratios R of a model that never saw the forget set, for forget quality.
+        reference: Truth ratios R of a model that never saw the forget set; forget quality compares with them.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Scorer:
         self.given, self.tokenizer, self.reference = grid.evaluate, tokenizer, reference
         self.max_length = grid.data.max_length
         self.forget = list(splits["forget"][: self.given.forget_examples])
-        # The truth ratio is a question about the forget set only.
+        # Without their wrong answers, which only the truth ratio needs, and that is asked of the forget set alone.
         self.retain = [_bare(row) for row in evenly_spaced(splits["retain"], self.given.retain_examples)]
         curve = (
             self.retain if grid.targets.retain_probability else evenly_spaced(self.retain, self.given.curve_examples)
@@ -51,7 +51,7 @@ class Scorer:
         self.kept = [encode(tokenizer, row["question"], row["answer"], self.max_length) for row in self.retain]
 
     def along(self, model: nn.Module) -> dict[str, float]:
-        """What a target can be set for, and the curve shows: `forget_probability`, `forget_nll`, `retain_probability`."""
+        """The scores of the curve, which can have targets: `forget_probability`, `forget_nll`, `retain_probability`."""
         nll = {split: self._nll(model, encoded) for split, encoded in self.encoded.items()}
         return {
             "forget_probability": float(torch.exp(-nll["forget"]).mean()),
@@ -60,7 +60,7 @@ class Scorer:
         }
 
     def retention(self, model: nn.Module) -> float:
-        """Mean probability of the retain answers, of as many as at a match."""
+        """Mean probability of the retain answers, over as many as at a match."""
         return float(torch.exp(-self._nll(model, self.kept)).mean())
 
     def _nll(self, model: nn.Module, encoded: Sequence[Encoded]) -> torch.Tensor:
@@ -68,12 +68,12 @@ class Scorer:
         return answer_nll(model, encoded, pad_token_id=pad, batch_size=size)
 
     def thoroughly(self, model: nn.Module) -> dict[str, Any]:
-        """Means over the examples, forget quality, and under `examples` what they were made of (no texts)."""
+        """Means over the examples, forget quality, and under `examples` the values behind them, without texts."""
         settings = EvaluationSettings(
             batch_size=self.given.batch_size,
             max_new_tokens=self.given.max_new_tokens,
             max_length=self.max_length,
-            memorization=False,  # no target and no column is made of it
+            memorization=False,  # no target and no column shows it
         )
         splits = {"forget": self.forget, "retain": self.retain}
         likely = evaluate(model, self.tokenizer, splits, replace(settings, generate=False), progress=False).examples

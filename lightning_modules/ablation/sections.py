@@ -10,7 +10,7 @@ from lightning_modules.run.options import Split
 
 @dataclass(frozen=True)
 class Data:
-    """What is to be forgotten and kept; the names and meanings are those of `unlearn`."""
+    """What is to be forgotten and kept. These are the options of `unlearn` with the same names."""
 
     tofu: Split | None = None
     tofu_dir: str | None = None
@@ -24,7 +24,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Scratch:
-    """The small Llama that is trained first: arguments of `lightning_modules.training.scratch.scratch_model`."""
+    """The small Llama that is trained first, as arguments of `lightning_modules.training.scratch.scratch_model`."""
 
     hidden_size: int = 192
     num_layers: int = 2
@@ -39,8 +39,8 @@ class Train:
     """What all methods share, unless a row says otherwise.
 
     Attributes:
-        max_epochs: Passes over the forget set after which a target counts as not reached.
-        evaluate_every: Steps between scores; targets are bisected between two of them.
+        max_epochs: Passes over the forget set, after which a target counts as not reached.
+        evaluate_every: Steps between two scores. A target between the two is found by bisection.
     """
 
     lr: float = 3e-4
@@ -59,13 +59,14 @@ class Evaluate:
     """How much is scored.
 
     Attributes:
-        tolerance: A match is within this share of its target.
-        forget_examples: Forget examples scored everywhere, the first ones.
-        curve_examples: Retain examples scored along the way, evenly spread; with a target for them, as many as at a match.
-        retain_examples: Retain examples whose probability is scored at a match, evenly spread.
-        generated_examples: Examples of each split whose answers are generated at a match, evenly spread.
+        tolerance: A match may differ from its target by this share of it.
+        forget_examples: Forget examples that are scored, the first ones.
+        curve_examples: Retain examples that are scored along the way, evenly spaced. If there is a target for them, it
+            is the `retain_examples` that are scored.
+        retain_examples: Retain examples whose probability is scored at a match, evenly spaced.
+        generated_examples: Examples of each split whose answers are generated at a match, evenly spaced.
         max_new_tokens: Of a generated answer.
-        batch_size: Texts a forward pass.
+        batch_size: Texts in a forward pass.
     """
 
     tolerance: float = 0.04
@@ -83,10 +84,11 @@ class Targets:
 
     Attributes:
         forget_probability: Mean over the forget examples, met on the way.
-        forget_nll: The same; "reference" is the retrained model's.
+        forget_nll: Mean over the forget examples, met on the way; "reference" stands for that of the reference.
         retain_probability: Mean over the retain examples, met on the way.
-        retained: Share of the start's retain probability that is restored in what a method ends with, by mixing with the start model
-            (UWC, 2406.09179; see `equal_retention`). A method ends where it has met the other targets.
+        retained: Share of the start's retain probability. It is restored in the model with which a method ends, by
+            mixing that model with the start model (UWC, 2406.09179; see `equal_retention`). A method ends where it has
+            met all other targets.
     """
 
     forget_probability: tuple[float, ...] = ()
@@ -96,13 +98,13 @@ class Targets:
 
     @property
     def on_the_way(self) -> dict[str, tuple[float | Literal["reference"], ...]]:
-        """Score -> values that are met while a method goes on."""
+        """Score -> values that a method meets while it forgets."""
         return {name: values for name, values in vars(self).items() if name != "retained"}
 
 
 @dataclass(frozen=True)
 class Seeds:
-    """Every method sees every pair of them, so that differences are paired."""
+    """Every method is run with every pair of seeds, so that differences between methods are paired."""
 
     data: tuple[int, ...] = (0,)
     model: tuple[int, ...] = (0,)

@@ -1,4 +1,4 @@
-"""Spread over seeds, and differences between two methods that saw the same seeds."""
+"""The spread of one method over seeds, and the differences between two methods with the same seeds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ class Spread(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """Differences of pairs: their spread, how many are above 0, and Student's 95 % interval of their mean (None for one pair)."""
+    """Differences of pairs: mean, standard deviation, how many of the n are above 0, Student's interval of the mean.
+
+    For a single pair there is neither a standard deviation nor an interval (None).
+    """
 
     mean: float
     sd: float | None
@@ -30,7 +33,7 @@ class Paired(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """Of the values; None of none.
+    """Mean and sample standard deviation of the values; None if there are no values.
 
     Example:
         >>> spread([1.0, 3.0])
@@ -45,15 +48,16 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 
 def paired(ours: Mapping[Seed, float], theirs: Mapping[Seed, float], *, confidence: float = 0.95) -> Paired | None:
-    r"""How much more ours is than theirs, over the seeds that both have; None if there are none.
+    r"""How much larger ours is than theirs, over the seeds that both have; None if there are no such seeds.
 
-    With differences :math:`d_i` of :math:`n` pairs, mean :math:`\bar d` and standard deviation :math:`s`, the interval is
-    :math:`\bar d \pm t_{n-1} s / \sqrt n` (`scipy.stats.ttest_rel`'s). It takes the pairs for independent; pairs that share a start
-    model are not quite, so that with few model seeds it is too narrow for a claim about other models.
+    With differences :math:`d_i` of :math:`n` pairs, their mean :math:`\bar d` and standard deviation :math:`s`, the
+    interval is Student's, :math:`\bar d \pm t_{n-1} s / \sqrt n`, as in `scipy.stats.ttest_rel`. It takes the pairs for
+    independent. Pairs that share a start model are not quite independent, so with few model seeds the interval is too
+    narrow for a claim about other models.
 
     Args:
         ours: Seeds -> value.
-        theirs: The same of the baseline.
+        theirs: Seeds -> value of the baseline.
         confidence: Of the interval.
 
     Example:

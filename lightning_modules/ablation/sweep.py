@@ -1,4 +1,4 @@
-"""All runs of a grid: what is finished is kept, several at a time where there are devices, then the table and the picture."""
+"""All unfinished runs of a grid, several at a time where there are devices; then the table and the picture."""
 
 from __future__ import annotations
 
@@ -30,20 +30,21 @@ from lightning_modules.folder import versions
 from lightning_modules.run.quiet import quiet
 
 GRID, RESULTS, TABLE, FIGURE = "grid.yaml", "results.csv", "table.md", "tradeoff.png"
-_SHOWN = 5  # reasons in the error: a broken grid fails in every run
+_SHOWN = 5  # reasons in the error message; a grid that is wrong fails in every run
 Task = Callable[[Run, Path], "tuple[str, str | None]"]
 
 
 def ablate(options: AblateOptions) -> Path | None:
-    """Do every run of the grid that is not done, and draw the table again; or list the runs, or do one of them.
+    """Do every unfinished run of the grid, and draw the table again; or only list the runs, or do one of them.
 
     Returns:
-        The folder, or None where runs were only listed.
+        The output folder; None if the runs were only listed.
 
     Raises:
         ValueError: If the grid or an option is not valid, or a finished run was made with other settings.
         FileNotFoundError: If there is no such grid, or no such data.
-        RuntimeError: If a run failed, after all others are done; every failed run says why, and is tried again by the same command.
+        RuntimeError: If a run failed. It is raised after all others are done. The file of a failed run says why, and
+            the same command tries it again.
     """
     options.check()
     grid = read_grid(options.config, options.tofu_dir)
@@ -73,10 +74,10 @@ def ablate(options: AblateOptions) -> Path | None:
 
 
 def finished(run: Run, folder: Path) -> bool:
-    """Whether its result is there.
+    """Whether the run has a result; a run that failed has none.
 
     Raises:
-        ValueError: If a result is there that was made with other settings.
+        ValueError: If its result was made with other settings.
     """
     path = folder / RUNS / f"{run.id}.json"
     if not path.exists():
@@ -105,7 +106,7 @@ def _do(pending: Sequence[Run], folder: Path, options: AblateOptions) -> dict[st
     first_of_model = {run.model_seed: run for run in reversed(pending)}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with _mapped(min(jobs, len(pending)), options.threads) as do:
-        # Every start model once, and before the runs: two processes would both train a model that neither finds in the cache.
+        # Every start model once, before the runs. Otherwise two processes could train the same one at the same time.
         for name, reason in do(_prepare, list(first_of_model.values()), folder):
             if reason is not None:
                 raise RuntimeError(f"the models of {name} could not be made: {reason}")
@@ -133,7 +134,7 @@ def _prepare(run: Run, folder: Path) -> tuple[str, str | None]:
 
 
 def _execute(run: Run, folder: Path) -> tuple[str, str | None]:
-    """A run whose failure is a result too: one bad row shall not cost the others."""
+    """Do a run. If it fails, that is its result, so that a wrong row does not cost the others."""
     try:
         execute(run, folder)
     except Exception as error:
@@ -157,7 +158,7 @@ def _execute(run: Run, folder: Path) -> tuple[str, str | None]:
 def _mapped(
     jobs: int, threads: int
 ) -> Generator[Callable[[Task, Sequence[Run], Path], Iterator[tuple[str, str | None]]]]:
-    """A function that does a task for many runs, in this process or in several; what is done first comes first."""
+    """A function that does a task for many runs, in this process or in several, and yields results as they come."""
     if jobs <= 1:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""table.md, from the results of a grid."""
+"""table.md: the results of a grid for a reader."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ COMPARED = {
     "retain_probability": "forget_probability",
     "retained": "forget_probability",
 }
-"""What a target is set for -> what methods are then compared by."""
+"""Score that a target is set for -> score by which methods are compared at that target."""
 
 
 def write_table(grid: Grid, results: Sequence[Result], folder: Path, path: Path) -> None:
-    """A table for each target: what is kept and forgotten there, the paired differences, and what it cost."""
+    """Write a section for each target: what is kept and forgotten there, the paired differences, and what it cost."""
     seeds = f"Data seeds {_list(grid.seeds.data)}, model seeds {_list(grid.seeds.model)}"
     lines = ["# Methods where they have forgotten equally much", ""]
     lines += [f"{seeds}; mean ± standard deviation over the runs.", ""]
@@ -99,7 +99,7 @@ def _kept(metric: str) -> list[Column]:
 def _kept_table(
     grid: Grid, by_method: Mapping[str, Sequence[Result]], target: str
 ) -> tuple[Sequence[str], list[list[str]]]:
-    """Heads and rows; with notes where a row has one."""
+    """Heads and rows of the table of scores; with a column of notes if a method has one."""
     columns = _kept(target.partition("=")[0])
     notes = [method.note for method in grid.methods]
     heads = ("method", "runs", *(name for name, _ in columns), *(["notes"] if any(notes) else []))
@@ -137,7 +137,7 @@ def _weighted(grid: Grid) -> bool:
 
 
 def _models(grid: Grid, folder: Path) -> list[str]:
-    """What the start and the reference know, for each model seed."""
+    """The table of what the start model and the reference know, for each model seed."""
     rows: list[list[str]] = []
     names = (
         "retain_probability",

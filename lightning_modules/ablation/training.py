@@ -1,4 +1,4 @@
-"""Training with two losses and a rule, as `unlearn` trains, looked at on the way."""
+"""Training with two losses and a rule, as `unlearn` trains, and matching on the way."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lightning_modules.training.trainer import trainer_options
 
 
 def train(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: Sequence[Target]) -> Ended:
-    """Train until every target is met or the epochs are over; adapters are merged at the end."""
+    """Train until every target is met or the epochs are over, and then merge the adapters."""
     options = run.options()
     training = options.training
     data = make_data(options, tokenizer)
@@ -53,13 +53,13 @@ def train(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: S
     except FloatingPointError as error:
         matching.give_up(f"diverged: {error}")
     merged = assembly.merged(adapted)
-    # FILA's importance: a backward pass for every batch of both sets.
+    # FILA's importance takes a backward pass for every batch of both sets.
     extra = 2 * len(data.train_dataloader()) if training.lora_init == "fila" else 0
     return Ended(matching, merged, merged.load_state_dict, before, copy.deepcopy(merged.state_dict()), extra)
 
 
 def build_module(model: nn.Module, run: Run) -> UnlearningModule:
-    """The module that `unlearn` would train; for a placebo without the rule, which `Placebo` then imitates."""
+    """The module that `unlearn` would train; for a placebo without the rule, which `Placebo` replaces."""
     options = run.options()
     method = options.method
     if run.method.placebo:
@@ -82,7 +82,14 @@ def on_this_device(run: Run, callbacks: Sequence[Callback]) -> dict[str, Any]:
 
 
 class Tally(Callback):
-    """Counts the steps whose gradients conflict, and those whose real change raises the retain loss to first order."""
+    """Counts the steps whose gradients conflict, and the steps that raise the retain loss to first order.
+
+    Attributes:
+        steps: Steps so far.
+        conflicts: Those in which the gradients conflict.
+        raising: Those in which the parameter change raises the retain loss to first order.
+        measured: Whether every step so far has measured its change (guard: measure or update).
+    """
 
     def __init__(self) -> None:
         self.steps = self.conflicts = self.raising = 0
@@ -94,34 +101,35 @@ class Tally(Callback):
             return
         self.steps += 1
         self.conflicts += record.conflict
-        left, made = record.actual_change, record.unguarded_change
-        self.measured = self.measured and left is not None
-        if left is not None and made is not None:
-            # What a guard leaves is rounding: 3e-6 of what it took away, measured, where steps are small.
-            self.raising += bool((left > 1e-4 * made.abs()).any())
+        actual, unguarded = record.actual_change, record.unguarded_change
+        self.measured = self.measured and actual is not None
+        if actual is not None and unguarded is not None:
+            # After a guard only rounding is left: 3e-6 of what the guard removed, measured where steps are small.
+            self.raising += bool((actual > 1e-4 * unguarded.abs()).any())
 
     def shares(self) -> dict[str, float]:
-        """Shares of the steps so far; NaN where nothing was measured (guard: none)."""
+        """The counts as shares of the steps so far; `raising` is NaN if a step was not measured (guard: none)."""
         steps = max(1, self.steps)
         return {"conflicts": self.conflicts / steps, "raising": self.raising / steps if self.measured else float("nan")}
 
 
 class MatchTargets(Matching, Callback):
-    """Match along training: the states are those after every so many steps, and training stops when all targets are met.
+    """Matches along training: a state is scored every few steps, and training stops when all targets are met.
 
-    A match is between the parameters of two states; then they are put back, so that training goes on as if nobody had looked.
+    A match is on the line between the parameters of two scored states. After it the parameters are put back, so that
+    matching does not change the training.
 
     Args:
-        targets: As `Matching`.
-        score: As `Matching`; it runs every `every_n_steps`, at the start and the end.
-        describe: As `Matching`.
-        every_n_steps: Optimizer steps between scores.
-        tolerance: As `Matching`.
-        progress: As `Matching`.
-        spent: Seconds of the method's own before training, which count.
+        targets: As in `Matching`.
+        score: As in `Matching`; it is called every `every_n_steps`, at the start and at the end.
+        describe: As in `Matching`.
+        every_n_steps: Optimizer steps between two scores.
+        tolerance: As in `Matching`.
+        progress: As in `Matching`.
+        spent: Seconds that the method took before training; they are added to those of training.
 
     Attributes:
-        curve: As `Matching`'s, with `step` and `seconds` (without those of looking).
+        curve: As in `Matching`, with `step` and `seconds`, in which the time of scoring is left out.
     """
 
     def __init__(
@@ -141,17 +149,17 @@ class MatchTargets(Matching, Callback):
         self._started = self._away = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Score the start; a target that it passes can never be met."""
+        """Score the start. A target that it has already passed is missed."""
         self._started = time.perf_counter()
         self._look(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Score every so many steps."""
+        """Score the model if it is time."""
         if trainer.global_step % self.every_n_steps == 0:
             self._look(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Score the end, and say of what is still open how far it came."""
+        """Score the end; the targets that are still open are missed."""
         self._look(trainer, pl_module)
         self.close(f"after {trainer.global_step} steps ({trainer.current_epoch} epochs)")
 

@@ -1,4 +1,4 @@
-"""Methods whose forgetting is one number: ULD and task vectors, trained once, then matched along their weight."""
+"""Methods that are trained once and then forget as much as their weight says: ULD and task vectors."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from lightning_modules.run.loading import make_data
 from lightning_modules.training.uld import train_assistant
 from lightning_modules.training.warmup import with_warmup
 
-_STATES = 20  # looked at between weight 0 and the largest; bisection does the rest
+_STATES = 20  # scored from weight 0 to the largest; targets between two of them are found by bisection
 
 
 def by_assistant(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: Sequence[Target]) -> Ended:
-    """ULD (2406.08607): train the assistant; the state is the weight that its logits are subtracted with."""
+    """ULD (2406.08607): train the assistant. The state is the weight with which its logits are subtracted."""
     options, clock = run.options(), _Clock()
     unlearned = train_assistant(
         model,
@@ -50,7 +50,7 @@ def by_assistant(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, tar
 
 
 def by_task_vector(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: Sequence[Target]) -> Ended:
-    """Negation (2212.04089): take away a multiple of what fine-tuning on the forget set adds."""
+    """Negation (2212.04089): take away a multiple of what fine-tuning on the forget set adds to the weights."""
     clock, before = _Clock(), copy.deepcopy(model.state_dict())
     vector = _fine_tuned(run, model, tokenizer, make_data(run.options(), None).read()["forget"], clock, before)
     line = Weighted(model, partial(negate, before, vector), model.load_state_dict)
@@ -58,14 +58,15 @@ def by_task_vector(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, t
 
 
 def by_rectified(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: Sequence[Target]) -> Ended:
-    """TRU-style (unverified): the task vectors of both halves of the forget set, each the other's reference."""
+    """TRU-style (unverified): the task vectors of both halves of the forget set, each rectified against the other."""
     clock, before = _Clock(), copy.deepcopy(model.state_dict())
     rows = make_data(run.options(), None).read()["forget"]
-    # Halves and not every other row: neighbours are often about one person, and a reference should be about others.
+    # Two halves instead of every other example, because neighbours are often about one person, and the two vectors
+    # should be about different people.
     halves = rows[: len(rows) // 2], rows[len(rows) // 2 :]
     vectors = [_fine_tuned(run, model, tokenizer, half, clock, before) for half in halves]
     moved = rectified(before, vectors, vectors[::-1])
-    vector = task_vector(moved, before)  # from the end to the start: what is taken away again
+    vector = task_vector(moved, before)  # from the moved weights back to the start, since `negate` takes it away
     line = Weighted(model, partial(negate, before, vector), model.load_state_dict)
     return _walk(run, line, clock, scorer, targets)
 
@@ -110,7 +111,7 @@ def _walk(run: Run, line: Weighted, clock: _Clock, scorer: Scorer, targets: Sequ
 def _fine_tuned(
     run: Run, model: nn.Module, tokenizer: Any, rows: Sequence[Any], clock: _Clock, before: StateDict
 ) -> dict[str, Tensor]:
-    """The task vector of some rows."""
+    """The task vector of some examples: what fine-tuning on them adds to the weights."""
     options = run.options()
     training, seed, max_length = options.training, options.output.seed, options.data.max_length
     model.load_state_dict(before)
@@ -124,12 +125,12 @@ def _fine_tuned(
 
 
 class FineTuning(L.LightningModule):
-    """Mean cross-entropy of the forget batch's answer tokens, and nothing else.
+    """Trains on the mean cross-entropy of the forget batch's answer tokens, and on nothing else.
 
     Args:
-        model: A causal language model, all of which is trained.
+        model: A causal language model, all weights of which are trained.
         optimizer: Parameters -> optimizer.
-        warmup_steps: The learning rate rises linearly over so many steps, then stays.
+        warmup_steps: Steps over which the learning rate rises linearly; then it is constant.
     """
 
     def __init__(
@@ -153,7 +154,7 @@ class FineTuning(L.LightningModule):
 
 
 class _Clock(Callback):
-    """Steps and seconds of all trainings that it sees."""
+    """Counts the steps and seconds of all trainings that it is a callback of."""
 
     def __init__(self) -> None:
         self.steps, self.seconds = 0, 0.0

@@ -82,7 +82,7 @@ def start_model(run: Run[UnlearnOptions], model: nn.Module, data: ForgetRetainDa
 
 
 def make_trainer(folder: Path, training: TrainingOptions, callbacks: Sequence[Callback], console: Console) -> L.Trainer:
-    """The Trainer that these options describe; after every epoch it writes a checkpoint to the folder's `checkpoints/`."""
+    """The Trainer that these options describe. After every epoch it writes a checkpoint to `checkpoints/`."""
     # With save_top_k=0 nothing is written before training ends, whatever save_last says (Lightning 2.6).
     checkpoint = ModelCheckpoint(folder / "checkpoints", filename="last", save_top_k=1, enable_version_counter=False)
     bar = [RichProgressBar()] if console.is_terminal else []

@@ -155,7 +155,10 @@ def _curve(run: Run[UnlearnOptions]) -> TradeoffCurve:
 
 
 def _probe(run: Run[UnlearnOptions], model: nn.Module, curve: TradeoffCurve) -> None:
-    """Measure how well the forgetting holds on the curve's examples; a reference with the same tokenizer is the control."""
+    """Measure how well the forgetting holds, on the curve's examples.
+
+    The reference is the control, if there is one with the same tokenizer.
+    """
     options, training = run.options, run.options.training
 
     def control() -> nn.Module | None:

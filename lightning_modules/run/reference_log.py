@@ -33,7 +33,7 @@ def rows_of_log(evaluation: EvaluationOptions, splits: Splits) -> Rows | None:
 
     Called before any work is done, so that a wrong reference costs nothing. It prints to standard error whose scores it
     took. Cost: reading the log; of a model that is given, its configuration and tokenizer are loaded, to see that it
-        exists.
+    exists.
 
     Args:
         evaluation: Which reference, and how many examples are scored.
@@ -64,9 +64,9 @@ def reference_rows(options: Options, splits: Splits, *, across_processes: bool =
     """The reference's scores of the examples that are scored.
 
     If a log is given, it is read. A model is scored once: its scores are kept in
-    `$XDG_CACHE_HOME/gradsurgery/reference` under a hash of everything that determines them (`cache_path`), and the
-    next run does not score it again. (The probes still load it, as their control.) If the scores cannot be cached, a
-    line says so and the run goes on.
+    `$XDG_CACHE_HOME/gradsurgery/reference` under a hash of everything that determines them (`cache_path`), and the next
+    run does not score it again. (The probes still load it, as their control.) If the scores cannot be cached, a line
+    says so and the run goes on.
 
     Args:
         options: Which reference, whether to cache, and how to score.

@@ -60,8 +60,8 @@ class UnlearnOptions(Options):
 
     Without arguments: a small model and fictional authors.
 
-    The defaults are the papers' (CE-U, GRU). What kept most at equal forgetting in our small experiment
-    (README, "Does it help?"): --ema-decay 0.7 --retain-weight 200 --guard update
+    The defaults are the papers' (CE-U, GRU). What kept most at equal forgetting in our small experiment (README, "Does
+    it help?"): --ema-decay 0.7 --retain-weight 200 --guard update
     """
 
     method: MethodOptions = field(default_factory=MethodOptions)

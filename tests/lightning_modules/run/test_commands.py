@@ -18,6 +18,7 @@ from scipy.stats import ks_2samp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gradsurgery as gs
+import lightning_modules as lm
 from lightning_modules import cli
 from lightning_modules import folder as outputs
 from lightning_modules.data.fictional_authors import fictional_authors
@@ -489,6 +490,44 @@ def test_a_wrong_option_is_one_sentence_and_leaves_no_run(
     assert said in message
     assert "Traceback" not in message
     assert not (folder / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("by_file", [False, True])
+@pytest.mark.parametrize(
+    ("option", "wrong", "known", "near"),
+    [
+        ("rule", "gruu", [*gs.rules.RULES, *gs.elementwise.ELEMENTWISE], "; did you mean gru or gu?"),
+        ("rule", "projection", [*gs.rules.RULES, *gs.elementwise.ELEMENTWISE], ""),
+        ("forget_loss", "simpno", lm.objectives.NAMES, "; did you mean simnpo or satimp?"),
+        ("retain_loss", "kl_divergense", lm.objectives.NAMES, "; did you mean kl_divergence?"),
+    ],
+)
+def test_a_wrong_name_is_refused_by_the_parser_with_the_near_ones(
+    option: str,
+    wrong: str,
+    known: list[str],
+    near: str,
+    by_file: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flag = f"--{option.replace('_', '-')}"
+    (tmp_path / "config.yaml").write_text(f"{option}: {wrong}\n")
+    given = ["--config", str(tmp_path / "config.yaml")] if by_file else [flag, wrong]
+    assert cli.main(["unlearn", *given, "--output", str(tmp_path / "run")]) == 1
+    said = f"gradsurgery: {flag}: expected one of {', '.join(known)}, found {wrong!r}{near}\n"
+    assert capsys.readouterr().err == said
+    assert not (tmp_path / "run").exists()
+
+
+def test_groups_inside_are_one_flat_table_outside() -> None:
+    options = UnlearnOptions.of(rule="pcgrad", epochs=3, output="somewhere")
+    assert (options.method.rule, options.training.epochs, options.output.folder) == ("pcgrad", 3, Path("somewhere"))
+    assert UnlearnOptions.of(**options.flat()) == options
+    assert list(options.flat()) == UnlearnOptions.names()
+    assert options.but(rule="gru", epochs=None, output="runs/unlearn") == UnlearnOptions()
+    with pytest.raises(TypeError, match="found depth"):
+        options.but(depth=3)
 
 
 def test_a_run_is_never_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

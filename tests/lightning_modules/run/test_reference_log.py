@@ -163,7 +163,7 @@ def test_a_model_on_the_hub_is_known_by_its_commit_only(
     assert cache_path(options.but(reference=None), SPLITS) is None
 
 
-def test_logs_of_earlier_versions_and_without_a_holdout_will_do(tmp_path: Path, options: EvaluateOptions) -> None:
+def test_logs_that_lack_scores_or_a_holdout_will_do(tmp_path: Path, options: EvaluateOptions) -> None:
     log = tmp_path / "evaluation.jsonl"
     rows = rows_like({split: SPLITS[split] for split in ("retain", "forget")})
     rows["forget"].reverse()
