@@ -1,12 +1,22 @@
-"""For every test: one thread and a fixed seed."""
+"""For every test: a fixed number of threads, a fixed seed, and the long modules first."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
 
-# Tensors of a few dozen numbers: with more threads they only wait for each other, many times as long where cores are shared.
-torch.set_num_threads(1)
+# Tensors of a few dozen numbers: with more threads they only wait for each other, many times as long where cores are
+# shared. CI runs everything once more with two, because sums in another order are other sums.
+torch.set_num_threads(int(os.environ.get("GRADSURGERY_TEST_THREADS", "1")))
+
+# Files that take a minute or more: begun last, one of them would leave the other workers idle.
+LONG = ("test_commands.py", "test_ablation.py", "test_ranks.py", "test_kinds.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(autouse=True)

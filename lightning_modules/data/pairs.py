@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_modules.data.examples import Example, as_example, evenly_spaced, read_examples
@@ -138,6 +139,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
                 scored,
                 batch_size=self.batch_size,
                 sampler=everything,
+                generator=torch.Generator(),  # or every validation would draw from the one that dropout draws from
                 num_workers=self.num_workers,
                 collate_fn=partial(collate, pad_token_id=padding_id(self.tokenizer)),
             )
