@@ -11,6 +11,7 @@ import importlib
 import pkgutil
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pdoc
@@ -55,7 +56,12 @@ def broken(folder: Path) -> list[str]:
 
 def main(folder: Path) -> int:
     """Build the pages in ``folder``; 1 if a mention leads nowhere."""
+    if any(folder.glob("*")):
+        raise FileExistsError(f"expected a new or empty folder, found files in {folder}")
     sys.path.insert(0, ".")
+    # Types that are imported for the type checker only stay names on the page.
+    warnings.filterwarnings("ignore", message="Error parsing type annotation")
+    warnings.filterwarnings("ignore", message="The module specification")  # a package brings its modules along
     pdoc.render.configure(docformat="google", math=True)
     pdoc.pdoc(*modules(), output_directory=folder)
     problems = broken(folder)

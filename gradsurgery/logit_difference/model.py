@@ -50,11 +50,11 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
     It is called, generates and is saved like any Transformers model. Every call runs both models, one after the
     other, on the same tokens (ULD, equation 2; `gradsurgery.logit_difference.logit_difference` has the formula).
 
-    `forward` returns scoring logits by default: filtered tokens keep the base logit. `generate` is Transformers' own
-    (greedy, sampling and beam search). It gets its inputs from `prepare_inputs_for_generation`, which asks `forward`
-    for generating logits, where filtered tokens are -inf. So the choice is an argument of each call, and not a state
-    of the model. Both key-value caches travel in one `PairedCache`, which `forward` creates when it is asked for a
-    cache and given none; other implementations of a cache are not supported.
+    `forward` returns scoring logits by default: filtered tokens keep the base logit. `model.generate` is Transformers'
+    own (greedy, sampling and beam search). It gets its inputs from `prepare_inputs_for_generation`, which asks
+    `forward` for generating logits, where filtered tokens are -inf. So the choice is an argument of each call, and not
+    a state of the model. Both key-value caches travel in one `PairedCache`, which `forward` creates when it is asked
+    for a cache and given none; other implementations of a cache are not supported.
 
     Differences from the authors' code: there only greedy decoding works with a filter, one cache is passed to both
     models, and `weight` is stored negative.
@@ -128,7 +128,7 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
             labels: `[B, T]`, -100 where nothing counts, not shifted: adds the mean cross-entropy.
             use_cache: Whether a cache is created and returned; by default what the base's config says.
             logits_to_keep: How many of the last positions, 0 for all, or which.
-            generating: Whether filtered tokens get -inf, see `logit_difference`; `generate` sets it.
+            generating: Whether filtered tokens get -inf, see `logit_difference`; `model.generate` sets it.
             return_dict: False for a tuple.
             kwargs: Given to both models.
 
@@ -231,8 +231,8 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
 
         Args:
             pretrained_model_name_or_path: The folder, or the name of a repository that contains one.
-            kwargs: As of `AutoModelForCausalLM.from_pretrained` for both checkpoints, for example `dtype`. `weight` and
-                `top_logit_filter` replace the saved values.
+            kwargs: As of `AutoModelForCausalLM.from_pretrained` for both checkpoints, for example ``dtype=``. `weight`
+                and `top_logit_filter` replace the saved values.
 
         Raises:
             ValueError: If it contains another kind of model.

@@ -26,7 +26,7 @@ class DualVariable(nn.Module):
         dual.update(mean_over_processes(retain_loss.detach()))  # for example self.all_gather(...).mean()
 
     The value is a Python float and not a buffer: it keeps its 53 bits whatever a model is cast to, and needs no device.
-    A module that holds a ``DualVariable`` saves it in its ``state_dict``.
+    A module that holds a ``DualVariable`` saves it in ``module.state_dict()``.
 
     Args:
         limit: $\epsilon$, the largest retain loss that is accepted, in its unit (nats per token for `cross_entropy`).
@@ -100,11 +100,11 @@ class DualVariable(nn.Module):
         self._value = max(0.0, self._value + self.step_size * (found - self.limit))
 
     def get_extra_state(self) -> dict[str, float]:
-        """What ``state_dict`` saves: the value."""
+        """The value, for ``module.state_dict()``."""
         return {"value": self._value}
 
     def set_extra_state(self, state: Any) -> None:
-        """Restore what ``state_dict`` saved.
+        """Restore what ``get_extra_state`` returned.
 
         Raises:
             ValueError: If it is not a finite number >= 0; the value stays as it was.

@@ -8,9 +8,9 @@ reads).
 |---|---|---|
 | batch -> rows | each objective's backward pass writes its row, in a context or through `join` | `capture` |
 | average | moving averages stand in for protected rows | `average` |
-| rows -> Gram matrix | one pass, by blocks that share a matrix, in the Euclidean or the base's metric | `rows`,
-`scope`, `metric` | | Gram matrix -> update | the rule decides; added rows, clipping; the update is written to ``.grad``
-| `update` | | ... by coordinates | the same for rules that need the rows themselves | `elementwise` |
+| rows -> Gram matrix | one pass, by blocks that share a matrix, in a metric | `rows`, `scope`, `metric` |
+| Gram matrix -> update | the rule decides; added rows, clipping; the update goes to ``.grad`` | `update` |
+| ... by coordinates | the same for rules that need the rows themselves | `elementwise` |
 | base step | clipping and GradScaler read ``.grad``, then the base optimizer steps | `surgery` |
 | guard | the parameter change is measured, and projected where it harms a protected objective | `guard` |
 | end | averages are committed, the record is kept, the window is cleared | `average`, `record`, `surgery` |

@@ -24,8 +24,8 @@ class Record:
             blocks.
         coefficients: ``[K]`` or ``[S, K]`` after ``max_norm``: the update is ``sum_k coefficients[k] * row_k``. Where
             an objective has both an EMA and an entry in ``add``, that multiple of its current row comes on top. None
-            where the rule is elementwise (`gradsurgery.elementwise`), because its update is no combination of the rows;
-            everything else is then measured on the update itself.
+            where the rule is elementwise (`gradsurgery.rules.elementwise`), because its update is no combination of the
+            rows; everything else is then measured on the update itself.
         predicted_change: ``[K]``: minus the inner product of each row with the update. This is the first-order change
             of each objective per unit of learning rate under plain gradient descent (in the optimizer's metric, where
             the Gram matrix is).

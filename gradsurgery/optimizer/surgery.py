@@ -44,8 +44,8 @@ class GradientSurgery(Wrapper):
     Args:
         base: Any constructed optimizer whose step needs no closure.
         rule: Gram matrix ``[..., K, K]`` -> coefficients ``[..., K]`` (see `gradsurgery.rules`), or a function rows ->
-            row marked by `gradsurgery.elementwise.rule` (such as ``elementwise.sago``; one more gradient copy), or its
-            name.
+            row marked by `gradsurgery.rules.elementwise.rule` (such as ``elementwise.sago``; one more gradient copy),
+            or its name.
         objectives: K distinct names; the first is rectified, the others are protected.
         ema_decay: Weight of the OLD value in the moving average that stands in for a protected row, in [0, 1): one
             number for every protected row, or by name. The average starts at 0 and is bias-corrected, as Adam's. (GRU's
@@ -54,8 +54,8 @@ class GradientSurgery(Wrapper):
             base must then have been built from ``model.named_parameters()``).
         record_scope: Like ``scope``: the record then also holds the Gram matrices of these blocks
             (``record.block_gram``), whatever the rule sees. They come from the same pass over the rows, and the step
-            stays the same. `gradsurgery.scope.by_layer` makes it the G-effect by layer. None records only what the rule
-            saw.
+            stays the same. `gradsurgery.optimizer.scope.by_layer` makes it the G-effect by layer. None records only
+            what the rule saw.
         metric: ``"optimizer"`` measures conflict with the base's own preconditioner as it stood before the step
             (Euclidean on the first): 1/(sqrt(v) + eps) for Adam-likes. Momentum, weight decay and the groups' learning
             rates are not part of it.

@@ -26,8 +26,8 @@ class Wrapper(torch.optim.Optimizer):
     """An optimizer whose parameter groups, state and defaults are those of ``base``.
 
     `torch.optim.Optimizer.__init__` is not called, because it would build groups and state of its own. As properties
-    they stay the base's through ``load_state_dict`` and ``add_param_group``, and schedulers, GradScaler and Lightning
-    see the real ones.
+    they stay the base's through ``base.load_state_dict`` and ``add_param_group``, and schedulers, GradScaler and
+    Lightning see the real ones.
     """
 
     def __init__(self, base: torch.optim.Optimizer) -> None:

@@ -48,7 +48,7 @@ command line's choices, the tests."""
 
 
 def by_name(name: str) -> Callable[..., Any]:
-    """The rule called ``name``: a coordinate-free one of `RULES`, or one of `gradsurgery.elementwise`.
+    """The rule called ``name``: a coordinate-free one of `RULES`, or one of `gradsurgery.rules.elementwise`.
 
     Raises:
         ValueError: If there is no such rule. The message lists the names.
