@@ -52,7 +52,7 @@ _GRID = 16
 
 
 def task_vector(before: StateDict, after: StateDict) -> dict[str, Tensor]:
-    r"""What training added: :math:`\tau = \theta_{\mathrm{after}} - \theta_{\mathrm{before}}`, 0 for integer entries.
+    r"""What training added: $\tau = \theta_{\mathrm{after}} - \theta_{\mathrm{before}}$, 0 for integer entries.
 
     Source: Editing Models with Task Arithmetic (2212.04089), section 2.
 
@@ -67,7 +67,7 @@ def task_vector(before: StateDict, after: StateDict) -> dict[str, Tensor]:
 
 
 def negate(before: StateDict, vector: StateDict, weight: float = 1.0) -> dict[str, Tensor]:
-    r"""Unlearning by negation: :math:`\theta = \theta_{\mathrm{before}} - \mathrm{weight}\cdot\tau`.
+    r"""Unlearning by negation: $\theta = \theta_{\mathrm{before}} - \mathrm{weight}\cdot\tau$.
 
     The vector is that of a model which was fine-tuned further on what is to be forgotten.
 
@@ -90,7 +90,7 @@ def negate(before: StateDict, vector: StateDict, weight: float = 1.0) -> dict[st
 
 
 def mix(before: StateDict, after: StateDict, rho: float) -> dict[str, Tensor]:
-    r"""UWC's model mixing: :math:`\theta = \rho\,\theta_{\mathrm{before}} + (1 - \rho)\,\theta_{\mathrm{after}}`.
+    r"""UWC's model mixing: $\theta = \rho\,\theta_{\mathrm{before}} + (1 - \rho)\,\theta_{\mathrm{after}}$.
 
     rho is the share of the ORIGINAL model: 0 gives the unlearned one, 1 the original.
 
@@ -117,13 +117,13 @@ def rectified(
 ) -> dict[str, Tensor]:
     r"""Negation of rectified task vectors, TRU-style (unverified).
 
-    The forget set is split into parts s. Let :math:`v_s = -\tau(s)`, and let the reference :math:`\tau_{\bar s}` be
-    the task vector of the other parts; moving along it keeps other knowledge. Each :math:`v_s` is projected as
+    The forget set is split into parts s. Let $v_s = -\tau(s)$, and let the reference $\tau_{\bar s}$ be
+    the task vector of the other parts; moving along it keeps other knowledge. Each $v_s$ is projected as
     `rules.gru` projects a gradient:
 
-    .. math:: \theta = \theta_{\mathrm{before}} + \mathrm{weight} \sum_s
-        \Bigl(v_s + \frac{\max(0, -\langle v_s, \tau_{\bar s}\rangle)}{\lVert \tau_{\bar s}\rVert^2}
-        \,\tau_{\bar s}\Bigr) .
+    $$\theta = \theta_{\mathrm{before}} + \mathrm{weight} \sum_s
+    \Bigl(v_s + \frac{\max(0, -\langle v_s, \tau_{\bar s}\rangle)}{\lVert \tau_{\bar s}\rVert^2}
+    \,\tau_{\bar s}\Bigr) .$$
 
     Source: in the spirit of TRU, the retain-free variant of GRU (2503.09117, section 4). TRU-style (unverified): the
     paper's own definition was not at hand and its code does not contain it; this form is ours.

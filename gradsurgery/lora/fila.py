@@ -26,16 +26,16 @@ def fila_(
 ) -> Any:
     r"""Start LoRA adapters from the part of each weight that matters most to the forget set; in place.
 
-    For every adapted weight W ``[out, in]`` with importance I, rank r and LoRA's scaling :math:`\sigma` (alpha / r, or
+    For every adapted weight W ``[out, in]`` with importance I, rank r and LoRA's scaling $\sigma$ (alpha / r, or
     alpha / sqrt r with rslora):
 
-    .. math::
-        s_i = \sqrt{\textstyle\sum_j I_{ij}}, \quad U S V^T \approx \mathrm{diag}(s) W \text{ of rank } r,
-        \quad A = \sqrt{S / \sigma}\, V^T, \quad B = \mathrm{diag}(1 / (s + \epsilon))\, U \sqrt{S / \sigma},
-        \quad W \leftarrow W - \sigma B A
+    $$s_i = \sqrt{\textstyle\sum_j I_{ij}}, \quad U S V^T \approx \mathrm{diag}(s) W \text{ of rank } r,$$
 
-    The model's output does not change, and :math:`\| \mathrm{diag}(s)(W - \sigma B A) \|_F` is within 0.2 % of the
-    least possible (where s is far above :math:`\epsilon`). One weight s_i per row, because only then does the
+    $$A = \sqrt{S / \sigma}\, V^T, \quad B = \mathrm{diag}(1 / (s + \epsilon))\, U \sqrt{S / \sigma},
+    \quad W \leftarrow W - \sigma B A$$
+
+    The model's output does not change, and $\| \mathrm{diag}(s)(W - \sigma B A) \|_F$ is within 0.2 % of the
+    least possible (where s is far above $\epsilon$). One weight s_i per row, because only then does the
     weighted problem have a closed solution.
 
     The base weights are **changed**: without the adapter the model is wrong. So ``merge_and_unload()`` is right,
@@ -47,8 +47,8 @@ def fila_(
 
     - Their ``svd_lowrank(q=r)`` is unseeded and several per cent off the optimum. Here the decomposition is exact up
       to 512 rows or columns, and a seeded block Krylov iteration above.
-    - B is computed as :math:`\mathrm{diag}(s / (s + \epsilon))\, W V / \sqrt{S \sigma}`. That is the same matrix, but
-      rows with s near 0 become small, as they should, where the formula divides rounding errors by :math:`\epsilon`.
+    - B is computed as $\mathrm{diag}(s / (s + \epsilon))\, W V / \sqrt{S \sigma}$. That is the same matrix, but
+      rows with s near 0 become small, as they should, where the formula divides rounding errors by $\epsilon$.
     - Directions with S = 0 (importance 0 everywhere, or a rank beyond the weight's) keep PEFT's own start, A random and
       B = 0. The formula sets both to 0, and then neither ever gets a gradient.
 

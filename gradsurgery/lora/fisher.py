@@ -25,12 +25,12 @@ def fisher_importance(
 ) -> dict[str, Tensor]:
     r"""The importance of every linear weight for the forget set, relative to the retain set: the weights of `fila_`.
 
-    .. math:: I = \frac{F_f}{F_r + \epsilon}, \qquad F = \frac{\sum_b n_b \, g_b \odot g_b}{\sum_b n_b}
+    $$I = \frac{F_f}{F_r + \epsilon}, \qquad F = \frac{\sum_b n_b \, g_b \odot g_b}{\sum_b n_b}$$
 
-    where :math:`g_b` is the gradient of the mean cross-entropy over the :math:`n_b` answer tokens of batch b. F is
+    where $g_b$ is the gradient of the mean cross-entropy over the $n_b$ answer tokens of batch b. F is
     the diagonal of the empirical Fisher matrix, of *averaged* gradients. It depends on the batch size, because
-    gradients inside a batch cancel; with ``per="example"`` it does not. Note that :math:`\epsilon` is large beside
-    the :math:`F_r` of a large model, which is 1e-8 or less: the ratio is then :math:`F_f` times a constant.
+    gradients inside a batch cancel; with ``per="example"`` it does not. Note that $\epsilon$ is large beside
+    the $F_r$ of a large model, which is 1e-8 or less: the ratio is then $F_f$ times a constant.
 
     The model is left as it was: parameters, ``.grad``, ``requires_grad``, every module's mode, and the global random
     state. A training run is the same with and without this call.

@@ -16,7 +16,7 @@ _GAIN = 4e-4
 
 
 def leading(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The directions on which a matrix acts most: the best approximation of M by :math:`M V V^T` with few columns in V.
+    """The directions on which a matrix acts most: the best approximation of M by $M V V^T$ with few columns in V.
 
     Args:
         matrix: M ``[m, n]``, float32 or float64.
@@ -26,7 +26,7 @@ def leading(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tens
 
     Returns:
         Singular values ``[k]``, falling, and orthonormal right vectors V ``[n, k]``, k = min(r, m, n). In the Frobenius
-        norm, the error of :math:`M V V^T` is within 0.2 % of the least possible one.
+        norm, the error of $M V V^T$ is within 0.2 % of the least possible one.
 
     Cost: an exact decomposition up to 512 rows or columns. Above, block Krylov steps of 2 m n (r + 8) multiplications
     each, until a further step no longer helps: 3 to 7 of them, 0.2 s on one core for a 4096 x 4096 matrix and rank

@@ -15,11 +15,11 @@ __all__ = ["initial_names", "peft_model_class", "save_pretrained"]
 def save_pretrained(peft_model: Any, save_directory: Any, **options: Any) -> None:
     r"""Save adapters so that a plain ``PeftModel.from_pretrained(original model, folder)`` gives this model.
 
-    `fila_` subtracted :math:`\sigma B_0 A_0` from the base weights, with the initial factors :math:`A_0` and
-    :math:`B_0`. The original base still contains it. So the saved adapter has rank 2 r, with the factors
-    :math:`[A; A_0]` and :math:`[B, -B_0]`:
+    `fila_` subtracted $\sigma B_0 A_0$ from the base weights, with the initial factors $A_0$ and
+    $B_0$. The original base still contains it. So the saved adapter has rank 2 r, with the factors
+    $[A; A_0]$ and $[B, -B_0]$:
 
-    .. math:: W + \sigma (B A - B_0 A_0) = (W - \sigma B_0 A_0) + \sigma B A
+    $$W + \sigma (B A - B_0 A_0) = (W - \sigma B_0 A_0) + \sigma B A$$
 
     This is exact up to rounding in float32. Where the base is bfloat16, the two models differ by one more rounding of
     the base weights, because the live model rounded them after the subtraction. The loaded model has an ordinary LoRA

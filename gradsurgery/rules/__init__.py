@@ -7,7 +7,7 @@ There are two kinds, and `gradsurgery.GradientSurgery` takes either as ``rule=``
 # Coordinate-free rules
 
 A rule takes ``gram [..., K, K]`` and returns ``coefficients [..., K]`` in float64. Row 0 is the objective being
-rectified (``"forget"``), rows 1 to K-1 are protected. The update is :math:`u = \sum_k c_k\,\mathrm{row}_k`, and the
+rectified (``"forget"``), rows 1 to K-1 are protected. The update is $u = \sum_k c_k\,\mathrm{row}_k$, and the
 optimizer descends along it. Options are keyword arguments; `functools.partial` binds them.
 
 | rule | what it does | paper |
@@ -45,7 +45,7 @@ theorem of invariants of O(n), its coefficients are functions of inner products 
 coefficients *are* the coordinate-free rules.
 
 Notation in the docstrings: f = row 0, r = a protected row,
-:math:`F = \langle f, f\rangle`, :math:`R = \langle r, r\rangle`, :math:`c = \langle f, r\rangle`.
+$F = \langle f, f\rangle$, $R = \langle r, r\rangle$, $c = \langle f, r\rangle$.
 
 Example:
     >>> gram = torch.tensor([[25.0, -3.0], [-3.0, 5.0]], dtype=torch.float64)

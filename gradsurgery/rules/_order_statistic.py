@@ -12,7 +12,7 @@ from gradsurgery.gram import Row, chunk_size, chunks
 
 @torch.no_grad()
 def order_statistic(row: Row, quantile: float) -> float:
-    """The element of rank floor(quantile n), counted from 0, among the n sizes :math:`|x|` of a row; 0 if n is 0.
+    """The element of rank floor(quantile n), counted from 0, among the n sizes $|x|$ of a row; 0 if n is 0.
 
     The bits of non-negative floats, read as integers, are ordered as the floats are. So the answer is built from its
     leading bits: each pass counts the sizes that share the bits known so far by their next 11 bits, and the histogram

@@ -16,15 +16,15 @@ _MOST_ENUMERATED_ROWS = 10
 
 
 def multipliers_of(matrix: Tensor, products: Tensor) -> Tensor:
-    r"""The multipliers of the program that minimises :math:`|u - f|^2` subject to :math:`\langle u, r_k\rangle \ge 0`.
+    r"""The multipliers of the program that minimises $|u - f|^2$ subject to $\langle u, r_k\rangle \ge 0$.
 
-    They are the solution of :math:`\lambda \ge 0,\ M\lambda + q \ge 0,\ \lambda^T(M\lambda + q) = 0`, and
-    :math:`u = f + \sum_k \lambda_k r_k`.
+    They are the solution of $\lambda \ge 0,\ M\lambda + q \ge 0,\ \lambda^T(M\lambda + q) = 0$, and
+    $u = f + \sum_k \lambda_k r_k$.
 
     Where the rows are nearly dependent, rounding can make M slightly indefinite (by 1e-7 for products of float32 rows),
     and then no solution to within `ACCURACY` may exist. Such a problem gets the smallest of `_RIDGES`, added to the
-    diagonal of M, with which it has a solution; :math:`\langle u, r_k\rangle` is then at least
-    :math:`-\sqrt{\mathrm{ridge}}\,|f|\,|r_k|`.
+    diagonal of M, with which it has a solution; $\langle u, r_k\rangle$ is then at least
+    $-\sqrt{\mathrm{ridge}}\,|f|\,|r_k|$.
 
     Args:
         matrix: M ``[..., m, m]``, the Gram matrix of the protected rows, each of length 1 (or 0).

@@ -128,9 +128,9 @@ def _conflicting(f: Tensor, r: Tensor) -> Tensor:
 def sago(rows: Sequence[Row], *, gamma: float = 1.0, alpha: float = 1.0) -> list[Tensor | None]:
     r"""SAGO: the retain gradient where the two signs are opposite, the forget gradient everywhere else.
 
-    .. math:: u_i = \alpha r_i \;\text{ if } f_i r_i < 0, \text{ else } \gamma f_i .
+    $$u_i = \alpha r_i \;\text{ if } f_i r_i < 0, \text{ else } \gamma f_i .$$
 
-    So no coordinate moves against retention: :math:`u_i r_i \ge 0`, as gamma and alpha are >= 0. A zero has no sign
+    So no coordinate moves against retention: $u_i r_i \ge 0$, as gamma and alpha are >= 0. A zero has no sign
     that could be opposite. r is the sum of the protected rows, as in `gradsurgery.rules.hamu` and `blur`; with
     several of them the promise is about their sum. Coordinates that agree contain no retain gradient: that is the
     paper's rule.
@@ -175,8 +175,8 @@ def sign_agreement(rows: Sequence[Row]) -> list[Tensor | None]:
 def cglearn(rows: Sequence[Row], *, tau: float) -> list[Tensor | None]:
     r"""CGLearn: the mean of the rows where it exceeds ``tau`` standard deviations, 0 elsewhere.
 
-    .. math:: u_i = \mu_i\,[\,|\mu_i| > \tau s_i\,], \qquad \mu_i = \tfrac1K\sum_k g_{ki},
-        \quad s_i^2 = \tfrac1{K-1}\sum_k (g_{ki} - \mu_i)^2 .
+    $$u_i = \mu_i\,[\,|\mu_i| > \tau s_i\,], \qquad \mu_i = \tfrac1K\sum_k g_{ki},
+    \quad s_i^2 = \tfrac1{K-1}\sum_k (g_{ki} - \mu_i)^2 .$$
 
     Source: CGLearn (2411.06240), its linear form, where tau is one of {0.25, 1, 4}, chosen on validation data.
     Difference from the authors' code: they add 1e-8 to the standard deviation. A language model's gradients are of
@@ -206,8 +206,9 @@ def cglearn(rows: Sequence[Row], *, tau: float) -> list[Tensor | None]:
 def graddrop(rows: Sequence[Row], *, generator: torch.Generator | None = None) -> list[Tensor | None]:
     r"""GradDrop: keep either the positive or the negative entries of a coordinate, drawn in proportion to their sizes.
 
-    .. math:: P_i = \tfrac12\Bigl(1 + \frac{\sum_k g_{ki}}{\sum_k |g_{ki}|}\Bigr), \quad U_i \sim \mathrm{U}[0, 1),
-        \qquad u_i = \sum_k g_{ki}\,[g_{ki} > 0] \;\text{ if } P_i > U_i, \text{ else } \sum_k g_{ki}\,[g_{ki} < 0] .
+    $$P_i = \tfrac12\Bigl(1 + \frac{\sum_k g_{ki}}{\sum_k |g_{ki}|}\Bigr), \quad U_i \sim \mathrm{U}[0, 1),$$
+
+    $$u_i = \sum_k g_{ki}\,[g_{ki} > 0] \;\text{ if } P_i > U_i, \text{ else } \sum_k g_{ki}\,[g_{ki} < 0] .$$
 
     Where all entries have one sign, the update is their sum, whatever is drawn.
 
@@ -244,9 +245,9 @@ def graddrop(rows: Sequence[Row], *, generator: torch.Generator | None = None) -
 
 @rule
 def saliency_mask(rows: Sequence[Row], *, quantile: float = 0.5) -> list[Tensor | None]:
-    r"""SalUn's mask: the first row where it is large, 0 elsewhere, :math:`u_i = f_i\,[\,|f_i| \ge t\,]`.
+    r"""SalUn's mask: the first row where it is large, 0 elsewhere, $u_i = f_i\,[\,|f_i| \ge t\,]$.
 
-    The threshold t is the ``quantile`` of all :math:`|f_i|` of the model. It is one of these sizes, never
+    The threshold t is the ``quantile`` of all $|f_i|$ of the model. It is one of these sizes, never
     interpolated, and coordinates equal to it stay, so that at least the share 1 - quantile of the coordinates stays.
     Coordinates without a gradient (None) do not count. The rule ignores the protected rows: use ``add``, or a guard,
     for retention.

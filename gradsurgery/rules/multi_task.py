@@ -1,7 +1,7 @@
 r"""Multi-task rules: every row has the same standing.
 
 `gradsurgery.rules` says what all rules have in common. Notation: row 0 is f and, where there are two rows, row 1 is r;
-:math:`F = \langle f, f\rangle`, :math:`R = \langle r, r\rangle`, :math:`c = \langle f, r\rangle`.
+$F = \langle f, f\rangle$, $R = \langle r, r\rangle$, $c = \langle f, r\rangle$.
 """
 
 import torch
@@ -39,7 +39,7 @@ def pcgrad(gram: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
 
 @of_gram
 def mgda(gram: Tensor) -> Tensor:
-    r"""MGDA: the convex combination of least norm, :math:`\min_w w^T G w` over the simplex.
+    r"""MGDA: the convex combination of least norm, $\min_w w^T G w$ over the simplex.
 
     Identical rows share their weight. It stalls where a protected row is near zero.
 
@@ -54,13 +54,15 @@ def mgda(gram: Tensor) -> Tensor:
 
 @of_gram
 def cagrad(gram: Tensor, *, c: float = 0.5) -> Tensor:
-    r"""CAGrad: the update that helps the worst-off row most, within a ball around the mean row :math:`g_0`.
+    r"""CAGrad: the update that helps the worst-off row most, within a ball around the mean row $g_0$.
 
-    .. math:: \max_u \min_k \langle u, \mathrm{row}_k\rangle \;\text{ s.t. }\;
-        \lVert u - g_0\rVert \le c\lVert g_0\rVert, \qquad u = g_0 + \frac{c\lVert g_0\rVert}{\lVert g_w\rVert} g_w,
-        \quad w = \arg\min_{w \in \Delta} \langle g_w, g_0\rangle + c\lVert g_0\rVert\lVert g_w\rVert .
+    $$\max_u \min_k \langle u, \mathrm{row}_k\rangle \;\text{ s.t. }\;
+    \lVert u - g_0\rVert \le c\lVert g_0\rVert,$$
 
-    Source: Conflict-Averse Gradient Descent (2110.14048), equations 2 and 3. Not rescaled by :math:`1/(1 + c^2)`, as
+    $$u = g_0 + \frac{c\lVert g_0\rVert}{\lVert g_w\rVert} g_w,
+    \quad w = \arg\min_{w \in \Delta} \langle g_w, g_0\rangle + c\lVert g_0\rVert\lVert g_w\rVert .$$
+
+    Source: Conflict-Averse Gradient Descent (2110.14048), equations 2 and 3. Not rescaled by $1/(1 + c^2)$, as
     some code does. Solved exactly, by enumerating the faces of the simplex, where the authors call a numerical
     optimizer.
 
@@ -113,8 +115,8 @@ def cagrad(gram: Tensor, *, c: float = 0.5) -> Tensor:
 def imtl_g(gram: Tensor) -> Tensor:
     r"""IMTL-G: equal projections of the update on every row's direction; the coefficients add up to 1.
 
-    They are :math:`G^+ \sqrt{\mathrm{diag}\, G}`, normalised. Two rows: the bisector,
-    :math:`(\sqrt R, \sqrt F)/(\sqrt F + \sqrt R)`. Zero rows get 0. Where the only such update is 0 (normalised rows
+    They are $G^+ \sqrt{\mathrm{diag}\, G}$, normalised. Two rows: the bisector,
+    $(\sqrt R, \sqrt F)/(\sqrt F + \sqrt R)$. Zero rows get 0. Where the only such update is 0 (normalised rows
     that add up to 0), the normalised rows get equal weights.
 
     Source: Towards Impartial Multi-task Learning (ICLR 2021), section 3.1.
@@ -139,13 +141,13 @@ def ngdiff(gram: Tensor) -> Tensor:
 
 @of_gram
 def nash_mtl(gram: Tensor) -> Tensor:
-    r"""Nash-MTL: the bargaining solution, coefficients x with :math:`G x = 1/x`. Zero rows get 0.
+    r"""Nash-MTL: the bargaining solution, coefficients x with $G x = 1/x$. Zero rows get 0.
 
-    Two rows: :math:`(1/\sqrt F, 1/\sqrt R)/\sqrt{1 + \cos}`. Opposite rows have no bargain: the coefficients grow
+    Two rows: $(1/\sqrt F, 1/\sqrt R)/\sqrt{1 + \cos}$. Opposite rows have no bargain: the coefficients grow
     without bound.
 
     Source: Multi-Task Learning as a Bargaining Game (2202.01017), equation 3. The strictly convex problem behind it,
-    :math:`\min_x \tfrac12 x^T G x - \sum_k \log x_k`, is solved by damped Newton steps, where the authors alternate
+    $\min_x \tfrac12 x^T G x - \sum_k \log x_k$, is solved by damped Newton steps, where the authors alternate
     convex approximations and clip the result.
     """
     unit, norms = _algebra.normalised(gram)
@@ -167,8 +169,8 @@ def nash_mtl(gram: Tensor) -> Tensor:
 def aligned_mtl(gram: Tensor) -> Tensor:
     r"""Aligned-MTL: rotate and rescale the rows to orthogonal ones of equal length, and take their mean.
 
-    The coefficients are :math:`\sqrt{\lambda_{\min}}\, G^{-1/2} w` with all :math:`w_k = 1/K`, over the eigenvalues
-    above :math:`K \epsilon \lambda_{\max}` (:math:`\epsilon` of float64).
+    The coefficients are $\sqrt{\lambda_{\min}}\, G^{-1/2} w$ with all $w_k = 1/K$, over the eigenvalues
+    above $K \epsilon \lambda_{\max}$ ($\epsilon$ of float64).
 
     Source: Independent Component Alignment (2305.19000), algorithm 1, scale "min".
     """

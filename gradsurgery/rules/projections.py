@@ -1,7 +1,7 @@
 r"""Rules in which the forget row has a standing of its own: fixed weights, and projections of the forget row.
 
 `gradsurgery.rules` says what all rules have in common, and gives the notation: f = row 0, r = a protected row,
-:math:`F = \langle f, f\rangle`, :math:`R = \langle r, r\rangle`, :math:`c = \langle f, r\rangle`.
+$F = \langle f, f\rangle$, $R = \langle r, r\rangle$, $c = \langle f, r\rangle$.
 """
 
 import torch
@@ -32,10 +32,10 @@ def gradient_difference(gram: Tensor, *, gamma: float = 1.0, alpha: float = 1.0)
 def gru(gram: Tensor) -> Tensor:
     r"""GRU: the update nearest to f that conflicts with no protected row.
 
-    .. math:: \min_u \lVert u - f\rVert^2 \;\text{ s.t. }\; \langle u, r_k\rangle \ge 0,
-        \qquad u = f + \sum_k \lambda_k r_k, \quad \lambda \ge 0 .
+    $$\min_u \lVert u - f\rVert^2 \;\text{ s.t. }\; \langle u, r_k\rangle \ge 0,
+    \qquad u = f + \sum_k \lambda_k r_k, \quad \lambda \ge 0 .$$
 
-    With one protected row the coefficients are :math:`(1, \max(0, -c)/R)`. With several, the quadratic program is
+    With one protected row the coefficients are $(1, \max(0, -c)/R)$. With several, the quadratic program is
     solved exactly, by an active-set method on the K x K matrix. Projecting off one row after another would not do: a
     later projection can bring back a conflict that an earlier one removed. Rescaling a protected row does not change
     the update.
@@ -50,7 +50,7 @@ def gru(gram: Tensor) -> Tensor:
 
 @of_gram
 def gem(gram: Tensor, *, margin: float = 0.0) -> Tensor:
-    r"""GEM: `gru` with a margin, :math:`\langle u, r_k\rangle \ge` ``margin``, in the units of the Gram matrix.
+    r"""GEM: `gru` with a margin, $\langle u, r_k\rangle \ge$ ``margin``, in the units of the Gram matrix.
 
     A margin that cannot be met (opposite protected rows) gives non-finite coefficients.
 
@@ -64,8 +64,8 @@ def gem(gram: Tensor, *, margin: float = 0.0) -> Tensor:
 def a_gem(gram: Tensor) -> Tensor:
     r"""A-GEM: `gru` against the mean of the protected rows only.
 
-    With r the mean of the protected rows, the update is :math:`f + b r` with
-    :math:`b = \max(0, -\langle f, r\rangle)/\lVert r\rVert^2`. So the coefficients are 1 for f and b/(K - 1) for every
+    With r the mean of the protected rows, the update is $f + b r$ with
+    $b = \max(0, -\langle f, r\rangle)/\lVert r\rVert^2$. So the coefficients are 1 for f and b/(K - 1) for every
     protected row. With one protected row it is `gru`. With several it promises only that their mean does not get worse.
 
     Source: Averaged GEM (1812.00420), equation 11.
@@ -83,7 +83,7 @@ def cos_clip(gram: Tensor, *, floor: float = -0.5) -> Tensor:
     r"""GRU's ``cos_clip`` option: `gru` that treats each cosine of f and a protected row as at least ``floor``.
 
     Where the cosine is below the floor, the update still conflicts,
-    :math:`\langle u, r\rangle = \sqrt{FR}\,(\cos - \mathrm{floor})`, but it never shrinks to nothing: opposite rows
+    $\langle u, r\rangle = \sqrt{FR}\,(\cos - \mathrm{floor})$, but it never shrinks to nothing: opposite rows
     give (1 + floor) f, where `gru` gives 0.
 
     Source: the GRU authors' code (floor -0.5, off by default), for one protected row; several are our generalisation.
@@ -105,8 +105,8 @@ def cos_clip(gram: Tensor, *, floor: float = -0.5) -> Tensor:
 def gu(gram: Tensor) -> Tensor:
     """GU: remove from f its whole component in the span of the protected rows, also where it would help them.
 
-    The coefficients are (1, b) with :math:`b = -M^+ q`, M the Gram matrix of the protected rows and q their products
-    with f; for one protected row :math:`b = -c/R`.
+    The coefficients are (1, b) with $b = -M^+ q$, M the Gram matrix of the protected rows and q their products
+    with f; for one protected row $b = -c/R$.
 
     Source: Geometric-disentanglement Unlearning (2511.17100), which takes the Gram matrix in the optimizer's metric
     (``metric="optimizer"`` here).
@@ -119,8 +119,8 @@ def gu(gram: Tensor) -> Tensor:
 def orthograd(gram: Tensor, *, gamma: float = 1.0, alpha: float = 1.0) -> Tensor:
     r"""OrthoGrad: gamma times what `gu` leaves of f, plus alpha times the mean of the K - 1 protected rows.
 
-    .. math:: (\gamma,\; -\gamma M^+ q + \alpha/(K - 1)), \qquad M_{kl} = \langle r_k, r_l\rangle,
-        \ q_k = \langle f, r_k\rangle .
+    $$(\gamma,\; -\gamma M^+ q + \alpha/(K - 1)), \qquad M_{kl} = \langle r_k, r_l\rangle,
+    \ q_k = \langle f, r_k\rangle .$$
 
     It is meant for one protected row per retain *example*, each an objective of its own
     (``objectives=("forget", "retain_0", "retain_1", ...)``): f is made orthogonal to the gradient of every example, not
@@ -143,8 +143,8 @@ def gradvac(gram: Tensor, *, target: float = 0.0) -> Tensor:
 
     The protected rows r are taken in index order, and each adds b r to f:
 
-    .. math:: b = \frac{\lVert f\rVert\,(t\sqrt{1-\cos^2} - \cos\sqrt{1-t^2})}{\lVert r\rVert\sqrt{1-t^2}}
-        \;\text{ if } \cos < t, \text{ else } 0 .
+    $$b = \frac{\lVert f\rVert\,(t\sqrt{1-\cos^2} - \cos\sqrt{1-t^2})}{\lVert r\rVert\sqrt{1-t^2}}
+    \;\text{ if } \cos < t, \text{ else } 0 .$$
 
     ``target=0`` with one protected row is `gru`. The class `GradVac` moves the target, as the paper does.
 
@@ -163,9 +163,9 @@ def gradvac(gram: Tensor, *, target: float = 0.0) -> Tensor:
 
 @of_gram
 def blur(gram: Tensor, *, gamma: float = 1.0) -> Tensor:
-    r"""BLUR, forgetting first: the retain step, changed along f so that :math:`\langle u, f\rangle` is always gamma F.
+    r"""BLUR, forgetting first: the retain step, changed along f so that $\langle u, f\rangle$ is always gamma F.
 
-    .. math:: u = r + (\gamma - c/F) f
+    $$u = r + (\gamma - c/F) f$$
 
     with r the sum of the protected rows. A zero forget row leaves u = r.
 
@@ -179,17 +179,17 @@ def blur(gram: Tensor, *, gamma: float = 1.0) -> Tensor:
 def hamu(gram: Tensor, *, gain: float, radius: float) -> Tensor:
     r"""HAMU-Q: a step no longer than ``radius`` that gains ``gain`` on forgetting, at the least cost to retention.
 
-    .. math:: \max_u \langle r, u\rangle \;\text{ s.t. }\; \langle f, u\rangle \ge \mathrm{gain},
-        \ \lVert u\rVert \le \mathrm{radius},
+    $$\max_u \langle r, u\rangle \;\text{ s.t. }\; \langle f, u\rangle \ge \mathrm{gain},
+    \ \lVert u\rVert \le \mathrm{radius},$$
 
     with r the sum of the protected rows. There are three cases:
 
-    - The pure retain step forgets enough: the coefficients are :math:`(0, \mathrm{radius}/\sqrt R)`. They are the same
+    - The pure retain step forgets enough: the coefficients are $(0, \mathrm{radius}/\sqrt R)$. They are the same
       for a zero forget row.
-    - The gain is out of reach, :math:`\mathrm{gain} > \mathrm{radius}\sqrt F`: the step goes along f, with length
+    - The gain is out of reach, $\mathrm{gain} > \mathrm{radius}\sqrt F$: the step goes along f, with length
       ``radius``.
-    - Otherwise the coefficients are (a, b) with :math:`a = \mathrm{gain}/F - sc/(Fn)`, :math:`b = s/n`,
-      :math:`s^2 = \mathrm{radius}^2 - \mathrm{gain}^2/F` and :math:`n^2 = R - c^2/F`.
+    - Otherwise the coefficients are (a, b) with $a = \mathrm{gain}/F - sc/(Fn)$, $b = s/n$,
+      $s^2 = \mathrm{radius}^2 - \mathrm{gain}^2/F$ and $n^2 = R - c^2/F$.
 
     The answer is a displacement: use it with plain SGD of learning rate 1. It is not scale-free; ``gain`` and
     ``radius`` carry units.
@@ -200,7 +200,7 @@ def hamu(gram: Tensor, *, gain: float, radius: float) -> Tensor:
 
     Args:
         gram: ``[..., K, K]``.
-        gain: The least :math:`\langle f, u\rangle`, >= 0.
+        gain: The least $\langle f, u\rangle$, >= 0.
         radius: Greatest length of the step, > 0.
 
     Raises:
@@ -214,8 +214,8 @@ def hamu(gram: Tensor, *, gain: float, radius: float) -> Tensor:
 def hamu_u(gram: Tensor, *, gain: float, radius: float) -> Tensor:
     r"""HAMU-U: `hamu` with f and r exchanged, the step that forgets most while retention gains ``gain``.
 
-    .. math:: \max_u \langle f, u\rangle \;\text{ s.t. }\; \langle r, u\rangle \ge \mathrm{gain},
-        \ \lVert u\rVert \le \mathrm{radius} .
+    $$\max_u \langle f, u\rangle \;\text{ s.t. }\; \langle r, u\rangle \ge \mathrm{gain},
+    \ \lVert u\rVert \le \mathrm{radius} .$$
 
     ``gain=0`` asks that retention gets no worse. Everything else is as in `hamu`, with the roles exchanged.
 

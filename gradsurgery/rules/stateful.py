@@ -38,7 +38,7 @@ class StatefulRule(Protocol):
 class GradVac:
     r"""GradVac with a moving target: each protected row's target follows the cosines of earlier steps.
 
-    The targets start at 0 and move by :math:`t \leftarrow (1 - \beta) t + \beta \cos`. A call computes the new
+    The targets start at 0 and move by $t \leftarrow (1 - \beta) t + \beta \cos$. A call computes the new
     targets, and `commit` adopts them; the optimizer commits once for each step that happened. There is one target per
     protected row; in a scope of several blocks, one per block and protected row.
 

@@ -18,8 +18,8 @@ class Placebo(Callback):
     It tells whether a rule helps by its direction or by the length of its step: where the rule helps and its placebo
     does not, it is the direction.
 
-    A rule turns the first row :math:`g_0` into :math:`\sum_k c_k g_k`. With :math:`d = c - e_0`, its correction is
-    :math:`\sum_k d_k g_k`, of length :math:`\sqrt{d^\top G d}`.
+    A rule turns the first row $g_0$ into $\sum_k c_k g_k$. With $d = c - e_0$, its correction is
+    $\sum_k d_k g_k$, of length $\sqrt{d^\top G d}$.
 
     The optimizer itself has to take the forget gradient alone (`ablation.methods.forget_alone`) and to keep the
     averages that the rule would see. Its scope has to be the whole model, and its `max_norm` None.

@@ -36,7 +36,7 @@ class Ended(NamedTuple):
 def equal_retention(share: float, ended: Ended, scorer: Scorer) -> dict[str, Any] | str:
     r"""What a method has still forgotten once it retains a given share again: UWC's comparison (2406.09179).
 
-    The state where the method ended is mixed with the start, :math:`\rho\,\theta_0 + (1 - \rho)\,\theta`, with the
+    The state where the method ended is mixed with the start, $\rho\,\theta_0 + (1 - \rho)\,\theta$, with the
     smallest rho that restores the share (`gradsurgery.task_vectors.calibrate_mix`). If nothing has to be restored, rho
     is 0, and more than the share may be retained. Where the state is a weight (ULD's, or a task vector's), mixing makes
     the weight smaller.

@@ -50,8 +50,8 @@ def spread(values: Sequence[float]) -> Spread | None:
 def paired(ours: Mapping[Seed, float], theirs: Mapping[Seed, float], *, confidence: float = 0.95) -> Paired | None:
     r"""How much larger ours is than theirs, over the seeds that both have; None if there are no such seeds.
 
-    With differences :math:`d_i` of :math:`n` pairs, their mean :math:`\bar d` and standard deviation :math:`s`, the
-    interval is Student's, :math:`\bar d \pm t_{n-1} s / \sqrt n`, as in `scipy.stats.ttest_rel`. It takes the pairs for
+    With differences $d_i$ of $n$ pairs, their mean $\bar d$ and standard deviation $s$, the
+    interval is Student's, $\bar d \pm t_{n-1} s / \sqrt n$, as in `scipy.stats.ttest_rel`. It takes the pairs for
     independent. Pairs that share a start model are not quite independent, so with few model seeds the interval is too
     narrow for a claim about other models.
 

@@ -65,7 +65,7 @@ def answer_token_statistics(
 ) -> list[AnswerTokens]:
     r"""Scores every token of every answer, in one pass of the model over the examples.
 
-    .. math:: \mu_t = \sum_v p_t(v) \log p_t(v), \qquad \sigma_t^2 = \sum_v p_t(v) (\log p_t(v) - \mu_t)^2
+    $$\mu_t = \sum_v p_t(v) \log p_t(v), \qquad \sigma_t^2 = \sum_v p_t(v) (\log p_t(v) - \mu_t)^2$$
 
     and in the same pass the right token's log p and the argmax. They come from a float32 log-softmax whatever the
     model's dtype, without dropout. In `lightning_modules.metrics.functional`

@@ -24,7 +24,7 @@ def mean_interval(
     r"""Returns the percentile bootstrap interval of a mean.
 
     From n examples, n are drawn with replacement, `resamples` times. The interval lies between the
-    :math:`(1 \mp c) / 2` quantiles of the means of the draws (Efron and Tibshirani 1993, section 13.3;
+    $(1 \mp c) / 2$ quantiles of the means of the draws (Efron and Tibshirani 1993, section 13.3;
     `scipy.stats.bootstrap(method="percentile")`). It assumes that the examples are independent. Several questions about
     one author are not, and for them it is too narrow. It says nothing about other seeds of the training. Its own draws
     have a seed, so it is the same every time.

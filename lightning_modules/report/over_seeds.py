@@ -68,7 +68,7 @@ def _over(values: Sequence[float]) -> tuple[float, float | None, float, float, i
 def sd_factors(n: int, confidence: float = 0.95) -> tuple[float, float]:
     r"""Returns a confidence interval of the true standard deviation, as multiples of the one of n normal values.
 
-    .. math:: \sqrt{(n - 1) / \chi^2_{n-1, (1 + c) / 2}}, \qquad \sqrt{(n - 1) / \chi^2_{n-1, (1 - c) / 2}}
+    $$\sqrt{(n - 1) / \chi^2_{n-1, (1 + c) / 2}}, \qquad \sqrt{(n - 1) / \chi^2_{n-1, (1 - c) / 2}}$$
 
     Args:
         n: The number of values.

@@ -38,7 +38,7 @@ def add_answers(
 def mean_probabilities(
     model: nn.Module, splits: Mapping[str, Sequence[Encoded]], *, pad_token_id: int, batch_size: int = 32
 ) -> dict[str, float]:
-    r"""The mean over each split's answers of :math:`\exp(-\mathrm{nll})`, with nll the mean over an answer's tokens.
+    r"""The mean over each split's answers of $\exp(-\mathrm{nll})$, with nll the mean over an answer's tokens.
 
     It is the mean over the examples given to this process, whatever other processes score. It is NaN where the model
     gives NaN for any answer, and for a split without examples.

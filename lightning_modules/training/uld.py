@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class ULDModule(L.LightningModule):
     r"""Trains an assistant to remember the forget set and to know nothing about the rest.
 
-    .. math:: \min_\phi \; \mathrm{mean}_{D'_f} \, [-\log p_\phi(y)]
-              + \beta \, \mathrm{mean}_{D'_r} \, \mathrm{KL}(\mathrm{uniform} \,\|\, p_\phi)
+    $$\min_\phi \; \mathrm{mean}_{D'_f} \, [-\log p_\phi(y)] +
+    \beta \, \mathrm{mean}_{D'_r} \, \mathrm{KL}(\mathrm{uniform} \,\|\, p_\phi)$$
 
     ULD (Ji et al. 2024, arXiv 2406.08607), equations 3 to 5. The paper's cross-entropy against the uniform distribution
     is this KL and the constant log V. The batch is `{"forget": ..., "retain": ...}`, as `ForgetRetainDataModule` makes

@@ -63,8 +63,8 @@ def _log10_of_underflowed(statistic: float, n: int, m: int) -> float:
     The next term is smaller by more than 300 digits. scipy has no such logarithm: `kstwo.logsf` and `kstwobign.logsf`
     are minus infinity here.
 
-    - n = m: the exact series :math:`2 \sum_k (-1)^{k-1} C(2n, n - kh) / C(2n, n)` with :math:`h = n D`;
-    - otherwise: the asymptotic :math:`2 \exp(-2 D^2 nm / (n + m))`.
+    - n = m: the exact series $2 \sum_k (-1)^{k-1} C(2n, n - kh) / C(2n, n)$ with $h = n D$;
+    - otherwise: the asymptotic $2 \exp(-2 D^2 nm / (n + m))$.
     """
     if n == m:
         steps = round(statistic * n)

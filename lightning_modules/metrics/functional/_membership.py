@@ -49,7 +49,7 @@ def loss_score(log_probabilities: Ragged) -> float | Tensor:
 def min_k_score(log_probabilities: Ragged, k: float = 0.2) -> float | Tensor:
     r"""Min-K% Prob: the mean log-probability of the least likely tokens. A member has fewer unlikely tokens.
 
-    .. math:: \frac{1}{m} \sum_{t \in \text{the } m \text{ smallest}} \log p_t, \qquad m = \max(1, \lfloor k T \rfloor)
+    $$\frac{1}{m} \sum_{t \in \text{the } m \text{ smallest}} \log p_t, \qquad m = \max(1, \lfloor k T \rfloor)$$
 
     Source: Shi et al. 2024 (arXiv 2310.16789), with k = 20 % as they have it; MUSE and open-unlearning's
     PrivLeak use 40 %.
@@ -77,8 +77,8 @@ def min_k_score(log_probabilities: Ragged, k: float = 0.2) -> float | Tensor:
 def min_k_plus_plus_score(log_probabilities: Ragged, means: Ragged, stds: Ragged, k: float = 0.2) -> float | Tensor:
     r"""Min-K%++: Min-K% of log-probabilities that are standardised by the model's own distribution at each position.
 
-    .. math:: z_t = \frac{\log p_t - \mu_t}{\sigma_t}, \qquad
-        \mu_t = \mathbb{E}_{v \sim p_t}[\log p_t(v)], \quad \sigma_t^2 = \mathrm{Var}_{v \sim p_t}[\log p_t(v)]
+    $$z_t = \frac{\log p_t - \mu_t}{\sigma_t}, \qquad
+    \mu_t = \mathbb{E}_{v \sim p_t}[\log p_t(v)], \quad \sigma_t^2 = \mathrm{Var}_{v \sim p_t}[\log p_t(v)]$$
 
     with mean and variance over the vocabulary, weighted by the model's own probabilities.
 

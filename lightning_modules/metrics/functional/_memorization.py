@@ -24,8 +24,8 @@ def extraction_strength(predicted: TokensOfMany, labels: TokensOfMany | Tensor) 
 def extraction_strength(predicted: Tokens | TokensOfMany, labels: Tokens | TokensOfMany) -> float | Tensor:
     r"""The share of an answer that the model completes by itself, once it is shown the beginning.
 
-    .. math::
-        \mathrm{ES} = 1 - \frac{1}{T} \min \{ k : \mathrm{predicted}_t = \mathrm{label}_t \ \text{for all } t \ge k \}
+    $$\mathrm{ES} = 1 - \frac{1}{T} \min
+    \lbrace k : \mathrm{predicted}_t = \mathrm{label}_t \ \text{for all } t \ge k \rbrace$$
 
     with t counted from 0: k tokens of the answer are shown, and the model says the other T - k. The score is 1 where
     greedy decoding gives the whole answer, and 0 where it does not even give the last token. On the forget set lower is
@@ -72,7 +72,7 @@ def exact_memorization(predicted: TokensOfMany, labels: TokensOfMany | Tensor) -
 def exact_memorization(predicted: Tokens | TokensOfMany, labels: Tokens | TokensOfMany) -> float | Tensor:
     r"""The share of the answer's tokens that are the model's first choice, given the right tokens before them.
 
-    .. math:: \mathrm{EM} = \frac{1}{T} \sum_t [\mathrm{predicted}_t = \mathrm{label}_t]
+    $$\mathrm{EM} = \frac{1}{T} \sum_t [\mathrm{predicted}_t = \mathrm{label}_t]$$
 
     On the forget set lower is better, down to the retrained model's score. That is far from 0, because much of a
     sentence can be guessed from its other words. It is never below `extraction_strength`.

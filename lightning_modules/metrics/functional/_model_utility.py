@@ -15,7 +15,7 @@ UTILITY_NAMES = tuple(f"{split}/{metric}" for split in UTILITY_SPLITS for metric
 def model_utility(nine: Mapping[str, SupportsFloat]) -> float:
     r"""TOFU's model utility: the harmonic mean of nine numbers, which is small as soon as one of them is.
 
-    .. math:: \mathrm{MU} = 9 \Big/ \sum_{k=1}^{9} \frac{1}{x_k}
+    $$\mathrm{MU} = 9 \Big/ \sum_{k=1}^{9} \frac{1}{x_k}$$
 
     over {probability, ROUGE-L recall, truth ratio} x {retain, real authors, world facts}, each the mean over its split:
     the probability is `answer_probability` on retain and `option_probability` on the two others, and the truth ratio is

@@ -12,9 +12,8 @@ from lightning_modules.metrics.functional._numbers import Numbers, as_numbers
 def auc(forget_scores: Numbers, holdout_scores: Numbers) -> float:
     r"""The area under the ROC curve of an attack that calls examples with a high score members.
 
-    .. math::
-        \mathrm{AUC} = P(s_{\mathrm{forget}} > s_{\mathrm{holdout}})
-        + \tfrac{1}{2} P(s_{\mathrm{forget}} = s_{\mathrm{holdout}})
+    $$\mathrm{AUC} = P(s_{\mathrm{forget}} > s_{\mathrm{holdout}}) +
+    \tfrac{1}{2} P(s_{\mathrm{forget}} = s_{\mathrm{holdout}})$$
 
     which is the Mann-Whitney statistic, computed exactly, with ties counted half. 1 says that the forget set is
     remembered, 0 that it stands out because it was unlearned too far. A model that never saw it usually does *not*
@@ -50,9 +49,8 @@ def auc(forget_scores: Numbers, holdout_scores: Numbers) -> float:
 def priv_leak(auc: float, reference_auc: float) -> float:
     r"""PrivLeak: how far an attack on the unlearned model is from the same attack on the retrained one, in percent.
 
-    .. math::
-        \mathrm{PrivLeak} = 100 \cdot
-        \frac{(1 - \mathrm{AUC}) - (1 - \mathrm{AUC}_{\mathrm{ref}})}{1 - \mathrm{AUC}_{\mathrm{ref}}}
+    $$\mathrm{PrivLeak} = 100 \cdot
+    \frac{(1 - \mathrm{AUC}) - (1 - \mathrm{AUC}_{\mathrm{ref}})}{1 - \mathrm{AUC}_{\mathrm{ref}}}$$
 
     0 is best: the attack does on the unlearned model as well as on one that never saw the forget set. Below 0 the set
     is still remembered (-100 at AUC 1), above 0 it was unlearned too far. There is no upper bound: with a reference of

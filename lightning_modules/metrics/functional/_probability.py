@@ -13,7 +13,7 @@ from lightning_modules.metrics.functional._numbers import Numbers, answers_and_o
 def answer_probability(answer_nll: Numbers) -> Tensor:
     r"""The probability of the answer, normalised for its length: the geometric mean of its tokens' probabilities.
 
-    .. math:: p_i = \exp(-\mathrm{nll}_i) = P(\mathrm{answer}_i \mid \mathrm{question}_i)^{1 / \mathrm{tokens}_i}
+    $$p_i = \exp(-\mathrm{nll}_i) = P(\mathrm{answer}_i \mid \mathrm{question}_i)^{1 / \mathrm{tokens}_i}$$
 
     Source: TOFU, section 2.2.2; locuslab/tofu and open-unlearning agree on it. ULD's published tables print another
     number as "Forget Probability": the share of the answer among the options, `p / (p + sum of the perturbed)` (.364
@@ -36,8 +36,7 @@ def answer_probability(answer_nll: Numbers) -> Tensor:
 def option_probability(answer_nll: Numbers, perturbed_nll: Tensor | Sequence[Sequence[float]]) -> Tensor:
     r"""The share of the right answer among the options, as in a multiple-choice test.
 
-    .. math::
-        p_i = \frac{\exp(-\mathrm{nll}_i)}{\exp(-\mathrm{nll}_i) + \sum_j \exp(-\mathrm{nll}^{\mathrm{perturbed}}_{ij})}
+    $$p_i = \frac{\exp(-\mathrm{nll}_i)}{\exp(-\mathrm{nll}_i) + \sum_j \exp(-\mathrm{nll}^{\mathrm{perturbed}}_{ij})}$$
 
     which is a softmax, computed in log space: it is finite for a diverged model (nll of 10,000), and NaN only where no
     option has any probability left. With m wrong answers, guessing scores 1 / (m + 1).

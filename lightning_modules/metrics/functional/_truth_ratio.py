@@ -17,8 +17,7 @@ def truth_ratio(
 ) -> Tensor:
     r"""How likely wrong answers are, relative to a paraphrase of the right one.
 
-    .. math::
-        \log R_i = \mathrm{nll}^{\mathrm{paraphrase}}_i - \frac{1}{m} \sum_j \mathrm{nll}^{\mathrm{perturbed}}_{ij}
+    $$\log R_i = \mathrm{nll}^{\mathrm{paraphrase}}_i - \frac{1}{m} \sum_j \mathrm{nll}^{\mathrm{perturbed}}_{ij}$$
 
     so that R is (geometric mean of the wrong answers' probabilities) / (the right one's). It is below 1 for a model
     that knows the answer, and around 1 for one that does not. Everything is computed in log space, so that a diverged

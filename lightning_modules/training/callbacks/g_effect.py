@@ -3,9 +3,8 @@ r"""The G-effect by layer and step: where in the model forgetting and retention 
 The G-effect of the forget objective on the retain objective is the inner product of their gradients, and it is a sum
 over layers:
 
-.. math::
-    e = \langle \nabla L_{\mathrm{forget}}, \nabla L_{\mathrm{retain}} \rangle
-    = \sum_{\mathrm{layers}} e_{\mathrm{layer}} .
+$$e = \langle \nabla L_{\mathrm{forget}}, \nabla L_{\mathrm{retain}} \rangle =
+\sum_{\mathrm{layers}} e_{\mathrm{layer}} .$$
 
 To first order, a gradient step on the forget loss changes the retain loss by minus the learning rate times e, so e
 below 0 hurts retention. It is an entry of the Gram matrix that surgery computes anyway, so this callback needs no

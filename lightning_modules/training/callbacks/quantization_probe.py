@@ -17,7 +17,7 @@ from lightning_modules.training.probability import mean_probabilities
 def round_to_nearest(weight: Tensor, bits: int, *, dim: int = -1) -> Tensor:
     r"""The weight rounded to symmetric integers of so many bits, with one scale a row.
 
-    .. math:: \hat w_{ij} = s_i \operatorname{round}(w_{ij} / s_i), \quad s_i = \max_j |w_{ij}| / (2^{b-1} - 1)
+    $$\hat w_{ij} = s_i \operatorname{round}(w_{ij} / s_i), \quad s_i = \max_j |w_{ij}| / (2^{b-1} - 1)$$
 
     This is "RTN", the baseline of the quantization papers (GPTQ, 2210.17323; AWQ, 2306.00978). It is simulated:
     computed in float32 and returned in the weight's dtype. A row of zeros stays. A row with NaN or infinity becomes
