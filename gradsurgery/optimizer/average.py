@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.gram import combine_, local_tensor
-from gradsurgery.optimizer.rows import Rows, check_protected
+from gradsurgery.optimizer.rows import Parts, Rows, check_protected
 
 
 class EMA:
@@ -26,7 +26,8 @@ class EMA:
     Attributes:
         decays: By objective, only where there is one.
         averages: By objective and parameter, from the first committed step on.
-        steps: Number of steps behind the averages.
+        steps: By parameter, the number of steps behind its averages: a step counts where any objective reached the
+            parameter, so that one that is added or unfrozen late is corrected by steps of its own.
 
     Raises:
         ValueError: If a decay is outside [0, 1) or of an unknown objective, or the type is not a floating-point one.
@@ -46,7 +47,7 @@ class EMA:
                 raise ValueError(f"ema_decay: expected the old value's weight in [0, 1), found {decay} for {name!r}")
         self.dtype = dtype
         self.averages: dict[str, dict[Tensor, Tensor]] = {name: {} for name in self.decays}
-        self.steps = 0
+        self.steps: dict[Tensor, int] = {}
 
     def type_for(self, tensor: Tensor) -> torch.dtype:
         """Type of the average of a row of this tensor's type: a complex one for complex numbers."""
@@ -102,8 +103,8 @@ class EMA:
             Rows over the captured lists, and up to two more lists for each average: the candidates, and the averages so
             far where there is no candidate. Both are bias-corrected through the weights.
         """
-        identity = torch.eye(len(self.objectives), dtype=torch.float64)
-        lists, owners, columns = list(rows.lists), list(rows.owners), list(identity)
+        number = len(self.objectives)
+        lists, owners = list(rows.lists), list(rows.owners)
         # A parameter that no objective reached takes no part in the step, so its average must take none in the
         # projection.
         reached = [
@@ -111,17 +112,22 @@ class EMA:
             for index in range(len(rows.parameters))
         ]
 
-        def append(k: int, part: list[Tensor | None], weight: float) -> None:
+        counts = [self.steps.get(parameter, 0) for parameter in rows.parameters]
+        parts, counts_of_parts = _parts(rows, counts, reached)
+        weights = torch.eye(number, dtype=torch.float64).repeat(len(counts_of_parts), 1, 1)
+
+        def append(k: int, part: list[Tensor | None], weight: Tensor) -> None:
             if any(tensor is not None for tensor in part):
                 lists.append(part)
                 owners.append(k)
-                columns.append(weight * identity[k])
+                columns.append(weight[:, None] * torch.eye(number, dtype=torch.float64)[k])
 
+        columns: list[Tensor] = []
         for k, name in enumerate(self.objectives):
             if (decay := self.decays.get(name)) is None:
                 continue
-            correction = 1.0 - decay ** (self.steps + 1)
-            columns[k] = identity[k] * ((1.0 - decay) / correction)
+            correction = torch.tensor([1.0 - decay ** (count + 1) for count in counts_of_parts], dtype=torch.float64)
+            weights[:, k, k] = (1.0 - decay) / correction
             folded = candidates.get(name, [None] * len(rows.parameters))
             so_far = [
                 self.averages[name].get(parameter) if is_reached and candidate is None else None
@@ -129,10 +135,13 @@ class EMA:
             ]
             append(k, so_far, decay / correction)
             append(k, folded, 1.0 / correction)
+        weights = torch.cat([weights, torch.stack(columns, -1)], -1) if columns else weights
         return replace(
             rows,
             lists=lists,
-            weights=torch.stack(columns, 1),
+            weights=weights[0] if parts is None else weights,
+            parts=parts,
+            reached=reached,
             owners=tuple(owners),
             scaled=rows.scaled + (False,) * (len(lists) - len(rows.lists)),
             averaged=tuple(name in self.decays for name in self.objectives),
@@ -149,7 +158,9 @@ class EMA:
             row, average = rows.lists[self.objectives.index(name)], self.averages[name]
             folded = candidates.get(name, [None] * len(rows.parameters))
             new_weight = (1.0 - decay) / torch.as_tensor(rows.scale, dtype=torch.float64)
-            for parameter, gradient, candidate in zip(rows.parameters, row, folded, strict=True):
+            for parameter, gradient, candidate, reached in zip(rows.parameters, row, folded, rows.reached, strict=True):
+                if not reached:
+                    continue
                 if candidate is not None:
                     average[parameter] = candidate
                 elif parameter in average:
@@ -160,7 +171,9 @@ class EMA:
                     first = gradient.to(self.type_for(gradient), copy=hasattr(gradient, "to_local"))
                     combine_([[first]], new_weight[None])
                     average[parameter] = first
-        self.steps += 1
+        for parameter, reached in zip(rows.parameters, rows.reached, strict=True):
+            if reached:
+                self.steps[parameter] = self.steps.get(parameter, 0) + 1
 
     def start(self, parameters: Sequence[Tensor]) -> None:
         """Zero averages where there are none: torch.distributed.checkpoint loads into a template of this shape."""
@@ -173,8 +186,20 @@ class EMA:
         """The average of a row of this parameter before the first step."""
         return torch.zeros_like(parameter, dtype=self.type_for(parameter), requires_grad=False)
 
-    def restore(self, averages: Mapping[str, dict[Tensor, Tensor]], steps: int) -> None:
-        """Replace the averages by saved ones, and the number of steps behind them."""
+    def restore(self, averages: Mapping[str, dict[Tensor, Tensor]], steps: Mapping[Tensor, int]) -> None:
+        """Replace the averages by saved ones, and the numbers of steps behind them."""
         self.averages.clear()
         self.averages.update(averages)
-        self.steps = steps
+        self.steps.clear()
+        self.steps.update(steps)
+
+
+def _parts(rows: Rows, counts: Sequence[int], reached: Sequence[bool]) -> tuple[Parts | None, list[int]]:
+    """The parts of the blocks whose parameters have equal counts, and the count of each; no parts for one count."""
+    different = dict.fromkeys(count for count, is_reached in zip(counts, reached, strict=True) if is_reached)
+    if len(different) < 2:
+        return None, list(different) or [0]
+    blocks = rows.blocks.of_parameter or [0] * len(counts)
+    keys = list(zip(blocks, counts, strict=True))
+    order = {key: index for index, key in enumerate(dict.fromkeys(keys))}
+    return Parts([order[key] for key in keys], [block for block, _ in order]), [count for _, count in order]

@@ -29,24 +29,37 @@ def save(base: torch.optim.Optimizer, average: EMA, rule: object) -> dict[str, A
             elif index in state and parameter.requires_grad:
                 # Adagrad has a state before its first step, which torch.distributed.checkpoint takes for its template.
                 state[index][_AVERAGE + name] = average.zero(parameter)
+    for index, parameter in enumerate(parameters_of(base)):
+        if any(_AVERAGE + name in state.get(index, {}) for name in average.decays):
+            # A tensor, as the base's own "step" is: torch.distributed.checkpoint keeps no other kind of number here.
+            state[index][_STEPS] = torch.tensor(float(average.steps.get(parameter, 0)))
     groups = [dict(group) for group in state_dict["param_groups"]]
     for group in groups:
         if average.decays:
-            group[_STEPS] = average.steps
+            group[_STEPS] = max(average.steps.values(), default=0)
             group.update({_DECAY + name: decay for name, decay in average.decays.items()})
         if isinstance(rule, StatefulRule):
             group[_RULE] = rule.state_dict()
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def load(state_dict: Mapping[str, Any], base: torch.optim.Optimizer, average: EMA, rule: object) -> None:
-    """Restore what `save` returned.
+def load(
+    state_dict: Mapping[str, Any], base: torch.optim.Optimizer, average: EMA, rule: object, start: dict[str, Any]
+) -> None:
+    """Restore what `save` returned. From a plain checkpoint of the base, averages and rule start anew.
+
+    Args:
+        state_dict: From `save`, or from the base.
+        base: The base optimizer.
+        average: The averages.
+        rule: The rule; only a `StatefulRule` is changed.
+        start: What a `StatefulRule` was constructed with.
 
     Raises:
         ValueError: If it does not fit. Nothing is changed then.
     """
     # The base must not see the averages, because it would cast them to the parameters' type.
-    state, averages = _split_state(state_dict, parameters_of(base), average)
+    state, averages, steps = _split_state(state_dict, parameters_of(base), average)
     groups = [dict(group) for group in state_dict["param_groups"]]
     for group in groups:
         for key in [key for key in group if key.startswith(_DECAY)]:
@@ -56,18 +69,22 @@ def load(state_dict: Mapping[str, Any], base: torch.optim.Optimizer, average: EM
                     f"load_state_dict: expected the average of {name!r} to have ema_decay={average.decays[name]}, found {decay}; "
                     "construct GradientSurgery with that"
                 )
-    steps = [int(group.pop(_STEPS, 0)) for group in groups]
+    of_all = max((int(group.pop(_STEPS, 0)) for group in groups), default=0)
     of_rule = [group.pop(_RULE, None) for group in groups]
     base.load_state_dict({**state_dict, "state": state, "param_groups": groups})
-    average.restore(averages, max(steps, default=0))
-    if isinstance(rule, StatefulRule) and of_rule and of_rule[0] is not None:
-        rule.load_state_dict(of_rule[0])
+    # Checkpoints of earlier versions have one number of steps for all parameters.
+    averaged = {parameter for of_name in averages.values() for parameter in of_name}
+    average.restore(averages, dict.fromkeys(averaged, of_all) | steps)
+    if isinstance(rule, StatefulRule):
+        found = of_rule[0] if of_rule and of_rule[0] is not None else start
+        rule.load_state_dict(found)
 
 
 def _split_state(
     state_dict: Mapping[str, Any], parameters: list[Tensor], average: EMA
-) -> tuple[dict[Any, Any], dict[str, dict[Tensor, Tensor]]]:
-    """The base's part of the parameters' states, and the averages by objective and parameter."""
+) -> tuple[dict[Any, Any], dict[str, dict[Tensor, Tensor]], dict[Tensor, int]]:
+    """The base's part of the parameters' states, the averages by objective and parameter, and the steps behind them."""
+    steps: dict[Tensor, int] = {}
     averages: dict[str, dict[Tensor, Tensor]] = {name: {} for name in average.decays}
     state: dict[Any, Any] = {}
     # As in torch, the order in the saved groups says which parameter a key means, and not the key itself:
@@ -92,7 +109,9 @@ def _split_state(
             averages[name][parameter] = value.detach().to(
                 device=parameter.device, dtype=average.type_for(parameter), copy=True
             )
-        rest = {key: value for key, value in entries.items() if key not in ours}
+        if _STEPS in entries and index in of_key:
+            steps[of_key[index]] = int(entries[_STEPS])
+        rest = {key: value for key, value in entries.items() if key not in ours and key != _STEPS}
         if rest or not ours:
             state[index] = rest
-    return state, averages
+    return state, averages, steps

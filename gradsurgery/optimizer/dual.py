@@ -108,7 +108,7 @@ class DualOptimizer(Wrapper):
         try:
             for group, rate in zip(self.param_groups, rates, strict=False):
                 group["lr"] = rate * ratio
-            self._base.step()
+            self._step_base()
         finally:
             for group, rate in zip(self.param_groups, rates, strict=False):
                 group["lr"] = rate

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.gram import Row, combine_, local_tensor, numbers_on
-from gradsurgery.optimizer.rows import Rows
+from gradsurgery.optimizer.rows import Parts, Rows
 
 
 def with_answer(rows: Rows, rule: Callable[[Sequence[Row]], Any]) -> Rows:
@@ -37,11 +37,13 @@ def with_answer(rows: Rows, rule: Callable[[Sequence[Row]], Any]) -> Rows:
     device = local_tensor(parameters[0]).device
     units = rows.units(device)
     shown: list[Row] = []
-    for weights in rows.weights:
-        used = [b for b, weight in enumerate(weights.tolist()) if weight != 0.0]
-        as_it_stands = len(used) == 1 and weights[used[0]] == 1.0 and (unscaled or not rows.scaled[used[0]])
-        factors = None if as_it_stands else torch.stack([(numbers_on(device, weights) * units)[b] for b in used])
-        shown.append(_LazyRow([rows.lists[b] for b in used], factors))
+    by_part = rows.weights if rows.weights.dim() == 3 else rows.weights[None]  # [N, K, B]
+    for weights in by_part.unbind(1):
+        used = [b for b in range(weights.shape[1]) if bool((weights[:, b] != 0.0).any())]
+        alone = len(used) == 1 and bool((weights[:, used[0]] == 1.0).all())
+        as_it_stands = alone and (unscaled or not rows.scaled[used[0]])
+        factors = None if as_it_stands else (numbers_on(device, weights) * units)[:, used]
+        shown.append(_LazyRow([rows.lists[b] for b in used], factors, rows.parts))
     answer = list(rule(shown))
     shapes = [None if tensor is None else tensor.shape for tensor in answer]
     if len(shapes) != len(parameters) or any(
@@ -55,12 +57,15 @@ def with_answer(rows: Rows, rule: Callable[[Sequence[Row]], Any]) -> Rows:
     taken = {_memory(tensor) for part in rows.lists for tensor in part if tensor is not None}
     for index, (tensor, parameter) in enumerate(zip(answer, parameters, strict=True)):
         if tensor is not None:
-            answer[index] = tensor.to(parameter.dtype, copy=_memory(tensor) in taken)
+            dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
+            answer[index] = tensor.to(dtype, copy=_memory(tensor) in taken)
+    weights = torch.nn.functional.pad(rows.weights, (1, 0, 1, 0))
+    weights[..., 0, 0] = 1.0
     return replace(
         rows,
         lists=[answer, *rows.lists],
-        weights=torch.block_diag(torch.ones(1, 1, dtype=rows.weights.dtype), rows.weights),
-        owners=(len(rows.weights), *rows.owners),  # of no captured row
+        weights=weights,
+        owners=(by_part.shape[1], *rows.owners),  # of no captured row
         scaled=(False, *rows.scaled),
         averaged=(False, *rows.averaged),
     )
@@ -69,8 +74,8 @@ def with_answer(rows: Rows, rule: Callable[[Sequence[Row]], Any]) -> Rows:
 class _LazyRow(Sequence[Tensor | None]):
     """A row as an elementwise rule sees it, unscaled: a parameter's tensor is computed when the rule asks for it."""
 
-    def __init__(self, lists: Sequence[Sequence[Tensor | None]], factors: Tensor | None) -> None:
-        self._lists, self._factors = lists, factors
+    def __init__(self, lists: Sequence[Sequence[Tensor | None]], factors: Tensor | None, parts: Parts | None) -> None:
+        self._lists, self._factors, self._parts = lists, factors, parts
 
     def __len__(self) -> int:
         return len(self._lists[0])
@@ -88,7 +93,8 @@ class _LazyRow(Sequence[Tensor | None]):
             return placed
         wide = torch.float32 if placed.dtype.itemsize < 4 else placed.dtype
         start = torch.zeros_like(placed, dtype=wide)
-        return combine_([[start], *([part] for part in parts)], torch.nn.functional.pad(self._factors, (1, 0)))[0]
+        factors = self._factors[0 if self._parts is None else self._parts.of_parameter[index]]
+        return combine_([[start], *([part] for part in parts)], torch.nn.functional.pad(factors, (1, 0)))[0]
 
 
 def _memory(tensor: Tensor) -> int:

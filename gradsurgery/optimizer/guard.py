@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradsurgery import rules
 from gradsurgery.gram import block_gram, combine_blocks_, local_tensor, numbers_on
-from gradsurgery.optimizer.rows import Rows
+from gradsurgery.optimizer.rows import Rows, sum_over
 
 
 def check_guard(guard: str | None, parameters: Sequence[Tensor]) -> None:
@@ -35,51 +36,128 @@ def copy_before_step(parameters: Sequence[Tensor]) -> list[Tensor | None]:
     return [None if parameter.grad is None else parameter.detach().clone() for parameter in parameters]
 
 
-def guard(rows: Rows, before: Sequence[Tensor | None], *, project: bool) -> tuple[Tensor, Tensor]:
+def guard(
+    rows: Rows, before: Sequence[Tensor | None], param_groups: Sequence[dict[str, Any]], *, project: bool
+) -> tuple[Tensor, Tensor]:
     r"""Measure the parameter change against every protected row, and project it onto the cone where none gets worse.
 
-    Let :math:`\Delta` be the change that the base made and :math:`r_k` the protected rows. The change becomes the
-    solution of :math:`\min_d \lVert d - \Delta\rVert^2` subject to :math:`\langle d, r_k\rangle \le 0`, which is the
-    problem that `gradsurgery.rules.gru` solves for -d.
+    Let $\Delta$ be the change that the base made, $r_k$ the protected rows and $\eta_i$ the learning rate of coordinate
+    i. The change becomes the solution of $\min_d \sum_i (d_i - \Delta_i)^2 / \eta_i$ subject to
+    $\langle d, r_k\rangle \le 0$. With one learning rate for all this is the nearest change, the problem that
+    `gradsurgery.rules.gru` solves for -d. With several it is the nearest in the base's own units: the correction of a
+    coordinate is proportional to its learning rate, and one whose rate is 0 is never moved.
 
     Args:
         rows: As the rule saw them. The first list is not read: the change takes its place.
         before: From `copy_before_step`; overwritten by the change.
+        param_groups: The base's, with their learning rates.
         project: Whether to change the parameters, or only to measure.
 
     Returns:
         Twice ``[K - 1]``, the inner products of the change with each protected row: as the base made it, and as it is
-        now.
+        now. A change that is not finite is measured and left as the base wrote it.
     """
     changes = list(before)
     for change, parameter in zip(changes, rows.parameters, strict=True):
         if change is not None:
             change.neg_().add_(parameter)
-    lists = [changes, *rows.lists[1:]]
     device = local_tensor(rows.parameters[0]).device
-    weights = numbers_on(device, rows.weights)
     units = rows.units(device).clone()
     units[0] = -1.0  # gru rectifies a gradient, which is minus a change; and the change carries no loss scale
-    blocks = rows.blocks
-
-    def measure() -> Tensor:
-        products = block_gram(lists, blocks=blocks.of_parameter, num_blocks=blocks.number, like=rows.parameters)
-        return weights @ (products * units[:, None] * units) @ weights.mT
-
-    gram = measure()
+    measured = _Change([changes, *rows.lists[1:]], rows, units, _shares(param_groups, device))
+    gram = measured.gram()
     unguarded = -gram[:, 0, 1:].sum(0)
     if not project:
         return unguarded, unguarded
-    amounts = -(rules.gru(gram) @ weights) * units
-    amounts[:, 0] = 1.0
-    moved = [[None if change is None else t for change, t in zip(changes, row, strict=True)] for row in lists]
+    coefficients = rules.gru(gram)
+    # A NaN that the base wrote must not spread to what it left whole.
+    amounts, of_parameter = measured.amounts(torch.where(coefficients.isfinite().all(), coefficients, 0.0))
+    moved = [[None if change is None else t for change, t in zip(changes, row, strict=True)] for row in measured.lists]
     moved[0] = [None if change is None else p for change, p in zip(changes, rows.parameters, strict=True)]
     for change, parameter in zip(changes, rows.parameters, strict=True):
         if change is not None:
             change.sub_(parameter)  # minus the old parameter: adding the new one gives the new change, without a copy
-    combine_blocks_(moved, amounts, blocks=blocks.of_parameter)
+    combine_blocks_(moved, amounts, blocks=of_parameter)
     for change, parameter in zip(changes, rows.parameters, strict=True):
         if change is not None:
             change.add_(parameter)
     # Measured and not predicted, so that what the parameters' type rounds away shows.
-    return unguarded, -measure()[:, 0, 1:].sum(0)
+    return unguarded, -measured.products_with_change()
+
+
+def _shares(param_groups: Sequence[dict[str, Any]], device: torch.device) -> Tensor | None:
+    """Each parameter's learning rate as a share of the largest, ``[P]`` float64; None where all have the same."""
+    rates = [group.get("lr", 1.0) for group in param_groups]
+    if all(rate is rates[0] or (isinstance(rate, float) and rate == rates[0]) for rate in rates):
+        return None
+    groups = [index for index, group in enumerate(param_groups) for _ in group["params"]]
+    each = torch.stack([numbers_on(device, rate, torch.float64).reshape(()) for rate in rates])
+    largest = each.amax()
+    return torch.where(largest > 0.0, each / largest, 0.0)[groups]
+
+
+class _Change(NamedTuple):
+    """The parameter change in the first row's place, and the metric that the learning rates make.
+
+    Attributes:
+        lists: The change, and the lists of the protected rows.
+        rows: As the rule saw them.
+        units: What turns each list into an unscaled row, ``[B]``; -1 for the change.
+        shares: From `_shares`.
+    """
+
+    lists: list[list[Tensor | None]]
+    rows: Rows
+    units: Tensor
+    shares: Tensor | None
+
+    def gram(self) -> Tensor:
+        """What `gru` must see so that its answer is nearest in the metric of the learning rates, ``[S, K, K]``.
+
+        Protected rows meet each other in the dual metric, weighted by the rate; the change meets them unweighted.
+        """
+        blocks = self.rows.blocks
+        if self.shares is None and self.rows.parts is None:
+            return self._of_rows(self._products(blocks.of_parameter, blocks.number), self.rows.weights)
+        number = len(self.rows.parameters)
+        by_tensor = self._of_rows(self._products(range(number), number), self._weights())
+        if self.shares is not None:
+            share = self.shares[:, None, None]
+            by_tensor[:, 1:, 1:] *= share
+            by_tensor[:, :1, :1] *= torch.where(share > 0.0, 1.0 / share, 0.0)
+        return sum_over(by_tensor, blocks.of_parameter, blocks.number)
+
+    def amounts(self, coefficients: Tensor) -> tuple[Tensor, Sequence[int] | None]:
+        """Coefficients of the rows ``[S, K]`` as amounts of the lists, and which of them each parameter has."""
+        blocks = self.rows.blocks.of_parameter
+        if self.shares is None and self.rows.parts is None:
+            amounts = -(coefficients @ numbers_on(coefficients.device, self.rows.weights)) * self.units
+        else:
+            number = len(self.rows.parameters)
+            each = coefficients[[0] * number if blocks is None else list(blocks)]
+            each = each if self.shares is None else each * self.shares[:, None]
+            weights = numbers_on(coefficients.device, self._weights())
+            amounts, blocks = -(each[:, None] @ weights).squeeze(1) * self.units, range(number)
+        amounts[:, 0] = 1.0
+        return amounts, blocks
+
+    def products_with_change(self) -> Tensor:
+        """Inner products of minus the change with every protected row, ``[K - 1]``."""
+        plain = self._replace(shares=None)
+        return plain.gram()[:, 0, 1:].sum(0)
+
+    def _weights(self) -> Tensor:
+        """The weights of the lists for each parameter, ``[P, K, B]``."""
+        weights, number = self.rows.weights, len(self.rows.parameters)
+        return (
+            weights.expand(number, -1, -1) if self.rows.parts is None else weights[list(self.rows.parts.of_parameter)]
+        )
+
+    def _products(self, of_parameter: Sequence[int] | None, number: int) -> Tensor:
+        like = self.rows.parameters
+        products = block_gram(self.lists, blocks=of_parameter, num_blocks=number, like=like)
+        return products * self.units[:, None] * self.units
+
+    def _of_rows(self, products: Tensor, weights: Tensor) -> Tensor:
+        weights = numbers_on(products.device, weights)
+        return weights @ products @ weights.mT

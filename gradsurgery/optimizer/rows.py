@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradsurgery.gram import Metric, block_gram, numbers_on
 from gradsurgery.optimizer.scope import Blocks
+
+
+class Parts(NamedTuple):
+    """A partition of the parameters, finer than the blocks: the part of each parameter, the block of each part."""
+
+    of_parameter: Sequence[int]
+    in_block: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,7 @@ class Rows:
 
     Attributes:
         lists: B lists with a tensor or None per parameter; the first K are what is left of the captured rows.
-        weights: ``[K, B]``, float64 on the CPU.
+        weights: ``[K, B]``, or with ``parts`` one such matrix for each, ``[N, K, B]``; float64 on the CPU.
         owners: For each list, the number of the row that it is part of.
         scaled: For each list, whether it carries the loss scale: captured rows do, averages do not.
         averaged: For each row, whether a moving average stands in for it.
@@ -32,6 +40,9 @@ class Rows:
         blocks: What shares one Gram matrix.
         record_blocks: Blocks whose Gram matrices are recorded beside those that the rule sees; none when None.
         metric: Of the inner product; Euclidean when None.
+        parts: Where parameters of one block have averages of different numbers of steps, and so different weights; each
+            block is one part when None.
+        reached: For each parameter, whether any objective reached it, so that it takes part in the step.
     """
 
     lists: list[list[Tensor | None]]
@@ -44,6 +55,8 @@ class Rows:
     blocks: Blocks
     record_blocks: Blocks | None
     metric: Metric | None
+    parts: Parts | None = None
+    reached: Sequence[bool] = ()
 
     @classmethod
     def captured(
@@ -61,10 +74,15 @@ class Rows:
         owners, scaled, averaged = tuple(range(number)), (True,) * number, (False,) * number
         return cls(lists, weights, owners, scaled, averaged, parameters, scale, *blocks, metric)
 
-    def measure(self) -> tuple[Tensor, Tensor | None]:
-        """Inner products of the lists in unscaled units, ``[S, B, B]``, and by recorded block, ``[R, B, B]`` or None.
+    @property
+    def part_of_parameter(self) -> Sequence[int] | None:
+        """The part of each parameter, which is its block where there are no parts; None where all are in one."""
+        return self.blocks.of_parameter if self.parts is None else self.parts.of_parameter
 
-        Cost: one pass over the lists, with or without recorded blocks.
+    def measure(self) -> tuple[Tensor, Tensor | None]:
+        """Inner products of lists by part, ``[N, B, B]``, and recorded blocks' Gram matrices, ``[R, K, K]`` or None.
+
+        Everything is in unscaled units. Cost: one pass over the lists, with or without recorded blocks.
         """
         if self.record_blocks is None:
             return self.products(self.metric), None
@@ -75,25 +93,36 @@ class Rows:
         by_tensor = block_gram(
             self.lists, blocks=range(number), num_blocks=number, metric=self.metric, like=self.parameters
         )
-        return (
-            self._unscaled(_sum_over_blocks(by_tensor, self.blocks)),
-            self._unscaled(_sum_over_blocks(by_tensor, self.record_blocks)),
-        )
+        products = self._unscaled(sum_over(by_tensor, self.part_of_parameter, self._num_parts()))
+        recorded, number = self.record_blocks.of_parameter, self.record_blocks.number
+        if self.parts is None:
+            return products, self._rows_of(self._unscaled(sum_over(by_tensor, recorded, number)), self.weights)
+        grams = self._rows_of(self._unscaled(by_tensor), self.weights[list(self.parts.of_parameter)])
+        return products, sum_over(grams, recorded, number)
 
     def products(self, metric: Metric | None) -> Tensor:
-        """Inner products of the lists in unscaled units and in any metric, ``[S, B, B]``, by a pass over the lists."""
-        blocks = self.blocks
+        """Inner products of the lists in unscaled units and in any metric, ``[N, B, B]``, by a pass over the lists."""
         return self._unscaled(
             block_gram(
-                self.lists, blocks=blocks.of_parameter, num_blocks=blocks.number, metric=metric, like=self.parameters
+                self.lists,
+                blocks=self.part_of_parameter,
+                num_blocks=self._num_parts(),
+                metric=metric,
+                like=self.parameters,
             )
         )
 
     def gram(self, products: Tensor) -> Tensor:
-        """Gram matrices of the rows, ``[S, K, K]``, from inner products of the lists, ``[S, B, B]``."""
-        weights = numbers_on(products.device, self.weights)
-        gram = weights @ products @ weights.mT
-        return (gram + gram.mT) / 2
+        """Gram matrices of the rows by block, ``[S, K, K]``, from inner products of lists by part, ``[N, B, B]``."""
+        gram = self._rows_of(products, self.weights)
+        return gram if self.parts is None else sum_over(gram, self.parts.in_block, self.blocks.number)
+
+    def amounts(self, coefficients: Tensor) -> Tensor:
+        """What coefficients of the rows, ``[S, K]``, are of the lists, ``[N, B]``."""
+        weights = numbers_on(coefficients.device, self.weights)
+        if self.parts is None:
+            return coefficients @ weights
+        return (coefficients[list(self.parts.in_block), None] @ weights).squeeze(1)
 
     def units(self, device: torch.device) -> Tensor:
         """The factor that makes each list unscaled, ``[B]``: 1 / scale for captured rows, 1 for averages."""
@@ -105,16 +134,24 @@ class Rows:
         factor = numbers_on(amounts.device, self.scale, torch.float64)
         return torch.where(numbers_on(amounts.device, self.scaled), amounts, amounts * factor)
 
+    def _num_parts(self) -> int:
+        return self.blocks.number if self.parts is None else len(self.parts.in_block)
+
     def _unscaled(self, products: Tensor) -> Tensor:
         units = self.units(products.device)
         return products * units[:, None] * units
 
+    def _rows_of(self, products: Tensor, weights: Tensor) -> Tensor:
+        weights = numbers_on(products.device, weights)
+        gram = weights @ products @ weights.mT
+        return (gram + gram.mT) / 2
 
-def _sum_over_blocks(by_tensor: Tensor, blocks: Blocks) -> Tensor:
-    """Sums over the tensors of each block, ``[P, B, B]`` to ``[S, B, B]``."""
-    of_parameter = [0] * len(by_tensor) if blocks.of_parameter is None else blocks.of_parameter
-    total = by_tensor.new_zeros(blocks.number, *by_tensor.shape[1:])
-    return total.index_add_(0, numbers_on(total.device, of_parameter), by_tensor)
+
+def sum_over(matrices: Tensor, group_of: Sequence[int] | None, number: int) -> Tensor:
+    """Sums over the members of each group, ``[P, B, B]`` to ``[number, B, B]``, in the order of the members."""
+    groups = [0] * len(matrices) if group_of is None else list(group_of)
+    total = matrices.new_zeros(number, *matrices.shape[1:])
+    return total.index_add_(0, numbers_on(total.device, groups), matrices)
 
 
 def check_protected(option: str, names: Iterable[str], objectives: Sequence[str]) -> None:

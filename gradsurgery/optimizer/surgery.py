@@ -22,7 +22,7 @@ from gradsurgery.optimizer.record import Record, record_of
 from gradsurgery.optimizer.rows import Rows
 from gradsurgery.optimizer.scope import Scope, blocks_of_both
 from gradsurgery.optimizer.update import decide, multiples, resolve_rule
-from gradsurgery.optimizer.wrapper import Wrapper, local_bytes
+from gradsurgery.optimizer.wrapper import Wrapper, local_bytes, refuse_maximize
 from gradsurgery.rules import elementwise
 
 
@@ -107,6 +107,7 @@ class GradientSurgery(Wrapper):
         super().__init__(base)
         self.objectives = check_objectives(objectives)
         self._rule = resolve_rule(rule, len(self.objectives), scope=scope, metric=metric)
+        self._rule_start = self._rule.state_dict() if isinstance(self._rule, rules.StatefulRule) else {}
         check_metric(metric, base)
         check_guard(guard, self._parameters())
         if max_norm is not None and not max_norm > 0.0:
@@ -118,6 +119,8 @@ class GradientSurgery(Wrapper):
         self._metric, self._guard, self._max_norm, self._accumulate = metric, guard, max_norm, accumulate
         blocks_of_both(scope, record_scope, self.param_groups)  # a scope that does not fit the parameters raises here
         refuse_deepspeed(base, self._parameters())
+
+    _check_groups = staticmethod(refuse_maximize)
 
     def _restart(self) -> None:
         super()._restart()
@@ -248,18 +251,15 @@ class GradientSurgery(Wrapper):
                 no objective it passes through to the base instead (`torch.distributed.checkpoint` initialises
                 optimizers so).
         """
-        value = None
-        if closure is not None:
-            with torch.enable_grad():
-                value = closure()
-        window = self._window
-        parameters = self._parameters()
+        with torch.enable_grad():
+            value = None if closure is None else closure()
+        window, parameters = self._window, self._parameters()
         if not window.slots and window.phase is not Phase.COMBINED:
-            if closure is not None and value is None:
+            if closure is not None and value is None and all(p.grad is None for p in parameters):
                 return None  # Lightning: training_step returned None to skip this batch
             rates = [group.get("lr") for group in self.param_groups]
             if all(rate is not None and float(rate) == 0.0 for rate in rates):
-                self._base.step()
+                self._step_base()
                 self._ema.start(parameters)
                 return value
             self._ranks.agree(len(self.objectives), window.problem_stepping(self.objectives), parameters)
@@ -267,9 +267,9 @@ class GradientSurgery(Wrapper):
         rows = window.rows_to_step(self.objectives, parameters)
         with torch.no_grad():
             before = copy_before_step(parameters) if self._guard else []
-            self._base.step()
+            self._step_base()
             if self._guard:
-                unguarded, actual = guard(rows, before, project=self._guard == "update")
+                unguarded, actual = guard(rows, before, self.param_groups, project=self._guard == "update")
                 record = replace(record, actual_change=actual, unguarded_change=unguarded)
             if self._ema.decays:
                 self._ema.commit(rows, window.candidates)
@@ -315,7 +315,7 @@ class GradientSurgery(Wrapper):
         """
 
         def load(state_dict: dict[str, Any]) -> None:
-            checkpoint.load(state_dict, self._base, self._ema, self._rule)
+            checkpoint.load(state_dict, self._base, self._ema, self._rule, self._rule_start)
             self._window.clear()
 
         self._load_between_hooks(state_dict, load)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradsurgery import rules
-from gradsurgery.gram import Row, combine_blocks_, numbers_on
+from gradsurgery.gram import Metric, Row, block_gram, combine_, combine_blocks_, numbers_on
 from gradsurgery.optimizer.elementwise import with_answer
 from gradsurgery.optimizer.rows import Rows, check_protected
 from gradsurgery.rules import elementwise
@@ -29,6 +29,8 @@ class Update:
         predicted_change: ``[K]``, minus the inner product of each row with the update.
         norm: Norm of the update, 0-dim, in the metric of the Gram matrix.
         finite_rows: Whether each captured row is finite, ``[K]`` bool.
+        clipped_by: The factor that clipping scaled the update by, 0-dim.
+        cancelled: Whether the rows cancel so far that ``norm`` is rounding noise, 0-dim bool.
     """
 
     gram: Tensor
@@ -38,6 +40,8 @@ class Update:
     predicted_change: Tensor
     norm: Tensor
     finite_rows: Tensor
+    clipped_by: Tensor
+    cancelled: Tensor
 
     def check_finite(self, objectives: Sequence[str]) -> None:
         """Refuse an update with a NaN or inf in it. It waits for the device.
@@ -133,7 +137,8 @@ def decide(
     update = _decide_by_gram(rows, rule, add, max_norm, check)
     first = [None if tensor is None else tensor.clone() for tensor in rows.lists[0]] if keep else rows.lists[0]
     amounts = rows.in_loss_scale(update.amounts)
-    return update, combine_blocks_([first, *rows.lists[1:]], amounts, blocks=rows.blocks.of_parameter)
+    written = combine_blocks_([first, *rows.lists[1:]], amounts, blocks=rows.part_of_parameter)
+    return _without_noise(update, rows, written, max_norm), written
 
 
 def _decide_by_gram(
@@ -143,11 +148,11 @@ def _decide_by_gram(
     max_norm: float | None,
     check: Callable[[Tensor], None],
 ) -> Update:
-    products, record_products = rows.measure()
+    products, block_gram = rows.measure()
     gram = rows.gram(products)
     check(gram)
     asked = gram[0] if rows.blocks.names is None else gram
-    coefficients = rule(asked)
+    coefficients = rule(asked.clone())  # a user's rule may write into its matrix, and this one is recorded
     if coefficients.shape != asked.shape[:-1]:
         raise ValueError(
             f"rule: expected coefficients {list(asked.shape[:-1])} for a Gram matrix {list(asked.shape)}, found "
@@ -156,12 +161,12 @@ def _decide_by_gram(
     number = gram.shape[-1]
     coefficients = coefficients.to(gram).view(-1, number)
     added = numbers_on(gram.device, add, torch.float64)
-    amounts = coefficients @ numbers_on(gram.device, rows.weights)
+    amounts = rows.amounts(coefficients)
     amounts[:, :number] += added
     factor = _clip_factor(rows, products, amounts, max_norm)
     recorded = coefficients + torch.where(numbers_on(gram.device, rows.averaged), 0.0, added)
-    block_gram = None if record_products is None else rows.gram(record_products)
-    return _finish(rows, products, gram, block_gram, amounts * factor, recorded * factor)
+    update = _finish(rows, products, gram, amounts * factor, recorded * factor)
+    return replace(update, block_gram=block_gram, clipped_by=factor)
 
 
 def _decide_by_coordinates(
@@ -173,7 +178,7 @@ def _decide_by_coordinates(
 ) -> tuple[Update, list[Tensor | None]]:
     """As `decide`, in new memory. The update's amounts are ``[1, 1 + B]``, that of the rule's answer first."""
     extended = with_answer(rows, rule)
-    products, record_products = extended.measure()
+    products, block_gram = extended.measure()
     gram = extended.gram(products)
     try:
         check(gram)
@@ -185,12 +190,18 @@ def _decide_by_coordinates(
     amounts = torch.zeros_like(products[..., 0])
     amounts[:, 0] = 1.0
     amounts[:, 1 : 1 + len(add)] += numbers_on(amounts.device, add, torch.float64)
-    amounts = amounts * _clip_factor(extended, products, amounts, max_norm)
-    block_gram = None if record_products is None else extended.gram(record_products)[:, 1:, 1:]
-    update = _finish(extended, products, gram[:, 1:, 1:], block_gram, amounts, None)
+    factor = _clip_factor(extended, products, amounts, max_norm)
+    amounts = amounts * factor
+    block_gram = None if block_gram is None else block_gram[:, 1:, 1:]
+    update = _finish(extended, products, gram[:, 1:, 1:], amounts, None)
+    update = replace(update, block_gram=block_gram, clipped_by=factor)
     used = [0, *(k + 1 for k, multiple in enumerate(add) if multiple)]
     amounts = extended.in_loss_scale(update.amounts)
-    written = combine_blocks_([extended.lists[b] for b in used], torch.stack([amounts[:, b] for b in used], 1))
+    written = combine_blocks_(
+        [extended.lists[b] for b in used],
+        torch.stack([amounts[:, b] for b in used], 1),
+        blocks=extended.part_of_parameter,
+    )
     rows.lists[0] = [None] * len(rows.parameters)
     return update, written
 
@@ -200,31 +211,77 @@ def _clip_factor(rows: Rows, products: Tensor, amounts: Tensor, max_norm: float 
     if max_norm is None:
         return torch.ones_like(products[0, 0, 0])
     euclidean = products if rows.metric is None else rows.products(None)
-    return (max_norm / (_norm(euclidean, amounts) + 1e-6)).clamp_max(1.0)  # as torch.nn.utils.clip_grad_norm_
+    return _clipped_to(max_norm, _norm(euclidean, amounts))
+
+
+def _clipped_to(max_norm: float, norm: Tensor) -> Tensor:
+    return (max_norm / (norm + 1e-6)).clamp_max(1.0)  # as torch.nn.utils.clip_grad_norm_
 
 
 def _finish(
     rows: Rows,
     products: Tensor,
     gram: Tensor,
-    block_gram: Tensor | None,
     amounts: Tensor,
     coefficients: Tensor | None,
 ) -> Update:
     number = gram.shape[-1]
-    weights = numbers_on(gram.device, rows.weights)[-number:]  # without the row that is an elementwise rule's answer
+    # Without the row that is an elementwise rule's answer.
+    weights = numbers_on(gram.device, rows.weights)[..., -number:, :]
     finite = products.diagonal(dim1=-2, dim2=-1).isfinite().all(0)
     owners = numbers_on(finite.device, rows.owners)
     # A user's rule may answer non-finite rows by finite numbers; whoever steps must still see that they were not.
     amounts = torch.where(finite.all(), amounts, torch.nan)
     return Update(
         gram=gram,
-        block_gram=block_gram,
+        block_gram=None,
         coefficients=coefficients,
         amounts=amounts,
-        predicted_change=-torch.einsum("kb,sbc,sc->k", weights, products, amounts),
+        predicted_change=-torch.einsum("...kb,...b->k", weights, torch.einsum("sbc,sc->sb", products, amounts)),
         norm=_norm(products, amounts),
         finite_rows=torch.stack([(finite | (owners != k)).all() for k in range(number)]),
+        clipped_by=torch.ones_like(amounts[0, 0]),
+        cancelled=_norm(products, amounts).square() < _CANCELLED * _norm(products.abs(), amounts.abs()).square(),
+    )
+
+
+# Below this share of its terms, the norm that c^T G c gives is rounding noise of float32 products.
+_CANCELLED = 1e-6
+
+
+def _without_noise(update: Update, rows: Rows, written: list[Tensor | None], max_norm: float | None) -> Update:
+    """Where the rows cancel, take the norm of the row that was written, and clip that in place.
+
+    With f close to -r the update is a small difference of large rows. The Gram matrix does not know its length: that is
+    far below the rounding of its entries.
+
+    Cost: nothing where they do not cancel; else two passes over one row. On an accelerator, where asking would make the
+    host wait, a norm that is to be clipped is always measured (one pass), and one that is only recorded never.
+    """
+    if update.norm.device.type == "cpu":
+        if not bool(update.cancelled):
+            return update
+    elif max_norm is None:
+        return update
+    scale = torch.as_tensor(rows.scale, dtype=torch.float64, device=update.norm.device)
+
+    def measured(metric: Metric | None) -> Tensor:
+        return block_gram([written], metric=metric, like=rows.parameters)[0, 0, 0].sqrt() / scale
+
+    norm = measured(rows.metric)
+    if max_norm is None:
+        return replace(update, norm=norm)
+    euclidean = norm if rows.metric is None else measured(None)
+    # What was written is clipped by a wrong norm already, and that is undone.
+    factor = _clipped_to(max_norm, euclidean / update.clipped_by) / update.clipped_by
+    combine_([written], factor[None])
+    return replace(
+        update,
+        coefficients=None if update.coefficients is None else update.coefficients * factor,
+        amounts=update.amounts * factor,
+        predicted_change=update.predicted_change * factor,
+        norm=norm * factor,
+        clipped_by=update.clipped_by * factor,
     )
 
 

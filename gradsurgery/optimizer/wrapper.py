@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ _HOOKS = (
 )
 
 
+_GLOBAL_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+
+
 class Wrapper(torch.optim.Optimizer):
     """An optimizer whose parameter groups, state and defaults are those of ``base``.
 
@@ -32,6 +36,7 @@ class Wrapper(torch.optim.Optimizer):
 
     def __init__(self, base: torch.optim.Optimizer) -> None:
         _check_base(base)
+        self._check_groups(base.param_groups)
         self._base = base
         self._restart()
 
@@ -75,8 +80,36 @@ class Wrapper(torch.optim.Optimizer):
         self._base.defaults = value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group to the base; its rows and averages start with the next objective."""
+        """Add a parameter group to the base; its rows and averages start with the next objective.
+
+        Raises:
+            ValueError: If this optimizer cannot step such a group. Nothing is added then.
+        """
+        self._check_groups([{**self.defaults, **param_group}])
         self._base.add_param_group(param_group)
+
+    @staticmethod
+    def _check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse groups that this optimizer cannot step, before they are its own; here none."""
+
+    def __getattr__(self, name: str) -> Any:
+        # Schedule-free optimizers swap two sets of weights, and a trainer asks for these two by their names.
+        if name in ("train", "eval") and "_base" in self.__dict__:
+            return getattr(self._base, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _step_base(self) -> None:
+        """Step the base. Hooks on every optimizer have been called for this one, and are not called once more."""
+        kept: list[tuple[dict[int, Any], dict[int, Any]]] = []
+        for name in _GLOBAL_HOOKS:
+            registered = vars(importlib.import_module("torch.optim.optimizer"))[name]
+            kept.append((registered, dict(registered)))
+            registered.clear()
+        try:
+            self._base.step()
+        finally:
+            for registered, before in kept:
+                registered.update(before)
 
     def _parameters(self) -> list[Tensor]:
         return parameters_of(self._base)
@@ -137,4 +170,17 @@ def _check_base(base: object) -> None:
         raise TypeError(
             f"base: expected an optimizer that steps with the gradients it finds, found {type(base).__name__}, which "
             "evaluates the loss again through a closure; use a first-order optimizer such as SGD or AdamW"
+        )
+
+
+def refuse_maximize(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse groups in which the base ascends: every sign that surgery knows is that of a descent.
+
+    Raises:
+        ValueError: If a group has ``maximize=True``.
+    """
+    if any(group.get("maximize") for group in groups):
+        raise ValueError(
+            "base: expected parameter groups with maximize=False, found maximize=True, with which the guard and the record would have the "
+            "wrong sign; minimise minus the loss instead"
         )

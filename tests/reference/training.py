@@ -66,7 +66,7 @@ class Surgery:
     preconditioner: Callable[[torch.optim.Optimizer, Tensor], Tensor | None] = lambda base, parameter: None
     guard: bool = False
     averages: dict[str, Tensor] = field(default_factory=dict)
-    steps: int = 0
+    steps: Tensor | float = 0.0  # by coordinate: only steps that reached it count
 
     def step(self, micro_batches: Sequence[Mapping[str, Tensor]]) -> Step:
         """One step, on the mean of each objective's loss over the micro-batches."""
@@ -88,8 +88,8 @@ class Surgery:
         for k, name in enumerate(self.objectives):
             if (decay := self.ema_decay.get(name)) is not None:
                 old = self.averages.get(name, torch.zeros_like(rows[k]))
-                averages[name] = decay * old + (1.0 - decay) * rows[k]
-                protected[k] = mask * averages[name] / (1.0 - decay ** (self.steps + 1))
+                averages[name] = torch.where(mask > 0, decay * old + (1.0 - decay) * rows[k], old)
+                protected[k] = mask * averages[name] / (1.0 - decay ** (self.steps + 1.0))
         weights = flat(
             [torch.ones_like(p) if (w := self.preconditioner(self.base, p)) is None else w for p in parameters],
             parameters,
@@ -124,7 +124,7 @@ class Surgery:
                 parameter.data.copy_(part.view_as(parameter))
                 offset += parameter.numel()
         self.base.zero_grad()
-        self.averages, self.steps = averages, self.steps + 1
+        self.averages, self.steps = averages, self.steps + mask
         return Step(gram, update, stacked, change, made)
 
 

@@ -73,9 +73,9 @@ def test_every_part_of_the_state_matters(option: str) -> None:
     for entries in saved["state"].values():
         if option == "average":
             entries["gradsurgery_ema_retain"].zero_()
-    for group in saved["param_groups"]:
         if option == "bias correction":
-            group["gradsurgery_steps"] = 0
+            entries["gradsurgery_steps"].zero_()
+    for group in saved["param_groups"]:
         if option == "GradVac's target":
             group["gradsurgery_rule"] = {"target": None}
     resumed = copy.deepcopy(model)
