@@ -23,6 +23,7 @@ LEFT_OUT = ("gradsurgery.losses._triton",)  # a GPU kernel's language, which can
 # A dotted name of ours in backticks that pdoc found no page for: outside <a>, and not in a shown source.
 CODE = re.compile(r"(<a [^>]*>)?<code>((?:gradsurgery|lightning_modules)(?:\.\w+)+)(?:\(\))?</code>")
 SOURCE = re.compile(r'<div class="pdoc-code codehilite">.*?</div>|<script>.*?</script>', re.DOTALL)  # no prose
+BROKEN_ROW = re.compile(r"<p>(\|[^<]{0,40})")
 LINK = re.compile(r'<a [^>]*href="(?!https?:|#search)([^"#]*)(?:#([^"]*))?"')
 
 
@@ -47,6 +48,7 @@ def broken(folder: Path) -> list[str]:
         where = path.relative_to(folder)
         prose = SOURCE.sub("", text)
         found += [f"{where}: `{name}` is nothing that can be found" for link, name in CODE.findall(prose) if not link]
+        found += [f"{where}: a table was broken by a rewrapped line: {row}" for row in BROKEN_ROW.findall(prose)]
         for target, anchor in LINK.findall(prose):
             page = (path.parent / target).resolve() if target else path.resolve()
             if page not in anchors or (anchor and anchor not in anchors[page]):

@@ -1,7 +1,8 @@
-r"""Losses for forgetting and for retaining: pure functions of logits ``[N, V]`` and labels ``[N]``.
+r"""Losses for forgetting and for retaining: pure functions that take no mean.
 
-They return one value per token and take no mean. They are exact for forgotten and for certain tokens, where the usual
-code gives a model rounding noise or NaN.
+Most are functions of logits ``[N, V]`` and labels ``[N]`` with one value per token; the table says which look at whole
+rows of logits, at a sequence's likelihood or at hidden states. They are exact for forgotten and for certain tokens,
+where the usual code gives a model rounding noise or NaN.
 
 | loss | of | paper |
 |---|---|---|

@@ -1,7 +1,7 @@
 """Capture: how the backward passes of one step become rows, from contexts or from one joint scalar.
 
-Inside ``capture("retain")`` every ``p.grad`` *is* the retain slot, and on exit it is swapped out. Nothing is copied and
-no hook is installed, and gradients add up in place over micro-batches. Whatever acts on ``.grad`` during a backward
+Inside ``optimizer.objective("retain")`` every ``p.grad`` *is* the tensor of the retain row, and on exit it is taken out
+of ``.grad``. Nothing is copied and no hook is installed, and gradients add up in place over micro-batches. Whatever acts on ``.grad`` during a backward
 pass (DDP's reducer, FSDP2, gradient checkpointing, compiled graphs, tied weights) does to the row what it would do to
 an ordinary gradient.
 """
@@ -89,7 +89,7 @@ class Window:
         Args:
             name: The objective.
             parameters: Every parameter, in the rows' order.
-            accumulate: Whether a row may grow after it was combined (the caller kept it).
+            accumulate: Whether a row may grow after it was combined (the option of that name).
             agree: Called first, with the problem if there is one, which it raises on every rank.
 
         Raises:
@@ -175,7 +175,7 @@ class Window:
                 f"combine: expected a backward pass for each of {list(objectives)} since the last step, found none for "
                 f"{missing}; run it inside optimizer.objective(name)"
             )
-        # The update would overwrite them.
+        # Gradients of no objective in .grad would be overwritten by the update.
         return f"combine: {_STRAY}" if any(parameter.grad is not None for parameter in parameters) else None
 
     def _problem_entering(self, name: str, parameters: Sequence[Tensor], *, accumulate: bool) -> str | None:
@@ -200,7 +200,7 @@ def _owned(gradient: Tensor | None, name: str) -> Tensor | None:
     """The gradient as a tensor that no later backward pass writes to."""
     if gradient is None:
         return None
-    if gradient.is_sparse or gradient.layout.__str__() == "torch.sparse_csr":
+    if gradient.layout is not torch.strided:
         raise RuntimeError(
             f"objective {name!r}: expected dense gradients, found a sparse one of shape {list(gradient.shape)}; build the embedding with "
             "sparse=False"

@@ -21,11 +21,11 @@ class DualOptimizer(Wrapper):
     When an optimizer steps with forget and retain gradients in turn, its momentum and second moments are a mixture of
     both. Here the state changes with the turn, so that each objective has its own. With Adam, in a turn of objective k,
 
-    .. math:: m_k \leftarrow \beta_1 m_k + (1 - \beta_1) g_k, \quad
-        v_k \leftarrow \beta_2 v_k + (1 - \beta_2) g_k^2, \quad
-        \theta \leftarrow \theta - \rho_k\,\mathrm{lr}\,\hat m_k / (\sqrt{\hat v_k} + \epsilon),
+    $$m_k \leftarrow \beta_1 m_k + (1 - \beta_1) g_k, \qquad v_k \leftarrow \beta_2 v_k + (1 - \beta_2) g_k^2,$$
 
-    bias-corrected by the number of k's own turns. `turn` says whose gradient the next step wants::
+    $$\theta \leftarrow \theta - \rho_k\,\mathrm{lr}\,\hat m_k / (\sqrt{\hat v_k} + \epsilon),$$
+
+    bias-corrected by the number of k's own turns. `turn` says whose gradient the next step wants:
 
         loss = losses[optimizer.turn](model)
         loss.backward()

@@ -29,9 +29,9 @@ from gradsurgery.rules import elementwise
 class GradientSurgery(Wrapper):
     r"""Wrap an optimizer so that each objective's gradient is kept apart and a rule decides what is stepped.
 
-    With rows :math:`g_0` (``"forget"``) and :math:`g_1, \dots` (protected; their moving average where ``ema_decay`` is
-    set), the base optimizer steps with :math:`u = \sum_k c_k g_k + \sum_k \mathrm{add}_k\, r_k`, where
-    :math:`c = \mathrm{rule}(G)`, :math:`G_{ij} = \langle g_i, g_j\rangle` and :math:`r_k` is the current row.
+    With rows $g_0$ (``"forget"``) and $g_1, \dots$ (protected; their moving average where ``ema_decay`` is set), the
+    base optimizer steps with $u = \sum_k c_k g_k + \sum_k \mathrm{add}_k\, g_k^{\mathrm{now}}$, where $c =
+    \mathrm{rule}(G)$, $G_{ij} = \langle g_i, g_j\rangle$ and $g_k^{\mathrm{now}}$ is the current row.
 
     There are two front ends: contexts, with one graph alive at a time (see the example), and for trainers that own the
     loop one scalar whose single ``backward()`` does all of it::
@@ -57,8 +57,8 @@ class GradientSurgery(Wrapper):
             stays the same. `gradsurgery.optimizer.scope.by_layer` makes it the G-effect by layer. None records only
             what the rule saw.
         metric: ``"optimizer"`` measures conflict with the base's own preconditioner as it stood before the step
-            (Euclidean on the first): 1/(sqrt(v) + eps) for Adam-likes. Momentum, weight decay and the groups' learning
-            rates are not part of it.
+            (Euclidean on the first step): 1/(sqrt(v) + eps) for Adam-likes. Momentum, weight decay and the groups'
+            learning rates are not part of it.
         guard: ``"update"`` looks at the parameter change after the base's step and removes, by the same exact
             projection as `gradsurgery.rules.gru`, what would raise a protected objective to first order. ``"measure"``
             only records it.
@@ -224,7 +224,7 @@ class GradientSurgery(Wrapper):
             blocks=blocks_of_both(self._scope, self.record_scope, self.param_groups),
             metric=optimizer_metric(self._base, parameters) if self._metric == "optimizer" else None,
         )
-        if not self._accumulate:  # rows that will grow must stay what they are
+        if not self._accumulate:  # folding overwrites rows, and those that will grow must stay
             self._ema.fold(rows, window.candidates, add=self._add)
         rows = self._ema.stand_in(rows, window.candidates)
         keep, check = self._accumulate, partial(self._ranks.check_gram, parameters)

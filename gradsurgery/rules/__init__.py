@@ -48,6 +48,7 @@ Notation in the docstrings: f = row 0, r = a protected row,
 $F = \langle f, f\rangle$, $R = \langle r, r\rangle$, $c = \langle f, r\rangle$.
 
 Example:
+    >>> import torch
     >>> gram = torch.tensor([[25.0, -3.0], [-3.0, 5.0]], dtype=torch.float64)
     >>> gru(gram)
     tensor([1.0000, 0.6000], dtype=torch.float64)
@@ -109,8 +110,7 @@ A rule with a memory follows the protocol `StatefulRule`, as `GradVac` does.
 [ICLR 2021]: https://openreview.net/forum?id=IMPnRXEWpvr
 """
 
-# A new rule needs no line here: both modules export their rules, and no helper, because the modules of helpers that
-# they import have names with an underscore.
+# Names of rules come from the table: a new one needs a row in the docstring above and no line below.
 from gradsurgery.rules import elementwise
 from gradsurgery.rules._algebra import of_gram
 from gradsurgery.rules.multi_task import *  # noqa: F403
