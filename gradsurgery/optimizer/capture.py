@@ -1,9 +1,9 @@
 """Capture: how the backward passes of one step become rows, from contexts or from one joint scalar.
 
-Inside ``optimizer.objective("retain")`` every ``p.grad`` *is* the tensor of the retain row, and on exit it is taken out
-of ``.grad``. Nothing is copied and no hook is installed, and gradients add up in place over micro-batches. Whatever acts on ``.grad`` during a backward
-pass (DDP's reducer, FSDP2, gradient checkpointing, compiled graphs, tied weights) does to the row what it would do to
-an ordinary gradient.
+Inside ``optimizer.objective("retain")`` every ``p.grad`` *is* the tensor of the retain row, and on exit it is taken
+out of ``.grad``. Nothing is copied and no hook is installed, and gradients add up in place over micro-batches. Whatever
+acts on ``.grad`` during a backward pass (DDP's reducer, FSDP2, gradient checkpointing, compiled graphs, tied weights)
+does to the row what it would do to an ordinary gradient.
 """
 
 from __future__ import annotations
