@@ -228,6 +228,7 @@ def _finish(
     number = gram.shape[-1]
     # Without the row that is an elementwise rule's answer.
     weights = numbers_on(gram.device, rows.weights)[..., -number:, :]
+    weights_of = "s" if weights.dim() == 3 else ""
     finite = products.diagonal(dim1=-2, dim2=-1).isfinite().all(0)
     owners = numbers_on(finite.device, rows.owners)
     # A user's rule may answer non-finite rows by finite numbers; whoever steps must still see that they were not.
@@ -237,7 +238,7 @@ def _finish(
         block_gram=None,
         coefficients=coefficients,
         amounts=amounts,
-        predicted_change=-torch.einsum("...kb,...b->k", weights, torch.einsum("sbc,sc->sb", products, amounts)),
+        predicted_change=-torch.einsum(f"{weights_of}kb,sbc,sc->k", weights, products, amounts),
         norm=_norm(products, amounts),
         finite_rows=torch.stack([(finite | (owners != k)).all() for k in range(number)]),
         clipped_by=torch.ones_like(amounts[0, 0]),
