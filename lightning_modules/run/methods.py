@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from lightning_modules.data.examples import evenly_spaced
+from lightning_modules.data.pairs import VALIDATION_EXAMPLES, VALIDATION_SPLITS
 from lightning_modules.data.tokenization import encode, padding_id
 from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.evaluate import Evaluation
@@ -35,9 +36,7 @@ from lightning_modules.training.callbacks import (
     TradeoffCurve,
 )
 
-# Scored while training: enough for a smooth curve, few enough to cost little.
-_CURVE_EXAMPLES = 64
-_CURVE_POINTS = 25
+_CURVE_POINTS = 25  # enough for a smooth curve, few enough to cost little
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,9 @@ class Unlearned:
 
 
 def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
-    """Train the model by two losses and surgery; surgery.csv and curve.csv grow while it trains.
+    """Train the model by two losses and surgery.
+
+    surgery.csv grows by a line for each optimizer step; curve.csv is written once, after training.
 
     Returns:
         The unlearned model; None in a process whose work is done: any but the first, unless they go on together.
@@ -144,9 +145,9 @@ def _curve(run: Run[UnlearnOptions]) -> TradeoffCurve:
         {
             split: [
                 encode(run.tokenizer, row["question"], row["answer"], run.options.data.max_length)
-                for row in evenly_spaced(run.splits[split], _CURVE_EXAMPLES)
+                for row in evenly_spaced(run.splits[split], VALIDATION_EXAMPLES)
             ]
-            for split in ("forget", "retain")
+            for split in VALIDATION_SPLITS
         },
         pad_token_id=padding_id(run.tokenizer),
         every_n_steps=training.score_every or max(1, steps // _CURVE_POINTS),
