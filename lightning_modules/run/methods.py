@@ -19,7 +19,7 @@ from lightning_modules.data.pairs import VALIDATION_EXAMPLES, VALIDATION_SPLITS
 from lightning_modules.data.tokenization import encode, padding_id
 from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.evaluate import Evaluation
-from lightning_modules.evaluation.processes import first_process
+from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import CURVE, G_EFFECT, SURGERY, write_config
 from lightning_modules.run.assembly import adapted, make_module, make_trainer, merged, start_model
 from lightning_modules.run.loading import load_reference, make_data
@@ -67,7 +67,7 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
         The unlearned model; None in a process whose work is done: any but the first, unless they go on together.
     """
     options, folder, console = run.options, run.folder, Console(stderr=True)
-    training, first = options.training, first_process()
+    training, first = options.training, will_be_first()
     data = make_data(options, run.tokenizer)
     model = adapted(model, training, data, options.output.seed)
     reference = start_model(run, model, data)
@@ -107,7 +107,7 @@ def by_assistant(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned:
     from lightning_modules.training.uld import train_assistant
 
     options, training = run.options, run.options.training
-    if not first_process():
+    if not will_be_first():
         raise ValueError("--method uld: expected one process, found several; use --devices 1")
     started = time.perf_counter()
     before = score(run, model)
