@@ -51,6 +51,13 @@ def score(run: Run[Options], model: nn.Module, *, across_processes: bool = False
         )
 
 
+def examples_by_model(
+    before: Evaluation | None, after: Evaluation, reference: ScoredSplits | None
+) -> dict[str, ScoredSplits | None]:
+    """The scored examples of the three models, by the names that evaluation.jsonl and metrics.json give them."""
+    return {"before": None if before is None else before.examples, "after": after.examples, "reference": reference}
+
+
 def contents_of_metrics(
     seed: int,
     before: Evaluation | None,
@@ -71,7 +78,7 @@ def contents_of_metrics(
         reference: Scores of a model that never saw the forget set, if there is one.
         seconds: What took how long.
     """
-    examples = {"before": None if before is None else before.examples, "after": after.examples, "reference": reference}
+    examples = examples_by_model(before, after, reference)
     return {
         "before": None if before is None else before.summary,
         "after": after.summary,

@@ -20,7 +20,7 @@ from lightning_modules.run.reference_log import reference_rows, rows_of_log
 from lightning_modules.run.report import draw
 from lightning_modules.run.resume import resumed
 from lightning_modules.run.run import Run
-from lightning_modules.run.scoring import ScoredSplits, contents_of_metrics, score
+from lightning_modules.run.scoring import ScoredSplits, contents_of_metrics, examples_by_model, score
 from lightning_modules.run.show import show
 from lightning_modules.training.scratch import one_thread
 
@@ -39,7 +39,7 @@ def unlearn(options: UnlearnOptions) -> Path:
     options.check()
     if options.training.resume:
         options = resumed(options)
-    options.check()
+        options.check()
     options = options.resolved()
     with one_thread() if options.model.scratch else nullcontext():
         return _unlearn(options)
@@ -86,8 +86,7 @@ def _leave(run: Run[UnlearnOptions], unlearned: Unlearned, log: ScoredSplits | N
         unlearned.probe()
     before = unlearned.before
     found = contents_of_metrics(run.options.output.seed, before, after, reference, seconds)
-    named = {"before": None if before is None else before.examples, "after": after.examples, "reference": reference}
-    write_evaluation(folder / EVALUATION, named)
+    write_evaluation(folder / EVALUATION, examples_by_model(before, after, reference))
     write_json(folder / METRICS, found)
     draw(folder)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Literal
 
@@ -90,11 +90,12 @@ class TrainingOptions:
             raise ValueError(f"expected --lr > 0, found {self.lr}")
         if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
             raise ValueError(f"expected --devices to be auto or a number of devices, found {self.devices!r}")
-        known = {"num_layers", "weight", "top_logit_filter", "retain_weight", "lora_alpha", "perturbed_per_row"}
-        if set(self.uld) - known:
-            raise ValueError(
-                f"--uld: expected {', '.join(sorted(known))}, found {', '.join(sorted(set(self.uld) - known))}"
-            )
+        if self.uld:
+            known = set(uld_numbers())
+            if set(self.uld) - known:
+                raise ValueError(
+                    f"--uld: expected {', '.join(sorted(known))}, found {', '.join(sorted(set(self.uld) - known))}"
+                )
         if self.lora_init == "fila" and not self.lora_rank:
             raise ValueError("expected --lora-rank with --lora-init fila, for example 8, found 0")
 
@@ -119,3 +120,15 @@ class TrainingOptions:
     def base_optimizer(self) -> Callable[..., torch.optim.Optimizer]:
         """Parameters -> the base optimizer with its learning rate and weight decay."""
         return partial(self.optimizer_class(), lr=self.lr, weight_decay=self.weight_decay)
+
+
+def uld_numbers() -> dict[str, type]:
+    """The settings that --uld takes, by name, and whether each is an int or a float.
+
+    They are the numbers among `ULDSettings` that no option of their own gives.
+    """
+    from lightning_modules.training.uld import ULDSettings  # importing it takes seconds, and few runs need it
+
+    elsewhere = {*(option.name for option in fields(TrainingOptions)), "seed"}
+    kinds = {entry.name: type(entry.default) for entry in fields(ULDSettings) if entry.name not in elsewhere}
+    return {name: kind for name, kind in kinds.items() if kind in (int, float)}
