@@ -1,4 +1,4 @@
-"""Draws the report of a run's folder. The room `report` may not import the options, so it is given their defaults here."""
+"""Draws the report of a run's folder. The room `report` may not import the options, so it is given their defaults."""
 
 from __future__ import annotations
 
