@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_modules.run.options import Split
+from lightning_modules.run.options import TOFUSplit
 
 
 @dataclass(frozen=True)
 class Data:
     """What is to be forgotten and kept. These are the options of `unlearn` with the same names."""
 
-    tofu: Split | None = None
+    tofu: TOFUSplit | None = None
     tofu_dir: str | None = None
     authors: int = 10
     forget_authors: int | None = None

@@ -34,7 +34,7 @@ VALIDATION_SPLITS = ("forget", "retain")
 """The splits of `ForgetRetainDataModule.val_dataloader`, in the order of its loaders."""
 
 VALIDATION_EXAMPLES = 64
-"""At most so many examples of each split are validated: as many as the trade-off curve of `gradsurgery unlearn`."""
+"""At most so many examples of each split are scored while training, by validation and by the command's curve."""
 
 
 class ForgetRetainDataModule(L.LightningDataModule):
@@ -131,8 +131,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
         """
         dataset = self._pairs()
         loaders: list[DataLoader[Encoded]] = []
-        for examples in (dataset.forget, dataset.retain):
-            scored: Any = evenly_spaced(examples, VALIDATION_EXAMPLES)
+        for split in VALIDATION_SPLITS:
+            scored: Any = evenly_spaced(getattr(dataset, split), VALIDATION_EXAMPLES)
             # Lightning would deal any other sampler's examples to the processes, some of them twice.
             everything = DistributedSampler(scored, num_replicas=1, rank=0, shuffle=False)
             loader = DataLoader(

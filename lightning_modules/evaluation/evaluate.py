@@ -118,9 +118,8 @@ def evaluate(
     paraphrase's place, as in TOFU. A plain text (empty question) is generated from its first half and compared with the
     second.
 
-    Cost: memorization makes a few passes over the answers' logits, which are computed anyway. That takes 11 % of the
-    time without generation and 6 % with it (the 200 questions and the small Llama of the default run, one core). Every
-    other number stays the same to the last bit.
+    Cost: memorization makes a few passes over the answers' logits, which are computed anyway. Every other number stays
+    the same to the last bit.
 
     Args:
         model: a causal language model, on any device and in any dtype; its train or eval mode is restored.

@@ -1,4 +1,4 @@
-"""A language model as two parts, backbone and head, and a trial whether the two give its logits."""
+"""Splits a language model into backbone and head, and tries out whether the two together give the model's logits."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def backbone_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     Adapters stay in place in both parts.
 
     Returns:
-        None if the model does not tell its parts apart, or if they do not work without it: sharded weights, a learned
-        prompt.
+        None if the model does not say which parts these are, or if the parts only work when called by the whole model:
+        with sharded weights, or with a learned prompt.
     """
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return None  # FSDP gathers its shards in the outermost forward, which a call of a part alone would bypass

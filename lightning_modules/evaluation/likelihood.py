@@ -19,7 +19,7 @@ _HEAD_ROWS = 1024
 # `[rows]` on the CPU -> tensors `[rows]`, one number per token each.
 Summary = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 # A batch -> the logits that predict its labelled tokens, with those labels, some rows at a time.
-_Rows = Callable[[dict[str, Tensor]], Iterator[tuple[Tensor, Tensor]]]
+_LabelledLogits = Callable[[dict[str, Tensor]], Iterator[tuple[Tensor, Tensor]]]
 
 
 def answer_nll(
@@ -140,7 +140,7 @@ def _on_device(model: nn.Module, encoded: list[Encoded], pad_token_id: int) -> d
     return {name: tensor.to(device_of(model)) for name, tensor in collate(encoded, pad_token_id).items()}
 
 
-def _answer_rows(model: nn.Module, encoded: Sequence[Encoded], pad_token_id: int) -> _Rows:
+def _answer_rows(model: nn.Module, encoded: Sequence[Encoded], pad_token_id: int) -> _LabelledLogits:
     """Returns a function from a batch to the logits at its answer positions.
 
     If backbone and head alone are the model, only the answer positions go through the head.

@@ -17,14 +17,18 @@ def several() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process is the first of its group, or has no group."""
+    """Whether this process is the first of its group, or has no group.
+
+    Before the group exists every process has none, so this is True in each of them: ask `will_be_first` there.
+    """
     return not several() or dist.get_rank() == 0
 
 
-def first_process() -> bool:
-    """Whether this process will be the first of its group, known before there is one.
+def will_be_first() -> bool:
+    """Whether this process will be the first of its group, read from the environment before the group exists.
 
-    Lightning starts the other processes of a run with the same command. They train and score, and write nothing.
+    Lightning starts the other processes of a run with the same command and sets `LOCAL_RANK` in each. They train and
+    score, and write nothing. Once the group exists, `is_first` asks the group itself.
     """
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 

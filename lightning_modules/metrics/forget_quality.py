@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_modules.metrics._base import ExampleMetric, gathered, nothing_seen
 from lightning_modules.metrics.functional import ForgetQualityResult, Numbers, forget_quality
-from lightning_modules.metrics.functional._numbers import as_numbers
+from lightning_modules.metrics.functional.numbers import as_numbers
 
 
 class ForgetQuality(ExampleMetric):

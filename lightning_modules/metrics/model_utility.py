@@ -18,7 +18,7 @@ from lightning_modules.metrics.functional import (
     option_probability,
     truth_ratio,
 )
-from lightning_modules.metrics.functional._numbers import as_numbers
+from lightning_modules.metrics.functional.numbers import as_numbers
 
 
 class ModelUtility(ExampleMetric):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_modules.metrics._base import ExampleMetric, gathered, nothing_seen
 from lightning_modules.metrics.functional import Numbers, auc, priv_leak
-from lightning_modules.metrics.functional._numbers import as_numbers
+from lightning_modules.metrics.functional.numbers import as_numbers
 
 
 class PrivLeak(ExampleMetric):

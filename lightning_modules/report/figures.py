@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from lightning_modules.report.finished import FinishedRun, number
 from lightning_modules.report.over_seeds import curves
-from lightning_modules.report.run import Run, number
 from lightning_modules.report.svg import inline
 
 # Name of a CSS variable of the page -> its colour in the light scheme, with which the figures are drawn.
@@ -24,10 +24,10 @@ COLOURS = {
 _BARS = 120  # more would be thinner than a pixel on a phone
 _SIZE = (4.6, 2.9)
 
-Panel = Callable[[Any, Run], None]
+Panel = Callable[[Any, FinishedRun], None]
 
 
-def panels(run: Run) -> dict[str, tuple[Panel, str]]:
+def panels(run: FinishedRun) -> dict[str, tuple[Panel, str]]:
     """The panels that the run has numbers for: name -> (function that draws it, what it shows in words)."""
     found: dict[str, tuple[Panel, str]] = {}
     if run.curve:
@@ -56,7 +56,7 @@ def panels(run: Run) -> dict[str, tuple[Panel, str]]:
     return found
 
 
-def write_png(path: Path, run: Run) -> bool:
+def write_png(path: Path, run: FinishedRun) -> bool:
     """Draw the trade-off and the conflict side by side, those that the run has; returns whether it has one."""
     chosen = [panel for name, (panel, _) in panels(run).items() if name in ("tradeoff", "cosine")]
     if chosen:
@@ -64,12 +64,12 @@ def write_png(path: Path, run: Run) -> bool:
     return bool(chosen)
 
 
-def drawn(run: Run) -> dict[str, str]:
+def drawn(run: FinishedRun) -> dict[str, str]:
     """Every panel that the run has numbers for: name -> `<svg>` element."""
     return {name: inline(_figure([panel], run, _SIZE), name, words) for name, (panel, words) in panels(run).items()}
 
 
-def _figure(chosen: Sequence[Panel], run: Run, size: tuple[float, float]) -> Any:
+def _figure(chosen: Sequence[Panel], run: FinishedRun, size: tuple[float, float]) -> Any:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -86,12 +86,12 @@ def _figure(chosen: Sequence[Panel], run: Run, size: tuple[float, float]) -> Any
     return figure
 
 
-def _beside(run: Run) -> str:
+def _beside(run: FinishedRun) -> str:
     said = curves(run)
     return f" {said}" if said else ""
 
 
-def _tradeoff(axes: Any, run: Run) -> None:
+def _tradeoff(axes: Any, run: FinishedRun) -> None:
     steps = [point["step"] for point in run.curve]
     for other in run.others:
         for name in ("retain", "forget"):
@@ -116,7 +116,7 @@ def _tradeoff(axes: Any, run: Run) -> None:
     )
 
 
-def _relearning(axes: Any, run: Run) -> None:
+def _relearning(axes: Any, run: FinishedRun) -> None:
     probe = run.probes["relearn"]
     points = probe["model"]["points"]
     steps = [float(point["step"]) for point in points]
@@ -148,7 +148,7 @@ def _lines(
     axes.margins(x=0.02)
 
 
-def _cosine(axes: Any, run: Run) -> None:
+def _cosine(axes: Any, run: FinishedRun) -> None:
     steps, cosines, together = _binned(run, "cosine")
     colours = [COLOURS["forget"] if value < 0 else COLOURS["calm"] for value in cosines]
     axes.bar(steps, cosines, color=colours, width=0.8 * together)
@@ -161,7 +161,7 @@ def _cosine(axes: Any, run: Run) -> None:
     )
 
 
-def _parts(axes: Any, run: Run) -> None:
+def _parts(axes: Any, run: FinishedRun) -> None:
     names = [name for name in run.surgery[0] if name.startswith("coefficient_")]
     for label in (name.removeprefix("coefficient_") for name in names):
         steps, values, together = _binned(run, f"coefficient_{label}", f"norm_{label}")
@@ -172,7 +172,7 @@ def _parts(axes: Any, run: Run) -> None:
     axes.set(ylabel="coefficient x norm", title="What the update is made of")
 
 
-def _binned(run: Run, *columns: str) -> tuple[list[float], list[float], int]:
+def _binned(run: FinishedRun, *columns: str) -> tuple[list[float], list[float], int]:
     """Returns steps, the product of some columns, and how many steps each value is the mean of: 1 if they are few."""
     together = -(-len(run.surgery) // _BARS)
     groups = [run.surgery[start : start + together] for start in range(0, len(run.surgery), together)]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
+from lightning_modules.report.finished import MODELS, FinishedRun, number
 from lightning_modules.report.intervals import Interval, mean_interval
-from lightning_modules.report.run import MODELS, Run, number
 from lightning_modules.report.samples import degenerate
 from lightning_modules.report.terminal import shown
 
@@ -24,7 +24,7 @@ ONE_SEED = (
 )
 
 
-def summary(run: Run) -> list[str]:
+def summary(run: FinishedRun) -> list[str]:
     """Returns a sentence about the forget probability and one about the retain probability."""
     said: list[str] = []
     for split, what in (("forget", "to forget"), ("retain", "to keep")):
@@ -51,7 +51,7 @@ def _moved(before: float | None, after: float) -> str:
     return f"{verb} from {shown(before)} to {shown(after)}"
 
 
-def warnings(run: Run) -> list[str]:
+def warnings(run: FinishedRun) -> list[str]:
     """Returns what a reader must know before the numbers: a collapse, NaN, degenerate answers, shallow forgetting."""
     said: list[str] = []
     if collapse := run.training.get("collapse"):
@@ -79,7 +79,7 @@ def warnings(run: Run) -> list[str]:
     return said
 
 
-def notes(run: Run) -> list[str]:
+def notes(run: FinishedRun) -> list[str]:
     """Returns what a reader would not expect, but which is no problem: whose weights the model has."""
     best = run.training.get("best")
     if not best:
@@ -137,7 +137,7 @@ class Conflict:
         return said
 
 
-def conflict(run: Run) -> Conflict | None:
+def conflict(run: FinishedRun) -> Conflict | None:
     """Returns the conflict that surgery.csv records; None without that file."""
     if not run.surgery:
         return None
@@ -174,7 +174,7 @@ class Relearning:
     warning: list[str]
 
 
-def relearning(run: Run) -> Relearning | None:
+def relearning(run: FinishedRun) -> Relearning | None:
     """Returns the result of the relearning probe in probes.json; None if it was not run."""
     probe = run.probes.get("relearn")
     if not probe:
@@ -213,7 +213,7 @@ class Difference(NamedTuple):
     interval: Interval | None
 
 
-def differences(run: Run) -> list[Difference]:
+def differences(run: FinishedRun) -> list[Difference]:
     """Returns how far the forget probability is from the reference's, and how both probabilities changed."""
     found: list[Difference] = []
     for split, other, label in (
@@ -237,7 +237,7 @@ def between(interval: Interval | None) -> str:
     return "" if interval is None else f"[{shown(interval.low)}, {shown(interval.high)}]"
 
 
-def interval_of(run: Run, model: str, split: str, column: str) -> Interval | None:
+def interval_of(run: FinishedRun, model: str, split: str, column: str) -> Interval | None:
     """Returns the confidence interval of one cell of the table; None without a log of the examples."""
     values = [row[column] for row in run.rows(model, split) if row[column] is not None]
     return mean_interval(values)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from lightning_modules.report import figures, findings, leakage, over_seeds, svg
-from lightning_modules.report.run import MODELS, Run, columns
+from lightning_modules.report.finished import MODELS, FinishedRun, columns
 from lightning_modules.report.samples import degenerate, is_degenerate, samples
 from lightning_modules.report.terminal import about_scores, shown
 from lightning_modules.report.utility import utility_explained, utility_rows
@@ -31,7 +31,7 @@ _NOTES = {
 _WORDS = 24  # words of a long text that are shown at first; a click shows the rest
 
 
-def page(run: Run, by_layer: Path | None = None) -> str:
+def page(run: FinishedRun, by_layer: Path | None = None) -> str:
     """Returns the report as HTML.
 
     The template engine escapes every text of the run. The figures are inline SVG, the conflict by layer is a PNG.
@@ -120,7 +120,7 @@ def _rest(text: str) -> str:
     return "" if len(text.split()) <= 2 * _WORDS else " ".join(text.split()[_WORDS:])
 
 
-def _title(run: Run) -> str:
+def _title(run: FinishedRun) -> str:
     """Returns the page's title: the model and the method."""
     known = run.config
     if not known:
@@ -130,7 +130,7 @@ def _title(run: Run) -> str:
     return f"{'A small model from scratch' if model == 'scratch' else Path(model).name} unlearns: {how}"
 
 
-def _table(run: Run, split: str) -> dict[str, Any]:
+def _table(run: FinishedRun, split: str) -> dict[str, Any]:
     models = [model for model in MODELS if split in (run.metrics[model] or {})]
     rows = [
         {
@@ -157,7 +157,7 @@ def _table(run: Run, split: str) -> dict[str, Any]:
     }
 
 
-def _by_split(run: Run) -> dict[str, dict[str, list[over_seeds.ScoreOverSeeds]]]:
+def _by_split(run: FinishedRun) -> dict[str, dict[str, list[over_seeds.ScoreOverSeeds]]]:
     """Split -> model -> scores over seeds."""
     found: dict[str, dict[str, list[over_seeds.ScoreOverSeeds]]] = {}
     for row in over_seeds.scores_over_seeds(run):
@@ -165,7 +165,7 @@ def _by_split(run: Run) -> dict[str, dict[str, list[over_seeds.ScoreOverSeeds]]]
     return found
 
 
-def _degenerates(run: Run) -> list[str]:
+def _degenerates(run: FinishedRun) -> list[str]:
     said: list[str] = []
     for split in run.metrics["after"]:
         counts = {model: degenerate(run, model, split) for model in MODELS}

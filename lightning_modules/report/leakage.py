@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lightning_modules.report.run import Run, columns, number
+from lightning_modules.report.finished import FinishedRun, columns, number
 
 GIVEN_BACK = {
     "exact_memorization": "Exact memorization is the share of an answer's tokens that are the model's first choice, given the right ones "
@@ -18,7 +18,7 @@ ATTACKS = {"loss": "loss", "min_k": "Min-K", "min_k_plus_plus": "Min-K++", "zlib
 """An attack's name in metrics.json -> its usual name."""
 
 
-def given_back(run: Run) -> list[str]:
+def given_back(run: FinishedRun) -> list[str]:
     """Returns what the scores of reproduced text mean, for those scores that the run has."""
     return [GIVEN_BACK[column] for column, _ in columns(run) if column in GIVEN_BACK]
 

@@ -9,14 +9,14 @@ import yaml
 
 from lightning_modules.folder import SURGERY
 from lightning_modules.report import findings, leakage, over_seeds
-from lightning_modules.report.run import MODELS, Run, columns
+from lightning_modules.report.finished import MODELS, FinishedRun, columns
 from lightning_modules.report.samples import samples
 from lightning_modules.report.tables import markdown_table
 from lightning_modules.report.terminal import about_scores, shown
 from lightning_modules.report.utility import utility_explained, utility_rows
 
 
-def page(run: Run, *, pictured: bool, by_layer: Path | None = None) -> str:
+def page(run: FinishedRun, *, pictured: bool, by_layer: Path | None = None) -> str:
     """Returns the report as Markdown.
 
     Args:
@@ -67,7 +67,7 @@ def page(run: Run, *, pictured: bool, by_layer: Path | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _rows(run: Run) -> list[list[str]]:
+def _rows(run: FinishedRun) -> list[list[str]]:
     found: list[list[str]] = []
     for split in run.metrics["after"]:
         for model in MODELS:
@@ -82,7 +82,7 @@ def _rows(run: Run) -> list[list[str]]:
     return found
 
 
-def _utility(run: Run) -> list[str]:
+def _utility(run: FinishedRun) -> list[str]:
     rows = [(_escaped(name), *map(shown, values)) for name, *values in utility_rows(run.metrics)]
     if not rows:
         return []
@@ -90,7 +90,7 @@ def _utility(run: Run) -> list[str]:
     return ["", *table, "", _escaped(" ".join(utility_explained(run.metrics)))]
 
 
-def _membership(run: Run) -> list[str]:
+def _membership(run: FinishedRun) -> list[str]:
     attacks = leakage.membership(run.metrics)
     if not attacks:
         return []
@@ -99,7 +99,7 @@ def _membership(run: Run) -> list[str]:
     return ["", *table, "", _escaped(" ".join(leakage.explained(run.metrics)))]
 
 
-def _generations(run: Run) -> list[str]:
+def _generations(run: FinishedRun) -> list[str]:
     lines: list[str] = []
     for split in ("forget", "retain"):
         found = samples(run, split)
@@ -120,7 +120,7 @@ def _generations(run: Run) -> list[str]:
     return [*heading, *lines] if lines else []
 
 
-def _probes(run: Run) -> list[str]:
+def _probes(run: FinishedRun) -> list[str]:
     lines: list[str] = []
     if relearned := findings.relearning(run):
         lines += ["", relearned.sentence]
@@ -134,7 +134,7 @@ def _probes(run: Run) -> list[str]:
     return ["", "## Does the forgetting hold?", *lines] if lines else []
 
 
-def _seeds(run: Run) -> list[str]:
+def _seeds(run: FinishedRun) -> list[str]:
     if not run.others:
         return []
     names = ("split", "model", "score", "this run", "mean", "standard deviation", "min", "max", "runs")

@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from lightning_modules.folder import CURVE
-from lightning_modules.report.run import MODELS, Run, columns
+from lightning_modules.report.finished import MODELS, FinishedRun, columns
 
 
 class ScoreOverSeeds(NamedTuple):
@@ -37,7 +37,7 @@ class ScoreOverSeeds(NamedTuple):
     n: int
 
 
-def scores_over_seeds(run: Run) -> list[ScoreOverSeeds]:
+def scores_over_seeds(run: FinishedRun) -> list[ScoreOverSeeds]:
     """Returns every score of the main table, over the runs that have it; an empty list for a single run.
 
     A run that diverged is not left out: where a score is not finite in one run, its mean, standard deviation, smallest
@@ -89,7 +89,7 @@ def sd_factors(n: int, confidence: float = 0.95) -> tuple[float, float]:
     return low, high
 
 
-def sentences(run: Run) -> list[str]:
+def sentences(run: FinishedRun) -> list[str]:
     """Returns what differs between the runs, what does not, and how uncertain so few are; nothing for a single run."""
     if not run.others:
         return []
@@ -126,7 +126,7 @@ def sentences(run: Run) -> list[str]:
     return said
 
 
-def curves(run: Run) -> str | None:
+def curves(run: FinishedRun) -> str | None:
     """Returns what the thin lines of the figure are; None for a single run or one without a curve."""
     drawn, lacking = [other for other in run.others if other.curve], [other for other in run.others if not other.curve]
     if not run.curve or not run.others:
@@ -175,11 +175,11 @@ def _is_refusing(config: Mapping[str, Any]) -> bool:
     )
 
 
-def _with(runs: Sequence[Run]) -> str:
+def _with(runs: Sequence[FinishedRun]) -> str:
     return f" with seed{'s' if len(runs) > 1 else ''} {_listed(_seeds(runs))}"
 
 
-def _seeds(runs: Sequence[Run]) -> list[str]:
+def _seeds(runs: Sequence[FinishedRun]) -> list[str]:
     return [str(other.config["seed"]) for other in runs]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lightning_modules.report.run import MODELS, Run
+from lightning_modules.report.finished import MODELS, FinishedRun
 
 # Texts with fewer words than this repeat themselves by chance.
 _FEW_WORDS = 6
@@ -19,7 +19,7 @@ class Sample(NamedTuple):
     said: dict[str, str]
 
 
-def samples(run: Run, split: str, count: int = 4) -> list[Sample]:
+def samples(run: FinishedRun, split: str, count: int = 4) -> list[Sample]:
     """Returns up to `count` questions with their answers, chosen by their place in the split alone.
 
     From n questions it takes the first different places floor(n frac(i g)) for i = 1, 2, ..., with g the golden ratio.
@@ -56,7 +56,7 @@ def is_degenerate(text: str) -> bool:
     return len(set(triples)) < len(triples) / 2
 
 
-def degenerate(run: Run, model: str, split: str) -> tuple[int, int] | None:
+def degenerate(run: FinishedRun, model: str, split: str) -> tuple[int, int] | None:
     """Returns the number of degenerate generations and the number of all; None where there is no generation."""
     texts = [row["generation"] for row in run.rows(model, split) if row["generation"] is not None]
     return (sum(map(is_degenerate, texts)), len(texts)) if texts else None

@@ -9,13 +9,13 @@ from types import MappingProxyType
 from typing import Any
 
 from lightning_modules.folder import CONFIG
-from lightning_modules.report.run import Run, read
+from lightning_modules.report.finished import FinishedRun, read
 
 # Options in which the runs may differ, see read_seeds.
 _FREE = ("output", "probes", "reference_cache", "resume", "seed", "tofu_dir")
 
 
-def read_seeds(folder: Path, others: Sequence[Path], defaults: Mapping[str, Any] = MappingProxyType({})) -> Run:
+def read_seeds(folder: Path, others: Sequence[Path], defaults: Mapping[str, Any] = MappingProxyType({})) -> FinishedRun:
     """Returns the run in a folder; its `others` are the same configuration's runs with other seeds, ordered by seed.
 
     Besides the seed, runs may differ in options that change no score: `output`; `resume`; `probes`, which use copies
@@ -56,7 +56,7 @@ def read_seeds(folder: Path, others: Sequence[Path], defaults: Mapping[str, Any]
     return run
 
 
-def _check_config(folder: Path, run: Run) -> None:
+def _check_config(folder: Path, run: FinishedRun) -> None:
     seed = run.config.get("seed")
     if not isinstance(seed, int) or isinstance(seed, bool):
         why = next((text for text in run.missing if text.startswith(CONFIG)), f"{CONFIG} has no whole number as seed.")
@@ -71,7 +71,7 @@ def _check_config(folder: Path, run: Run) -> None:
         )
 
 
-def _check_options(this: tuple[Path, Run], that: tuple[Path, Run], defaults: Mapping[str, Any]) -> None:
+def _check_options(this: tuple[Path, FinishedRun], that: tuple[Path, FinishedRun], defaults: Mapping[str, Any]) -> None:
     (folder, run), (path, other) = this, that
     ours, theirs = {**defaults, **run.config}, {**defaults, **other.config}
     differing = [
@@ -91,7 +91,7 @@ def _told(config: Mapping[str, Any], name: str) -> str:
     return json.dumps(config[name], default=str, sort_keys=True) if name in config else "missing"
 
 
-def _check_examples(folder: Path, run: Run, path: Path, other: Run) -> None:
+def _check_examples(folder: Path, run: FinishedRun, path: Path, other: FinishedRun) -> None:
     """Compares the scored examples: the options only name the data files, which may have changed between the runs."""
     counts, theirs = (
         {split: scores.get("n") for split, scores in found.metrics["after"].items()} for found in (run, other)

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from lightning_modules.report.finished import COLUMNS, MODELS, memory, number
 from lightning_modules.report.leakage import explained, membership, percent
-from lightning_modules.report.run import COLUMNS, MODELS, memory, number
 from lightning_modules.report.utility import utility_explained, utility_rows
 
 

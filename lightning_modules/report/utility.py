@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lightning_modules.metrics.functional import UTILITY_METRICS, UTILITY_SPLITS
-from lightning_modules.report.run import MODELS, number
+from lightning_modules.report.finished import MODELS, number
 
 _METRICS = {"probability": "probability", "rouge_l_recall": "ROUGE-L recall", "truth_ratio": "truth ratio"}
 

@@ -1,4 +1,4 @@
-"""From a dataclass to flags: jsonargparse's class arguments, with the manners of this command."""
+"""From a dataclass to flags: jsonargparse's class arguments, with dashes in the flags and hints on wrong names."""
 
 from __future__ import annotations
 
@@ -53,23 +53,23 @@ class Parser(ArgumentParser):
             settings |= {"nargs": "?", "const": True}
         known = next(entry.metadata.get(NAMES) for entry in fields(self._group) if entry.name == option)
         if known is not None:
-            said = settings["help"].replace("{names}", ", ".join(known))
-            settings |= {"type": _Name(flag(option), known), "help": said}
+            text = settings["help"].replace("{names}", ", ".join(known))
+            settings |= {"type": _Name(flag(option), known), "help": text}
         return super().add_argument(flag(option), **settings)
 
 
 class _Name:
     """A type of argument: one of some strings. What it is called in `--help` is its `repr`."""
 
-    def __init__(self, said: str, known: Sequence[str]) -> None:
-        self.said, self.known = said, known
+    def __init__(self, flag: str, known: Sequence[str]) -> None:
+        self.flag, self.known = flag, known
 
     def __call__(self, value: str) -> str:
         if value in self.known:
             return value
         near = get_close_matches(value, self.known)
         raise UnknownNameError(
-            f"{self.said}: expected one of {', '.join(self.known)}, found {value!r}"
+            f"{self.flag}: expected one of {', '.join(self.known)}, found {value!r}"
             + (f"; did you mean {' or '.join(near)}?" if near else "")
         )
 

@@ -17,7 +17,7 @@ import gradsurgery as gs
 from lightning_modules.data.pairs import ForgetRetainDataModule
 from lightning_modules.data.tokenization import padding_id
 from lightning_modules.evaluation.likelihood import device_of, on_gpu
-from lightning_modules.evaluation.processes import first_process
+from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import START_MODEL
 from lightning_modules.run.options import MethodOptions, TrainingOptions, UnlearnOptions
 from lightning_modules.run.run import Run
@@ -72,7 +72,7 @@ def start_model(run: Run[UnlearnOptions], model: nn.Module, data: ForgetRetainDa
     if kind == "adapters_off":
         return AdapterOff()
     path = run.folder / START_MODEL
-    if first_process() and not (training.resume and path.exists()):
+    if will_be_first() and not (training.resume and path.exists()):
         data.setup()
         if data.dataset is None:
             raise RuntimeError("setup() left no dataset")

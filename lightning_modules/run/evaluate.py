@@ -13,7 +13,7 @@ from lightning_modules.run.loading import load_model, read_splits
 from lightning_modules.run.options import EvaluateOptions
 from lightning_modules.run.reference_log import reference_rows, rows_of_log
 from lightning_modules.run.run import Run
-from lightning_modules.run.scoring import metrics, score
+from lightning_modules.run.scoring import contents_of_metrics, examples_by_model, score
 from lightning_modules.run.show import show
 from lightning_modules.training.scratch import one_thread
 
@@ -46,9 +46,9 @@ def _evaluate_model(options: EvaluateOptions) -> Path:
     started = time.perf_counter()
     after = score(Run(options, folder, splits, tokenizer), model)
     reference = log or reference_rows(options, splits)
-    found = metrics(seed, None, after, reference, {"train": 0.0, "evaluate": time.perf_counter() - started})
+    found = contents_of_metrics(seed, None, after, reference, {"train": 0.0, "evaluate": time.perf_counter() - started})
     if options.output.log:
-        write_evaluation(folder / EVALUATION, {"after": after.examples, "reference": reference})
+        write_evaluation(folder / EVALUATION, examples_by_model(None, after, reference))
     write_json(folder / METRICS, found)
     show(found)
     return folder

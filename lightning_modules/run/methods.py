@@ -15,10 +15,11 @@ from rich.console import Console
 from torch import nn
 
 from lightning_modules.data.examples import evenly_spaced
+from lightning_modules.data.pairs import VALIDATION_EXAMPLES, VALIDATION_SPLITS
 from lightning_modules.data.tokenization import encode, padding_id
 from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.evaluate import Evaluation
-from lightning_modules.evaluation.processes import first_process
+from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import CURVE, G_EFFECT, SURGERY, write_config
 from lightning_modules.run.assembly import adapted, make_module, make_trainer, merged, start_model
 from lightning_modules.run.loading import load_reference, make_data
@@ -35,9 +36,7 @@ from lightning_modules.training.callbacks import (
     TradeoffCurve,
 )
 
-# Scored while training: enough for a smooth curve, few enough to cost little.
-_CURVE_EXAMPLES = 64
-_CURVE_POINTS = 25
+_CURVE_POINTS = 25  # enough for a smooth curve, few enough to cost little
 
 
 @dataclass(frozen=True)
@@ -60,13 +59,15 @@ class Unlearned:
 
 
 def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
-    """Train the model by two losses and surgery; surgery.csv and curve.csv grow while it trains.
+    """Train the model by two losses and surgery.
+
+    surgery.csv grows by a line for each optimizer step; curve.csv is written once, after training.
 
     Returns:
         The unlearned model; None in a process whose work is done: any but the first, unless they go on together.
     """
     options, folder, console = run.options, run.folder, Console(stderr=True)
-    training, first = options.training, first_process()
+    training, first = options.training, will_be_first()
     data = make_data(options, run.tokenizer)
     model = adapted(model, training, data, options.output.seed)
     reference = start_model(run, model, data)
@@ -106,7 +107,7 @@ def by_assistant(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned:
     from lightning_modules.training.uld import train_assistant
 
     options, training = run.options, run.options.training
-    if not first_process():
+    if not will_be_first():
         raise ValueError("--method uld: expected one process, found several; use --devices 1")
     started = time.perf_counter()
     before = score(run, model)
@@ -144,9 +145,9 @@ def _curve(run: Run[UnlearnOptions]) -> TradeoffCurve:
         {
             split: [
                 encode(run.tokenizer, row["question"], row["answer"], run.options.data.max_length)
-                for row in evenly_spaced(run.splits[split], _CURVE_EXAMPLES)
+                for row in evenly_spaced(run.splits[split], VALIDATION_EXAMPLES)
             ]
-            for split in ("forget", "retain")
+            for split in VALIDATION_SPLITS
         },
         pad_token_id=padding_id(run.tokenizer),
         every_n_steps=training.score_every or max(1, steps // _CURVE_POINTS),

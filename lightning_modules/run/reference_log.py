@@ -15,12 +15,12 @@ from torch import nn
 
 import gradsurgery as gs
 from lightning_modules.evaluation.membership import HOLDOUT
-from lightning_modules.evaluation.processes import every_process, first_process, from_first, is_first
+from lightning_modules.evaluation.processes import every_process, from_first, is_first, will_be_first
 from lightning_modules.folder import cache_folder, read_evaluation, write_evaluation
 from lightning_modules.run.loading import check_pretrained, load_reference, tokenizer_texts
 from lightning_modules.run.options import EvaluationOptions, Options
 from lightning_modules.run.run import Run, Splits
-from lightning_modules.run.scoring import Rows, score, scored
+from lightning_modules.run.scoring import ScoredSplits, score, to_score
 from lightning_modules.training import scratch
 
 _FORMAT = 1  # raise it when what is scored, or how, changes, so that logs in the cache are not used any more
@@ -28,7 +28,7 @@ _FORMAT = 1  # raise it when what is scored, or how, changes, so that logs in th
 T = TypeVar("T")
 
 
-def rows_of_log(evaluation: EvaluationOptions, splits: Splits) -> Rows | None:
+def rows_of_log(evaluation: EvaluationOptions, splits: Splits) -> ScoredSplits | None:
     """The scores in the log that is given as the reference.
 
     Called before any work is done, so that a wrong reference costs nothing. It prints to standard error whose scores it
@@ -54,13 +54,13 @@ def rows_of_log(evaluation: EvaluationOptions, splits: Splits) -> Rows | None:
         check_pretrained(name)
         return None
     model, log = read_evaluation(Path(name))
-    rows = matching(log, scored(evaluation, splits), name)
-    if first_process():
+    rows = matching(log, to_score(evaluation, splits), name)
+    if will_be_first():
         _say(f"Reference: the rows of {model!r} in {name}")
     return rows
 
 
-def reference_rows(options: Options, splits: Splits, *, across_processes: bool = False) -> Rows | None:
+def reference_rows(options: Options, splits: Splits, *, across_processes: bool = False) -> ScoredSplits | None:
     """The reference's scores of the examples that are scored.
 
     If a log is given, it is read. A model is scored once: its scores are kept in
@@ -90,7 +90,7 @@ def reference_rows(options: Options, splits: Splits, *, across_processes: bool =
 
     path = first(lambda: cache_path(options, splits)) if evaluation.reference_cache else None
     if path is not None:
-        known = first(lambda: _cached(path, scored(evaluation, splits)))
+        known = first(lambda: _cached(path, to_score(evaluation, splits)))
         if known is not None:
             return known
     loaded = _loaded_by_all(options, splits) if across_processes else load_reference(options, splits)
@@ -116,7 +116,7 @@ def _loaded_by_all(options: Options, splits: Splits) -> tuple[nn.Module, Any] | 
     return found[0]
 
 
-def matching(log: Mapping[str, Sequence[Mapping[str, Any]]], examples: Splits, name: str) -> Rows:
+def matching(log: Mapping[str, Sequence[Mapping[str, Any]]], examples: Splits, name: str) -> ScoredSplits:
     """The log's rows about the same questions and answers, in the same order.
 
     A log without a holdout split is accepted; then the result has none either.
@@ -129,7 +129,7 @@ def matching(log: Mapping[str, Sequence[Mapping[str, Any]]], examples: Splits, n
     Raises:
         ValueError: If an example is missing in the log, or was scored with another number of wrong answers.
     """
-    found: Rows = {}
+    found: ScoredSplits = {}
     for split, rows in examples.items():
         if split == HOLDOUT and split not in log:
             continue
@@ -173,7 +173,7 @@ def cache_path(options: Options, splits: Splits) -> Path | None:
         "format": _FORMAT,
         "versions": [".".join(module.__version__.split(".")[:2]) for module in (torch, transformers)],
         "reference": identity,
-        "splits": scored(evaluation, splits),
+        "splits": to_score(evaluation, splits),
         "settings": [evaluation.max_new_tokens, options.data.max_length, evaluation.evaluation_batch_size],
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
@@ -216,7 +216,7 @@ def _folder(folder: Path) -> object:
     }
 
 
-def _cached(path: Path, examples: Splits) -> Rows | None:
+def _cached(path: Path, examples: Splits) -> ScoredSplits | None:
     try:
         rows = matching(read_evaluation(path)[1], examples, str(path)) if path.is_file() else None
     except (OSError, ValueError):  # broken, or written by somebody else: it is computed again and replaced
@@ -230,7 +230,7 @@ def _say(sentence: str) -> None:
     Console(stderr=True, soft_wrap=True).print(sentence, markup=False, highlight=False)
 
 
-def _keep(path: Path, rows: Rows) -> None:
+def _keep(path: Path, rows: ScoredSplits) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_evaluation(path, {"reference": rows})

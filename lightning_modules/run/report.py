@@ -1,4 +1,4 @@
-"""The report of a folder, with what only this room knows: the options' defaults."""
+"""Draws the report of a run's folder. The room `report` may not import the options, so it is given their defaults."""
 
 from __future__ import annotations
 

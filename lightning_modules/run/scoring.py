@@ -19,11 +19,11 @@ from lightning_modules.metrics.functional import forget_quality
 from lightning_modules.run.options import EvaluationOptions, Options
 from lightning_modules.run.run import Run, Splits
 
-Rows = dict[str, list[dict[str, Any]]]
+ScoredSplits = dict[str, list[dict[str, Any]]]
 """Split -> scored examples, as in `Evaluation.examples`."""
 
 
-def scored(evaluation: EvaluationOptions, splits: Splits) -> dict[str, list[Example]]:
+def to_score(evaluation: EvaluationOptions, splits: Splits) -> dict[str, list[Example]]:
     """The examples that are scored: the first ones of every split."""
     return {split: list(rows[: evaluation.evaluation_examples]) for split, rows in splits.items()}
 
@@ -44,18 +44,25 @@ def score(run: Run[Options], model: nn.Module, *, across_processes: bool = False
         return evaluate(
             model,
             run.tokenizer,
-            scored(evaluation, run.splits),
+            to_score(evaluation, run.splits),
             settings,
             across_processes=across_processes,
             progress=not across_processes or processes.is_first(),
         )
 
 
-def metrics(
+def examples_by_model(
+    before: Evaluation | None, after: Evaluation, reference: ScoredSplits | None
+) -> dict[str, ScoredSplits | None]:
+    """The scored examples of the three models, by the names that evaluation.jsonl and metrics.json give them."""
+    return {"before": None if before is None else before.examples, "after": after.examples, "reference": reference}
+
+
+def contents_of_metrics(
     seed: int,
     before: Evaluation | None,
     after: Evaluation,
-    reference: Rows | None,
+    reference: ScoredSplits | None,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """What metrics.json holds. All scores in it are computed from the examples that evaluation.jsonl holds.
@@ -71,7 +78,7 @@ def metrics(
         reference: Scores of a model that never saw the forget set, if there is one.
         seconds: What took how long.
     """
-    examples = {"before": None if before is None else before.examples, "after": after.examples, "reference": reference}
+    examples = examples_by_model(before, after, reference)
     return {
         "before": None if before is None else before.summary,
         "after": after.summary,

@@ -11,7 +11,7 @@ import lightning as L
 from rich.console import Console
 
 from lightning_modules.evaluation import processes
-from lightning_modules.evaluation.processes import first_process
+from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import EVALUATION, METRICS, claim, write_evaluation, write_json
 from lightning_modules.run.loading import load_model, read_splits
 from lightning_modules.run.methods import Unlearned, by_assistant, by_surgery
@@ -20,7 +20,7 @@ from lightning_modules.run.reference_log import reference_rows, rows_of_log
 from lightning_modules.run.report import draw
 from lightning_modules.run.resume import resumed
 from lightning_modules.run.run import Run
-from lightning_modules.run.scoring import Rows, metrics, score
+from lightning_modules.run.scoring import ScoredSplits, contents_of_metrics, examples_by_model, score
 from lightning_modules.run.show import show
 from lightning_modules.training.scratch import one_thread
 
@@ -39,7 +39,7 @@ def unlearn(options: UnlearnOptions) -> Path:
     options.check()
     if options.training.resume:
         options = resumed(options)
-    options.check()
+        options.check()
     options = options.resolved()
     with one_thread() if options.model.scratch else nullcontext():
         return _unlearn(options)
@@ -49,7 +49,7 @@ def _unlearn(options: UnlearnOptions) -> Path:
     folder = options.output.folder
     splits = read_splits(options)
     log = rows_of_log(options.evaluation, splits)
-    if first_process() and not options.training.resume:
+    if will_be_first() and not options.training.resume:
         claim(folder)
     L.seed_everything(options.output.seed, verbose=False)
     model, tokenizer = load_model(options, splits)
@@ -60,7 +60,7 @@ def _unlearn(options: UnlearnOptions) -> Path:
     return folder
 
 
-def _leave(run: Run[UnlearnOptions], unlearned: Unlearned, log: Rows | None) -> None:
+def _leave(run: Run[UnlearnOptions], unlearned: Unlearned, log: ScoredSplits | None) -> None:
     """Save the model, score it and the reference, and write everything that a run leaves.
 
     If the processes are still together, all of them score. The first one does the rest.
@@ -85,9 +85,8 @@ def _leave(run: Run[UnlearnOptions], unlearned: Unlearned, log: Rows | None) -> 
     if unlearned.probe is not None:
         unlearned.probe()
     before = unlearned.before
-    found = metrics(run.options.output.seed, before, after, reference, seconds)
-    named = {"before": None if before is None else before.examples, "after": after.examples, "reference": reference}
-    write_evaluation(folder / EVALUATION, named)
+    found = contents_of_metrics(run.options.output.seed, before, after, reference, seconds)
+    write_evaluation(folder / EVALUATION, examples_by_model(before, after, reference))
     write_json(folder / METRICS, found)
     draw(folder)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)

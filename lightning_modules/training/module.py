@@ -94,7 +94,8 @@ class UnlearningModule(L.LightningModule):
         self.losses: dict[str, Tensor] = {}
         self._retain_losses: list[Tensor] = []
         self._steps_seen = 0
-        # A dictionary, so that the metrics are no submodules: Lightning would move their float64 to devices without.
+        # A dictionary, so that the metrics are no submodules: Lightning would move their float64 states along, also to
+        # a device that has no float64.
         self._probabilities: dict[str, AnswerProbability] = {}
         if needs_refusals(retain_loss):
             raise ValueError(

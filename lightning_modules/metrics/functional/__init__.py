@@ -27,11 +27,11 @@ from lightning_modules.metrics.functional._model_utility import (
     UTILITY_SPLITS,
     model_utility,
 )
-from lightning_modules.metrics.functional._numbers import Numbers
 from lightning_modules.metrics.functional._privacy import auc, priv_leak
 from lightning_modules.metrics.functional._probability import answer_probability, option_probability
 from lightning_modules.metrics.functional._rouge import ROUGE_KINDS, rouge_recall
 from lightning_modules.metrics.functional._truth_ratio import TRUTH_RATIO_KINDS, truth_ratio
+from lightning_modules.metrics.functional.numbers import Numbers
 
 __all__ = [
     "ROUGE_KINDS",

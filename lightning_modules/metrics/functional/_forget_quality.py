@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from lightning_modules.metrics.functional._numbers import Numbers, as_numbers
+from lightning_modules.metrics.functional.numbers import Numbers, as_numbers
 
 
 class ForgetQualityResult(NamedTuple):

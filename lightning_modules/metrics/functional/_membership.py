@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_modules.metrics.functional._numbers import Ragged, as_examples, per_example
+from lightning_modules.metrics.functional.numbers import Ragged, as_examples, per_example
 
 # A log-softmax in half precision may round to slightly above 0.
 _ROUNDING = 1e-2

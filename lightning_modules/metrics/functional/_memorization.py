@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.data.tokenization import IGNORED
-from lightning_modules.metrics.functional._numbers import Ragged, as_examples, per_example
+from lightning_modules.metrics.functional.numbers import Ragged, as_examples, per_example
 
 Tokens = Tensor | Sequence[int]
 TokensOfMany = Sequence[Tensor] | Sequence[Sequence[int]]

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from lightning_modules.metrics.functional._numbers import Numbers, as_numbers
+from lightning_modules.metrics.functional.numbers import Numbers, as_numbers
 
 
 def auc(forget_scores: Numbers, holdout_scores: Numbers) -> float:

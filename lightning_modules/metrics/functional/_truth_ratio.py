@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_modules.metrics.functional._numbers import Numbers, answers_and_options
+from lightning_modules.metrics.functional.numbers import Numbers, answers_and_options
 
 TRUTH_RATIO_KINDS = ("ratio", "forget", "utility")
 

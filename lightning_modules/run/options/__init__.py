@@ -12,7 +12,7 @@ from lightning_modules.run.options.data import (
     EvaluationOptions,
     ModelOptions,
     OutputOptions,
-    Split,
+    TOFUSplit,
 )
 from lightning_modules.run.options.method import MethodOptions
 from lightning_modules.run.options.training import TrainingOptions
@@ -26,7 +26,7 @@ __all__ = [
     "ModelOptions",
     "Options",
     "OutputOptions",
-    "Split",
+    "TOFUSplit",
     "TrainingOptions",
     "UnlearnOptions",
 ]

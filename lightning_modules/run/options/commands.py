@@ -17,7 +17,7 @@ from lightning_modules.run.options.data import (
 )
 from lightning_modules.run.options.flat import Flat
 from lightning_modules.run.options.method import MethodOptions
-from lightning_modules.run.options.training import TrainingOptions
+from lightning_modules.run.options.training import TrainingOptions, uld_numbers
 
 if TYPE_CHECKING:
     from lightning_modules.training.uld import ULDSettings
@@ -101,18 +101,22 @@ class UnlearnOptions(Options):
         scratch = self.model.scratch
         uld = self.method.method == "uld"
         depends: dict[str, Any] = {
-            "lr": (3e-3 if scratch else 1e-3) if uld else 5e-5 if scratch else 1e-5,
-            "epochs": (30 if scratch else 10) if uld else 20 if scratch else 5,
+            "lr": 5e-5 if scratch else 1e-5,
+            "epochs": 20 if scratch else 5,
             "accumulate": 1 if scratch else 4,
             "stop_below": 0.05 if scratch else None,
             "score_every": 1 if scratch else None,
             "probes": scratch and not uld,
             "precision": "bf16-mixed" if torch.cuda.is_available() else "32-true",
         }
-        known = {name: value for name, value in depends.items() if getattr(self.training, name) is None}
+        always: dict[str, Any] = {}
         if uld:
-            known |= {"lora_rank": self.training.lora_rank or 32}
-            known |= {"uld": ({"num_layers": 1, "weight": 1.0} if scratch else {}) | self.training.uld}
+            from lightning_modules.training.uld import ULDSettings
+
+            depends |= {"lr": 3e-3, "epochs": 30} if scratch else {"lr": ULDSettings.lr, "epochs": ULDSettings.epochs}
+            always["lora_rank"] = self.training.lora_rank or ULDSettings.lora_rank
+            always["uld"] = ({"num_layers": 1, "weight": 1.0} if scratch else {}) | self.training.uld
+        known = {name: value for name, value in depends.items() if getattr(self.training, name) is None} | always
         return replace(self, training=replace(self.training, **known))
 
     def recorded(self) -> dict[str, Any]:
@@ -123,14 +127,16 @@ class UnlearnOptions(Options):
         """How ULD's assistant is trained; counts are whole numbers, even where a YAML file says 8.0."""
         from lightning_modules.training.uld import ULDSettings
 
-        training, counts = self.training, ("num_layers", "perturbed_per_row")
-        given: dict[str, Any] = {name: int(value) if name in counts else value for name, value in training.uld.items()}
+        training, kinds = self.training, uld_numbers()
+        given: dict[str, Any] = {
+            name: int(value) if kinds.get(name) is int else value for name, value in training.uld.items()
+        }
         return ULDSettings(
-            lora_rank=training.lora_rank or 32,
-            lr=training.lr or 1e-3,
+            lora_rank=training.lora_rank or ULDSettings.lora_rank,
+            lr=training.lr or ULDSettings.lr,
             weight_decay=training.weight_decay,
             warmup_steps=training.warmup_steps,
-            epochs=training.epochs or 10,
+            epochs=training.epochs or ULDSettings.epochs,
             batch_size=training.batch_size,
             max_length=self.data.max_length,
             seed=self.output.seed,

@@ -8,7 +8,7 @@ from typing import Literal
 
 from lightning_modules.run.options.flat import at_least_one
 
-Split = Literal["forget01", "forget05", "forget10"]
+TOFUSplit = Literal["forget01", "forget05", "forget10"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class DataOptions:
     forget_authors: int | None = None
     forget: str | None = None
     retain: str | None = None
-    tofu: Split | None = None
+    tofu: TOFUSplit | None = None
     tofu_dir: str | None = None
     holdout: str | None = None
     max_length: int = 512

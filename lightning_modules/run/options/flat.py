@@ -7,7 +7,10 @@ from dataclasses import asdict, field, fields, replace
 from typing import Any, Self
 
 NAMES = "names"
-"""Key in a field's metadata: the values that the option can have, where a `Literal` would have to be kept in step."""
+"""Key in a field's metadata: the values that the option can have, where they are the keys of a table in the code.
+
+A `Literal` would repeat the table.
+"""
 
 
 class Flat:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Literal
 
@@ -19,28 +19,31 @@ class TrainingOptions:
 
     Attributes:
         optimizer: class of torch.optim that steps
-        lr: learning rate; 1e-5, for the model from scratch 5e-5
+        lr: learning rate; by default 1e-5, or 5e-5 for the model from scratch; with --method uld 1e-3, or 3e-3 for the
+            model from scratch
         weight_decay: of the optimizer
         warmup_steps: steps over which the learning rate rises
-        epochs: passes over the forget set; 5, for the model from scratch 20
-        stop_below: stop once the mean probability of the forget answers is below this, 0 for never; never, for the
-            model from scratch 0.05
-        score_every: optimizer steps between scores on up to 64 examples of each set; a 25th of the run, for the model
-            from scratch 1
+        epochs: passes over the forget set; by default 5, or 20 for the model from scratch; with --method uld 10, or 30
+            for the model from scratch
+        stop_below: stop training once the mean probability of the forget answers is below this; 0 means never; by
+            default never, or 0.05 for the model from scratch
+        score_every: optimizer steps between two scores, each on up to 64 examples of each set; by default a 25th of the
+            run, or 1 for the model from scratch
         collapse_below: stop when the mean retain probability is below this fraction of what it was at the start; null
             for never
         best_below: end with the weights of the scored step with the largest retain probability among those with a
             forget probability below this; null for the last weights
         probes: at the end, teach a float32 copy a quarter of the forget answers again, and round copies to 8 and 4
-            bits; only for the model from scratch
-        batch_size: forget and retain examples a forward pass and process
-        accumulate: batches an optimizer step; 4, for the model from scratch 1
+            bits; by default only for the model from scratch
+        batch_size: how many forget examples, and as many retain examples, each process takes into one forward pass
+        accumulate: how many batches make one optimizer step; by default 4, or 1 for the model from scratch
         max_norm: clip the combined gradient to this norm; null for no clipping
-        lora_rank: train adapters of this rank instead of all weights; merged at the end; of ULD's assistant (32 if 0)
-        uld: settings of ULD: num_layers, weight, top_logit_filter, retain_weight, lora_alpha, perturbed_per_row; for
-            the model from scratch num_layers is 1 and weight 1
+        lora_rank: train adapters of this rank instead of all weights, and merge them into the weights at the end; 0 for
+            no adapters; with --method uld it is the rank of the assistant's adapters, and 0 means 32
+        uld: settings of ULD: num_layers, weight, top_logit_filter, retain_weight, lora_alpha, perturbed_per_row;
+            the defaults are the paper's, but for the model from scratch num_layers is 1 and weight is 1
         lora_init: how adapters start: at random, or by LoKU's FILA from Fisher information
-        precision: Lightning's name of it; bf16-mixed, on a CPU 32-true
+        precision: the precision, by Lightning's name; by default bf16-mixed with a CUDA GPU and 32-true without one
         devices: number of devices, or auto
         strategy: Lightning's name of how devices share the work: auto, ddp
         resume: go on with the interrupted run in --output, with its config.yaml
@@ -79,15 +82,20 @@ class TrainingOptions:
             value = getattr(self, name)
             if value is not None and not 0.0 < value < 1.0:
                 raise ValueError(f"expected {flag(name)} between 0 and 1, found {value}")
+        if self.stop_below is not None and not 0.0 <= self.stop_below < 1.0:
+            raise ValueError(
+                f"expected --stop-below at least 0, which means never, and below 1, found {self.stop_below}"
+            )
         if self.lr is not None and self.lr <= 0.0:
             raise ValueError(f"expected --lr > 0, found {self.lr}")
         if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
             raise ValueError(f"expected --devices to be auto or a number of devices, found {self.devices!r}")
-        known = {"num_layers", "weight", "top_logit_filter", "retain_weight", "lora_alpha", "perturbed_per_row"}
-        if set(self.uld) - known:
-            raise ValueError(
-                f"--uld: expected {', '.join(sorted(known))}, found {', '.join(sorted(set(self.uld) - known))}"
-            )
+        if self.uld:
+            known = set(uld_numbers())
+            if set(self.uld) - known:
+                raise ValueError(
+                    f"--uld: expected {', '.join(sorted(known))}, found {', '.join(sorted(set(self.uld) - known))}"
+                )
         if self.lora_init == "fila" and not self.lora_rank:
             raise ValueError("expected --lora-rank with --lora-init fila, for example 8, found 0")
 
@@ -112,3 +120,15 @@ class TrainingOptions:
     def base_optimizer(self) -> Callable[..., torch.optim.Optimizer]:
         """Parameters -> the base optimizer with its learning rate and weight decay."""
         return partial(self.optimizer_class(), lr=self.lr, weight_decay=self.weight_decay)
+
+
+def uld_numbers() -> dict[str, type]:
+    """The settings that --uld takes, by name, and whether each is an int or a float.
+
+    They are the numbers among `ULDSettings` that no option of their own gives.
+    """
+    from lightning_modules.training.uld import ULDSettings  # importing it takes seconds, and few runs need it
+
+    elsewhere = {*(option.name for option in fields(TrainingOptions)), "seed"}
+    kinds = {entry.name: type(entry.default) for entry in fields(ULDSettings) if entry.name not in elsewhere}
+    return {name: kind for name, kind in kinds.items() if kind in (int, float)}

@@ -14,7 +14,7 @@ from lightning_modules.evaluation.utility import model_utilities, utility_inputs
 from lightning_modules.metrics import ModelUtility
 from lightning_modules.metrics.functional import UTILITY_NAMES, UTILITY_SPLITS, answer_probability, truth_ratio
 from lightning_modules.run.options import EvaluateOptions
-from lightning_modules.run.scoring import metrics
+from lightning_modules.run.scoring import contents_of_metrics
 from tests.reference import metrics as oracles
 
 FIXTURES = Path(__file__).parents[3].parent / "shared" / "fixtures"
@@ -116,10 +116,10 @@ def test_metrics_json_has_it_only_where_a_model_has_it() -> None:
 
     splits = drawn()
     known = {"train": 0.0}
-    found = metrics(EvaluateOptions(), None, Scored(splits), splits, known)
+    found = contents_of_metrics(EvaluateOptions(), None, Scored(splits), splits, known)
     utility = pytest.approx(oracles.harmonic_mean(oracles.nine_of_tofu(splits)), rel=1e-9)
     assert found["model_utility"] == {"before": None, "after": utility, "reference": utility}
-    without = metrics(
+    without = contents_of_metrics(
         EvaluateOptions(), None, Scored({"forget": splits["forget"], "retain": splits["retain"]}), None, known
     )
     assert set(found) - set(without) == {"model_utility", "model_utility_inputs"}

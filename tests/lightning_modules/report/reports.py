@@ -13,7 +13,7 @@ from typing import Any
 
 from lightning_modules import folder as outputs
 from lightning_modules.report import seeds
-from lightning_modules.report.run import Run
+from lightning_modules.report.finished import FinishedRun
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.report import defaults
 
@@ -135,7 +135,7 @@ def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
     (folder / "evaluation.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
-def read_seeds(folder: Path, others: Sequence[Path]) -> Run:
+def read_seeds(folder: Path, others: Sequence[Path]) -> FinishedRun:
     """As `run.report.draw` reads them, with the options' defaults."""
     return seeds.read_seeds(folder, others, defaults().plain)
 

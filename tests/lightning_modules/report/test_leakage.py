@@ -12,9 +12,9 @@ from rich.console import Console
 
 from lightning_modules import folder as outputs
 from lightning_modules.report import mean_interval, table
+from lightning_modules.report.finished import COLUMNS, MEMORY, SCORES, columns, read
 from lightning_modules.report.leakage import Attack, explained, membership, percent
 from lightning_modules.report.over_seeds import scores_over_seeds
-from lightning_modules.report.run import COLUMNS, MEMORY, SCORES, columns, read
 from lightning_modules.report.terminal import sentences, tables
 from lightning_modules.run.report import draw
 from tests.lightning_modules.report.reports import Page, make, make_seed, read_metrics, read_seeds, write_rows

@@ -18,7 +18,7 @@ from lightning_modules import cli
 from lightning_modules import folder as outputs
 from lightning_modules.report import mean_interval
 from lightning_modules.report.changed import changed_options
-from lightning_modules.report.run import read
+from lightning_modules.report.finished import read
 from lightning_modules.report.samples import is_degenerate, samples
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.report import defaults, draw

@@ -27,7 +27,7 @@ from lightning_modules.run import evaluate as evaluate_command
 from lightning_modules.run import unlearn as unlearn_command
 from lightning_modules.run.loading import make_data
 from lightning_modules.run.options import EvaluateOptions, UnlearnOptions
-from lightning_modules.run.scoring import metrics
+from lightning_modules.run.scoring import contents_of_metrics
 from lightning_modules.training import callbacks
 from tests.reference import metrics as oracles
 
@@ -404,7 +404,9 @@ def test_evaluate_scores_a_saved_model_and_leaves_a_log_that_can_be_a_reference(
 def test_the_scores_of_a_diverged_model_are_nan_and_written() -> None:
     row = dict.fromkeys(MEANS, 1.0) | {"paraphrase_nll": math.nan, "perturbed_nll": [1.0], "n": 1}
     rows = {"forget": [row]}
-    found = metrics(0, None, Evaluation({"forget": {"n": 1}}, rows), {"forget": [row | {"paraphrase_nll": 1.0}]}, {})
+    found = contents_of_metrics(
+        0, None, Evaluation({"forget": {"n": 1}}, rows), {"forget": [row | {"paraphrase_nll": 1.0}]}, {}
+    )
     assert found["forget_quality"]["n"] == 1
     assert all(math.isnan(found["forget_quality"][name]) for name in ("statistic", "pvalue", "log10_pvalue"))
 

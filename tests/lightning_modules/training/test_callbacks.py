@@ -311,6 +311,17 @@ def test_the_command_watches_as_its_options_say(tmp_path: Path) -> None:
             TrainingOptions(**{name: 1.5}).check()
 
 
+@pytest.mark.parametrize("value", [-0.1, 1.0, 1.5, float("nan")])
+def test_a_threshold_that_no_probability_can_fall_below_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=rf"--stop-below.*found {value}"):
+        TrainingOptions(stop_below=value).check()
+
+
+@pytest.mark.parametrize("value", [None, 0.0, 0.05])
+def test_thresholds_to_stop_at(value: float | None) -> None:
+    TrainingOptions(stop_below=value).check()
+
+
 def test_public_names() -> None:
     for name in (
         "SurgeryLogger",

@@ -24,11 +24,12 @@ SCORES = (*COLUMNS, *MEMORY)
 MODELS = ("before", "after", "reference")
 
 Found = TypeVar("Found")
-Rows = list[dict[str, Any]]
+ScoredExamples = list[dict[str, Any]]
+"""Those of one model and one split."""
 
 
 @dataclass
-class Run:
+class FinishedRun:
     """A finished run.
 
     Attributes:
@@ -47,15 +48,15 @@ class Run:
     metrics: Mapping[str, Any]
     surgery: list[dict[str, float]] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
-    examples: dict[str, dict[str, Rows]] = field(default_factory=dict)
+    examples: dict[str, dict[str, ScoredExamples]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     probes: dict[str, Any] = field(default_factory=dict)
-    others: list[Run] = field(default_factory=list)
+    others: list[FinishedRun] = field(default_factory=list)
     changed: dict[str, str] | None = None
     missing: list[str] = field(default_factory=list)
 
-    def rows(self, model: str, split: str) -> Rows:
+    def rows(self, model: str, split: str) -> ScoredExamples:
         """Returns the scored examples of a model and split; an empty list without a log of them."""
         return self.examples.get(model, {}).get(split, [])
 
@@ -64,7 +65,7 @@ class Run:
         return number((self.metrics[model] or {}).get(split, {}).get(column))
 
 
-def read(folder: Path) -> Run:
+def read(folder: Path) -> FinishedRun:
     """Returns everything that is in a run's folder.
 
     Raises:
@@ -86,7 +87,7 @@ def read(folder: Path) -> Run:
             f"report: expected the {METRICS} of `gradsurgery unlearn` or `evaluate` in {folder}, found one without "
             f"{', '.join(lacking) or 'scores of the model after'}"
         )
-    run = Run(metrics)
+    run = FinishedRun(metrics)
     run.surgery = _read(run, folder / SURGERY, _surgery, "the conflict of the gradients")
     run.curve = _read(
         run, folder / CURVE, _table("step", "forget", "retain"), "forgetting and retention over the steps"
@@ -101,7 +102,7 @@ def read(folder: Path) -> Run:
     return run
 
 
-def columns(run: Run) -> tuple[tuple[str, str], ...]:
+def columns(run: FinishedRun) -> tuple[tuple[str, str], ...]:
     """Returns the scores that the report shows, with their headings: the usual ones, and those of `memory`."""
     return (*COLUMNS, *memory(run.metrics))
 
@@ -117,7 +118,7 @@ def number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def _read(run: Run, path: Path, parse: Callable[[str], Any], without: str) -> Any:
+def _read(run: FinishedRun, path: Path, parse: Callable[[str], Any], without: str) -> Any:
     if not path.exists():
         run.missing.append(f"{path.name} is not in the folder; without it the report lacks {without}.")
         return []
@@ -158,8 +159,8 @@ def _mapping(load: Callable[[str], Any]) -> Callable[[str], dict[str, Any]]:
     return parse
 
 
-def _examples(text: str) -> dict[str, dict[str, Rows]]:
-    found: dict[str, dict[str, Rows]] = {}
+def _examples(text: str) -> dict[str, dict[str, ScoredExamples]]:
+    found: dict[str, dict[str, ScoredExamples]] = {}
     for line in text.splitlines():
         if line.strip():
             row = json.loads(line)
@@ -171,7 +172,7 @@ def _examples(text: str) -> dict[str, dict[str, Rows]]:
     return found
 
 
-def _disagreements(run: Run) -> Sequence[str]:
+def _disagreements(run: FinishedRun) -> Sequence[str]:
     """Says if the log is not the one that metrics.json was computed from: its intervals would be of another run."""
     for model, splits in run.examples.items():
         for split in splits:
