@@ -8,8 +8,11 @@ import pytest
 import torch
 
 # Tensors of a few dozen numbers: with more threads they only wait for each other, many times as long where cores are
-# shared. CI runs everything once more with two, because sums in another order are other sums.
-torch.set_num_threads(int(os.environ.get("GRADSURGERY_TEST_THREADS", "1")))
+# shared. CI runs everything once more with two, because sums in another order are other sums. Processes that a test
+# starts have as many, or the same model would give other last digits there.
+THREADS = os.environ.get("GRADSURGERY_TEST_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = THREADS
+torch.set_num_threads(int(THREADS))
 
 # Files that take a minute or more: begun last, one of them would leave the other workers idle.
 LONG = ("test_commands.py", "test_ablation.py", "test_ranks.py", "test_kinds.py")
