@@ -47,7 +47,8 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, _cache: None) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "first"
-    assert cli.main(["unlearn", *SMALL, "--output", str(folder), "--guard", "measure"]) == 0
+    # The curve's scores cost more than the steps between them.
+    assert cli.main(["unlearn", *SMALL, "--output", str(folder), "--guard", "measure", "--score-every", "3"]) == 0
     return folder
 
 
@@ -432,7 +433,7 @@ def test_the_last_authors_are_forgotten() -> None:
 
 def test_own_files_lora_and_every_option_of_surgery_run(tmp_path: Path) -> None:
     rows = fictional_authors(5)
-    for name, part in (("forget", rows[80:]), ("retain", rows[:80])):
+    for name, part in (("forget", rows[80:]), ("retain", rows[60:80])):
         (tmp_path / f"{name}.json").write_text(json.dumps(part))
     folder = tmp_path / "lora"
     arguments = [
