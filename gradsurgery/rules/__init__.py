@@ -113,8 +113,8 @@ A rule with a memory follows the protocol `StatefulRule`, as `GradVac` does.
 # Names of rules come from the table: a new one needs a row in the docstring above and no line below.
 from gradsurgery.rules import elementwise
 from gradsurgery.rules._algebra import of_gram
-from gradsurgery.rules.multi_task import *  # noqa: F403
-from gradsurgery.rules.projections import *  # noqa: F403
+from gradsurgery.rules.multi_task import *  # noqa: F403 (the table lists its rules)
+from gradsurgery.rules.projections import *  # noqa: F403 (the table lists its rules)
 from gradsurgery.rules.stateful import GradVac, StatefulRule
 from gradsurgery.rules.table import RULES, Rule, by_name
 
