@@ -14,8 +14,15 @@ THREADS = os.environ.get("GRADSURGERY_TEST_THREADS", "1")
 os.environ["OMP_NUM_THREADS"] = THREADS
 torch.set_num_threads(int(THREADS))
 
-# Files that take a minute or more: begun last, one of them would leave the other workers idle.
-LONG = ("test_commands.py", "test_ablation.py", "test_ranks.py", "test_kinds.py")
+# Files that take long: begun last, one of them would leave the other workers idle.
+LONG = (
+    "test_commands.py",
+    "test_ranks.py",
+    "test_ablation.py",
+    "test_examples.py",
+    "test_kernel.py",
+    "test_package.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
