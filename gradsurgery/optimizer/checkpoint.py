@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.optimizer.average import EMA
-from gradsurgery.optimizer.wrapper import parameters_of
+from gradsurgery.optimizer.wrapper import parameters_of, refuse_maximize
 from gradsurgery.rules import StatefulRule
 
 _AVERAGE = "gradsurgery_ema_"
@@ -58,6 +58,7 @@ def load(
     Raises:
         ValueError: If it does not fit. Nothing is changed then.
     """
+    refuse_maximize(state_dict["param_groups"])  # the base would adopt it with the groups
     # The base must not see the averages, because it would cast them to the parameters' type.
     state, averages, steps = _split_state(state_dict, parameters_of(base), average)
     groups = [dict(group) for group in state_dict["param_groups"]]

@@ -71,7 +71,7 @@ class GradientSurgery(Wrapper):
     Raises:
         TypeError: If ``base`` is not a constructed optimizer, or needs a closure (LBFGS).
         ValueError: If an option is outside its domain or names an unknown objective, rule, scope or metric, or if an
-            elementwise rule meets a scope or metric, which only a Gram matrix has.
+            elementwise rule meets a scope or metric, which only a Gram matrix has, or a group has ``maximize=True``.
         RuntimeError: If DeepSpeed owns the parameters.
 
     Cost: K - 1 gradient copies, one more per average, one each for ``accumulate`` and ``guard``; see `memory_estimate`.

@@ -108,6 +108,9 @@ def test_a_base_that_maximises_is_refused() -> None:
     with pytest.raises(ValueError, match="maximize"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "maximize": True})
     assert len(optimizer.param_groups) == 1
+    with pytest.raises(ValueError, match="maximize"):
+        optimizer.load_state_dict(torch.optim.SGD([weight], lr=0.5, maximize=True).state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.1
 
 
 # Averages of parameters that come late ----------------------------------------------------------------------------------------------
