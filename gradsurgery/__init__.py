@@ -18,8 +18,9 @@ Example:
 from gradsurgery import gram, logit_difference, lora, losses, rules, task_vectors
 from gradsurgery.optimizer import scope
 from gradsurgery.optimizer.dual import DualOptimizer
+from gradsurgery.optimizer.gru import GRU
 from gradsurgery.optimizer.record import Record
-from gradsurgery.optimizer.surgery import GRU, GradientSurgery
+from gradsurgery.optimizer.surgery import GradientSurgery
 from gradsurgery.rules import elementwise
 
 __version__ = "0.1.0"

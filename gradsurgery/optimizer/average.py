@@ -38,16 +38,38 @@ class EMA:
     ) -> None:
         if not dtype.is_floating_point:
             raise ValueError(f"ema_dtype: expected a floating-point type, found {dtype}")
-        decays = decay if isinstance(decay, Mapping) else dict.fromkeys(objectives[1:], decay)
-        check_protected("ema_decay", decays, objectives)
         self.objectives = tuple(objectives)
-        self.decays = {name: decay for name, decay in decays.items() if decay is not None}
-        for name, decay in self.decays.items():
-            if not 0.0 <= decay < 1.0:
-                raise ValueError(f"ema_decay: expected the old value's weight in [0, 1), found {decay} for {name!r}")
+        self.decays = _decays(decay, self.objectives)
         self.dtype = dtype
         self.averages: dict[str, dict[Tensor, Tensor]] = {name: {} for name in self.decays}
         self.steps: dict[Tensor, int] = {}
+
+    @torch.no_grad()
+    def change_decays(self, decay: float | Mapping[str, float] | None) -> None:
+        """Set other decays. The bias-corrected averages stay what they are.
+
+        An average m of n steps stands for m / (1 - d^n). It is multiplied by the quotient of these factors, new over
+        old, as if it had been made with the new decay.
+
+        Args:
+            decay: As in the constructor.
+
+        Raises:
+            ValueError: As the constructor, or if other objectives than so far would have an average that has begun.
+        """
+        decays = _decays(decay, self.objectives)
+        if decays.keys() != self.decays.keys() and self.steps:
+            raise ValueError(
+                f"ema_decay: expected decays for the objectives whose averages have begun, {sorted(self.decays)}, found "
+                f"{sorted(decays)}; 0.0 is no memory, and an average begins with the first step"
+            )
+        for name, averages in self.averages.items():
+            for parameter, average in averages.items():
+                number, old, new = self.steps.get(parameter, 0), self.decays[name], decays.get(name)
+                if number and new != old and new is not None:
+                    average.mul_((1.0 - new**number) / (1.0 - old**number))
+        self.decays = decays
+        self.averages = {name: self.averages.get(name, {}) for name in decays}
 
     def type_for(self, tensor: Tensor) -> torch.dtype:
         """Type of the average of a row of this tensor's type: a complex one for complex numbers."""
@@ -192,6 +214,17 @@ class EMA:
         self.averages.update(averages)
         self.steps.clear()
         self.steps.update(steps)
+
+
+def _decays(decay: float | Mapping[str, float] | None, objectives: Sequence[str]) -> dict[str, float]:
+    """The decays by objective, only where there is one."""
+    decays = decay if isinstance(decay, Mapping) else dict.fromkeys(objectives[1:], decay)
+    check_protected("ema_decay", decays, objectives)
+    found = {name: value for name, value in decays.items() if value is not None}
+    for name, value in found.items():
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"ema_decay: expected the old value's weight in [0, 1), found {value} for {name!r}")
+    return found
 
 
 def _parts(rows: Rows, counts: Sequence[int], reached: Sequence[bool]) -> tuple[Parts | None, list[int]]:

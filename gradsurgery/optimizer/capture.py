@@ -1,4 +1,4 @@
-"""Capture: how the backward passes of one step become rows, from contexts or from one joint scalar.
+"""Capture: how the backward passes of one step become rows.
 
 Inside ``optimizer.objective("retain")`` every ``p.grad`` *is* the tensor of the retain row, and on exit it is taken
 out of ``.grad``. Nothing is copied and no hook is installed, and gradients add up in place over micro-batches. Whatever
@@ -8,15 +8,16 @@ does to the row what it would do to an ordinary gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from enum import Enum
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradsurgery.gram import dtensor_type
+from gradsurgery.optimizer.clipping import rows_are_taken, rows_wait
+from gradsurgery.optimizer.join import Joined
 from gradsurgery.optimizer.record import Record
 from gradsurgery.optimizer.rows import Rows
 from gradsurgery.optimizer.update import Update
@@ -56,7 +57,8 @@ class Window:
         slots: The captured rows by objective: for each parameter the tensor that was its ``.grad``, or None.
         phase: Where the step stands.
         active: The objective whose context is open.
-        joined: Number of micro-batches that ``join`` has captured.
+        joined: What ``join`` knows of its micro-batches.
+        scale_known: Whether the rows were combined with their loss scale.
         candidates: The next averages by objective, made of rows that `EMA.fold` took out of their slots.
         combined: What ``combine`` hands to ``step``.
         record: Of the latest ``combine``; it outlives the window.
@@ -66,7 +68,8 @@ class Window:
         self.slots: dict[str, list[Tensor | None]] = {}
         self.phase = Phase.OPEN
         self.active: str | None = None
-        self.joined = 0
+        self.joined = Joined()
+        self.scale_known = False
         self.candidates: dict[str, list[Tensor | None]] = {}
         self.combined: tuple[Rows, Update] | None = None
         self.record: Record | None = None
@@ -76,19 +79,28 @@ class Window:
         self.slots.clear()
         self.phase = phase
         self.active = None
-        self.joined = 0
+        self.joined.clear()
+        self.scale_known = False
         self.candidates.clear()
         self.combined = None
+        rows_are_taken(self)
 
     @contextmanager
     def capture(
-        self, name: str, parameters: Sequence[Tensor], *, accumulate: bool, agree: Callable[[str | None], None]
+        self,
+        name: str,
+        parameters: Sequence[Tensor],
+        *,
+        objectives: Sequence[str],
+        accumulate: bool,
+        agree: Callable[[str | None], None],
     ) -> Generator[None]:
         """Let the backward passes inside write, or add to, the row called ``name``.
 
         Args:
             name: The objective.
             parameters: Every parameter, in the rows' order.
+            objectives: All names.
             accumulate: Whether a row may grow after it was combined (the option of that name).
             agree: Called first, with the problem if there is one, which it raises on every rank.
 
@@ -99,6 +111,7 @@ class Window:
                 untouched.
         """
         agree(self._problem_entering(name, parameters, accumulate=accumulate))
+        rows_are_taken(self)
         slot = self.slots.get(name, [])
         slot += [None] * (len(parameters) - len(slot))  # a parameter group was added since
         for parameter, gradient in zip(parameters, slot, strict=True):
@@ -117,6 +130,8 @@ class Window:
         else:
             self.slots[name] = captured
             self.phase, self.active = Phase.OPEN, None
+            if self.slots.keys() >= set(objectives):
+                rows_wait(self, parameters)
         finally:
             for parameter in parameters:
                 parameter.grad = None
@@ -137,6 +152,7 @@ class Window:
             keep_slots: Whether the rows may grow after this.
         """
         self.combined = rows, update
+        rows_are_taken(self)
         for parameter, gradient in zip(rows.parameters, gradients, strict=True):
             parameter.grad = gradient
         if not keep_slots:
@@ -148,18 +164,42 @@ class Window:
 
         Raises:
             FloatingPointError: If the update is not finite.
-            RuntimeError: If there is no update.
+            RuntimeError: If there is no update, or a joint loss was not divided by the number of micro-batches.
         """
         if self.combined is None:
             raise RuntimeError("step: expected rows that combine() left, found none; call zero_grad() and start again")
         rows, update = self.combined
-        update.check_finite(objectives)
+        # Two questions to the device, and one answer: the only one that a step waits for.
+        if not bool(update.finite & ~self.joined.undivided(update.finite.device)):
+            update.check_finite(objectives)
+            self.joined.refuse_undivided()
         if all(parameter.grad is None for parameter in parameters):
             raise RuntimeError(
                 "step: expected the update in .grad, found none, so something zeroed it after combine(); to drop a batch call "
                 "optimizer.zero_grad(), which forgets the rows too (model.zero_grad() does not)"
             )
         return rows
+
+    def refuse_another_term(self, parameters: Sequence[Tensor]) -> None:
+        """As `Joined.refuse_another_term`. Where it refuses, the rows are forgotten, so that nobody can step."""
+        try:
+            self.joined.refuse_another_term(parameters)
+        except RuntimeError:
+            self.clear()
+            raise
+
+    def refuse_change(self, option: str, parameters: Sequence[Tensor]) -> None:
+        """Refuse to change an option that the rows of this step are measured or combined with.
+
+        Raises:
+            RuntimeError: If a row is captured, or an update waits for its step.
+        """
+        waits = self.phase is Phase.COMBINED and any(parameter.grad is not None for parameter in parameters)
+        if self.active is not None or (self.phase is not Phase.COMBINED and self.slots) or waits:
+            raise RuntimeError(
+                f"{option}: expected to be set between steps, found rows of {list(self.slots) or 'a step'} that are captured and not "
+                "stepped; set it after step() or zero_grad()"
+            )
 
     def problem_stepping(self, objectives: Sequence[str]) -> str:
         """What is wrong where no objective ran."""
@@ -228,79 +268,3 @@ def _no_gradient(name: str, parameters: Sequence[Tensor]) -> str:
             "step, so remove the hook"
         )
     return f"{found}; did the context contain a backward() of a loss that depends on the parameters, and zero_grad() stay outside it?"
-
-
-# Join: one scalar whose single backward pass captures every row, for trainers that own the loop ---------------------
-
-
-def join(
-    losses: Mapping[str, Tensor],
-    objectives: Sequence[str],
-    objective: Callable[[str], AbstractContextManager[None]],
-    arm: Callable[[Tensor], None],
-    finish: Callable[[Tensor], None],
-    *,
-    retain_graph: bool,
-) -> Tensor:
-    """The scalar that `GradientSurgery.join` returns.
-
-    Args:
-        losses: A loss for each objective.
-        objectives: The names, the rectified one first.
-        objective: The context that captures the row of a name.
-        arm: Called with a loss before its backward pass.
-        finish: Called with the scalar's incoming gradient when every row is captured.
-        retain_graph: Keep the graphs until the last of the backward passes.
-
-    Raises:
-        ValueError: If an objective is missing or unknown, or a loss is not a single number.
-        RuntimeError: If a loss has no graph.
-    """
-    if set(losses) != set(objectives):
-        raise ValueError(f"join: expected one loss for each of {list(objectives)}, found {list(losses)}")
-    for name, loss in losses.items():
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            found = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(
-                f"join: expected a loss of one number for {name!r}, found {found}; take its mean or sum first"
-            )
-    if not torch.is_grad_enabled():
-        return _total(losses)  # validation: there is nothing to capture
-    for name, loss in losses.items():
-        if not loss.requires_grad:
-            raise RuntimeError(
-                f"join: expected the loss of {name!r} to depend on trainable parameters, found one without a graph"
-            )
-    # Protected rows first: the first objective's row, captured last, is the one that the update overwrites.
-    ordered = {name: losses[name] for name in (*objectives[1:], objectives[0])}
-
-    def backward(gradient: Tensor) -> None:
-        for name, loss in ordered.items():
-            keep_graph = retain_graph and name != objectives[0]
-            arm(loss)
-            with objective(name):
-                torch.autograd.backward(loss, gradient.to(loss).reshape(loss.shape), retain_graph=keep_graph)
-        finish(gradient)
-
-    anchor = torch.zeros((), device=losses[objectives[0]].device, requires_grad=True)
-    return _Join.apply(backward, ordered, anchor)
-
-
-class _Join(torch.autograd.Function):
-    """The losses are no inputs of the function, because autograd would hand them one shared backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, backward: Callable[[Tensor], None], losses: dict[str, Tensor], _anchor: Tensor) -> Tensor:
-        ctx.run = backward
-        return _total(losses)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
-        ctx.run(gradients[0])
-        return None, None, None
-
-
-def _total(losses: Mapping[str, Tensor]) -> Tensor:
-    # A float64 model needs a float64 scalar: 1 / number of micro-batches comes back through its gradient.
-    dtype = torch.float64 if any(loss.dtype == torch.float64 for loss in losses.values()) else torch.float32
-    return torch.stack([loss.detach().to(dtype).reshape(()) for loss in losses.values()]).sum()

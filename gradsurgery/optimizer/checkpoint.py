@@ -68,7 +68,7 @@ def load(
             if averages.get(name) and average.decays[name] != decay:
                 raise ValueError(
                     f"load_state_dict: expected the average of {name!r} to have ema_decay={average.decays[name]}, found {decay}; "
-                    "construct GradientSurgery with that"
+                    "construct GradientSurgery with that, or set optimizer.ema_decay to it before loading"
                 )
     of_all = max((int(group.pop(_STEPS, 0)) for group in groups), default=0)
     of_rule = [group.pop(_RULE, None) for group in groups]

@@ -1,28 +1,38 @@
-"""The metric: the inner product in which conflict is measured, if it is the base optimizer's own."""
+"""The metric: the inner product in which conflict is measured, if it is the base optimizer's own or a user's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from gradsurgery.gram import Metric
+from gradsurgery.gram import Metric, dtensor_type
+
+UserMetric: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
+"""A user's own metric: the parameters -> for each the diagonal of the inner product, a tensor like the parameter with
+weights > 0, or None where it is Euclidean. It is asked once a step, when the rows are combined."""
+
+MetricOption: TypeAlias = Literal["euclidean", "optimizer"] | UserMetric
+"""What ``metric`` may be."""
 
 # What their step does to a gradient is no diagonal matrix that one tensor of their state describes.
 _WITHOUT_DIAGONAL = ("Adadelta", "Adafactor", "Muon", "Rprop")
 
 
-def check_metric(metric: str, base: torch.optim.Optimizer) -> None:
+def check_metric(metric: MetricOption, base: torch.optim.Optimizer) -> None:
     """Check the option, and refuse ``"optimizer"`` where the base's own metric is not a diagonal that its state holds.
 
     Raises:
         ValueError: If there is no such metric; for Adadelta, Adafactor, Muon, Rprop, and RMSprop with ``centered``.
     """
-    if metric not in ("euclidean", "optimizer"):
-        raise ValueError(f"metric: expected 'euclidean' or 'optimizer', found {metric!r}")
-    if metric == "euclidean":
+    if metric == "euclidean" or callable(metric):
         return
+    if metric != "optimizer":
+        raise ValueError(
+            f"metric: expected 'euclidean' or 'optimizer', found {metric!r}; a metric of your own is a function of the parameters"
+        )
     without = tuple(kind for name in _WITHOUT_DIAGONAL if (kind := getattr(torch.optim, name, None)) is not None)
     if isinstance(base, without) or any(group.get("centered") for group in base.param_groups):
         raise ValueError(
@@ -30,6 +40,48 @@ def check_metric(metric: str, base: torch.optim.Optimizer) -> None:
             f"RMSprop, Adagrad) or SGD, found {type(base).__name__}; use metric='euclidean', and guard='update' for a "
             "promise about the step itself"
         )
+
+
+def metric_of(option: MetricOption, base: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> Metric | None:
+    """The metric of the coming step; None is the Euclidean one.
+
+    Raises:
+        ValueError: If a user's metric is no list of tensors like the parameters.
+    """
+    if option == "euclidean":
+        return None
+    if option == "optimizer":
+        return optimizer_metric(base, parameters)
+    return _users_metric(option, parameters)
+
+
+def _users_metric(metric: UserMetric, parameters: Sequence[Tensor]) -> Metric:
+    DTensor = dtensor_type()
+
+    def layout(tensor: Tensor) -> object:
+        sharding = tensor.placements if DTensor is not None and isinstance(tensor, DTensor) else None
+        return tensor.shape, tensor.device, sharding
+
+    weights = list(metric(parameters))
+    if len(weights) != len(parameters):
+        raise ValueError(
+            f"metric: expected a tensor or None for each of {len(parameters)} parameters, found {len(weights)}"
+        )
+    for index, (weight, parameter) in enumerate(zip(weights, parameters, strict=True)):
+        if weight is None:
+            continue
+        if not isinstance(weight, Tensor) or layout(weight) != layout(parameter) or parameter.is_complex():
+            found = f"{list(weight.shape)} on {weight.device}" if isinstance(weight, Tensor) else type(weight).__name__
+            raise ValueError(
+                f"metric: expected weights like parameter {index}, real, {list(parameter.shape)} on {parameter.device} and sharded as it "
+                f"is, found {found}; None stands for weights of 1"
+            )
+
+    def chosen(index: int) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+        weight = weights[index]
+        return None if weight is None else (weight.detach(), lambda found: found)
+
+    return chosen
 
 
 def optimizer_metric(base: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> Metric | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -14,19 +15,21 @@ from torch import Tensor
 from gradsurgery import rules
 from gradsurgery.optimizer import checkpoint
 from gradsurgery.optimizer.average import EMA
-from gradsurgery.optimizer.capture import Phase, Window, check_objectives, join
+from gradsurgery.optimizer.capture import Phase, Window, check_objectives
 from gradsurgery.optimizer.guard import check_guard, copy_before_step, guard
-from gradsurgery.optimizer.metric import check_metric, optimizer_metric
+from gradsurgery.optimizer.join import Stages, join
+from gradsurgery.optimizer.metric import MetricOption, check_metric, metric_of
+from gradsurgery.optimizer.options import Adjustable, Guard, Options, check_norm, start_of
 from gradsurgery.optimizer.ranks import Ranks, refuse_deepspeed
 from gradsurgery.optimizer.record import Record, record_of
 from gradsurgery.optimizer.rows import Rows
+from gradsurgery.optimizer.scaler import check_scaler
 from gradsurgery.optimizer.scope import Scope, blocks_of_both
 from gradsurgery.optimizer.update import decide, multiples, resolve_rule
-from gradsurgery.optimizer.wrapper import Wrapper, local_bytes, refuse_maximize
-from gradsurgery.rules import elementwise
+from gradsurgery.optimizer.wrapper import refuse_maximize
 
 
-class GradientSurgery(Wrapper):
+class GradientSurgery(Adjustable):
     r"""Wrap an optimizer so that each objective's gradient is kept apart and a rule decides what is stepped.
 
     With rows $g_0$ (``"forget"``) and $g_1, \dots$ (protected; their moving average where ``ema_decay`` is set), the
@@ -40,6 +43,9 @@ class GradientSurgery(Wrapper):
 
     It is a `torch.optim.Optimizer`: ``param_groups`` and ``state`` are the base's own, so schedulers, GradScaler,
     Lightning, checkpoints and step hooks work on it. Put the scheduler on this wrapper.
+
+    ``rule``, ``ema_decay``, ``add``, ``max_norm``, ``guard``, ``metric`` and ``record_scope`` are attributes too, which
+    a schedule may set between steps (`gradsurgery.optimizer.options.Adjustable`).
 
     Args:
         base: Any constructed optimizer whose step needs no closure.
@@ -58,7 +64,9 @@ class GradientSurgery(Wrapper):
             what the rule saw.
         metric: ``"optimizer"`` measures conflict with the base's own preconditioner as it stood before the step
             (Euclidean on the first step): 1/(sqrt(v) + eps) for Adam-likes. Momentum, weight decay and the groups'
-            learning rates are not part of it.
+            learning rates are not part of it. A function of your own takes the parameters and returns, for each, the
+            diagonal of the inner product: a tensor of weights > 0 like the parameter, or None for weights of 1. It is
+            asked once a step: ``metric=lambda parameters: [importance[id(p)] for p in parameters]``.
         guard: ``"update"`` looks at the parameter change after the base's step and removes, by the same exact
             projection as `gradsurgery.rules.gru`, what would raise a protected objective to first order. ``"measure"``
             only records it.
@@ -97,8 +105,8 @@ class GradientSurgery(Wrapper):
         ema_decay: float | Mapping[str, float] | None = None,
         scope: Scope = "global",
         record_scope: Scope | None = None,
-        metric: Literal["euclidean", "optimizer"] = "euclidean",
-        guard: Literal["update", "measure"] | None = None,
+        metric: MetricOption = "euclidean",
+        guard: Guard = None,
         add: Mapping[str, float] | None = None,
         max_norm: float | None = None,
         ema_dtype: torch.dtype = torch.float32,
@@ -106,17 +114,13 @@ class GradientSurgery(Wrapper):
     ) -> None:
         super().__init__(base)
         self.objectives = check_objectives(objectives)
-        self._rule = resolve_rule(rule, len(self.objectives), scope=scope, metric=metric)
-        self._rule_start = self._rule.state_dict() if isinstance(self._rule, rules.StatefulRule) else {}
+        rule = resolve_rule(rule, len(self.objectives), scope=scope, metric=metric)
         check_metric(metric, base)
         check_guard(guard, self._parameters())
-        if max_norm is not None and not max_norm > 0.0:
-            raise ValueError(f"max_norm: expected a positive number, found {max_norm}")
+        norm = check_norm(max_norm)
         self._ema = EMA(ema_decay, self.objectives, ema_dtype)
-        self._add = multiples(add or {}, self.objectives)
-        self._scope: Scope = scope
-        self.record_scope: Scope | None = record_scope
-        self._metric, self._guard, self._max_norm, self._accumulate = metric, guard, max_norm, accumulate
+        added = multiples(add or {}, self.objectives)
+        self._options = Options(rule, start_of(rule), scope, record_scope, metric, guard, added, norm, accumulate)
         blocks_of_both(scope, record_scope, self.param_groups)  # a scope that does not fit the parameters raises here
         refuse_deepspeed(base, self._parameters())
 
@@ -124,8 +128,7 @@ class GradientSurgery(Wrapper):
 
     def _restart(self) -> None:
         super()._restart()
-        # Lightning calls methods on a proxy, so an attribute that a method rebinds would never reach this object.
-        # Everything that changes while training therefore lives in objects that are changed in place.
+        # Changed in place and never replaced, for the reason that `Adjustable` gives.
         self._window = Window()
         self._ranks = Ranks()
 
@@ -153,43 +156,58 @@ class GradientSurgery(Wrapper):
             raise ValueError(f"objective: expected one of {list(self.objectives)}, found {name!r}")
         parameters = self._parameters()
         agree = partial(self._ranks.agree_to_enter, self.objectives.index(name), parameters)
-        return self._window.capture(name, parameters, accumulate=self._accumulate, agree=agree)
+        return self._window.capture(
+            name, parameters, objectives=self.objectives, accumulate=self._options.accumulate, agree=agree
+        )
 
-    # Two signatures, so that a type checker does not take the values of join(**losses) for retain_graph.
+    # Two signatures, so that a type checker does not take the values of join(**losses) for the other arguments.
     @overload
     def join(self, **losses: Tensor) -> Tensor: ...
     @overload
-    def join(self, *, retain_graph: bool, **losses: Tensor) -> Tensor: ...
-    def join(self, *, retain_graph: Any = False, **losses: Tensor) -> Tensor:
+    def join(self, *, retain_graph: bool = False, scale: float | Tensor | None = None, **losses: Tensor) -> Tensor: ...
+    def join(self, *, retain_graph: Any = False, scale: Any = None, **losses: Tensor) -> Tensor:
         """One scalar, the sum of the losses, whose single ``backward()`` captures every row and combines them.
+
+        The gradient that reaches it must be the loss scale (of a GradScaler, else 1) divided by the number of
+        micro-batches, as Lightning, Hugging Face and Accelerate divide: rows are then means over the micro-batches so
+        far. A loop that does not divide says the loss scale, ``join(..., scale=1.0)``: rows are then sums, as those of
+        contexts. A loss that was not divided is noticed by `step`, and refused.
 
         Args:
             retain_graph: Keep the graphs until the last of the inner backward passes: needed when the losses share one
                 forward pass.
+            scale: The loss scale that the incoming gradient carries; None reads it from the gradient.
             **losses: One 0-dim loss for each objective, by name.
 
         Returns:
-            0-dim float32 tensor (float64 where a loss is). The gradient that reaches it (a GradScaler's scale,
-            Lightning's and Hugging Face's 1 / number of micro-batches) scales every row.
+            0-dim float32 tensor (float64 where a loss is). A term that is added to it is in no row, and refused.
 
         Raises:
             ValueError: If an objective is missing or unknown, or a loss is not a single number.
-            RuntimeError: If a loss does not depend on any parameter, under DDP with ``static_graph``, or for FSDP1; its
-                backward raises as `objective` and `combine` do.
+            RuntimeError: If a loss does not depend on any parameter, under DDP with ``static_graph``, or for FSDP1. Its
+                backward raises as `objective` and `combine` do, and where another term writes to ``.grad``.
 
         Cost: the graphs of all losses are alive at once (contexts hold one at a time).
         """
+        window, joined, parameters = self._window, self._window.joined, self._parameters()
+
+        def begin() -> None:
+            joined.refuse_mixture(scale)
+            window.refuse_another_term(parameters)
 
         def finish(gradient: Tensor) -> None:
-            self._window.joined += 1
+            loss_scale = joined.add(gradient, scale)
             # Inside DDP's no_sync() the rows are this rank's own; they are reduced, and combined, with the last
-            # micro-batch. The incoming gradient is loss scale / micro-batches, and the rows are sums so far: the scale
-            # below makes them means over the micro-batches so far.
-            if self._ranks.synchronising(self._parameters()):
-                self.combine(scale=gradient * self._window.joined)
+            # micro-batch.
+            if self._ranks.synchronising(parameters):
+                self.combine(scale=loss_scale)
+            joined.look(parameters)
 
-        arm = partial(self._ranks.arm_reducer, self._parameters())
-        return join(losses, self.objectives, self.objective, arm, finish, retain_graph=retain_graph)
+        arm = partial(self._ranks.arm_reducer, parameters)
+        end = partial(window.refuse_another_term, parameters)
+        joined.look(parameters)
+        stages = Stages(begin, arm, self.objective, finish, end)
+        return join(losses, self.objectives, stages, retain_graph=retain_graph)
 
     @torch.no_grad()
     def combine(self, *, scale: float | Tensor | None = None) -> Record:
@@ -213,7 +231,7 @@ class GradientSurgery(Wrapper):
         Cost: reads every row once and writes one, without temporaries (an elementwise rule makes a new row, which is
         measured by one more pass).
         """
-        window, parameters = self._window, self._parameters()
+        window, parameters, options = self._window, self._parameters(), self._options
         if window.phase is Phase.COMBINED and window.record is not None:
             return window.record
         self._ranks.agree(len(self.objectives), window.problem_combining(self.objectives, parameters), parameters)
@@ -221,17 +239,17 @@ class GradientSurgery(Wrapper):
             window.rows(self.objectives, len(parameters)),
             parameters,
             1.0 if scale is None else scale,
-            blocks=blocks_of_both(self._scope, self.record_scope, self.param_groups),
-            metric=optimizer_metric(self._base, parameters) if self._metric == "optimizer" else None,
+            blocks=blocks_of_both(options.scope, options.record_scope, self.param_groups),
+            metric=metric_of(options.metric, self._base, parameters),
         )
-        if not self._accumulate:  # folding overwrites rows, and those that will grow must stay
-            self._ema.fold(rows, window.candidates, add=self._add)
+        keep, check = options.accumulate, partial(self._ranks.check_gram, parameters)
+        if not keep:  # folding overwrites rows, and those that will grow must stay
+            self._ema.fold(rows, window.candidates, add=options.add)
         rows = self._ema.stand_in(rows, window.candidates)
-        keep, check = self._accumulate, partial(self._ranks.check_gram, parameters)
-        update, written = decide(rows, self._rule, add=self._add, max_norm=self._max_norm, keep=keep, check=check)
-        window.record = record_of(self.objectives, rows, update)
-        window.hand_to_step(rows, update, written, keep_slots=self._accumulate)
-        if not self._accumulate and not self._ema.decays and self._guard is None:
+        update, written = decide(rows, options.rule, add=options.add, max_norm=options.max_norm, keep=keep, check=check)
+        window.record, window.scale_known = record_of(self.objectives, rows, update), scale is not None
+        window.hand_to_step(rows, update, written, keep_slots=keep)
+        if not keep and not self._ema.decays and options.guard is None:
             rows.lists.clear()  # nobody reads the protected rows again: free them before the base's step
         return window.record
 
@@ -266,15 +284,15 @@ class GradientSurgery(Wrapper):
         record = self.combine()
         rows = window.rows_to_step(self.objectives, parameters)
         with torch.no_grad():
-            before = copy_before_step(parameters) if self._guard else []
+            before = copy_before_step(parameters) if self.guard else []
             self._step_base()
-            if self._guard:
-                unguarded, actual = guard(rows, before, self.param_groups, project=self._guard == "update")
+            if self.guard:
+                unguarded, actual = guard(rows, before, self.param_groups, project=self.guard == "update")
                 record = replace(record, actual_change=actual, unguarded_change=unguarded)
             if self._ema.decays:
                 self._ema.commit(rows, window.candidates)
-        if isinstance(self._rule, rules.StatefulRule):
-            self._rule.commit()
+        if isinstance(self.rule, rules.StatefulRule):
+            self.rule.commit()
         window.record = replace(record, applied=True)
         window.clear(Phase.CLOSED)
         return value
@@ -284,11 +302,18 @@ class GradientSurgery(Wrapper):
         self._base.zero_grad(set_to_none)
         # Zeroed tensors may stay in .grad. They are spent, and must not be refused as gradients of no objective.
         self._window.clear(Phase.OPEN if set_to_none else Phase.CLOSED)
+        self._window.joined.look(self._parameters())
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """False: a GradScaler unscales ``.grad``, also for a fused base. It asks before it steps, and is noticed so."""
+        check_scaler(self._window, inspect.currentframe())
+        return False
 
     # Saving ----------------------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        rule = getattr(self._rule, "__name__", repr(self._rule))
+        rule = getattr(self.rule, "__name__", repr(self.rule))
         return f"{type(self).__name__}({self._base!r}, rule={rule}, objectives={self.objectives}, ema_decay={self._ema.decays})"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -301,7 +326,7 @@ class GradientSurgery(Wrapper):
         Each is a float tensor ``gradsurgery_ema_<objective>`` in the parameter's state. The number of steps behind
         them, and a stateful rule's numbers, are in the parameter groups, where every checkpoint format keeps them.
         """
-        return self._save_between_hooks(partial(checkpoint.save, self._base, self._ema, self._rule))
+        return self._save_between_hooks(partial(checkpoint.save, self._base, self._ema, self.rule))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # the name is torch.distributed.checkpoint's
         """Restore what `state_dict` returned. A plain checkpoint of the base is accepted: averages then start at 0.
@@ -315,34 +340,7 @@ class GradientSurgery(Wrapper):
         """
 
         def load(state_dict: dict[str, Any]) -> None:
-            checkpoint.load(state_dict, self._base, self._ema, self._rule, self._rule_start)
+            checkpoint.load(state_dict, self._base, self._ema, self.rule, self._options.rule_start)
             self._window.clear()
 
         self._load_between_hooks(state_dict, load)
-
-    def memory_estimate(self) -> int:
-        """Bytes on this rank that surgery holds at most, besides what a plain step of the base holds at the same time.
-
-        K - 1 rows while backward passes run, and one average for each protected row with ``ema_decay`` from the first
-        step on. One row more with ``accumulate`` or an elementwise rule, and one copy of the parameters with ``guard``,
-        but only between `combine` and the end of `step`, when activations are gone. Activations are not counted:
-        contexts hold those of one objective at a time, `join` of all.
-        """
-        parameters = self._parameters()
-        one_more = self._accumulate or elementwise.is_elementwise(self._rule)
-        copies = len(self.objectives) - 1 + one_more + (self._guard is not None)
-        averages = len(self._ema.decays) * local_bytes(parameters, self._ema.dtype.itemsize)
-        return copies * local_bytes(parameters) + averages
-
-
-class GRU(GradientSurgery):
-    """`GradientSurgery` with the GRU paper's defaults (2503.09117): rule ``gru``, ``ema_decay=0.2``, global scope.
-
-    Args:
-        base: Any constructed optimizer.
-        **options: As `GradientSurgery`.
-    """
-
-    def __init__(self, base: torch.optim.Optimizer, **options: Any) -> None:
-        defaults: dict[str, Any] = {"rule": rules.gru, "ema_decay": 0.2}
-        super().__init__(base, **defaults | options)

@@ -43,13 +43,18 @@ class Update:
     clipped_by: Tensor
     cancelled: Tensor
 
+    @property
+    def finite(self) -> Tensor:
+        """Whether it has no NaN or inf in it, 0-dim bool on its device."""
+        return self.amounts.isfinite().all()
+
     def check_finite(self, objectives: Sequence[str]) -> None:
         """Refuse an update with a NaN or inf in it. It waits for the device.
 
         Raises:
             FloatingPointError: Naming the objectives whose rows are not finite.
         """
-        if bool(self.amounts.isfinite().all()):
+        if bool(self.finite):
             return
         culprits = [name for name, finite in zip(objectives, self.finite_rows.tolist(), strict=True) if not finite]
         found = (
@@ -63,7 +68,7 @@ class Update:
         )
 
 
-def resolve_rule(rule: Callable[..., Any] | str, number: int, *, scope: object, metric: str) -> Callable[..., Any]:
+def resolve_rule(rule: Callable[..., Any] | str, number: int, *, scope: object, metric: object) -> Callable[..., Any]:
     """The rule, by its name where that is given.
 
     Args:

@@ -430,14 +430,14 @@ def test_a_loss_of_another_model() -> None:
 )
 def test_a_rule_whose_answer_has_the_wrong_shape(rule: Callable[[Tensor], Tensor]) -> None:
     model, optimizer = trained()
-    optimizer._rule = rule
+    optimizer.rule = rule
     before = snapshot(model, optimizer)
     capture(optimizer, model, "retain", "forget")
     with pytest.raises(ValueError, match=r"rule: expected coefficients \[2\] for a Gram matrix \[2, 2\], found"):
         optimizer.step()
     assert_same(snapshot(model, optimizer), before)
-    optimizer._rule = gs.rules.gru
     optimizer.zero_grad()
+    optimizer.rule = gs.rules.gru
     works_on(model, optimizer)
 
 
@@ -522,13 +522,13 @@ def test_a_row_that_is_not_finite_is_named_and_zero_grad_recovers(
 
 def test_a_rule_that_answers_nan_to_finite_rows() -> None:
     model, optimizer = trained()
-    optimizer._rule = lambda gram: torch.full_like(gram[0], torch.nan)
+    optimizer.rule = lambda gram: torch.full_like(gram[0], torch.nan)
     before = snapshot(model, optimizer)
     capture(optimizer, model, "retain", "forget")
     with pytest.raises(FloatingPointError, match="finite rows but a non-finite rule or average"):
         optimizer.step()
-    optimizer._rule = gs.rules.gru
     optimizer.zero_grad()
+    optimizer.rule = gs.rules.gru
     assert_same(snapshot(model, optimizer), before)
     works_on(model, optimizer)
 

@@ -60,7 +60,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(base: str) -> None:
     contexts(resumed, again, LOSSES, rest)
     assert_same(snapshot(resumed, again), snapshot(model, optimizer))
     assert torch.equal(taken(again).gram, taken(optimizer).gram)
-    assert again._rule.state_dict() == optimizer._rule.state_dict()  # type: ignore[attr-defined]
+    assert again.rule.state_dict() == optimizer.rule.state_dict()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("option", ["average", "bias correction", "GradVac's target"])
@@ -302,7 +302,7 @@ def test_a_copy_trains_on_its_own(duplicate: Callable[[Any], Any], phase: str) -
     assert_same(snapshot(model, optimizer), before)
     contexts(model, optimizer, LOSSES, rest)
     assert_same(snapshot(twin, other), snapshot(model, optimizer))
-    assert other._rule is not optimizer._rule
+    assert other.rule is not optimizer.rule
     assert type(other) is type(optimizer)
     assert scheduler.optimizer is optimizer
 

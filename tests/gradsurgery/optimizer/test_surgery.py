@@ -261,7 +261,7 @@ def test_the_record_tells_what_happened(name: str) -> None:
             assert record.coefficients.shape == record.gram.shape[:-1]
         close(record.predicted_change, -expected.rows @ expected.update, STEPPED)
         close(record.update_norm, expected.update.norm(), STEPPED)
-        if optimizer._guard is None:
+        if optimizer.guard is None:
             assert record.actual_change is None
         else:
             assert record.actual_change is not None

@@ -441,7 +441,7 @@ def test_a_placebo_run_takes_the_forget_gradient_alone(config: str) -> None:
     model, _ = load_start(run, make_data(run.options(), None).read())
     gram = torch.tensor([[2.0, -1.0], [-1.0, 3.0]], dtype=torch.float64)
     surgery = build_module(model, run).make_surgery(torch.optim.SGD(model.named_parameters(), lr=0.1))
-    assert surgery._rule(gram).tolist() == [1.0, 0.0]
+    assert surgery.rule(gram).tolist() == [1.0, 0.0]
     assert surgery._ema.decays == {"retain": 0.2}
 
 

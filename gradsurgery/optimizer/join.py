@@ -1,0 +1,198 @@
+"""Join: one scalar whose single backward pass captures every row, for trainers that own the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradsurgery.gram import numbers_on
+
+_ANOTHER_TERM = (
+    "join: expected its backward pass to be the only one that writes .grad, found a gradient that came from elsewhere, as from a term "
+    "added to the joint loss (a regulariser, say): it would be in no row; add the term to one of the losses, as in "
+    "join(forget=forget_loss, retain=retain_loss + term), and call zero_grad()"
+)
+
+
+class Joined:
+    """What `join` knows of the micro-batches of one window, and the two mistakes that it notices.
+
+    Attributes:
+        number: Micro-batches captured so far.
+        explicit: Whether they came with the loss scale that their incoming gradients carry; None before the first.
+        incoming: The latest incoming gradient, 0-dim, from the second micro-batch on, if the loss scale is not given.
+        loss_scale: What an undivided loss would bring as its incoming gradient: 1, or a GradScaler's scale.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """A new window."""
+        self.number = 0
+        self.explicit: bool | None = None
+        self.incoming: Tensor | None = None
+        self.loss_scale: float | Tensor = 1.0
+        self._seen: list[tuple[Tensor | None, int]] = []
+
+    def add(self, gradient: Tensor, scale: float | Tensor | None) -> float | Tensor:
+        """Count a micro-batch.
+
+        Args:
+            gradient: Its incoming gradient.
+            scale: The loss scale, where that was given.
+
+        Returns:
+            What the rows must be divided by. An incoming gradient is loss scale / micro-batches, and the rows are sums
+            so far: their number makes means of them. With a given scale they stay sums.
+        """
+        self.number += 1
+        if scale is not None:
+            return scale
+        self.incoming = gradient if self.number > 1 else None
+        return gradient * self.number
+
+    def undivided(self, device: torch.device) -> Tensor:
+        """Whether a loss was not divided by the number of micro-batches, as far as its gradient tells, 0-dim bool."""
+        if self.incoming is None:
+            return torch.zeros((), dtype=torch.bool, device=device)
+        incoming = numbers_on(device, self.incoming)
+        return incoming == numbers_on(device, self.loss_scale)
+
+    def refuse_undivided(self) -> None:
+        """Say what is wrong where `undivided` is True.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError(
+            "step: expected the incoming gradient of join's backward to be the loss scale divided by the number of micro-batches, found "
+            f"the loss scale itself in micro-batch {self.number}; divide each loss by the number of micro-batches, as in "
+            "(optimizer.join(...) / micro_batches).backward(), or say join(..., scale=1.0) (the loss scale) where rows are to be summed; "
+            "nothing was stepped and zero_grad() recovers"
+        )
+
+    def refuse_mixture(self, scale: float | Tensor | None) -> None:
+        """Refuse micro-batches with and without a given loss scale in one window.
+
+        Raises:
+            RuntimeError: If there are both.
+        """
+        explicit = scale is not None
+        if self.explicit not in (None, explicit):
+            raise RuntimeError(
+                f"join: expected scale= in every micro-batch of a window or in none, found {'one with' if explicit else 'one without'} "
+                f"after {self.number} {'without' if explicit else 'with'}; call zero_grad() and say it in all"
+            )
+        self.explicit = explicit
+
+    def look(self, parameters: Sequence[Tensor]) -> None:
+        """Remember what stands in ``.grad``."""
+        self._seen = [(gradient, _version(gradient)) for gradient in (parameter.grad for parameter in parameters)]
+
+    def refuse_another_term(self, parameters: Sequence[Tensor]) -> None:
+        """Refuse gradients that were written since the latest `look`; the device is not asked.
+
+        Autograd runs what was built last first, so that a term added to the joint scalar writes before or after it.
+
+        Raises:
+            RuntimeError: If there are any.
+        """
+        seen_before, self._seen = self._seen, []  # so that spent gradients are not kept alive
+        for parameter, (seen, version) in zip(parameters, seen_before, strict=False):
+            gradient = parameter.grad
+            if gradient is not None and (gradient is not seen or _version(gradient) != version):
+                raise RuntimeError(_ANOTHER_TERM)
+
+
+def _version(gradient: Tensor | None) -> int:
+    # FSDP2 writes to the local part of a DTensor, whose own version stays.
+    local = getattr(gradient, "_local_tensor", gradient)
+    return 0 if local is None or local.is_inference() else local._version
+
+
+class Stages(NamedTuple):
+    """What the backward pass of a joint scalar calls, in this order.
+
+    Attributes:
+        begin: First.
+        arm: With each loss before its backward pass.
+        objective: The context that captures the row of a name.
+        finish: With the scalar's incoming gradient, when every row is captured.
+        end: When the whole backward pass that the scalar is part of is over.
+    """
+
+    begin: Callable[[], None]
+    arm: Callable[[Tensor], None]
+    objective: Callable[[str], AbstractContextManager[None]]
+    finish: Callable[[Tensor], None]
+    end: Callable[[], None]
+
+
+def join(losses: Mapping[str, Tensor], objectives: Sequence[str], stages: Stages, *, retain_graph: bool) -> Tensor:
+    """The scalar that `GradientSurgery.join` returns.
+
+    Args:
+        losses: A loss for each objective.
+        objectives: The names, the rectified one first.
+        stages: What its backward pass calls.
+        retain_graph: Keep the graphs until the last of the backward passes.
+
+    Raises:
+        ValueError: If an objective is missing or unknown, or a loss is not a single number.
+        RuntimeError: If a loss has no graph.
+    """
+    if set(losses) != set(objectives):
+        raise ValueError(f"join: expected one loss for each of {list(objectives)}, found {list(losses)}")
+    for name, loss in losses.items():
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"join: expected a loss of one number for {name!r}, found {found}; take its mean or sum first"
+            )
+    if not torch.is_grad_enabled():
+        return _total(losses)  # validation: there is nothing to capture
+    for name, loss in losses.items():
+        if not loss.requires_grad:
+            raise RuntimeError(
+                f"join: expected the loss of {name!r} to depend on trainable parameters, found one without a graph"
+            )
+    # Protected rows first: the first objective's row, captured last, is the one that the update overwrites.
+    ordered = {name: losses[name] for name in (*objectives[1:], objectives[0])}
+
+    def backward(gradient: Tensor) -> None:
+        stages.begin()
+        for name, loss in ordered.items():
+            keep_graph = retain_graph and name != objectives[0]
+            stages.arm(loss)
+            with stages.objective(name):
+                torch.autograd.backward(loss, gradient.to(loss).reshape(loss.shape), retain_graph=keep_graph)
+        stages.finish(gradient)
+        torch.autograd.Variable._execution_engine.queue_callback(stages.end)  # pyright: ignore[reportPrivateUsage]
+
+    anchor = torch.zeros((), device=losses[objectives[0]].device, requires_grad=True)
+    return _Join.apply(backward, ordered, anchor)
+
+
+class _Join(torch.autograd.Function):
+    """The losses are no inputs of the function, because autograd would hand them one shared backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, backward: Callable[[Tensor], None], losses: dict[str, Tensor], _anchor: Tensor) -> Tensor:
+        ctx.run = backward
+        return _total(losses)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        ctx.run(gradients[0])
+        return None, None, None
+
+
+def _total(losses: Mapping[str, Tensor]) -> Tensor:
+    # A float64 model needs a float64 scalar: 1 / number of micro-batches comes back through its gradient.
+    dtype = torch.float64 if any(loss.dtype == torch.float64 for loss in losses.values()) else torch.float32
+    return torch.stack([loss.detach().to(dtype).reshape(()) for loss in losses.values()]).sum()
