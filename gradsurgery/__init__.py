@@ -19,6 +19,7 @@ from gradsurgery import gram, logit_difference, lora, losses, rules, task_vector
 from gradsurgery.optimizer import scope
 from gradsurgery.optimizer.dual import DualOptimizer
 from gradsurgery.optimizer.gru import GRU
+from gradsurgery.optimizer.perturbation import Perturbed
 from gradsurgery.optimizer.record import Record
 from gradsurgery.optimizer.surgery import GradientSurgery
 from gradsurgery.rules import elementwise
@@ -28,6 +29,7 @@ __all__ = [
     "GRU",
     "DualOptimizer",
     "GradientSurgery",
+    "Perturbed",
     "Record",
     "__version__",
     "elementwise",

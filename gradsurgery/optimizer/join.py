@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from gradsurgery.gram import numbers_on
+from gradsurgery.optimizer.perturbation import Perturbation, Perturbed
 
 _ANOTHER_TERM = (
     "join: expected its backward pass to be the only one that writes .grad, found a gradient that came from elsewhere, as from a term "
@@ -115,6 +117,14 @@ def _version(gradient: Tensor | None) -> int:
     return 0 if local is None or local.is_inference() else local._version
 
 
+class Enter(Protocol):
+    """The context that captures the row of a name, at moved weights or not."""
+
+    def __call__(self, name: str, *, at: Perturbation | None = None) -> AbstractContextManager[None]:
+        """Make it."""
+        ...
+
+
 class Stages(NamedTuple):
     """What the backward pass of a joint scalar calls, in this order.
 
@@ -128,18 +138,26 @@ class Stages(NamedTuple):
 
     begin: Callable[[], None]
     arm: Callable[[Tensor], None]
-    objective: Callable[[str], AbstractContextManager[None]]
+    objective: Enter
     finish: Callable[[Tensor], None]
     end: Callable[[], None]
 
 
-def join(losses: Mapping[str, Tensor], objectives: Sequence[str], stages: Stages, *, retain_graph: bool) -> Tensor:
+def join(
+    losses: Mapping[str, Tensor | Perturbed],
+    objectives: Sequence[str],
+    stages: Stages,
+    *,
+    device: torch.device,
+    retain_graph: bool,
+) -> Tensor:
     """The scalar that `GradientSurgery.join` returns.
 
     Args:
         losses: A loss for each objective.
         objectives: The names, the rectified one first.
         stages: What its backward pass calls.
+        device: Of the parameters.
         retain_graph: Keep the graphs until the last of the backward passes.
 
     Raises:
@@ -148,43 +166,87 @@ def join(losses: Mapping[str, Tensor], objectives: Sequence[str], stages: Stages
     """
     if set(losses) != set(objectives):
         raise ValueError(f"join: expected one loss for each of {list(objectives)}, found {list(losses)}")
-    for name, loss in losses.items():
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            found = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(
-                f"join: expected a loss of one number for {name!r}, found {found}; take its mean or sum first"
-            )
+    known = {name: loss for name, loss in losses.items() if not isinstance(loss, Perturbed)}
+    for name, loss in known.items():
+        _check_number(name, loss)
     if not torch.is_grad_enabled():
-        return _total(losses)  # validation: there is nothing to capture
-    for name, loss in losses.items():
-        if not loss.requires_grad:
-            raise RuntimeError(
-                f"join: expected the loss of {name!r} to depend on trainable parameters, found one without a graph"
-            )
+        return _total(known, device)  # validation: there is nothing to capture
+    for name, loss in known.items():
+        _check_graph(name, loss)
     # Protected rows first: the first objective's row, captured last, is the one that the update overwrites.
     ordered = {name: losses[name] for name in (*objectives[1:], objectives[0])}
+    autocast = _autocast_now(device.type)
 
     def backward(gradient: Tensor) -> None:
         stages.begin()
         for name, loss in ordered.items():
-            keep_graph = retain_graph and name != objectives[0]
+            if isinstance(loss, Perturbed):
+                _run_perturbed(name, loss, gradient, stages, autocast)
+                continue
             stages.arm(loss)
             with stages.objective(name):
-                torch.autograd.backward(loss, gradient.to(loss).reshape(loss.shape), retain_graph=keep_graph)
+                _run(loss, gradient, keep_graph=retain_graph and name != objectives[0])
         stages.finish(gradient)
         torch.autograd.Variable._execution_engine.queue_callback(stages.end)  # pyright: ignore[reportPrivateUsage]
 
-    anchor = torch.zeros((), device=losses[objectives[0]].device, requires_grad=True)
-    return _Join.apply(backward, ordered, anchor)
+    total = _total(known, device)
+    return _Join.apply(backward, total, torch.zeros_like(total, requires_grad=True))
+
+
+def _run(loss: Tensor, gradient: Tensor, *, keep_graph: bool = False) -> None:
+    torch.autograd.backward(loss, gradient.to(loss).reshape(loss.shape), retain_graph=keep_graph)
+
+
+def _run_perturbed(
+    name: str, loss: Perturbed, gradient: Tensor, stages: Stages, autocast: AbstractContextManager[Any]
+) -> None:
+    """Compute and differentiate the direction, and then the loss at the weights that it leads to."""
+    for context, compute in (
+        (loss.at.direction, loss.direction),
+        (partial(stages.objective, name, at=loss.at), loss.loss),
+    ):
+        with context():
+            # A backward pass runs without gradients and, on a GPU, in a thread that knows no autocast.
+            with torch.enable_grad(), autocast:
+                value = compute()
+            _check_number(name, value)
+            _check_graph(name, value)
+            stages.arm(value)
+            _run(value, gradient)
+
+
+def _autocast_now(device: str) -> AbstractContextManager[Any]:
+    """Enters the autocast that is on now, whenever and wherever it is entered."""
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(
+        device,
+        dtype=torch.get_autocast_dtype(device),
+        enabled=torch.is_autocast_enabled(device),
+        cache_enabled=torch.is_autocast_cache_enabled(),
+    )
+
+
+def _check_number(name: str, loss: object) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"join: expected a loss of one number for {name!r}, found {found}; take its mean or sum first")
+
+
+def _check_graph(name: str, loss: Tensor) -> None:
+    if not loss.requires_grad:
+        raise RuntimeError(
+            f"join: expected the loss of {name!r} to depend on trainable parameters, found one without a graph"
+        )
 
 
 class _Join(torch.autograd.Function):
     """The losses are no inputs of the function, because autograd would hand them one shared backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, backward: Callable[[Tensor], None], losses: dict[str, Tensor], _anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, backward: Callable[[Tensor], None], total: Tensor, _anchor: Tensor) -> Tensor:
         ctx.run = backward
-        return _total(losses)
+        return total.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
@@ -192,7 +254,9 @@ class _Join(torch.autograd.Function):
         return None, None, None
 
 
-def _total(losses: Mapping[str, Tensor]) -> Tensor:
+def _total(losses: Mapping[str, Tensor], device: torch.device) -> Tensor:
     # A float64 model needs a float64 scalar: 1 / number of micro-batches comes back through its gradient.
     dtype = torch.float64 if any(loss.dtype == torch.float64 for loss in losses.values()) else torch.float32
+    if not losses:  # all are perturbed
+        return torch.zeros((), dtype=dtype, device=device)
     return torch.stack([loss.detach().to(dtype).reshape(()) for loss in losses.values()]).sum()

@@ -33,6 +33,7 @@ class Options:
         add: The multiple of each current row that is added, one for each objective.
         max_norm: Norm to clip to.
         accumulate: Whether rows stay apart after `combine`.
+        perturbed: Whether a row may be taken at moved weights.
     """
 
     rule: Callable[..., Any]
@@ -44,6 +45,7 @@ class Options:
     add: list[float]
     max_norm: float | None
     accumulate: bool
+    perturbed: bool = False
 
 
 class Adjustable(Wrapper):
@@ -151,13 +153,14 @@ class Adjustable(Wrapper):
         """Bytes on this rank that surgery holds at most, besides what a plain step of the base holds at the same time.
 
         K - 1 rows while backward passes run, and one average for each protected row with ``ema_decay`` from the first
-        step on. One row more with ``accumulate`` or an elementwise rule, and one copy of the parameters with ``guard``,
-        but only between `combine` and the end of `step`, when activations are gone. Activations are not counted:
+        step on. One row more with ``accumulate`` or an elementwise rule. One copy of the parameters with ``guard``,
+        but only between `combine` and the end of `step`, when activations are gone; and one once `perturbed` was
+        called, while an objective runs at moved weights. Other activations than those of a plain step are not counted:
         contexts hold those of one objective at a time, `join` of all.
         """
         parameters = self._parameters()
         one_more = self._options.accumulate or elementwise.is_elementwise(self.rule)
-        copies = len(self.objectives) - 1 + one_more + (self.guard is not None)
+        copies = len(self.objectives) - 1 + one_more + (self.guard is not None or self._options.perturbed)
         averages = len(self._ema.decays) * local_bytes(parameters, self._ema.dtype.itemsize)
         return copies * local_bytes(parameters) + averages
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +15,10 @@ from gradsurgery import rules
 from gradsurgery.optimizer import checkpoint
 from gradsurgery.optimizer.average import EMA
 from gradsurgery.optimizer.capture import Phase, Window, check_objectives
+from gradsurgery.optimizer.front_ends import FrontEnds
 from gradsurgery.optimizer.guard import check_guard, copy_before_step, guard
-from gradsurgery.optimizer.join import Stages, join
 from gradsurgery.optimizer.metric import MetricOption, check_metric, metric_of
-from gradsurgery.optimizer.options import Adjustable, Guard, Options, check_norm, start_of
+from gradsurgery.optimizer.options import Guard, Options, check_norm, start_of
 from gradsurgery.optimizer.ranks import Ranks, refuse_deepspeed
 from gradsurgery.optimizer.record import Record, record_of
 from gradsurgery.optimizer.rows import Rows
@@ -29,7 +28,7 @@ from gradsurgery.optimizer.update import decide, multiples, resolve_rule
 from gradsurgery.optimizer.wrapper import refuse_maximize
 
 
-class GradientSurgery(Adjustable):
+class GradientSurgery(FrontEnds):
     r"""Wrap an optimizer so that each objective's gradient is kept apart and a rule decides what is stepped.
 
     With rows $g_0$ (``"forget"``) and $g_1, \dots$ (protected; their moving average where ``ema_decay`` is set), the
@@ -138,76 +137,6 @@ class GradientSurgery(Adjustable):
     def record(self) -> Record | None:
         """The latest `combine`'s record, or None before the first."""
         return self._window.record
-
-    def objective(self, name: str) -> AbstractContextManager[None]:
-        """Everything that ``backward()`` writes to ``.grad`` inside this context is the row called ``name``.
-
-        Several backward passes, also in several contexts, add up as ``.grad`` does.
-
-        Args:
-            name: One of the objectives.
-
-        Raises:
-            ValueError: If there is no such objective.
-            RuntimeError: If the row cannot be trusted (see `Window.capture` in `gradsurgery.optimizer.capture`), or
-                ranks enter different objectives; everything else is untouched.
-        """
-        if name not in self.objectives:
-            raise ValueError(f"objective: expected one of {list(self.objectives)}, found {name!r}")
-        parameters = self._parameters()
-        agree = partial(self._ranks.agree_to_enter, self.objectives.index(name), parameters)
-        return self._window.capture(
-            name, parameters, objectives=self.objectives, accumulate=self._options.accumulate, agree=agree
-        )
-
-    # Two signatures, so that a type checker does not take the values of join(**losses) for the other arguments.
-    @overload
-    def join(self, **losses: Tensor) -> Tensor: ...
-    @overload
-    def join(self, *, retain_graph: bool = False, scale: float | Tensor | None = None, **losses: Tensor) -> Tensor: ...
-    def join(self, *, retain_graph: Any = False, scale: Any = None, **losses: Tensor) -> Tensor:
-        """One scalar, the sum of the losses, whose single ``backward()`` captures every row and combines them.
-
-        The gradient that reaches it must be the loss scale (of a GradScaler, else 1) divided by the number of
-        micro-batches, as Lightning, Hugging Face and Accelerate divide: rows are then means over the micro-batches so
-        far. A loop that does not divide says the loss scale, ``join(..., scale=1.0)``: rows are then sums, as those of
-        contexts. A loss that was not divided is noticed by `step`, and refused.
-
-        Args:
-            retain_graph: Keep the graphs until the last of the inner backward passes: needed when the losses share one
-                forward pass.
-            scale: The loss scale that the incoming gradient carries; None reads it from the gradient.
-            **losses: One 0-dim loss for each objective, by name.
-
-        Returns:
-            0-dim float32 tensor (float64 where a loss is). A term that is added to it is in no row, and refused.
-
-        Raises:
-            ValueError: If an objective is missing or unknown, or a loss is not a single number.
-            RuntimeError: If a loss does not depend on any parameter, under DDP with ``static_graph``, or for FSDP1. Its
-                backward raises as `objective` and `combine` do, and where another term writes to ``.grad``.
-
-        Cost: the graphs of all losses are alive at once (contexts hold one at a time).
-        """
-        window, joined, parameters = self._window, self._window.joined, self._parameters()
-
-        def begin() -> None:
-            joined.refuse_mixture(scale)
-            window.refuse_another_term(parameters)
-
-        def finish(gradient: Tensor) -> None:
-            loss_scale = joined.add(gradient, scale)
-            # Inside DDP's no_sync() the rows are this rank's own; they are reduced, and combined, with the last
-            # micro-batch.
-            if self._ranks.synchronising(parameters):
-                self.combine(scale=loss_scale)
-            joined.look(parameters)
-
-        arm = partial(self._ranks.arm_reducer, parameters)
-        end = partial(window.refuse_another_term, parameters)
-        joined.look(parameters)
-        stages = Stages(begin, arm, self.objective, finish, end)
-        return join(losses, self.objectives, stages, retain_graph=retain_graph)
 
     @torch.no_grad()
     def combine(self, *, scale: float | Tensor | None = None) -> Record:

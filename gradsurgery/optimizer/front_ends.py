@@ -1,0 +1,148 @@
+"""Front ends: how an optimizer is given the backward passes that its rows come from, by contexts or by one scalar."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any, overload
+
+from torch import Tensor
+
+from gradsurgery.optimizer.join import Stages, join
+from gradsurgery.optimizer.options import Adjustable
+from gradsurgery.optimizer.perturbation import DIRECTION, Perturbation, Perturbed, Scale
+from gradsurgery.optimizer.ranks import Ranks
+from gradsurgery.optimizer.record import Record
+
+
+class FrontEnds(Adjustable):
+    """What captures rows: `objective` for loops of one's own, `join` for trainers that own the loop."""
+
+    _ranks: Ranks
+
+    def combine(self, *, scale: float | Tensor | None = None) -> Record:
+        """Combine the rows; `GradientSurgery` says how."""
+        raise NotImplementedError
+
+    def objective(self, name: str, *, at: Perturbation | None = None) -> AbstractContextManager[None]:
+        """Everything that ``backward()`` writes to ``.grad`` inside this context is the row called ``name``.
+
+        Several backward passes, also in several contexts, add up as ``.grad`` does.
+
+        Args:
+            name: One of the objectives.
+            at: Take the gradient at weights that are moved for the time of the context, see `perturbed`. The forward
+                pass then belongs inside it too.
+
+        Raises:
+            ValueError: If there is no such objective.
+            RuntimeError: If the row cannot be trusted (see `Window.capture` in `gradsurgery.optimizer.capture`), or
+                ranks enter different objectives, or the perturbation has no direction; everything else is untouched.
+        """
+        if name not in self.objectives:
+            raise ValueError(f"objective: expected one of {list(self.objectives)}, found {name!r}")
+        row = self._capture(name, self.objectives.index(name))
+        return row if at is None else _moved(row, at)
+
+    def perturbed(self, radius: float, *, scale: Scale = "global") -> Perturbation:
+        r"""Weights moved along a direction, $\theta' = \theta - \rho \, g / \|g\|$, at which a row can be taken.
+
+        Args:
+            radius: $\rho$, the Euclidean length of the move; see `Perturbation`.
+            scale: ``"global"``, or ``"tensor"`` for a move of each tensor relative to its own length.
+
+        Returns:
+            What ``objective(name, at=...)`` and `Perturbed` take. It may be kept for the whole training.
+
+        Raises:
+            ValueError: If the radius is not a positive number, or the scale is unknown.
+
+        Example:
+            >>> import torch, gradsurgery as gs
+            >>> weight = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+            >>> optimizer = gs.GradientSurgery(torch.optim.SGD([weight], lr=0.1))
+            >>> perturbed = optimizer.perturbed(radius=0.5)
+            >>> with perturbed.direction():
+            ...     weight[0].backward()
+            >>> with optimizer.objective("forget", at=perturbed):
+            ...     print(weight.data)
+            ...     (weight.square().sum() / 2).backward()
+            tensor([0.5000, 1.0000])
+            >>> weight.data
+            tensor([1., 1.])
+        """
+        self._options.perturbed = True
+        capture = partial(self._capture, DIRECTION, len(self.objectives) + 1)
+        return Perturbation(self._parameters, capture, self._take_direction, radius=radius, scale=scale)
+
+    def _take_direction(self) -> list[Tensor | None] | None:
+        return self._window.slots.pop(DIRECTION, None)
+
+    def _capture(self, name: str, action: int) -> AbstractContextManager[None]:
+        parameters = self._parameters()
+        return self._window.capture(
+            name,
+            parameters,
+            objectives=self.objectives,
+            accumulate=self._options.accumulate,
+            agree=partial(self._ranks.agree_to_enter, action, parameters),
+        )
+
+    # Two signatures, so that a type checker does not take the values of join(**losses) for the other arguments.
+    @overload
+    def join(self, **losses: Tensor | Perturbed) -> Tensor: ...
+    @overload
+    def join(
+        self, *, retain_graph: bool = False, scale: float | Tensor | None = None, **losses: Tensor | Perturbed
+    ) -> Tensor: ...
+    def join(self, *, retain_graph: Any = False, scale: Any = None, **losses: Tensor | Perturbed) -> Tensor:
+        """One scalar, the sum of the losses, whose single ``backward()`` captures every row and combines them.
+
+        The gradient that reaches it must be the loss scale (of a GradScaler, else 1) divided by the number of
+        micro-batches, as Lightning, Hugging Face and Accelerate divide: rows are then means over the micro-batches so
+        far. A loop that does not divide says the loss scale, ``join(..., scale=1.0)``: rows are then sums, as those of
+        contexts. A loss that was not divided is noticed by `step`, and refused.
+
+        Args:
+            retain_graph: Keep the graphs until the last of the inner backward passes: needed when the losses share one
+                forward pass.
+            scale: The loss scale that the incoming gradient carries; None reads it from the gradient.
+            **losses: One 0-dim loss for each objective, by name; or a `Perturbed`, which the backward pass computes.
+
+        Returns:
+            0-dim float32 tensor (float64 where a loss is). A term that is added to it is in no row, and refused.
+
+        Raises:
+            ValueError: If an objective is missing or unknown, or a loss is not a single number.
+            RuntimeError: If a loss does not depend on any parameter, under DDP with ``static_graph``, or for FSDP1. Its
+                backward raises as `objective` and `combine` do, and where another term writes to ``.grad``.
+
+        Cost: the graphs of all losses are alive at once (contexts hold one at a time).
+        """
+        window, joined, parameters = self._window, self._window.joined, self._parameters()
+
+        def begin() -> None:
+            joined.refuse_mixture(scale)
+            window.refuse_another_term(parameters)
+
+        def finish(gradient: Tensor) -> None:
+            loss_scale = joined.add(gradient, scale)
+            # Inside DDP's no_sync() the rows are this rank's own; they are reduced, and combined, with the last
+            # micro-batch.
+            if self._ranks.synchronising(parameters):
+                self.combine(scale=loss_scale)
+            joined.look(parameters)
+
+        arm = partial(self._ranks.arm_reducer, parameters)
+        end = partial(window.refuse_another_term, parameters)
+        joined.look(parameters)
+        stages = Stages(begin, arm, self.objective, finish, end)
+        return join(losses, self.objectives, stages, device=parameters[0].device, retain_graph=retain_graph)
+
+
+@contextmanager
+def _moved(row: AbstractContextManager[None], at: Perturbation) -> Generator[None]:
+    at.check()  # before the row is entered, so that a forgotten direction costs no row
+    with row, at.moved():
+        yield
