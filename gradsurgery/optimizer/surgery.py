@@ -160,11 +160,15 @@ class GradientSurgery(Adjustable):
             name, parameters, objectives=self.objectives, accumulate=self._options.accumulate, agree=agree
         )
 
-    # Two signatures, so that a type checker does not take the values of join(**losses) for the other arguments.
+    # Four signatures, so that a type checker does not take the values of join(**losses) for the other arguments.
     @overload
     def join(self, **losses: Tensor) -> Tensor: ...
     @overload
-    def join(self, *, retain_graph: bool = False, scale: float | Tensor | None = None, **losses: Tensor) -> Tensor: ...
+    def join(self, *, retain_graph: bool, **losses: Tensor) -> Tensor: ...
+    @overload
+    def join(self, *, scale: float | Tensor | None, **losses: Tensor) -> Tensor: ...
+    @overload
+    def join(self, *, retain_graph: bool, scale: float | Tensor | None, **losses: Tensor) -> Tensor: ...
     def join(self, *, retain_graph: Any = False, scale: Any = None, **losses: Tensor) -> Tensor:
         """One scalar, the sum of the losses, whose single ``backward()`` captures every row and combines them.
 

@@ -21,7 +21,8 @@ STEPS = 3
 
 def surgeon(model: nn.Module, **options: Any) -> gs.GradientSurgery:
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return gs.GradientSurgery(base, **{"accumulate": True, "ema_decay": 0.5, **options})
+    chosen: dict[str, Any] = {"accumulate": True, "ema_decay": 0.5, **options}
+    return gs.GradientSurgery(base, **chosen)
 
 
 def sums(model: nn.Module, step: int) -> list[dict[str, Tensor]]:
@@ -123,7 +124,7 @@ def joined_under(scaler: torch.amp.GradScaler, *, divide: bool, known: bool = Fa
     optimizer = surgeon(model)
     for step in range(STEPS):
         for micro in range(MICRO):
-            how = {"scale": scaler.get_scale()} if known else {}
+            how: dict[str, Any] = {"scale": scaler.get_scale()} if known else {}
             loss = optimizer.join(**how, **LOSSES(model, step, micro))
             scaler.scale(loss / MICRO if divide else loss).backward()
         scaler.step(optimizer)
