@@ -44,10 +44,10 @@ def rows_wait(owner: object, parameters: Sequence[Tensor]) -> None:
 
 def rows_are_taken(owner: object) -> None:
     """The owner's rows wait no more; when nobody's do, torch's functions are as before."""
-    if _waiting.pop(owner, None) is not None and not _waiting:
-        while _replaced:
-            cell, function = _replaced.pop()
-            cell.cell_contents = function
+    _waiting.pop(owner, None)
+    while _replaced and not _waiting:  # also where owners have died
+        cell, function = _replaced.pop()
+        cell.cell_contents = function
 
 
 def _cell(function: Any) -> CellType | None:

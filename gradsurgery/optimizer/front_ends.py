@@ -89,13 +89,15 @@ class FrontEnds(Adjustable):
             agree=partial(self._ranks.agree_to_enter, action, parameters),
         )
 
-    # Two signatures, so that a type checker does not take the values of join(**losses) for the other arguments.
+    # Four signatures, so that a type checker does not take the values of join(**losses) for the other arguments.
     @overload
     def join(self, **losses: Tensor | Perturbed) -> Tensor: ...
     @overload
-    def join(
-        self, *, retain_graph: bool = False, scale: float | Tensor | None = None, **losses: Tensor | Perturbed
-    ) -> Tensor: ...
+    def join(self, *, retain_graph: bool, **losses: Tensor | Perturbed) -> Tensor: ...
+    @overload
+    def join(self, *, scale: float | Tensor | None, **losses: Tensor | Perturbed) -> Tensor: ...
+    @overload
+    def join(self, *, retain_graph: bool, scale: float | Tensor | None, **losses: Tensor | Perturbed) -> Tensor: ...
     def join(self, *, retain_graph: Any = False, scale: Any = None, **losses: Tensor | Perturbed) -> Tensor:
         """One scalar, the sum of the losses, whose single ``backward()`` captures every row and combines them.
 

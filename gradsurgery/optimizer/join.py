@@ -112,9 +112,9 @@ class Joined:
 
 
 def _version(gradient: Tensor | None) -> int:
-    # FSDP2 writes to the local part of a DTensor, whose own version stays.
-    local = getattr(gradient, "_local_tensor", gradient)
-    return 0 if local is None or local.is_inference() else local._version
+    # Autograd writes to a DTensor, FSDP2 to the local part of one; each counts what was written to itself.
+    both = (gradient, getattr(gradient, "_local_tensor", None))
+    return sum(tensor._version for tensor in both if tensor is not None and not tensor.is_inference())
 
 
 class Enter(Protocol):

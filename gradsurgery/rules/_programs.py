@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 # An inner product that is smaller than this multiple of the rows' lengths is rounding noise of the float64 Gram matrix.
 TOLERANCE = 1e-13
@@ -38,18 +39,61 @@ def multipliers_of(matrix: Tensor, products: Tensor) -> Tensor:
         return products
     if m == 1:
         return (-products).clamp_min(0.0) / torch.where(matrix[..., 0] > 0.0, matrix[..., 0], 1.0)
-    identity = torch.eye(m, dtype=matrix.dtype, device=matrix.device)
+    if _host_sees(matrix):
+        return _one_after_another(matrix.reshape(-1, m, m), products.reshape(-1, m)).view_as(products)
     # All ridges at once: on an accelerator a larger batch costs nothing, but asking which one is needed would wait.
+    identity = torch.eye(m, dtype=matrix.dtype, device=matrix.device)
     matrices = torch.stack([matrix + ridge * identity for ridge in _RIDGES])
     solutions = _active_set(matrices, products.expand(len(_RIDGES), *products.shape))
-    slack = (matrices @ solutions[..., None]).squeeze(-1) + products
-    solved = (torch.minimum(solutions, slack).abs() <= ACCURACY * (1.0 + solutions.amax(-1, keepdim=True))).all(
-        -1, keepdim=True
-    )
+    solved = _solved(matrices, products, solutions)
     answer = torch.full_like(products, torch.nan)
     for ridge in reversed(range(len(_RIDGES))):
         answer = torch.where(solved[ridge], solutions[ridge], answer)
     return answer
+
+
+def _host_sees(matrix: Tensor) -> bool:
+    """Whether Python may look at the numbers without waiting: on a CPU, where nothing is traced or batched by vmap."""
+    if matrix.device.type != "cpu" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return False
+    try:
+        bool(matrix.isfinite().all())
+    except RuntimeError:  # under vmap a tensor has no numbers
+        return False
+    return True
+
+
+def _one_after_another(matrix: Tensor, products: Tensor) -> Tensor:
+    """The same answer bit for bit, by the ridges that are needed, each for the problems that need it."""
+    m = products.shape[-1]
+    identity = torch.eye(m, dtype=matrix.dtype)
+    answer = torch.full_like(products, torch.nan)
+    open_ = torch.arange(len(products))
+    for ridge in _RIDGES:
+        eased, its = matrix[open_] + ridge * identity, products[open_]
+        x, active = torch.zeros_like(its), torch.zeros_like(its, dtype=torch.bool)
+        moving = torch.arange(len(its))
+        for _ in range(_rounds(m)):
+            x[moving], active[moving], moved = _round(eased[moving], its[moving], x[moving], active[moving])
+            moving = moving[moved]  # a round that moves nothing is repeated by all later ones
+            if not len(moving):
+                break
+        solved = _solved(eased, its, x).squeeze(-1)
+        answer[open_[solved]] = x[solved]
+        open_ = open_[~solved]
+        if not len(open_):
+            break
+    return answer
+
+
+def _solved(matrix: Tensor, products: Tensor, x: Tensor) -> Tensor:
+    """Whether the optimality conditions hold, ``[..., 1]``."""
+    slack = (matrix @ x[..., None]).squeeze(-1) + products
+    return (torch.minimum(x, slack).abs() <= ACCURACY * (1.0 + x.amax(-1, keepdim=True))).all(-1, keepdim=True)
+
+
+def _rounds(m: int) -> int:
+    return 5 * m + 5
 
 
 def _active_set(matrix: Tensor, products: Tensor) -> Tensor:
@@ -58,29 +102,32 @@ def _active_set(matrix: Tensor, products: Tensor) -> Tensor:
     Where M is positive definite it ends after finitely many solves. Every problem of the batch takes the same
     fixed number of rounds, with masks, because a loop that ends when all are done would wait for the device.
     """
+    x, active = torch.zeros_like(products), torch.zeros_like(products, dtype=torch.bool)
+    for _ in range(_rounds(products.shape[-1])):
+        x, active, _moved = _round(matrix, products, x, active)
+    return x
+
+
+def _round(matrix: Tensor, products: Tensor, x: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The next multipliers and active constraints, and which problems moved, ``[...]``."""
     m = products.shape[-1]
     numbers = torch.arange(m, device=matrix.device)
     identity = torch.eye(m, dtype=matrix.dtype, device=matrix.device)
-    x, active = torch.zeros_like(products), torch.zeros_like(products, dtype=torch.bool)
-    for _ in range(5 * m + 5):
-        both = active[..., :, None] & active[..., None, :]
-        goal = torch.linalg.solve_ex(torch.where(both, matrix, identity), torch.where(active, -products, 0.0))[0]
-        blocked = active & (goal <= 0.0)
-        stuck = blocked.any(-1, keepdim=True)
-        # Walk towards the goal as far as all multipliers stay >= 0, and release the constraints where one reached 0.
-        share = torch.where(blocked, x / (x - goal).clamp_min(torch.finfo(x.dtype).tiny), torch.inf).amin(
-            -1, keepdim=True
-        )
-        x = torch.where(stuck, x + share.clamp_max(1.0).nan_to_num(0.0) * (goal - x), goal)
-        released = stuck & blocked & (x <= TOLERANCE)
-        # Where the goal was reached, take in the constraint that is violated most.
-        slack = (matrix @ x[..., None]).squeeze(-1) + products
-        violated = torch.where(active, torch.inf, slack)
-        worst = violated.argmin(-1, keepdim=True) == numbers
-        taken = ~stuck & worst & (violated < -TOLERANCE)
-        active = (active & ~released) | taken
-        x = torch.where(active, x, 0.0)
-    return x
+    both = active[..., :, None] & active[..., None, :]
+    goal = torch.linalg.solve_ex(torch.where(both, matrix, identity), torch.where(active, -products, 0.0))[0]
+    blocked = active & (goal <= 0.0)
+    stuck = blocked.any(-1, keepdim=True)
+    # Walk towards the goal as far as all multipliers stay >= 0, and release the constraints where one reached 0.
+    share = torch.where(blocked, x / (x - goal).clamp_min(torch.finfo(x.dtype).tiny), torch.inf).amin(-1, keepdim=True)
+    x = torch.where(stuck, x + share.clamp_max(1.0).nan_to_num(0.0) * (goal - x), goal)
+    released = stuck & blocked & (x <= TOLERANCE)
+    # Where the goal was reached, take in the constraint that is violated most.
+    slack = (matrix @ x[..., None]).squeeze(-1) + products
+    violated = torch.where(active, torch.inf, slack)
+    worst = violated.argmin(-1, keepdim=True) == numbers
+    taken = ~stuck & worst & (violated < -TOLERANCE)
+    active = (active & ~released) | taken
+    return torch.where(active, x, 0.0), active, (stuck | taken).any(-1)
 
 
 def faces_of(gram: Tensor) -> tuple[Tensor, Tensor]:
