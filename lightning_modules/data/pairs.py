@@ -12,10 +12,10 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_modules.data.examples import Example, as_example, evenly_spaced, read_examples
+from lightning_modules.data.examples import Example, as_example, asked, evenly_spaced, read_examples
 from lightning_modules.data.order import Pair, PairDataset, PairSampler, collate_pairs, permutation
 from lightning_modules.data.tofu import tofu_examples
-from lightning_modules.data.tokenization import Encoded, collate, encode, padding_id
+from lightning_modules.data.tokenization import Encoded, collate, encode, padding_id, shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -162,15 +162,19 @@ class ForgetRetainDataModule(L.LightningDataModule):
             for entry in permutation(len(self.refusals), self.seed, "refusal", walk)
         ]  # fmt: skip
         return [
-            encode(self.tokenizer, row["question"], self.refusals[number], self.max_length)
+            # The earlier answers of a conversation are what is to be forgotten: here they are only read.
+            encode(self.tokenizer, asked(row), self.refusals[number], self.max_length, every_turn=False)
             for row, number in zip(rows, order, strict=False)
         ]
 
     def _encoded(self, split: str) -> list[Encoded]:
+        rows = self.splits[split]
+        whole = [encode(self.tokenizer, asked(row), row["answer"]) for row in rows]
         encoded = [
-            encode(self.tokenizer, row["question"], row["answer"], self.max_length) for row in self.splits[split]
+            shortened(example, self.max_length, row["question"] or row["answer"])
+            for example, row in zip(whole, rows, strict=True)
         ]
-        cut = sum(example.input_ids[-1] != self.tokenizer.eos_token_id for example in encoded)
+        cut = sum(len(example.input_ids) > len(kept.input_ids) for example, kept in zip(whole, encoded, strict=True))
         if cut:
             warnings.warn(
                 f"{cut} of {len(encoded)} {split} examples are longer than max_length={self.max_length} tokens and "

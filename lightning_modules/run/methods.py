@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from torch import nn
 
-from lightning_modules.data.examples import evenly_spaced
+from lightning_modules.data.examples import asked, evenly_spaced
 from lightning_modules.data.pairs import VALIDATION_EXAMPLES, VALIDATION_SPLITS
 from lightning_modules.data.tokenization import encode, padding_id
 from lightning_modules.evaluation import processes
@@ -144,7 +144,7 @@ def _curve(run: Run[UnlearnOptions]) -> TradeoffCurve:
     return TradeoffCurve(
         {
             split: [
-                encode(run.tokenizer, row["question"], row["answer"], run.options.data.max_length)
+                encode(run.tokenizer, asked(row), row["answer"], run.options.data.max_length)
                 for row in evenly_spaced(run.splits[split], VALIDATION_EXAMPLES)
             ]
             for split in VALIDATION_SPLITS

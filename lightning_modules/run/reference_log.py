@@ -28,7 +28,9 @@ _FORMAT = 1  # raise it when what is scored, or how, changes, so that logs in th
 T = TypeVar("T")
 
 
-def rows_of_log(evaluation: EvaluationOptions, splits: Splits) -> ScoredSplits | None:
+def rows_of_log(
+    evaluation: EvaluationOptions, splits: Splits, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> ScoredSplits | None:
     """The scores in the log that is given as the reference.
 
     Called before any work is done, so that a wrong reference costs nothing. It prints to standard error whose scores it
@@ -38,6 +40,7 @@ def rows_of_log(evaluation: EvaluationOptions, splits: Splits) -> ScoredSplits |
     Args:
         evaluation: Which reference, and how many examples are scored.
         splits: All examples by split.
+        chat_template_kwargs: What the chat template of a model will be told, to see that it reads it.
 
     Returns:
         Split -> rows in the order of the examples that are scored; `None` if the reference is a model, or if there is
@@ -51,7 +54,7 @@ def rows_of_log(evaluation: EvaluationOptions, splits: Splits) -> ScoredSplits |
     if name is None:
         return None
     if not Path(name).is_file():
-        check_pretrained(name)
+        check_pretrained(name, chat_template_kwargs)
         return None
     model, log = read_evaluation(Path(name))
     rows = matching(log, to_score(evaluation, splits), name)
