@@ -94,8 +94,9 @@ class Scorer:
         for split in ("forget", "retain"):
             found[f"{split}_probability"] = fmean(row["probability"] for row in likely[split])
             found[f"{split}_nll"] = fmean(row["nll"] for row in likely[split])
-            found[f"{split}_rouge_l_recall"] = fmean(row["rouge_l_recall"] for row in generated[split])
-            found[f"{split}_n"], found[f"{split}_rouge_n"] = len(likely[split]), len(generated[split])
+            recalls = [row["rouge_l_recall"] for row in generated[split] if row["rouge_l_recall"] is not None]
+            found[f"{split}_rouge_l_recall"] = fmean(recalls) if recalls else None
+            found[f"{split}_n"], found[f"{split}_rouge_n"] = len(likely[split]), len(recalls)
         known = [row["truth_ratio"] for row in likely["forget"] if row["truth_ratio"] is not None]
         found["forget_truth_ratio"] = fmean(known) if known else None
         diverged = any(ratio != ratio for ratio in ratios)  # NaN has no rank

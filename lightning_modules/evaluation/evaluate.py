@@ -20,7 +20,7 @@ from lightning_modules.evaluation.membership import attack_aucs
 from lightning_modules.evaluation.memorization import answer_token_statistics, memory_scores
 from lightning_modules.evaluation.processes import dealt, several
 from lightning_modules.evaluation.texts import Item, context_length, texts_of
-from lightning_modules.metrics.functional import answer_probability, rouge_recall, truth_ratio
+from lightning_modules.metrics.functional import answer_probability, has_words, rouge_recall, truth_ratio
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,8 +60,9 @@ class Evaluation:
     Attributes:
         summary: split -> `{"probability", "rouge_l_recall", "truth_ratio", "nll", "exact_memorization",
             "extraction_strength", "n"}`, means over the split. `None` where nothing was measured: ROUGE without
-            generation, the truth ratio without perturbed answers, the last two without memorization. The truth ratio is
-            min(R, 1/R) on the split named "forget" and max(0, 1 - R) on the others. NaN where the model gives NaN.
+            generation or of texts without a word, the truth ratio without perturbed answers, the last two without
+            memorization. The truth ratio is min(R, 1/R) on the split named "forget" and max(0, 1 - R) on the
+            others. NaN where the model gives NaN.
         examples: split -> one dictionary for each example, in order: `question`, `answer`, `generation`, `nll`,
             `probability`, `rouge_l_recall`, `truth_ratio`, the `paraphrase_nll` and `perturbed_nll` from which the
             truth ratio was computed, and with memorization the scores of `memorization.memory_scores`. Every aggregate
@@ -213,12 +214,17 @@ def _scored(item: Item, scores: Sequence[tuple[float, Mapping[str, float]]], gen
         "generation": generation,
         "nll": answer,
         "probability": answer_probability([answer]).item(),
-        "rouge_l_recall": None if generation is None else rouge_recall(generation, item.target),
+        "rouge_l_recall": None if generation is None else _recall(generation, item.target),
         "truth_ratio": ratio,
         "paraphrase_nll": paraphrase if perturbed else None,
         "perturbed_nll": perturbed or None,
         **memory,
     }
+
+
+def _recall(generation: str, target: str) -> float | None:
+    """ROUGE-L recall; None for a target without a word, of which nothing can be recalled."""
+    return rouge_recall(generation, target) if has_words(target) else None
 
 
 def summary(examples: Sequence[Mapping[str, Any]]) -> Scores:

@@ -85,6 +85,13 @@ def test_alternatives_that_a_limit_makes_equal_are_refused(by_model: bool) -> No
     assert found.examples["retain"][0]["truth_ratio"] is not None
 
 
+def test_a_recall_of_an_answer_without_a_word_is_none() -> None:
+    rows = [{"question": "Really?", "answer": "?!"}, {"question": "Где?", "answer": "В Риге."}]
+    found = evaluate(small(), byte_level(None), {"forget": rows, "retain": rows[:1]}, SETTINGS)
+    assert [example["rouge_l_recall"] for example in found.examples["forget"]] == [None, 0.0]
+    assert (found.summary["forget"]["rouge_l_recall"], found.summary["retain"]["rouge_l_recall"]) == (0.0, None)
+
+
 def slow_generation(model: nn.Module, prompt: list[int], length: int) -> list[int]:
     tokens = list(prompt)
     for _ in range(length):
