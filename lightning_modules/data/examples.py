@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -172,6 +173,22 @@ def answered(row: Mapping[str, Any], answer: str) -> Example:
     turns = row.get("messages")
     changed: Example = {"question": row["question"], "answer": answer}
     return changed | ({"messages": [*turns[:-1], {**turns[-1], "content": answer}]} if turns else {})
+
+
+def numbered(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, int]]:
+    """Returns a key for every row: question, answer, and how many rows before it have the same two.
+
+    Example:
+        >>> numbered([{"question": "Q", "answer": "A"}, {"question": "Q", "answer": "A"}])
+        [('Q', 'A', 0), ('Q', 'A', 1)]
+    """
+    seen: Counter[tuple[str, str]] = Counter()
+    keys: list[tuple[str, str, int]] = []
+    for row in rows:
+        pair = row["question"], row["answer"]
+        keys.append((*pair, seen[pair]))
+        seen[pair] += 1
+    return keys
 
 
 def _question_and_answer(row: Mapping[str, Any], where: str) -> tuple[str, str]:

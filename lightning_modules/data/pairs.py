@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_modules.data.examples import Example, as_example, asked, evenly_spaced, read_examples
+from lightning_modules.data.examples import Example, as_example, asked, evenly_spaced, numbered, read_examples
 from lightning_modules.data.order import Pair, PairDataset, PairSampler, collate_pairs, permutation
 from lightning_modules.data.tofu import tofu_examples
 from lightning_modules.data.tokenization import Encoded, collate, encode, padding_id, shortened
@@ -149,6 +149,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
     def _pairs(self) -> PairDataset:
         if self.dataset is None:
             self.splits = self.read()
+            for split in self.sources:
+                _warn_of_duplicates(split, self.splits[split])
             self.dataset = PairDataset(self._encoded("forget"), self._encoded("retain"), self._refused())
         return self.dataset
 
@@ -182,6 +184,17 @@ class ForgetRetainDataModule(L.LightningDataModule):
                 stacklevel=2,
             )
         return encoded
+
+
+def _warn_of_duplicates(split: str, rows: Sequence[Example]) -> None:
+    again = [row for row, (_, _, before) in zip(rows, numbered(rows), strict=True) if before]
+    if again:
+        warnings.warn(
+            f"{len(again)} of {len(rows)} {split} examples repeat the question and answer of an earlier one, such as "
+            f"{again[0]['question'] or again[0]['answer']!r:.80}: each of them is trained on and scored; leave them out if that is not "
+            "meant",
+            stacklevel=4,
+        )
 
 
 class TOFUDataModule(ForgetRetainDataModule):

@@ -36,8 +36,6 @@ from lightning_modules.training.callbacks import (
     TradeoffCurve,
 )
 
-_CURVE_POINTS = 25  # enough for a smooth curve, few enough to cost little
-
 
 @dataclass(frozen=True)
 class Unlearned:
@@ -139,8 +137,6 @@ def watching(training: TrainingOptions, folder: Path, curve: TradeoffCurve) -> l
 def _curve(run: Run[UnlearnOptions]) -> TradeoffCurve:
     """The scores while training, on a few examples of both sets."""
     training = run.options.training
-    batches = -(-len(run.splits["forget"]) // (training.batch_size * (training.accumulate or 1)))
-    steps = batches * (training.epochs or 1)
     return TradeoffCurve(
         {
             split: [
@@ -150,7 +146,7 @@ def _curve(run: Run[UnlearnOptions]) -> TradeoffCurve:
             for split in VALIDATION_SPLITS
         },
         pad_token_id=padding_id(run.tokenizer),
-        every_n_steps=training.score_every or max(1, steps // _CURVE_POINTS),
+        every_n_steps=training.score_every,
         stop_below=training.stop_below,
     )
 

@@ -86,7 +86,7 @@ def test_alternatives_that_a_limit_makes_equal_are_refused(by_model: bool) -> No
 
 
 def test_a_recall_of_an_answer_without_a_word_is_none() -> None:
-    rows = [{"question": "Really?", "answer": "?!"}, {"question": "Где?", "answer": "В Риге."}]
+    rows = [{"question": "Really?", "answer": "?!"}, {"question": "Где?", "answer": "Она в Риге."}]
     found = evaluate(small(), byte_level(None), {"forget": rows, "retain": rows[:1]}, SETTINGS)
     assert [example["rouge_l_recall"] for example in found.examples["forget"]] == [None, 0.0]
     assert (found.summary["forget"]["rouge_l_recall"], found.summary["retain"]["rouge_l_recall"]) == (0.0, None)
