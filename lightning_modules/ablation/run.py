@@ -23,6 +23,7 @@ from lightning_modules.ablation.training import train
 from lightning_modules.ablation.weights import by_assistant, by_rectified, by_task_vector
 from lightning_modules.data.examples import Example
 from lightning_modules.folder import versions, write_json
+from lightning_modules.run.identity import content_versions, examples_hash, model_identity
 from lightning_modules.run.loading import load_model, load_pretrained, make_data, tokenizer_texts
 from lightning_modules.run.run import Splits
 from lightning_modules.training.scratch import ScratchSettings, scratch_model
@@ -45,8 +46,8 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
 
     Returns:
         What was written: `id`, `method`, `data_seed`, `model_seed`, `status`, `targets`, `curve`, `backward_passes` (of
-        a step), `extra_backward_passes` (before the first step), `seconds`, `config` and `versions`. Each of the
-        targets is a dictionary with `target`, `metric`, `value`, `reached` and `reason`; where it was reached, the
+        a step), `extra_backward_passes` (before the first step), `seconds`, `config`, `content` and `versions`. Each of
+        the targets is a dictionary with `target`, `metric`, `value`, `reached` and `reason`; where it was reached, the
         scores of the model there are in it too.
     """
     started = time.perf_counter()
@@ -78,6 +79,7 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
         "seconds": {"train": ended.matching.curve[-1]["seconds"], "all": time.perf_counter() - started},
         "curve": ended.matching.curve,
         "config": run.config,
+        "content": content(run.grid, splits),
         "versions": versions(),
     }
     write(folder / RUNS / f"{run.id}.json", result)
@@ -90,20 +92,22 @@ def prepare(run: Run, folder: Path) -> dict[str, Any]:
     They are computed once for each model seed, and kept in `models/m<seed>.json`.
     """
     path = folder / MODELS / f"m{run.model_seed}.json"
+    options = run.options()
+    splits = make_data(options, None).read()
+    found = content(run.grid, splits)
     config = {name: run.config[name] for name in ("data", "model", "evaluate", "model_seed")}
     if path.exists():
         known = json.loads(path.read_text(encoding="utf-8"))
         refuse_other(path, known["config"], config)
+        refuse_other(path, known.get("content") or {}, found)
         return known
-    options = run.options()
-    splits = make_data(options, None).read()
     model, tokenizer = load_start(run, splits)
     reference = _load_reference(run, splits)
     scored = None
     if reference is not None:
         scored = Scorer(run.grid, splits, reference[1]).thoroughly(reference[0])
     scorer = Scorer(run.grid, splits, tokenizer, None if scored is None else scored["examples"]["truth_ratio_R"])
-    known = {"config": config, "start": scorer.thoroughly(model), "reference": scored}
+    known = {"config": config, "content": found, "start": scorer.thoroughly(model), "reference": scored}
     write(path, known)
     return known
 
@@ -134,6 +138,23 @@ def load_start(run: Run, splits: Splits) -> tuple[nn.Module, Any]:
         rows = [*splits["retain"], *splits["forget"]]
         model, tokenizer = _scratch(run, run.grid.model, splits, rows, "Training a small Llama on everything")
     return model.to(_device()), tokenizer
+
+
+def content(grid: Grid, splits: Splits | None = None) -> dict[str, Any]:
+    """What a result depends on besides the settings: the examples themselves, the ready models, and the versions.
+
+    Args:
+        grid: Its data and models.
+        splits: All examples; None reads them.
+    """
+    if splits is None:
+        splits = make_data(grid.runs()[0].options(), None).read()
+    models = {"model": grid.model, "reference": grid.data.reference}
+    return {
+        "examples": examples_hash(splits),
+        **{name: model_identity(model) if isinstance(model, str) else None for name, model in models.items()},
+        "versions": content_versions(),
+    }
 
 
 def refuse_other(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

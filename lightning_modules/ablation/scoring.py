@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_modules.ablation.grid import Grid
-from lightning_modules.data.examples import Example, evenly_spaced
+from lightning_modules.data.examples import Example, answered, asked, evenly_spaced
 from lightning_modules.data.tokenization import Encoded, encode, padding_id
 from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate, truth_ratios
 from lightning_modules.evaluation.likelihood import answer_nll
@@ -39,16 +39,18 @@ class Scorer:
         self.max_length = grid.data.max_length
         self.forget = list(splits["forget"][: self.given.forget_examples])
         # Without their wrong answers, which only the truth ratio needs, and that is asked of the forget set alone.
-        self.retain = [_bare(row) for row in evenly_spaced(splits["retain"], self.given.retain_examples)]
+        self.retain = [
+            answered(row, row["answer"]) for row in evenly_spaced(splits["retain"], self.given.retain_examples)
+        ]
         curve = (
             self.retain if grid.targets.retain_probability else evenly_spaced(self.retain, self.given.curve_examples)
         )
         self.encoded = {
-            split: [encode(tokenizer, row["question"], row["answer"], self.max_length) for row in rows]
+            split: [encode(tokenizer, asked(row), row["answer"], self.max_length) for row in rows]
             for split, rows in (("forget", self.forget), ("retain", curve))
         }
 
-        self.kept = [encode(tokenizer, row["question"], row["answer"], self.max_length) for row in self.retain]
+        self.kept = [encode(tokenizer, asked(row), row["answer"], self.max_length) for row in self.retain]
 
     def along(self, model: nn.Module) -> dict[str, float]:
         """The scores of the curve, which can have targets: `forget_probability`, `forget_nll`, `retain_probability`."""
@@ -81,7 +83,7 @@ class Scorer:
             model,
             self.tokenizer,
             {
-                split: [_bare(row) for row in evenly_spaced(rows, self.given.generated_examples)]
+                split: [answered(row, row["answer"]) for row in evenly_spaced(rows, self.given.generated_examples)]
                 for split, rows in splits.items()
             },
             settings,
@@ -92,8 +94,9 @@ class Scorer:
         for split in ("forget", "retain"):
             found[f"{split}_probability"] = fmean(row["probability"] for row in likely[split])
             found[f"{split}_nll"] = fmean(row["nll"] for row in likely[split])
-            found[f"{split}_rouge_l_recall"] = fmean(row["rouge_l_recall"] for row in generated[split])
-            found[f"{split}_n"], found[f"{split}_rouge_n"] = len(likely[split]), len(generated[split])
+            recalls = [row["rouge_l_recall"] for row in generated[split] if row["rouge_l_recall"] is not None]
+            found[f"{split}_rouge_l_recall"] = fmean(recalls) if recalls else None
+            found[f"{split}_n"], found[f"{split}_rouge_n"] = len(likely[split]), len(recalls)
         known = [row["truth_ratio"] for row in likely["forget"] if row["truth_ratio"] is not None]
         found["forget_truth_ratio"] = fmean(known) if known else None
         diverged = any(ratio != ratio for ratio in ratios)  # NaN has no rank
@@ -108,7 +111,3 @@ class Scorer:
             "truth_ratio_R": ratios,
         }
         return found
-
-
-def _bare(row: Mapping[str, Any]) -> Any:
-    return {"question": row["question"], "answer": row["answer"]}

@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ from lightning_modules.ablation.grid import Grid, Run, plain
 from lightning_modules.ablation.options import AblateOptions
 from lightning_modules.ablation.reading import read_grid
 from lightning_modules.ablation.results import read_results, write_csv
-from lightning_modules.ablation.run import RUNS, execute, prepare, refuse_other, write
+from lightning_modules.ablation.run import RUNS, content, execute, prepare, refuse_other, write
 from lightning_modules.ablation.table import write_table
 from lightning_modules.folder import versions
 from lightning_modules.run.quiet import quiet
@@ -55,7 +55,8 @@ def ablate(options: AblateOptions) -> Path | None:
         )
         return None
     chosen = _chosen(runs, options)
-    pending = [run for run in chosen if not finished(run, folder)]
+    there = content(grid) if (folder / RUNS).exists() else {}
+    pending = [run for run in chosen if not finished(run, folder, there)]
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     failed = _do(pending, folder, options)
@@ -73,18 +74,26 @@ def ablate(options: AblateOptions) -> Path | None:
     return folder
 
 
-def finished(run: Run, folder: Path) -> bool:
+def finished(run: Run, folder: Path, found_now: Mapping[str, Any]) -> bool:
     """Whether the run has a result; a run that failed has none.
 
+    Args:
+        run: The run.
+        folder: Of the grid.
+        found_now: The `content` of the grid, as it is now.
+
     Raises:
-        ValueError: If its result was made with other settings.
+        ValueError: If its result was made with other settings, of other examples or models, or by other versions.
     """
     path = folder / RUNS / f"{run.id}.json"
     if not path.exists():
         return False
     found = json.loads(path.read_text(encoding="utf-8"))
     refuse_other(path, found["config"], run.config)
-    return found["status"] == "finished"
+    if found["status"] != "finished":
+        return False
+    refuse_other(path, found.get("content") or {}, found_now)
+    return True
 
 
 def _chosen(runs: Sequence[Run], options: AblateOptions) -> list[Run]:

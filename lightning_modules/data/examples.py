@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,14 +26,15 @@ def read_examples(path: str | Path) -> list[Example]:
 
             - `question` and `answer`, or `prompt` and `response`;
             - or `messages`, `[{"role", "content"}, ...]`: the last assistant turn is the answer, the turns before it,
-              joined by line breaks, are the question;
+              joined by line breaks, are the question. Conversations of more than a user's and an assistant's turn keep
+              their turns up to the answer as `messages`, for tokenizers with a chat template;
             - or `text`, plain text: an example with an empty question.
 
             `paraphrased_answer` (a string) and `perturbed_answer` (a list of strings) are kept where they are present;
             in a CSV file the list is written as JSON. Other columns are dropped.
 
     Returns:
-        One dictionary for each row, in the order of the file.
+        One dictionary for each row, in the order of the file: `question`, `answer` and those of the above that it has.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -143,12 +145,50 @@ def as_example(row: object, where: str = "this example") -> Example:
     if not answer.strip():
         raise ValueError(f"{where}: the answer is empty: expected some text to learn or to forget")
     example: Example = {"question": question, "answer": answer}
+    turns = _turns(row.get("messages"))
+    plain = [turn["role"] for turn in turns] in ([], ["user", "assistant"])  # question and answer say it all
+    if question and not plain and _joined(turns) == (question, answer):
+        example["messages"] = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
     # A column that only some rows have is null in the others.
     if row.get("paraphrased_answer") is not None:
         example["paraphrased_answer"] = _text(row, "paraphrased_answer", where)
     if row.get("perturbed_answer") is not None:
         example["perturbed_answer"] = _texts(row["perturbed_answer"], where)
     return example
+
+
+def asked(row: Mapping[str, Any]) -> str | list[Mapping[str, Any]]:
+    """Returns what an example's answer answers: the turns before it where there are turns, otherwise the question.
+
+    Example:
+        >>> asked({"question": "Who?", "answer": "Ada."})
+        'Who?'
+    """
+    turns = row.get("messages")
+    return list(turns[:-1]) if turns else row["question"]
+
+
+def answered(row: Mapping[str, Any], answer: str) -> Example:
+    """Returns the example with another answer, and without what belongs to the old one."""
+    turns = row.get("messages")
+    changed: Example = {"question": row["question"], "answer": answer}
+    return changed | ({"messages": [*turns[:-1], {**turns[-1], "content": answer}]} if turns else {})
+
+
+def numbered(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, int]]:
+    """Returns a key for every row: question, answer, and how many rows before it have the same two.
+
+    Example:
+        >>> numbered([{"question": "Q", "answer": "A"}, {"question": "Q", "answer": "A"}])
+        [('Q', 'A', 0), ('Q', 'A', 1)]
+    """
+    seen: Counter[tuple[str, str]] = Counter()
+    keys: list[tuple[str, str, int]] = []
+    for row in rows:
+        pair = row["question"], row["answer"]
+        keys.append((*pair, seen[pair]))
+        seen[pair] += 1
+    return keys
 
 
 def _question_and_answer(row: Mapping[str, Any], where: str) -> tuple[str, str]:
@@ -169,11 +209,23 @@ def _last_turn(messages: object, where: str) -> tuple[str, str]:
     for turn in messages:
         if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str) or "role" not in turn:
             raise ValueError(f"{expected}, found {turn!r:.80}")
-    answers = [index for index, turn in enumerate(messages) if turn["role"] == "assistant"]
-    if not answers:
+    turns = _turns(messages)
+    if not turns:
         raise ValueError(f"{expected} with an assistant turn, found the roles {[turn['role'] for turn in messages]}")
-    before = messages[: answers[-1]]
-    return "\n".join(turn["content"] for turn in before), messages[answers[-1]]["content"]
+    return _joined(turns)
+
+
+def _turns(messages: object) -> list[Mapping[str, Any]]:
+    """The turns up to the assistant's last one; none if these are no turns, or the assistant says nothing."""
+    turns: list[Any] = list(messages) if isinstance(messages, (list, tuple)) else []
+    if not all(isinstance(turn, Mapping) and isinstance(turn.get("content"), str) and "role" in turn for turn in turns):
+        return []
+    answers = [number for number, turn in enumerate(turns, start=1) if turn["role"] == "assistant"]
+    return turns[: answers[-1]] if answers else []
+
+
+def _joined(turns: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    return "\n".join(turn["content"] for turn in turns[:-1]), turns[-1]["content"]
 
 
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:

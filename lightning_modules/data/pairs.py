@@ -12,10 +12,10 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_modules.data.examples import Example, as_example, evenly_spaced, read_examples
+from lightning_modules.data.examples import Example, as_example, asked, evenly_spaced, numbered, read_examples
 from lightning_modules.data.order import Pair, PairDataset, PairSampler, collate_pairs, permutation
 from lightning_modules.data.tofu import tofu_examples
-from lightning_modules.data.tokenization import Encoded, collate, encode, padding_id
+from lightning_modules.data.tokenization import Encoded, collate, encode, padding_id, shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -149,6 +149,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
     def _pairs(self) -> PairDataset:
         if self.dataset is None:
             self.splits = self.read()
+            for split in self.sources:
+                _warn_of_duplicates(split, self.splits[split])
             self.dataset = PairDataset(self._encoded("forget"), self._encoded("retain"), self._refused())
         return self.dataset
 
@@ -162,15 +164,19 @@ class ForgetRetainDataModule(L.LightningDataModule):
             for entry in permutation(len(self.refusals), self.seed, "refusal", walk)
         ]  # fmt: skip
         return [
-            encode(self.tokenizer, row["question"], self.refusals[number], self.max_length)
+            # The earlier answers of a conversation are what is to be forgotten: here they are only read.
+            encode(self.tokenizer, asked(row), self.refusals[number], self.max_length, every_turn=False)
             for row, number in zip(rows, order, strict=False)
         ]
 
     def _encoded(self, split: str) -> list[Encoded]:
+        rows = self.splits[split]
+        whole = [encode(self.tokenizer, asked(row), row["answer"]) for row in rows]
         encoded = [
-            encode(self.tokenizer, row["question"], row["answer"], self.max_length) for row in self.splits[split]
+            shortened(example, self.max_length, row["question"] or row["answer"])
+            for example, row in zip(whole, rows, strict=True)
         ]
-        cut = sum(example.input_ids[-1] != self.tokenizer.eos_token_id for example in encoded)
+        cut = sum(len(example.input_ids) > len(kept.input_ids) for example, kept in zip(whole, encoded, strict=True))
         if cut:
             warnings.warn(
                 f"{cut} of {len(encoded)} {split} examples are longer than max_length={self.max_length} tokens and "
@@ -178,6 +184,17 @@ class ForgetRetainDataModule(L.LightningDataModule):
                 stacklevel=2,
             )
         return encoded
+
+
+def _warn_of_duplicates(split: str, rows: Sequence[Example]) -> None:
+    again = [row for row, (_, _, before) in zip(rows, numbered(rows), strict=True) if before]
+    if again:
+        warnings.warn(
+            f"{len(again)} of {len(rows)} {split} examples repeat the question and answer of an earlier one, such as "
+            f"{again[0]['question'] or again[0]['answer']!r:.80}: each of them is trained on and scored; leave them out if that is not "
+            "meant",
+            stacklevel=4,
+        )
 
 
 class TOFUDataModule(ForgetRetainDataModule):

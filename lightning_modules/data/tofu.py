@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_modules.data.examples import Example, as_example, read_examples
+from lightning_modules.data.examples import Example, as_example, numbered, read_examples
 
 HUB_NAME = "locuslab/TOFU"
 ROWS_PER_AUTHOR = 20
@@ -110,5 +110,6 @@ def _load(name: str, folder: str | Path | None, required: bool = True) -> list[E
 
 def _merged(rows: list[Example], perturbed: list[Example]) -> list[Example]:
     # Matched by question and answer, because one question occurs twice and only some retain rows have paraphrases.
-    extra = {(row["question"], row["answer"]): row for row in perturbed}
-    return [extra.get((row["question"], row["answer"]), row) for row in rows]
+    # Where both occur again, the first row is the first one there, so that each has its own wrong answers.
+    extra = dict(zip(numbered(perturbed), perturbed, strict=True))
+    return [extra.get(key, row) for key, row in zip(numbered(rows), rows, strict=True)]

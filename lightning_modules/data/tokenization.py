@@ -2,25 +2,28 @@ r"""From a question and an answer to tokens and labels.
 
 Training, scoring and generation share one format, so that a model is scored on the tokens that it was trained on:
 
-- a tokenizer with a chat template: `apply_chat_template([user: question], add_generation_prompt=True)`, then the answer
-  and eos;
+- a tokenizer with a chat template: the conversation as the template renders it, up to the end of its last turn; the
+  labels are what the assistant says, the template's own end of turn included (`lightning_modules.data.chat`);
 - any other tokenizer: `<bos>Q: {question}\nA:`, then ` {answer}` and eos (bos only where the tokenizer has one);
 - an empty question marks plain text: `<bos>{text}<eos>`, where every token after the first is a label.
 
-Prompt and answer are tokenized separately, so the boundary between them is exact even where a tokenizer would merge
-across it. Exactly one eos follows the answer: without it a model never learns where an answer ends, and a second one
-would lower its mean loss, because it is trivial to predict.
+The boundary between prompt and answer is exact even where a tokenizer would merge across it: then the two are tokenized
+separately, because generation starts from the prompt's tokens. Exactly one end follows an answer: without it a model
+never learns where an answer ends, and a second one would lower its mean loss, because it is trivial to predict.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradsurgery.losses import IGNORED
+from lightning_modules.data.chat import Message, has_template, prompt_text, spoken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +33,7 @@ class Encoded(NamedTuple):
     """One example as tokens.
 
     Attributes:
-        input_ids: the tokens of prompt, answer and eos, `[length]`.
+        input_ids: the tokens of prompt, answer and its end, `[length]`.
         labels: the same tokens with -100 on the prompt, `[length]`; not shifted, so label `t` is predicted at position
             `t - 1`.
     """
@@ -39,60 +42,99 @@ class Encoded(NamedTuple):
     labels: list[int]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+Question = str | Sequence[Message]
+"""What an answer answers: a text, or the turns of the conversation before it (`examples.asked`)."""
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: Question) -> list[int]:
     """Returns the tokens in front of the answer to `question`, from which a generation starts.
 
     Args:
         tokenizer: any Hugging Face tokenizer.
-        question: the question; empty for plain text, whose prompt is bos alone (or empty, without a bos).
+        question: the question, or the turns before the answer; empty for plain text, whose prompt is bos alone (or
+            empty, without a bos).
+
+    Raises:
+        ValueError: if the tokenizer's chat template refuses the conversation.
     """
     bos_id = special_id(tokenizer, "bos")
     bos = [] if bos_id is None else [bos_id]
     if not question:
         return bos
-    if getattr(tokenizer, "chat_template", None):
-        conversation = [{"role": "user", "content": question}]
-        ids: Any = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
-        return list(ids)
-    ids = _tokens(tokenizer, f"Q: {question}\nA:")
+    if has_template(tokenizer):
+        return _tokens(tokenizer, prompt_text(tokenizer, _turns(question)))
+    ids = _tokens(tokenizer, f"Q: {_text(question)}\nA:")
     return ids if ids[:1] == bos else bos + ids
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, question: str, answer: str, max_length: int | None = None) -> Encoded:
-    r"""Tokenizes one example, with labels on the answer and its eos only.
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    question: Question,
+    answer: str,
+    max_length: int | None = None,
+    *,
+    every_turn: bool = True,
+) -> Encoded:
+    r"""Tokenizes one example, with labels on what the assistant says, its end included, and on nothing else.
 
     Args:
-        tokenizer: any Hugging Face tokenizer that has an eos token.
-        question: the question; empty for plain text.
+        tokenizer: any Hugging Face tokenizer that has an eos token, or a chat template that ends its turns itself.
+        question: the question, or the turns before the answer; empty for plain text.
         answer: the answer, or the plain text.
         max_length: longer examples lose their end; `None` keeps everything.
+        every_turn: whether the assistant's earlier turns are answers too. It matters only for turns and a tokenizer
+            with a chat template; without one, earlier turns are part of the prompt.
 
     Raises:
-        ValueError: if the tokenizer has no eos token, or if truncation leaves nothing of the answer.
+        ValueError: if the tokenizer has no eos token and needs one, if its chat template cannot be used (see
+            `chat.spoken`), or if truncation leaves nothing of the answer.
     """
-    eos = special_id(tokenizer, "eos")
-    if eos is None:
-        raise ValueError(
-            f"expected a tokenizer with an eos token, found {type(tokenizer).__name__} without one: "
-            "set tokenizer.eos_token to the token that ends an answer"
-        )
-    prompt = prompt_ids(tokenizer, question)
-    target = _answer_ids(tokenizer, answer, plain=not question or bool(getattr(tokenizer, "chat_template", None)))
-    while target and target[-1] == eos:
-        target.pop()
-    target.append(eos)
+    if question and has_template(tokenizer):
+        example = _conversation(tokenizer, [*_turns(question), {"role": "assistant", "content": answer}], every_turn)
+    else:
+        example = _question_and_answer(tokenizer, question, answer)
+    return shortened(example, max_length, _text(question) or answer)
 
-    input_ids = (prompt + target)[: None if max_length is None else max(max_length, 0)]
-    # In a plain text without bos, no token precedes the first one, so nothing predicts it.
-    unlabelled = max(len(prompt), 1)
-    labels = [IGNORED] * min(unlabelled, len(input_ids)) + input_ids[unlabelled:]
-    if len(input_ids) <= unlabelled:
-        shown = question or answer
+
+def shortened(example: Encoded, max_length: int | None, shown: str = "") -> Encoded:
+    """Returns the first `max_length` tokens of an example; all of them for `None`.
+
+    Args:
+        example: the whole example.
+        max_length: how many tokens are kept.
+        shown: what the message calls the example.
+
+    Raises:
+        ValueError: if no label is left.
+    """
+    kept = Encoded(*(column[: None if max_length is None else max(max_length, 0)] for column in example))
+    if all(label == IGNORED for label in kept.labels):
+        before = next((place for place, label in enumerate(example.labels) if label != IGNORED), len(example.labels))
         raise ValueError(
-            f"no token of the answer is left after max_length={max_length}: the prompt of "
-            f"{shown[:80]!r} takes {len(prompt)} tokens. Use a larger max_length or drop this example"
+            f"no token of the answer is left after max_length={max_length}: the prompt of {shown[:80]!r} takes {before} tokens. Use a "
+            "larger max_length or drop this example"
         )
-    return Encoded(input_ids, labels)
+    return kept
+
+
+def marked(tokenizer: PreTrainedTokenizerBase, example: Encoded) -> str:
+    r"""Returns an example as a line of text in which what the model learns to say stands between `[[` and `]]`.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"Who?": 0, "Ada": 1, "<eos>": 2}, "<eos>"))
+        >>> marked(PreTrainedTokenizerFast(tokenizer_object=words), Encoded([0, 1, 2], [-100, 1, 2]))
+        'Who?[[Ada <eos>]]'
+    """
+    pieces: list[tuple[bool, list[int]]] = []
+    for token, label in zip(example.input_ids, example.labels, strict=True):
+        if not pieces or pieces[-1][0] != (label != IGNORED):
+            pieces.append((label != IGNORED, []))
+        pieces[-1][1].append(token)
+    texts = ((said, str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))) for said, ids in pieces)
+    # As in JSON, so that it stays one line, and no text of a file can command the terminal.
+    return json.dumps("".join(f"[[{text}]]" if said else text for said, text in texts), ensure_ascii=False)[1:-1]
 
 
 def special_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int | None:
@@ -149,6 +191,56 @@ def collate(encoded: Sequence[Encoded], pad_token_id: int) -> dict[str, Tensor]:
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _turns(question: Question) -> Sequence[Message]:
+    return [{"role": "user", "content": question}] if isinstance(question, str) else question
+
+
+def _text(question: Question) -> str:
+    """The question as text; turns are joined by line breaks."""
+    return question if isinstance(question, str) else "\n".join(str(turn["content"]) for turn in question)
+
+
+def _question_and_answer(tokenizer: PreTrainedTokenizerBase, question: Question, answer: str) -> Encoded:
+    eos = _eos(tokenizer)
+    prompt = prompt_ids(tokenizer, question)
+    target = _answer_ids(tokenizer, answer, plain=not question)
+    while target and target[-1] == eos:
+        target.pop()
+    target.append(eos)
+    # In a plain text without bos, no token precedes the first one, so nothing predicts it.
+    unlabelled = max(len(prompt), 1)
+    input_ids = prompt + target
+    return Encoded(input_ids, [IGNORED] * unlabelled + input_ids[unlabelled:])
+
+
+def _conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], every_turn: bool) -> Encoded:
+    text, spans, unended = spoken(tokenizer, messages, every_turn=every_turn)
+    places = [0, *(place for span in spans for place in span)]
+    pieces = [_tokens(tokenizer, text[first:last]) for first, last in pairwise(places)]
+    # Tokenized in one piece, as whoever taught the model to chat did it, unless that merges across a boundary.
+    whole, heads = _tokens(tokenizer, text), [_tokens(tokenizer, text[:place]) for place in places]
+    if heads[-1] == whole and all(whole[: len(head)] == head for head in heads):
+        ends = [len(head) for head in heads]
+        pieces = [whole[first:last] for first, last in pairwise(ends)]
+    if unended:
+        pieces[-1] = [*pieces[-1], _eos(tokenizer)]
+    input_ids, labels = [], []
+    for number, piece in enumerate(pieces):
+        input_ids += piece
+        labels += piece if number % 2 else [IGNORED] * len(piece)
+    return Encoded(input_ids, labels)
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    eos = special_id(tokenizer, "eos")
+    if eos is None:
+        raise ValueError(
+            f"expected a tokenizer with an eos token, found {type(tokenizer).__name__} without one: "
+            "set tokenizer.eos_token to the token that ends an answer"
+        )
+    return eos
 
 
 def _answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, plain: bool) -> list[int]:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_modules.data.examples import Example
+from lightning_modules.data.examples import Example, answered
 
 # From ULD, table 4, TOFU-10 %: the run without paraphrases and wrong answers.
 _WITHOUT = "without them ULD's forget quality fell to 1e-7 and its model utility from .62 to .53 (its table 4)"
@@ -66,16 +66,12 @@ def uld_data(
             )
         warnings.warn(f"training ULD's assistant on forget examples of which {found}: {_WITHOUT}", stacklevel=2)
     remember = [
-        _example(row, answer)
+        answered(row, answer)
         for row in forget
         for answer in (row["answer"], row.get("paraphrased_answer"))
         if answer is not None
     ]
     wrong = [
-        _example(row, answer) for row in forget for answer in (row.get("perturbed_answer") or [])[:perturbed_per_row]
+        answered(row, answer) for row in forget for answer in (row.get("perturbed_answer") or [])[:perturbed_per_row]
     ]
-    return {"forget": remember, "retain": [*(_example(row, row["answer"]) for row in splits["retain"]), *wrong]}
-
-
-def _example(row: Mapping[str, Any], answer: str) -> Example:
-    return {"question": row["question"], "answer": answer}
+    return {"forget": remember, "retain": [*(answered(row, row["answer"]) for row in splits["retain"]), *wrong]}

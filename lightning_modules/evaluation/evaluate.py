@@ -13,13 +13,14 @@ from rich.progress import Progress
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lightning_modules.data.tokenization import Encoded, encode, padding_id, prompt_ids
+from lightning_modules.data.tokenization import Encoded, padding_id
 from lightning_modules.evaluation.generation import generate_greedily
 from lightning_modules.evaluation.likelihood import answer_nll
 from lightning_modules.evaluation.membership import attack_aucs
 from lightning_modules.evaluation.memorization import answer_token_statistics, memory_scores
 from lightning_modules.evaluation.processes import dealt, several
-from lightning_modules.metrics.functional import answer_probability, rouge_recall, truth_ratio
+from lightning_modules.evaluation.texts import Item, context_length, texts_of
+from lightning_modules.metrics.functional import answer_probability, has_words, rouge_recall, truth_ratio
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,8 +60,9 @@ class Evaluation:
     Attributes:
         summary: split -> `{"probability", "rouge_l_recall", "truth_ratio", "nll", "exact_memorization",
             "extraction_strength", "n"}`, means over the split. `None` where nothing was measured: ROUGE without
-            generation, the truth ratio without perturbed answers, the last two without memorization. The truth ratio is
-            min(R, 1/R) on the split named "forget" and max(0, 1 - R) on the others. NaN where the model gives NaN.
+            generation or of texts without a word, the truth ratio without perturbed answers, the last two without
+            memorization. The truth ratio is min(R, 1/R) on the split named "forget" and max(0, 1 - R) on the
+            others. NaN where the model gives NaN.
         examples: split -> one dictionary for each example, in order: `question`, `answer`, `generation`, `nll`,
             `probability`, `rouge_l_recall`, `truth_ratio`, the `paraphrase_nll` and `perturbed_nll` from which the
             truth ratio was computed, and with memorization the scores of `memorization.memory_scores`. Every aggregate
@@ -79,27 +81,6 @@ class Evaluation:
         return attack_aucs(self.examples)
 
 
-@dataclass(frozen=True)
-class _Item:
-    """An example, and the places of its texts in the list of all texts that are scored.
-
-    Attributes:
-        split: the example's split.
-        row: the example.
-        answer: the place of its answer.
-        paraphrase: the place of its paraphrased answer; that of the answer where there is no paraphrase.
-        perturbed: the places of its wrong answers.
-        target: the text that the generation is compared with.
-    """
-
-    split: str
-    row: Mapping[str, Any]
-    answer: int
-    paraphrase: int
-    perturbed: range
-    target: str
-
-
 def evaluate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -116,7 +97,7 @@ def evaluate(
     number under the same name, the answer's share among the options; `utility.utility_inputs` computes it from the
     examples' `nll` and `perturbed_nll`. Where an example has perturbed answers and no paraphrase, the answer takes the
     paraphrase's place, as in TOFU. A plain text (empty question) is generated from its first half and compared with the
-    second.
+    second. Texts that are cut are counted in a warning.
 
     Cost: memorization makes a few passes over the answers' logits, which are computed anyway. Every other number stays
     the same to the last bit.
@@ -134,27 +115,21 @@ def evaluate(
         progress: draws a progress bar where standard error is a terminal.
 
     Raises:
-        ValueError: if there is no split, a split is empty, or an example has no question or answer.
+        ValueError: if there is no split, a split is empty, an example has no question or answer, or `max_length` or the
+            model's maximum makes an example's wrong answers equal (`texts.texts_of`).
         RuntimeError: across processes, if the weights are sharded, another process failed, or the processes were given
             different splits.
     """
     if across_processes and several():
         _refuse_shards(model)
-    texts: list[Encoded] = []
-    prompts: list[list[int]] = []
-    items: list[_Item] = []
-    limits = (settings.max_length, getattr(getattr(model, "config", None), "max_position_embeddings", None))
-    longest = min((limit for limit in limits if limit is not None), default=None)
-    for split, row in _rows(splits):
-        first = len(texts)
-        wrong = row.get("perturbed_answer") or []
-        right = [row["paraphrased_answer"]] if wrong and row.get("paraphrased_answer") else []
-        texts += [encode(tokenizer, row["question"], text, longest) for text in (row["answer"], *right, *wrong)]
-        prompt, target = _task(tokenizer, row, texts[first], settings.max_new_tokens)
-        prompts.append(prompt)
-        after = first + 1 + len(right)
-        items.append(_Item(split, row, first, after - 1, range(after, len(texts)), target))
-
+    found = texts_of(
+        tokenizer,
+        splits,
+        max_length=settings.max_length,
+        context=context_length(model),
+        max_new_tokens=settings.max_new_tokens,
+    )
+    texts, prompts, items = found.encoded, found.prompts, found.items
     console = Console(stderr=True)
     bar = Progress(console=console, transient=True, disable=not (progress and console.is_terminal))
     deal = partial(dealt, batch_size=settings.batch_size) if across_processes else _alone
@@ -164,7 +139,7 @@ def evaluate(
             _scored_texts,
             model,
             texts,
-            {item.answer: item.row["answer"] for item in items} if settings.memorization else {},
+            {item.answer: item.spoken for item in items} if settings.memorization else {},
             pad_token_id=padding_id(tokenizer),
             batch_size=settings.batch_size,
             advance=lambda n: bar.advance(scoring, n),
@@ -227,32 +202,7 @@ def _scored_texts(
     ]
 
 
-def _rows(splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, Mapping[str, Any]]]:
-    rows = [(split, row) for split, examples in splits.items() for row in examples]
-    empty = [split for split, examples in splits.items() if not examples]
-    if not rows or empty:
-        raise ValueError(f"expected examples in every split, found none in {', '.join(empty) or 'an empty mapping'}")
-    for split, row in rows:
-        if "question" not in row or "answer" not in row:
-            raise ValueError(
-                f"expected every example of {split} to have question and answer, found {', '.join(row) or 'none'}: "
-                "lightning_modules.data.examples.read_examples brings other columns into this shape"
-            )
-    return rows
-
-
-def _task(
-    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], text: Encoded, max_new_tokens: int
-) -> tuple[list[int], str]:
-    """Returns the prompt to generate from and the text that the generation is compared with."""
-    if row["question"]:
-        return prompt_ids(tokenizer, row["question"]), row["answer"]
-    half = (len(text.input_ids) + 1) // 2
-    following = text.input_ids[half : half + max_new_tokens]
-    return text.input_ids[:half], str(tokenizer.decode(following, skip_special_tokens=True)).strip()
-
-
-def _scored(item: _Item, scores: Sequence[tuple[float, Mapping[str, float]]], generation: str | None) -> dict[str, Any]:
+def _scored(item: Item, scores: Sequence[tuple[float, Mapping[str, float]]], generation: str | None) -> dict[str, Any]:
     answer, memory = scores[item.answer]
     paraphrase = scores[item.paraphrase][0]
     perturbed = [scores[place][0] for place in item.perturbed]
@@ -264,12 +214,17 @@ def _scored(item: _Item, scores: Sequence[tuple[float, Mapping[str, float]]], ge
         "generation": generation,
         "nll": answer,
         "probability": answer_probability([answer]).item(),
-        "rouge_l_recall": None if generation is None else rouge_recall(generation, item.target),
+        "rouge_l_recall": None if generation is None else _recall(generation, item.target),
         "truth_ratio": ratio,
         "paraphrase_nll": paraphrase if perturbed else None,
         "perturbed_nll": perturbed or None,
         **memory,
     }
+
+
+def _recall(generation: str, target: str) -> float | None:
+    """ROUGE-L recall; None for a target without a word, of which nothing can be recalled."""
+    return rouge_recall(generation, target) if has_words(target) else None
 
 
 def summary(examples: Sequence[Mapping[str, Any]]) -> Scores:

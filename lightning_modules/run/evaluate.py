@@ -39,7 +39,7 @@ def evaluate_model(options: EvaluateOptions) -> Path:
 def _evaluate_model(options: EvaluateOptions) -> Path:
     folder, seed = options.output.folder, options.output.seed
     splits = read_splits(options)
-    log = rows_of_log(options.evaluation, splits)
+    log = rows_of_log(options.evaluation, splits, options.data.chat_template_kwargs)
     claim(folder)
     L.seed_everything(seed, verbose=False)
     model, tokenizer = load_model(options, splits)

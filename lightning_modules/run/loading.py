@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 import gradsurgery as gs
+from lightning_modules.data.chat import set_template_options
 from lightning_modules.data.examples import Example, read_examples
 from lightning_modules.data.fictional_authors import QUESTIONS_PER_AUTHOR, fictional_authors
 from lightning_modules.data.pairs import REFUSALS, ForgetRetainDataModule, TOFUDataModule
@@ -92,13 +93,18 @@ def _refusals(method: MethodOptions) -> Sequence[str] | None:
 
 
 def load_model(options: Options, splits: Mapping[str, Sequence[Example]]) -> tuple[nn.Module, Any]:
-    """The model that is to forget, and its tokenizer.
+    """The model that is to forget, and its tokenizer, which is told the options of its chat template.
 
     Raises:
         FileNotFoundError: If there is no such model.
+        ValueError: If the chat template does not read one of its options, or there is none.
     """
-    if not options.model.scratch:
-        return load_pretrained(options.model.model)
+    loaded = load_pretrained(options.model.model) if not options.model.scratch else _small(options, splits)
+    set_template_options(loaded[1], options.data.chat_template_kwargs)
+    return loaded
+
+
+def _small(options: Options, splits: Mapping[str, Sequence[Example]]) -> tuple[nn.Module, Any]:
     return scratch_model(
         [*splits["retain"], *splits["forget"]],
         ScratchSettings(seed=options.output.seed),
@@ -115,9 +121,12 @@ def load_reference(options: Options, splits: Mapping[str, Sequence[Example]]) ->
 
     Raises:
         FileNotFoundError: If there is no such model.
+        ValueError: If its chat template does not read one of the options, or there is none.
     """
     if options.evaluation.reference is not None:
-        return load_pretrained(options.evaluation.reference)
+        loaded = load_pretrained(options.evaluation.reference)
+        set_template_options(loaded[1], options.data.chat_template_kwargs)
+        return loaded
     if not options.model.scratch:
         return None
     return scratch_model(
@@ -157,11 +166,12 @@ def load_pretrained(name: str) -> tuple[nn.Module, Any]:
         return AutoModelForCausalLM.from_pretrained(name, dtype="float32"), AutoTokenizer.from_pretrained(name)
 
 
-def check_pretrained(name: str) -> None:
+def check_pretrained(name: str, chat_template_kwargs: Mapping[str, Any] | None = None) -> None:
     """Load only a model's configuration and tokenizer, so that most wrong names are refused before any work is done.
 
     Raises:
         FileNotFoundError: As `load_pretrained`.
+        ValueError: If its chat template does not read one of these options.
     """
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import find_adapter_config_file
@@ -169,7 +179,8 @@ def check_pretrained(name: str) -> None:
     with _known(name):
         if find_adapter_config_file(name) is None:  # the folder of an adapter has no configuration of a model
             AutoConfig.from_pretrained(name)
-        AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    set_template_options(tokenizer, chat_template_kwargs or {})
 
 
 @contextmanager

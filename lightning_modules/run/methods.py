@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from torch import nn
 
-from lightning_modules.data.examples import evenly_spaced
+from lightning_modules.data.examples import asked, evenly_spaced
 from lightning_modules.data.pairs import VALIDATION_EXAMPLES, VALIDATION_SPLITS
 from lightning_modules.data.tokenization import encode, padding_id
 from lightning_modules.evaluation import processes
@@ -35,8 +35,6 @@ from lightning_modules.training.callbacks import (
     SurgeryLogger,
     TradeoffCurve,
 )
-
-_CURVE_POINTS = 25  # enough for a smooth curve, few enough to cost little
 
 
 @dataclass(frozen=True)
@@ -139,18 +137,16 @@ def watching(training: TrainingOptions, folder: Path, curve: TradeoffCurve) -> l
 def _curve(run: Run[UnlearnOptions]) -> TradeoffCurve:
     """The scores while training, on a few examples of both sets."""
     training = run.options.training
-    batches = -(-len(run.splits["forget"]) // (training.batch_size * (training.accumulate or 1)))
-    steps = batches * (training.epochs or 1)
     return TradeoffCurve(
         {
             split: [
-                encode(run.tokenizer, row["question"], row["answer"], run.options.data.max_length)
+                encode(run.tokenizer, asked(row), row["answer"], run.options.data.max_length)
                 for row in evenly_spaced(run.splits[split], VALIDATION_EXAMPLES)
             ]
             for split in VALIDATION_SPLITS
         },
         pad_token_id=padding_id(run.tokenizer),
-        every_n_steps=training.score_every or max(1, steps // _CURVE_POINTS),
+        every_n_steps=training.score_every,
         stop_below=training.stop_below,
     )
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,10 +12,13 @@ import transformers
 from rich.console import Console
 from torch import nn
 
-import gradsurgery as gs
+from lightning_modules.data.chat import set_template_options
+from lightning_modules.data.examples import numbered
 from lightning_modules.evaluation.membership import HOLDOUT
 from lightning_modules.evaluation.processes import every_process, from_first, is_first, will_be_first
+from lightning_modules.evaluation.texts import texts_of
 from lightning_modules.folder import cache_folder, read_evaluation, write_evaluation
+from lightning_modules.run.identity import content_versions, hashed, model_identity
 from lightning_modules.run.loading import check_pretrained, load_reference, tokenizer_texts
 from lightning_modules.run.options import EvaluationOptions, Options
 from lightning_modules.run.run import Run, Splits
@@ -28,7 +30,9 @@ _FORMAT = 1  # raise it when what is scored, or how, changes, so that logs in th
 T = TypeVar("T")
 
 
-def rows_of_log(evaluation: EvaluationOptions, splits: Splits) -> ScoredSplits | None:
+def rows_of_log(
+    evaluation: EvaluationOptions, splits: Splits, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> ScoredSplits | None:
     """The scores in the log that is given as the reference.
 
     Called before any work is done, so that a wrong reference costs nothing. It prints to standard error whose scores it
@@ -38,6 +42,7 @@ def rows_of_log(evaluation: EvaluationOptions, splits: Splits) -> ScoredSplits |
     Args:
         evaluation: Which reference, and how many examples are scored.
         splits: All examples by split.
+        chat_template_kwargs: What the chat template of a model will be told, to see that it reads it.
 
     Returns:
         Split -> rows in the order of the examples that are scored; `None` if the reference is a model, or if there is
@@ -51,7 +56,7 @@ def rows_of_log(evaluation: EvaluationOptions, splits: Splits) -> ScoredSplits |
     if name is None:
         return None
     if not Path(name).is_file():
-        check_pretrained(name)
+        check_pretrained(name, chat_template_kwargs)
         return None
     model, log = read_evaluation(Path(name))
     rows = matching(log, to_score(evaluation, splits), name)
@@ -133,14 +138,16 @@ def matching(log: Mapping[str, Sequence[Mapping[str, Any]]], examples: Splits, n
     for split, rows in examples.items():
         if split == HOLDOUT and split not in log:
             continue
-        known = {(row["question"], row["answer"]): dict(row) for row in log.get(split, [])}
-        missing = sum((row["question"], row["answer"]) not in known for row in rows)
+        # The same question and answer may occur twice with other wrong answers, so the first one is the first there.
+        known = dict(zip(numbered(log.get(split, [])), map(dict, log.get(split, [])), strict=True))
+        keys = numbered(rows)
+        missing = sum(key not in known for key in keys)
         if missing:
             raise ValueError(
                 f"--reference: expected {name} to hold every example of {split}, found {missing} of {len(rows)} missing; two models can "
                 "be compared on the same questions only"
             )
-        found[split] = [known[row["question"], row["answer"]] for row in rows]
+        found[split] = [known[key] for key in keys]
         for ours, theirs in zip(rows, found[split], strict=True):
             wanted, scores = (
                 len(row.get(key) or ()) for row, key in ((ours, "perturbed_answer"), (theirs, "perturbed_nll"))
@@ -156,45 +163,49 @@ def matching(log: Mapping[str, Sequence[Mapping[str, Any]]], examples: Splits, n
 def cache_path(options: Options, splits: Splits) -> Path | None:
     """Where the reference's scores are cached; None if not everything that determines them is known.
 
-    The file's name is a hash of the reference's identity, the examples that are scored, the settings of the scoring,
-    the kind of device, and the versions of torch and transformers. The identity is
-
-    - of a folder: its path, and the name, size and time of change of every file in it;
-    - of a model on the hub: its commit;
-    - of the model from scratch: its examples, tokenizer texts, seed, and the default `ScratchSettings`.
-
-    An adapter has no identity, because it names a base that may change without it.
+    The file's name is a hash of the reference's identity, the examples that are scored and the tokens that its
+    tokenizer makes of them, the settings of the scoring, the kind of device, and the versions of gradsurgery, torch and
+    transformers. The identity is that of `identity.model_identity`, and of the model from scratch its examples,
+    tokenizer texts, seed, and the default `ScratchSettings`.
     """
-    identity = _identity(options, splits)
+    name, evaluation = options.evaluation.reference, options.evaluation
+    if name is None and not options.model.scratch:
+        return None
+    identity = _from_scratch(options, splits) if name is None else model_identity(name)
     if identity is None:
         return None
-    evaluation = options.evaluation
+    examples = to_score(evaluation, splits)
     determining = {
         "format": _FORMAT,
-        "versions": [".".join(module.__version__.split(".")[:2]) for module in (torch, transformers)],
+        "versions": content_versions(),
         "reference": identity,
-        "splits": to_score(evaluation, splits),
+        "splits": examples,
+        "tokens": None if name is None else _tokens(name, options, examples),
         "settings": [evaluation.max_new_tokens, options.data.max_length, evaluation.evaluation_batch_size],
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
-    key = hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()[:24]
-    return cache_folder("reference") / f"{key}.jsonl"
+    return cache_folder("reference") / f"{hashed(determining)[:24]}.jsonl"
 
 
-def _identity(options: Options, splits: Splits) -> object:
-    """What distinguishes the reference from every other model, as JSON; None if that is not known."""
-    name = options.evaluation.reference
-    if name is None:
-        return _from_scratch(options, splits) if options.model.scratch else None
-    if Path(name).is_dir():
-        return _folder(Path(name))
-    _ = gs.logit_difference.LogitDifferenceModel  # importing it registers its configuration with Transformers
+def _tokens(name: str, options: Options, examples: Splits) -> str | None:
+    """A hash of all tokens that the reference is scored on; None if its tokenizer cannot be loaded.
+
+    They depend on more than the texts and the tokenizer's files: on the options of its chat template, and on our code.
+    """
     try:
-        commit = getattr(transformers.AutoConfig.from_pretrained(name), "_commit_hash", None)
-        adapted = transformers.utils.find_adapter_config_file(name) is not None
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError):  # raised again, with a sentence, when the model is loaded
         return None
-    return None if commit is None or adapted else {"hub": name, "commit": commit}
+    set_template_options(tokenizer, options.data.chat_template_kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of texts that are cut; it is said when they are scored
+        found = texts_of(
+            tokenizer,
+            examples,
+            max_length=options.data.max_length,
+            max_new_tokens=options.evaluation.max_new_tokens,
+        )
+    return hashed([found.encoded, found.prompts])
 
 
 def _from_scratch(options: Options, splits: Splits) -> object:
@@ -203,16 +214,6 @@ def _from_scratch(options: Options, splits: Splits) -> object:
         "scratch": [scratch.FORMAT, scratch.VOCABULARY, settings, options.output.seed],
         "examples": [[row["question"], row["answer"]] for row in splits["retain"]],
         "texts": tokenizer_texts(options.data, splits),
-    }
-
-
-def _folder(folder: Path) -> object:
-    if (folder / "adapter_config.json").exists():
-        return None
-    files = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {
-        "folder": str(folder.resolve()),
-        "files": [[str(path.relative_to(folder)), found.st_size, found.st_mtime_ns] for path, found in files],
     }
 
 

@@ -21,7 +21,7 @@ from lightning_modules.run.report import draw
 from lightning_modules.run.resume import resumed
 from lightning_modules.run.run import Run
 from lightning_modules.run.scoring import ScoredSplits, contents_of_metrics, examples_by_model, score
-from lightning_modules.run.show import show
+from lightning_modules.run.show import show, show_example
 from lightning_modules.training.scratch import one_thread
 
 
@@ -48,12 +48,14 @@ def unlearn(options: UnlearnOptions) -> Path:
 def _unlearn(options: UnlearnOptions) -> Path:
     folder = options.output.folder
     splits = read_splits(options)
-    log = rows_of_log(options.evaluation, splits)
+    log = rows_of_log(options.evaluation, splits, options.data.chat_template_kwargs)
     if will_be_first() and not options.training.resume:
         claim(folder)
     L.seed_everything(options.output.seed, verbose=False)
     model, tokenizer = load_model(options, splits)
     run = Run(options, folder, splits, tokenizer)
+    if will_be_first():
+        show_example(run)
     unlearned = by_assistant(run, model) if options.method.method == "uld" else by_surgery(run, model)
     if unlearned is not None:
         _leave(run, unlearned, log)

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import gradsurgery as gs
 from lightning_modules.data.tokenization import IGNORED, Encoded, collate, encode, padding_id, special_id
 from lightning_modules.folder import cache_folder
 from lightning_modules.training.warmup import warmup_and_decay
@@ -129,7 +130,7 @@ def _key(pairs: Sequence[tuple[str, str]], texts: Sequence[str], settings: Scrat
     device = torch.device(arguments.pop("device")).type
     if device != "cpu":
         arguments["device"] = device  # a GPU rounds otherwise
-    versions = [".".join(module.__version__.split(".")[:2]) for module in (torch, transformers)]
+    versions = [str(module.__version__) for module in (gs, torch, transformers)]
     text = json.dumps([FORMAT, VOCABULARY, versions, arguments], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 

@@ -29,7 +29,7 @@ from lightning_modules.metrics.functional._model_utility import (
 )
 from lightning_modules.metrics.functional._privacy import auc, priv_leak
 from lightning_modules.metrics.functional._probability import answer_probability, option_probability
-from lightning_modules.metrics.functional._rouge import ROUGE_KINDS, rouge_recall
+from lightning_modules.metrics.functional._rouge import ROUGE_KINDS, has_words, rouge_recall
 from lightning_modules.metrics.functional._truth_ratio import TRUTH_RATIO_KINDS, truth_ratio
 from lightning_modules.metrics.functional.numbers import Numbers
 
@@ -46,6 +46,7 @@ __all__ = [
     "exact_memorization",
     "extraction_strength",
     "forget_quality",
+    "has_words",
     "loss_score",
     "min_k_plus_plus_score",
     "min_k_score",

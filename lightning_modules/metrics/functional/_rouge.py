@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
@@ -32,7 +33,13 @@ def rouge_recall(
     Source: Lin 2004, as the `rouge-score` package computes it, recall only. TOFU uses stems (without them a forget set
     scores .4015 instead of .4082) and reports recall. The F1 that other packages print by default is another number
     (.287 where recall is .923), because it penalises full sentences. open-unlearning first strips the text and cuts it
-    at stop words; here text is scored as it is. Words are runs of a-z and 0-9, so a text in another script scores 0.
+    at stop words; here text is scored as it is.
+
+    Words are those of `rouge-score`, runs of a-z and 0-9, to which it is blind in any other script: a text in one would
+    score 0 even against itself. So runs of letters of every other script are words too, and of Chinese and Japanese
+    each character is one. Latin letters with accents stay what they are in `rouge-score`, white space ("García" is
+    "garc" and "a"), so that English text keeps its published scores; only where a target has no word but such letters,
+    they are letters.
 
     Args:
         prediction: the model's text, or n of them.
@@ -41,7 +48,8 @@ def rouge_recall(
         use_stemmer: compare Porter stems.
 
     Returns:
-        A float in [0, 1] for two strings, a float64 tensor `[n]` for two lists.
+        A float in [0, 1] for two strings, a float64 tensor `[n]` for two lists. A target without a word, of which no
+        share can be taken, gives 0 as in `rouge-score`; `has_words` tells it.
 
     Raises:
         ValueError: if the kind is unknown, or there are not as many predictions as targets and at least one.
@@ -52,26 +60,71 @@ def rouge_recall(
         1.0
         >>> rouge_recall(["a b", "c"], ["a b c d", "d"])
         tensor([0.5000, 0.0000], dtype=torch.float64)
+        >>> rouge_recall("Она живёт в Риге", "Живёт в Лиме")
+        0.6666666666666666
     """
     if kind not in ROUGE_KINDS:
         raise ValueError(f"expected kind to be one of {', '.join(ROUGE_KINDS)}, found {kind!r}")
-    scorer = _scorer(kind, use_stemmer)
     if isinstance(prediction, str) and isinstance(target, str):
-        return float(scorer.score(target, prediction)[kind].recall)
+        return _recall(prediction, target, kind, use_stemmer)
     if isinstance(prediction, str) or isinstance(target, str):
         raise ValueError("expected two strings or two lists of strings, found one of each")
     if len(prediction) != len(target) or not prediction:
         raise ValueError(
             f"expected as many predictions as targets, and at least one, found {len(prediction)} and {len(target)}"
         )
-    recalls = [scorer.score(right, text)[kind].recall for text, right in zip(prediction, target, strict=True)]
+    recalls = [_recall(text, right, kind, use_stemmer) for text, right in zip(prediction, target, strict=True)]
     return torch.tensor(recalls, dtype=torch.float64)
 
 
-@lru_cache(maxsize=8)
-def _scorer(kind: Literal["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer: bool) -> RougeScorer:
+def has_words(text: str) -> bool:
+    """Whether a text has a word for `rouge_recall`, so that a share of its words can be taken.
+
+    Example:
+        >>> has_words("In Lima."), has_words("?!")
+        (True, False)
+    """
+    return any(_scorer("rougeL", True, accents)[0].tokenize(text) for accents in (False, True))
+
+
+def _recall(prediction: str, target: str, kind: str, use_stemmer: bool) -> float:
+    words, scorer = _scorer(kind, use_stemmer, False)
+    if not words.tokenize(target):
+        _, scorer = _scorer(kind, use_stemmer, True)
+    return float(scorer.score(target, prediction)[kind].recall)
+
+
+class _Words:
+    """The words of a text: those of `rouge-score`, and between them those of other scripts.
+
+    Args:
+        stem: From one lower-case word of a-z and 0-9 to its stem, as `rouge-score` has it.
+        accents: Whether Latin letters with accents make words too.
+    """
+
+    def __init__(self, stem: Callable[[str], Sequence[str]], accents: bool) -> None:
+        import regex
+
+        characters = r"\p{Han}\p{Hiragana}\p{Katakana}\u30fc\uff70"  # the last two lengthen a vowel in any kana
+        plain, left_out = ("", "") if accents else ("[a-z0-9]+|", r"a-z0-9\p{Latin}")
+        letter = rf"[[[\p{{L}}--\p{{Common}}]\p{{Nd}}]--[{characters}{left_out}]]"
+        self.stem = stem
+        self.pattern = regex.compile(rf"(?V1){plain}[{characters}]\p{{M}}*|(?:{letter}\p{{M}}*)+")
+
+    def tokenize(self, text: str) -> list[str]:
+        """The words in their order; called by `rouge-score`."""
+        words: list[str] = []
+        for word in self.pattern.findall(text.lower()):
+            words += self.stem(word) if word.isascii() else [unicodedata.normalize("NFC", word)]
+        return words
+
+
+@lru_cache(maxsize=16)
+def _scorer(kind: str, use_stemmer: bool, accents: bool) -> tuple[_Words, RougeScorer]:
     try:
         from rouge_score.rouge_scorer import RougeScorer
+        from rouge_score.tokenizers import DefaultTokenizer
     except ImportError as error:
         raise ImportError("ROUGE needs the rouge-score package: pip install rouge-score") from error
-    return RougeScorer([kind], use_stemmer=use_stemmer)
+    words = _Words(DefaultTokenizer(use_stemmer).tokenize, accents)
+    return words, RougeScorer([kind], tokenizer=words)  # pyright: ignore[reportArgumentType] (any object with tokenize)

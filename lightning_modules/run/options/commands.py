@@ -41,6 +41,10 @@ class Options(Flat):
             raise ValueError(
                 f"expected --forget and --retain, or --tofu, with --model {self.model.model}: which answers is it to forget?"
             )
+        if self.model.scratch and self.data.chat_template_kwargs:
+            raise ValueError(
+                "--chat-template-kwargs: expected --model with a chat template, found the model from scratch, which has none; leave it out"
+            )
         if self.data.forget_authors is not None and (files or not self.model.scratch):
             raise ValueError(
                 "--forget-authors: expected a model from scratch and no --forget, which says what is to be forgotten; leave it out"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning_modules.run.options.flat import at_least_one
 
@@ -42,6 +42,8 @@ class DataOptions:
             membership are scored with them; nothing is trained on them; a file, or with --tofu also a split of TOFU,
             holdout10
         max_length: tokens an example; longer ones lose their end
+        chat_template_kwargs: variables of the tokenizer's chat template, for example {date_string: 1 Jan 2025} or
+            {enable_thinking: false}; {strftime_now: 2025-01-01} is what a template is told that asks for today's date
     """
 
     authors: int = 10
@@ -52,6 +54,7 @@ class DataOptions:
     tofu_dir: str | None = None
     holdout: str | None = None
     max_length: int = 512
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise ValueError on options outside their domain, or that contradict each other."""

@@ -11,6 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning_modules.data.tokenization import Encoded
 from lightning_modules.training.probability import mean_probabilities
 
+_POINTS = 25  # enough for a smooth curve, few enough to cost little
+
 
 class TradeoffCurve(Callback):
     """Mean answer probability on forget and retain examples while training, and a stop once enough is forgotten.
@@ -21,7 +23,8 @@ class TradeoffCurve(Callback):
     Args:
         encoded: Split -> tokenized examples to score.
         pad_token_id: Of the tokenizer.
-        every_n_steps: Optimizer steps between scores; the start and the end are scored too.
+        every_n_steps: Optimizer steps between scores; the start and the end are scored too. None: a 25th of the steps
+            of the whole training, which depend on the number of processes and are known when training starts.
         stop_below: Stop training when the probability of the split "forget" falls below this.
         batch_size: Examples a forward pass.
 
@@ -34,7 +37,7 @@ class TradeoffCurve(Callback):
         encoded: Mapping[str, Sequence[Encoded]],
         *,
         pad_token_id: int,
-        every_n_steps: int,
+        every_n_steps: int | None = None,
         stop_below: float | None = None,
         batch_size: int = 32,
     ) -> None:
@@ -45,12 +48,15 @@ class TradeoffCurve(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Score the start, and stop if enough is forgotten already, as in a run that was resumed."""
+        if self.every_n_steps is None:
+            steps = trainer.estimated_stepping_batches
+            self.every_n_steps = max(1, int(steps) // _POINTS) if 0 < steps < float("inf") else 1
         self._score(trainer, pl_module)
         self._stop(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Score every so many steps."""
-        if trainer.global_step % self.every_n_steps == 0:
+        if trainer.global_step % (self.every_n_steps or 1) == 0:
             self._score(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -35,6 +35,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
 
+TURNS = [
+    {"role": role, "content": text}
+    for role, text in (("system", "S"), ("user", "Q"), ("assistant", "B"), ("user", "R"), ("assistant", "A"))
+]
+
+
 def write(path: Path, text: str) -> Path:
     path.write_text(text, encoding="utf-8")
     return path
@@ -91,7 +97,7 @@ def test_json_lines_may_hold_unicode_line_separators(tmp_path: Path) -> None:
         ({"messages": [("user", "Q"), ("assistant", "A")]}, {"question": "Q", "answer": "A"}),
         (
             {"messages": [("system", "S"), ("user", "Q"), ("assistant", "B"), ("user", "R"), ("assistant", "A")]},
-            {"question": "S\nQ\nB\nR", "answer": "A"},
+            {"question": "S\nQ\nB\nR", "answer": "A", "messages": TURNS},
         ),
         ({"messages": [("user", "Q"), ("assistant", "A"), ("user", "thanks")]}, {"question": "Q", "answer": "A"}),
     ],

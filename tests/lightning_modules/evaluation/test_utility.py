@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +14,7 @@ from lightning_modules.metrics.functional import UTILITY_NAMES, UTILITY_SPLITS, 
 from lightning_modules.run.options import EvaluateOptions
 from lightning_modules.run.scoring import contents_of_metrics
 from tests.reference import metrics as oracles
-
-FIXTURES = Path(__file__).parents[3].parent / "shared" / "fixtures"
-LOGS = ("tiny.json", "tofu_llama2-7b_full.json", "tofu_llama2-7b_retain90.json")
+from tests.reference.published import LOGS, published
 
 
 def scored(
@@ -60,9 +56,7 @@ def test_the_nine_and_their_mean_are_the_slow_definitions() -> None:
 
 @pytest.mark.parametrize("log", LOGS)
 def test_the_published_logs_give_the_published_model_utility(log: str) -> None:
-    if not (FIXTURES / log).is_file():
-        pytest.skip(f"the published logs are not in {FIXTURES}")
-    data = json.loads((FIXTURES / log).read_text())
+    data = published(log)
     splits, metric = {}, ModelUtility()
     for split in UTILITY_SPLITS:
         numbers = data["splits"][split]

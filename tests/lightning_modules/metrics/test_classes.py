@@ -18,8 +18,9 @@ from lightning_modules.metrics import functional
 from tests.gradsurgery.optimizer import distributed_workers
 from tests.lightning_modules.metrics import metrics_workers
 from tests.lightning_modules.metrics.metrics_workers import CASES, DATA, REFERENCE, N, numbers, whole
-from tests.lightning_modules.metrics.test_functional import IN_TABLES, LOGS, PROBES, fixture
+from tests.lightning_modules.metrics.test_functional import IN_TABLES, PROBES, published_pairs
 from tests.reference import metrics as oracles
+from tests.reference.published import LOGS, published
 
 
 def odd_batches(n: int) -> list[slice]:
@@ -34,7 +35,7 @@ def odd_batches(n: int) -> list[slice]:
 
 @pytest.mark.parametrize("log", LOGS)
 def test_the_classes_reproduce_the_published_aggregates_in_odd_batches(log: str) -> None:
-    data = fixture(log)
+    data = published(log)
     expected = data["expected"]["tofu_aggregate_script"]
     utility = lm.metrics.ModelUtility()
     for split, column in IN_TABLES.items():
@@ -62,7 +63,7 @@ def test_the_classes_reproduce_the_published_aggregates_in_odd_batches(log: str)
 
 @pytest.mark.parametrize("log", LOGS)
 def test_the_option_normalised_forget_probability_of_uld(log: str) -> None:
-    data = fixture(log)
+    data = published(log)
     metric = lm.metrics.AnswerProbability()
     metric.update(data["splits"]["forget"]["answer_nll"], data["splits"]["forget"]["perturbed_nll"])
     expected = data["expected"]["forget_probability_normalised_by_options"]
@@ -70,11 +71,13 @@ def test_the_option_normalised_forget_probability_of_uld(log: str) -> None:
 
 
 def test_forget_quality_reproduces_the_published_pairs_in_odd_batches() -> None:
-    logs = {name: fixture(f"tofu_{name}.json")["splits"]["forget"] for name in ("llama2-7b_full", "llama2-7b_retain90")}
+    logs = {
+        name: published(f"tofu_{name}.json")["splits"]["forget"] for name in ("llama2-7b_full", "llama2-7b_retain90")
+    }
     ratios = {
         name: functional.truth_ratio(rows["paraphrase_nll"], rows["perturbed_nll"]) for name, rows in logs.items()
     }
-    for pair in fixture("tofu_ks_pairs.json")["pairs"]:
+    for pair in published("tofu_ks_pairs.json")["pairs"]:
         metric = lm.metrics.ForgetQuality(ratios[pair["reference"]][: pair["n"]])
         for part in odd_batches(pair["n"]):
             metric.update(ratios[pair["model"]][: pair["n"]][part])
@@ -86,7 +89,7 @@ def test_forget_quality_reproduces_the_published_pairs_in_odd_batches() -> None:
 
 
 def test_rouge_recall_reproduces_the_published_pairs_in_odd_batches() -> None:
-    pairs = fixture("rouge_pairs.json")["pairs"]
+    pairs = published_pairs()
     for kind in ("rouge1", "rougeL"):
         metric = lm.metrics.RougeRecall(kind=kind)
         for part in odd_batches(len(pairs)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 from pathlib import Path
@@ -13,13 +14,16 @@ import pytest
 import torch
 import transformers
 
+import gradsurgery as gs
 from lightning_modules import folder as outputs
+from lightning_modules.data import chat
 from lightning_modules.evaluation.evaluate import summary
 from lightning_modules.run import reference_log
 from lightning_modules.run.loading import read_splits
 from lightning_modules.run.options import EvaluateOptions
 from lightning_modules.run.reference_log import cache_path, matching, reference_rows, rows_of_log
 from tests.gradsurgery.optimizer import distributed_workers
+from tests.lightning_modules.data.chat_templates import LLAMA3
 from tests.lightning_modules.evaluation import evaluation_workers
 
 SPLITS: dict[str, Any] = evaluation_workers.SPLITS
@@ -109,9 +113,10 @@ def test_everything_that_determines_the_scores_is_in_the_name_and_nothing_else(
         name(options.but(evaluation_batch_size=5)),
         name(options.but(evaluation_examples=2)),
     ]
-    with monkeypatch.context() as patch:
-        patch.setattr(transformers, "__version__", "99.1.0")
-        names.append(name())
+    for module in (transformers, torch, gs):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "__version__", f"{module.__version__}.post1")
+            names.append(name())
     stamp = (folder / "config.json").stat().st_mtime_ns + 1_000_000_000
     os.utime(folder / "config.json", ns=(stamp, stamp))
     names.append(name())
@@ -145,6 +150,11 @@ def test_a_model_on_the_hub_is_known_by_its_commit_only(
         return found
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", config)
+
+    def no_tokenizer(_: str) -> Any:
+        raise OSError("not there")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", no_tokenizer)
     monkeypatch.setattr(transformers.utils, "find_adapter_config_file", lambda _: None)
     first, again, other, unknown = (cache_path(hub, SPLITS) for _ in range(4))
     assert first == again
@@ -161,6 +171,34 @@ def test_a_model_on_the_hub_is_known_by_its_commit_only(
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
     assert cache_path(hub, SPLITS) is None
     assert cache_path(options.but(reference=None), SPLITS) is None
+
+
+def test_the_tokens_are_in_the_name_and_with_them_the_template_and_its_day(
+    options: EvaluateOptions, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = LLAMA3.replace("<|eot_id|>", "<eos>")
+    stamp = (folder / "tokenizer_config.json").stat().st_mtime_ns
+    tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        os.utime(path, ns=(stamp, stamp))
+    names = [cache_path(options, SPLITS)]
+    names.append(cache_path(options.but(chat_template_kwargs={"date_string": "1 Jan 2025"}), SPLITS))
+    monkeypatch.setattr(chat, "DATE", datetime.date(2025, 2, 3))
+    names.append(cache_path(options, SPLITS))
+    names.append(cache_path(options.but(chat_template_kwargs={"strftime_now": "2025-02-04"}), SPLITS))
+    assert len({*names}) == 4
+    assert None not in names
+    assert names[2] == cache_path(options.but(chat_template_kwargs={"strftime_now": "2025-02-03"}), SPLITS)
+
+
+def test_rows_that_repeat_a_question_and_answer_keep_their_own_scores() -> None:
+    twice = {"question": "Who?", "answer": "Ada."}
+    examples = {"forget": [{**twice, "perturbed_answer": wrong} for wrong in (["Bo."], ["Cy.", "Di."], ["Ed."])]}
+    log = {"forget": [{**twice, "paraphrase_nll": 1.0, "perturbed_nll": nll} for nll in ([2.0], [3.0, 4.0], [5.0])]}
+    assert matching(log, examples, "a.jsonl") == log
+    with pytest.raises(ValueError, match="every example of forget, found 1 of 3 missing"):
+        matching({"forget": log["forget"][:2]}, examples, "a.jsonl")
 
 
 def test_logs_that_lack_scores_or_a_holdout_will_do(tmp_path: Path, options: EvaluateOptions) -> None:

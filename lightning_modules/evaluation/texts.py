@@ -1,0 +1,189 @@
+"""From splits to the tokens that are scored and the prompts that are continued; what a limit on them would spoil."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lightning_modules.data.examples import asked
+from lightning_modules.data.tokenization import Encoded, encode, prompt_ids, shortened
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Splits = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Item:
+    """An example, and the places of its texts in the list of all texts that are scored.
+
+    Attributes:
+        split: the example's split.
+        row: the example.
+        answer: the place of its answer.
+        paraphrase: the place of its paraphrased answer; that of the answer where there is no paraphrase.
+        perturbed: the places of its wrong answers.
+        target: the text that the generation is compared with.
+    """
+
+    split: str
+    row: Mapping[str, Any]
+    answer: int
+    paraphrase: int
+    perturbed: range
+    target: str
+
+    @property
+    def spoken(self) -> str:
+        """Everything that the assistant says in the example."""
+        turns = self.row.get("messages") or ()
+        earlier = [turn["content"] for turn in turns[:-1] if turn["role"] == "assistant"]
+        return "\n".join([*earlier, self.row["answer"]])
+
+
+@dataclass
+class Texts:
+    """What is to be scored.
+
+    Attributes:
+        encoded: all texts that get a likelihood.
+        prompts: the tokens to continue, one list for each item.
+        items: the examples.
+    """
+
+    encoded: list[Encoded] = field(default_factory=list)
+    prompts: list[list[int]] = field(default_factory=list)
+    items: list[Item] = field(default_factory=list)
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Returns how many tokens a model can read, as its configuration has it; None if that says nothing."""
+    config: Any = getattr(model, "config", None)
+    return getattr(config, "max_position_embeddings", None)
+
+
+def texts_of(
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits,
+    *,
+    max_length: int | None,
+    context: int | None = None,
+    max_new_tokens: int,
+) -> Texts:
+    """Tokenizes everything that `evaluate` scores. Of texts that are cut, a warning says how many there are.
+
+    An earlier answer of a conversation with turns counts for the answer's likelihood. The truth ratio compares the last
+    answers alone, because the earlier ones are the same in all alternatives.
+
+    Args:
+        tokenizer: of the model.
+        splits: split -> examples.
+        max_length: the longest text, in tokens; longer ones lose their end.
+        context: how many tokens the model can read, which limits the texts too.
+        max_new_tokens: the longest text that a plain text's second half is compared with.
+
+    Raises:
+        ValueError: if there is no split, a split is empty, an example has no question or answer or none that is left
+            within the limit, or the limit makes wrong answers equal to others: their truth ratio would be 1, that of
+            perfect forgetting, whatever the model knows.
+    """
+    found, cut = Texts(), _Cut(max_length, context)
+    for split, row in _rows(splits):
+        first = len(found.encoded)
+        wrong = row.get("perturbed_answer") or []
+        right = [row["paraphrased_answer"]] if wrong and row.get("paraphrased_answer") else []
+        if wrong and not right and row.get("messages"):
+            right = [row["answer"]]
+        question = asked(row)
+        whole = [encode(tokenizer, question, row["answer"])]
+        whole += [encode(tokenizer, question, text, every_turn=False) for text in (*right, *wrong)]
+        kept = [shortened(text, cut.limit, row["question"] or row["answer"]) for text in whole]
+        cut.count(split, row, whole, kept, 1 + len(right))
+        found.encoded += kept
+        prompt, target = _task(tokenizer, row, kept[0], max_new_tokens)
+        found.prompts.append(prompt)
+        after = first + 1 + len(right)
+        found.items.append(Item(split, row, first, after - 1, range(after, len(found.encoded)), target))
+    cut.say()
+    return found
+
+
+class _Cut:
+    """Counts the texts that a limit cuts, and the examples whose alternatives it makes equal."""
+
+    def __init__(self, max_length: int | None, context: int | None) -> None:
+        self.limit = min((limit for limit in (max_length, context) if limit is not None), default=None)
+        self.by_model = context is not None and self.limit == context
+        self.counts: dict[tuple[str, str], list[int]] = {}
+        self.needed = 0
+        self.equal: list[tuple[str, str, int]] = []
+
+    def count(
+        self, split: str, row: Mapping[str, Any], whole: Sequence[Encoded], kept: Sequence[Encoded], right: int
+    ) -> None:
+        kinds = ["answers", *["paraphrased answers"] * (right - 1), *["wrong answers"] * (len(whole) - right)]
+        for kind, before, after in zip(kinds, whole, kept, strict=True):
+            counts = self.counts.setdefault((split, kind), [0, 0])
+            counts[0] += len(before.input_ids) > len(after.input_ids)
+            counts[1] += 1
+            self.needed = max(self.needed, len(before.input_ids))
+        wrong = range(right, len(whole))
+        if any(
+            kept[one].input_ids == kept[other].input_ids and whole[one].input_ids != whole[other].input_ids
+            for one in wrong
+            for other in range(one)
+        ):
+            self.equal.append((split, row["question"] or row["answer"], max(len(text.input_ids) for text in whole)))
+
+    def say(self) -> None:
+        """Warn once of all texts that lose their end."""
+        if self.equal:
+            split, question, _ = self.equal[0]
+            needed = max(length for _, _, length in self.equal)
+            raise ValueError(
+                f"expected wrong answers that differ within the first {self.limit} tokens, found {len(self.equal)} examples whose answers "
+                f"are the same there, such as {question!r:.80} ({split}): their truth ratio would be 1 whatever the model knows. "
+                + self._advice(needed, "give these examples shorter answers, or no perturbed_answer")
+            )
+        said = [f"{cut} of {n} {kind} of {split}" for (split, kind), (cut, n) in self.counts.items() if cut]
+        if said:
+            warnings.warn(
+                f"texts are longer than {self.limit} tokens and lose their end, which is not scored: {', '.join(said)}. "
+                + self._advice(self.needed, "give shorter texts"),
+                stacklevel=4,
+            )
+
+    def _advice(self, needed: int, otherwise: str) -> str:
+        if self.by_model:
+            return f"The model reads no more than {self.limit} tokens, and {needed} are needed: {otherwise}"
+        return f"Use max_length={needed} (--max-length {needed}), or {otherwise}"
+
+
+def _rows(splits: Splits) -> list[tuple[str, Mapping[str, Any]]]:
+    rows = [(split, row) for split, examples in splits.items() for row in examples]
+    empty = [split for split, examples in splits.items() if not examples]
+    if not rows or empty:
+        raise ValueError(f"expected examples in every split, found none in {', '.join(empty) or 'an empty mapping'}")
+    for split, row in rows:
+        if "question" not in row or "answer" not in row:
+            raise ValueError(
+                f"expected every example of {split} to have question and answer, found {', '.join(row) or 'none'}: "
+                "lightning_modules.data.examples.read_examples brings other columns into this shape"
+            )
+    return rows
+
+
+def _task(
+    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], text: Encoded, max_new_tokens: int
+) -> tuple[list[int], str]:
+    """Returns the prompt to generate from and the text that the generation is compared with."""
+    if row["question"]:
+        return prompt_ids(tokenizer, asked(row)), row["answer"]
+    half = (len(text.input_ids) + 1) // 2
+    following = text.input_ids[half : half + max_new_tokens]
+    return text.input_ids[:half], str(tokenizer.decode(following, skip_special_tokens=True)).strip()

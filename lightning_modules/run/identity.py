@@ -1,0 +1,61 @@
+"""What tells data, models and versions apart: what results are kept under, so that none is taken for another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+import transformers
+
+import gradsurgery as gs
+from lightning_modules.run.run import Splits
+
+
+def content_versions() -> dict[str, str]:
+    """The versions of the packages on which scores depend, whole: a patch of ours may change a token or a digit."""
+    return {
+        "gradsurgery": gs.__version__,
+        "torch": str(torch.__version__),
+        "transformers": str(transformers.__version__),
+    }
+
+
+def examples_hash(splits: Splits) -> str:
+    """A hash of all examples in their order, whatever files they were read from."""
+    return hashed({name: list(rows) for name, rows in splits.items()})
+
+
+def hashed(value: object) -> str:
+    """A hash of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def model_identity(name: str) -> object:
+    """What distinguishes a model from every other one, as JSON; None if that is not known.
+
+    - A folder: its path, and the name, size and time of change of every file in it.
+    - A model on the hub: its commit.
+
+    An adapter has no identity, because it names a base that may change without it.
+    """
+    if Path(name).is_dir():
+        return _folder(Path(name))
+    _ = gs.logit_difference.LogitDifferenceModel  # importing it registers its configuration with Transformers
+    try:
+        commit = getattr(transformers.AutoConfig.from_pretrained(name), "_commit_hash", None)
+        adapted = transformers.utils.find_adapter_config_file(name) is not None
+    except (OSError, ValueError):  # raised again, with a sentence, when the model is loaded
+        return None
+    return None if commit is None or adapted else {"hub": name, "commit": commit}
+
+
+def _folder(folder: Path) -> object:
+    if (folder / "adapter_config.json").exists():
+        return None
+    files = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {
+        "folder": str(folder.resolve()),
+        "files": [[str(path.relative_to(folder)), found.st_size, found.st_mtime_ns] for path, found in files],
+    }
