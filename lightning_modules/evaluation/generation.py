@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lightning_modules.data.tokenization import padding_id, special_id
 from lightning_modules.evaluation.likelihood import device_of, evaluation_mode
+from lightning_modules.evaluation.processes import several
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,6 +63,8 @@ def generate_greedily(
             "causal language model, or evaluate with generate=False"
         )
     pad, device = padding_id(tokenizer), device_of(model)
+    # Processes with shards of one model run every step together, also where rounding ends an answer earlier in one.
+    sharded = several() and any(isinstance(parameter, DTensor) for parameter in model.parameters())
     stops = _stop_tokens(model, tokenizer)
     answers = [""] * len(prompts)
     longest_first = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
@@ -81,6 +85,7 @@ def generate_greedily(
                 pad_token_id=pad,
                 eos_token_id=sorted(stops),
                 use_cache=True,
+                synced_gpus=sharded,
                 **_GREEDY,
             )
             for index, tokens in zip(indices, output[:, width:].tolist(), strict=True):
