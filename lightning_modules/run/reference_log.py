@@ -126,8 +126,17 @@ def _loaded_by_all(options: Options, splits: Splits) -> tuple[nn.Module, Any] | 
 
 def _sharded(options: Options, splits: Splits, mesh: DeviceMesh) -> tuple[nn.Module, Any] | None:
     """The reference in shards, and its tokenizer."""
-    shared = Distributed(lambda: load_reference(options, splits) or (None, None))
-    return None if shared.known is None else (shared.sharded(mesh), shared.known)
+    if options.evaluation.reference is None and not options.model.scratch:
+        return None
+
+    def load() -> tuple[nn.Module, Any]:
+        loaded = load_reference(options, splits)
+        if loaded is None:
+            raise RuntimeError("expected a reference, found none")
+        return loaded
+
+    reference = Distributed(load)
+    return reference.sharded(mesh), reference.known
 
 
 def matching(log: Mapping[str, Sequence[Mapping[str, Any]]], examples: Splits, name: str) -> ScoredSplits:

@@ -1,4 +1,4 @@
-"""Training by surgery where no device can hold the model: every process holds a shard, from the first score to the last."""
+"""Training by surgery where no device can hold the model: every process holds a shard, while scoring too."""
 
 from __future__ import annotations
 

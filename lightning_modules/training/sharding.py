@@ -92,7 +92,7 @@ def shard_(
     Raises:
         ValueError: If two layers share a weight.
     """
-    fill = _Filling(model, source, torch.device(mesh.device_type, _index(mesh)))
+    fill = _Filling(model, source, _device(mesh))
     settings: dict[str, Any] = {"mesh": mesh} | ({} if policy is None else {"mp_policy": policy})
     for part in [*blocks(model), model]:
         fill(part)
@@ -129,7 +129,7 @@ def _outermost(module: nn.Module, names: set[str]) -> Iterator[nn.Module]:
 
 
 def _skeleton(model: nn.Module) -> nn.Module:
-    """A copy with parameters on the meta device. Buffers are small, and no state_dict has all of them: they come along."""
+    """A copy with parameters on the meta device. Buffers come along: they are small, and no state_dict has them all."""
     parameters = list(model.parameters())
     memo: dict[int, Any] = {
         id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
@@ -151,8 +151,8 @@ class _Filling:
     def __call__(self, part: nn.Module) -> None:
         made: dict[int, nn.Parameter] = {}  # a tied weight is one parameter in two modules
         for module in part.modules():
-            for name, parameter in list(module._parameters.items()):
-                if parameter is None or not parameter.is_meta:
+            for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+                if not parameter.is_meta:
                     continue
                 key = id(parameter)
                 if key in self._filled:
@@ -162,7 +162,7 @@ class _Filling:
                     )
                 if key not in made:
                     made[key] = nn.Parameter(self._value(parameter), parameter.requires_grad)
-                module._parameters[name] = made[key]
+                module.register_parameter(name, made[key])
         self._filled |= set(made)
 
     def _value(self, parameter: nn.Parameter) -> torch.Tensor:
@@ -174,5 +174,7 @@ class _Filling:
         return value
 
 
-def _index(mesh: DeviceMesh) -> int | None:
-    return None if mesh.device_type == "cpu" else torch.get_device_module(mesh.device_type).current_device()
+def _device(mesh: DeviceMesh) -> torch.device:
+    """This process's device."""
+    kind = mesh.device_type
+    return torch.device("cpu") if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())

@@ -83,8 +83,8 @@ class UnlearnOptions(Options):
             )
         if method.method == "uld" and training.sharded:
             raise ValueError(
-                f"--strategy {FSDP2}: expected a run with surgery, found --method uld, which trains a small model beside the whole one in one "
-                "process; use --devices 1"
+                f"--strategy {FSDP2}: expected a run with surgery, found --method uld, which trains a small model beside a whole "
+                "one; use --devices 1"
             )
         if method.start_model == "adapters_off" and (not training.lora_rank or training.lora_init == "fila"):
             raise ValueError(

@@ -52,8 +52,8 @@ class TrainingOptions:
         precision: the precision, by Lightning's name; by default bf16-mixed with a CUDA GPU and 32-true without one
         devices: number of devices, or auto
         num_nodes: number of machines that train together; torchrun or srun starts the command on each
-        strategy: how devices share the work: auto, ddp or another name of Lightning's, or fsdp2, which shards a model that
-            no device can hold
+        strategy: how devices share the work: auto, ddp or another name of Lightning's; fsdp2 shards a model that no
+            device can hold
         resume: go on with the interrupted run in --output, with its config.yaml
     """
 

@@ -85,6 +85,8 @@ def _process(rank: int, place: tuple[str, int, int], scenario: Callable[..., Non
         )
         scenario(rank, *arguments)
         dist.barrier()
+    except SystemExit:
+        pass  # a scenario that does not wait for the others
     except BaseException:  # pytest's outcomes are no Exceptions, and a traceback must leave the process
         (Path(folder) / f"failure{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
     finally:
