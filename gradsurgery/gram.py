@@ -306,7 +306,8 @@ def local_parts(example: Tensor, tensors: list[Tensor | None], index: int) -> tu
             local.append(tensor.to_local())
         else:
             local.append(tensor)
-    return (mesh, tuple(d for d, placement in enumerate(placements) if placement.is_shard())), local
+    # Not is_shard(): tensor parallelism with FSDP2 gives strided shards, which torch does not count among the shards.
+    return (mesh, tuple(d for d, placement in enumerate(placements) if not placement.is_replicate())), local
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

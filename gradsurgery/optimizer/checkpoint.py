@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,12 @@ _RULE = "gradsurgery_rule"
 
 
 def save(base: torch.optim.Optimizer, average: EMA, rule: object) -> dict[str, Any]:
-    """The base's state_dict with the averages and the rule's numbers in it (see `GradientSurgery.state_dict`)."""
+    """The base's state_dict with the averages and the rule's numbers in it (see `GradientSurgery.state_dict`).
+
+    Raises:
+        ValueError: If torch.distributed.checkpoint asks for it with ``flatten_optimizer_state_dict``.
+    """
+    _refuse_flattening(average, rule)
     state_dict = base.state_dict()
     state = {index: dict(entries) for index, entries in state_dict["state"].items()}
     for name, averages in average.averages.items():
@@ -58,6 +64,7 @@ def load(
     Raises:
         ValueError: If it does not fit. Nothing is changed then.
     """
+    _refuse_flattening(average, rule)
     refuse_maximize(state_dict["param_groups"])  # the base would adopt it with the groups
     # The base must not see the averages, because it would cast them to the parameters' type.
     state, averages, steps = _split_state(state_dict, parameters_of(base), average)
@@ -79,6 +86,23 @@ def load(
     if isinstance(rule, StatefulRule):
         found = of_rule[0] if of_rule and of_rule[0] is not None else start
         rule.load_state_dict(found)
+
+
+def _refuse_flattening(average: EMA, rule: object) -> None:
+    """Refuse what a flattened checkpoint would lose: torch loads from it only what the base's state has keys for.
+
+    Neither `state_dict` nor `load_state_dict` is told; torch's functions that call them know.
+    """
+    frame = inspect.currentframe() if average.decays or isinstance(rule, StatefulRule) else None
+    while frame is not None:
+        if frame.f_code.co_name in ("_get_optim_state_dict", "_load_optim_state_dict"):
+            if getattr(frame.f_locals.get("info"), "flatten_optimizer_state_dict", False):
+                raise ValueError(
+                    "state_dict: expected StateDictOptions(flatten_optimizer_state_dict=False), found True, from which torch restores no "
+                    "moving average and no rule's numbers; leave it False"
+                )
+            return
+        frame = frame.f_back
 
 
 def _split_state(

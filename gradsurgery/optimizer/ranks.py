@@ -1,4 +1,9 @@
-"""Ranks: DDP's reducer, wrappers that are refused, and the check that all ranks do the same with the same rows."""
+"""Ranks: DDP's reducer, wrappers that are refused, and the checks that all ranks do the same with the same rows.
+
+Before an objective is entered, and before rows are combined, the hosts tell each other what they are about to do. A
+rank that goes another way would leave the others waiting for ever, or mix one objective's gradients with another's,
+without a word. It is one number from host to host: devices do not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +20,8 @@ from gradsurgery.gram import dtensor_type
 if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
 
-# Checks wait for the other ranks, so that only the first steps are checked: enough for the warm-up of every wrapper
-# (DDP rebuilds its buckets after the first step).
+# Reading a Gram matrix waits for the device, so that those of the first steps only are compared: enough for the warm-up
+# of every wrapper (DDP rebuilds its buckets after the first step).
 _CHECKED_STEPS = 3
 # Reduced rows are bit-equal on all ranks, and a row that was not reduced differs in its first digits.
 _AGREEMENT = 1e-6
@@ -29,11 +34,13 @@ def active() -> bool:
 
 
 class Ranks:
-    """The DDP modules around the parameters, and the checks of the first steps that all ranks do the same."""
+    """The DDP modules around the parameters, and the checks that all ranks do the same."""
 
     def __init__(self) -> None:
         self._modules: list[weakref.ref[DistributedDataParallel]] | None = None
         self._steps_to_check = _CHECKED_STEPS
+        self._alone_checked = False
+        self._hosts: tuple[Any, Any] | None = None
 
     def ddp_modules(self, parameters: Sequence[Tensor]) -> list[DistributedDataParallel]:
         """Every DDP module that holds one of the parameters.
@@ -42,9 +49,13 @@ class Ranks:
         gone.
 
         Raises:
-            RuntimeError: If one of the parameters is managed by FSDP1.
+            RuntimeError: If one of the parameters is managed by FSDP1 or `torch.nn.DataParallel`.
         """
         if not active():
+            # DataParallel needs two devices, and a search takes a moment.
+            if not self._alone_checked and torch.cuda.device_count() > 1:
+                _find_ddp_modules(parameters)
+            self._alone_checked = True
             return []
         found = (
             []
@@ -83,7 +94,7 @@ class Ranks:
                     module.reducer.prepare_for_backward([loss] if module.find_unused_parameters else [])
 
     def agree(self, action: int, problem: str | None, parameters: Sequence[Tensor]) -> None:
-        """On the first steps, check that every rank is about to do the same, so that none waits for another for ever.
+        """Check that every rank is about to do the same, so that none waits for another for ever.
 
         Args:
             action: A number for what this rank is about to do: to enter an objective, or to combine.
@@ -91,12 +102,12 @@ class Ranks:
             parameters: The parameters.
 
         Raises:
-            RuntimeError: With this rank's problem, or because another rank does something else. Every rank raises then.
+            RuntimeError: With this rank's problem, or because another rank does something else, or left. Every rank
+                raises then.
         """
-        if self._steps_to_check > 0 and active() and (group := self._process_group(parameters)) is not None:
+        if active() and (group := self._process_group(parameters)) is not None:
             mine = -1 if problem else action
-            found = _gather(torch.tensor(mine, dtype=torch.float64), parameters, group[0])
-            others = (found != mine).nonzero().flatten().tolist()
+            others = (self._told(mine, group[0]) != mine).nonzero().flatten().tolist()
             if problem is None and others:
                 raise RuntimeError(
                     "objectives differ across ranks: expected every rank to run the same objectives in the same order, found ranks "
@@ -107,8 +118,15 @@ class Ranks:
 
     def agree_to_enter(self, index: int, parameters: Sequence[Tensor], problem: str | None) -> None:
         """As `agree`, before an objective is entered."""
+        modules: list[Any] = self.ddp_modules(parameters)
+        if any(module._join_config.enable for module in modules):
+            # Not agreed upon: a rank that is done hears nothing, and all others are here.
+            raise RuntimeError(
+                "objective: expected the same number of batches on every rank, found DistributedDataParallel.join(), under which ranks "
+                "that are done take no part in surgery; drop join(), and pad or drop the last batches (DistributedSampler pads)"
+            )
         # Inside DDP's no_sync() no rank waits for another, and each may have its own number of micro-batches.
-        if problem is not None or self.synchronising(parameters):
+        if problem is not None or all(module.require_backward_grad_sync for module in modules):
             self.agree(index, problem, parameters)
 
     def check_gram(self, parameters: Sequence[Tensor], gram: Tensor) -> None:
@@ -120,7 +138,8 @@ class Ranks:
         if self._steps_to_check <= 0 or not active() or (group := self._process_group(parameters)) is None:
             return
         self._steps_to_check -= 1
-        grams = _gather(gram, parameters, group[0]).to(gram.device)
+        # NCCL cannot send from another device than the parameters'.
+        grams = _gather(gram.to(parameters[0].device), group[0]).to(gram.device)
         lengths = grams.diagonal(dim1=-2, dim2=-1).sqrt()
         differ = (grams - grams[:1]).abs() > _AGREEMENT * (lengths[..., :, None] * lengths[..., None, :]).amax(0)
         # A non-finite matrix is handled by the step, which leaves NaN in .grad or raises.
@@ -130,6 +149,18 @@ class Ranks:
                 "DDP only the backward pass after a forward pass is reduced: run forward and backward of one objective before the forward "
                 "of the next, or use join; without DDP or FSDP2 reduce the gradients inside each objective's context"
             )
+
+    def _told(self, number: int, group: Any) -> Tensor:
+        """A number of every rank, ``[ranks]``, told from host to host."""
+        if self._hosts is None or self._hosts[0] is not group:
+            self._hosts = group, _group_of_hosts(group)
+        try:
+            return _gather(torch.tensor(number), self._hosts[1])
+        except RuntimeError as error:
+            raise RuntimeError(
+                "objectives differ across ranks: expected every rank to run the same objectives as often as the others, found one that "
+                f"left or did something else ({error}); give every rank the same number of batches"
+            ) from error
 
     def _process_group(self, parameters: Sequence[Tensor]) -> tuple[Any] | None:
         """The process group that must agree, in a tuple of one; None where it is unknown.
@@ -141,7 +172,8 @@ class Ranks:
             return (modules[0].process_group,)
         DTensor = dtensor_type()
         sizes = {p.device_mesh.size() for p in parameters if DTensor is not None and isinstance(p, DTensor)}
-        return (None,) if sizes <= {torch.distributed.get_world_size()} else None
+        world = torch.distributed.get_world_size()
+        return (None,) if max(sizes, default=world) == world else None  # else a pipeline's stage, say
 
 
 def refuse_deepspeed(base: object, parameters: Sequence[Tensor]) -> None:
@@ -161,27 +193,36 @@ def refuse_deepspeed(base: object, parameters: Sequence[Tensor]) -> None:
 
 def _find_ddp_modules(parameters: Sequence[Tensor]) -> list[DistributedDataParallel]:
     from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.nn.parallel import DistributedDataParallel
+    from torch.nn.parallel import DataParallel, DistributedDataParallel
 
     ours = {id(parameter) for parameter in parameters}
+    kinds = (DistributedDataParallel, FullyShardedDataParallel, DataParallel)
     # type() and not isinstance(), which would run code of lazy proxies among the live objects.
-    wrappers = [
-        found
-        for found in gc.get_objects()
-        if issubclass(type(found), (DistributedDataParallel, FullyShardedDataParallel))
-    ]
+    wrappers = [found for found in gc.get_objects() if issubclass(type(found), kinds)]
     wrappers = [wrapper for wrapper in wrappers if any(id(parameter) in ours for parameter in wrapper.parameters())]
     if any(isinstance(wrapper, FullyShardedDataParallel) for wrapper in wrappers):
         raise RuntimeError(
             "GradientSurgery: expected plain, DDP or FSDP2 parameters, found a FullyShardedDataParallel (FSDP1) wrapper, which does not "
             "support several backward passes a step; use torch.distributed.fsdp.fully_shard"
         )
+    if any(isinstance(wrapper, DataParallel) and len(wrapper.device_ids) > 1 for wrapper in wrappers):
+        raise RuntimeError(
+            "GradientSurgery: expected a device for each process, found a torch.nn.DataParallel wrapper, which copies the model to several "
+            "devices of one process in every forward pass; use DistributedDataParallel or torch.distributed.fsdp.fully_shard"
+        )
     return [wrapper for wrapper in wrappers if isinstance(wrapper, DistributedDataParallel)]
 
 
-def _gather(values: Tensor, parameters: Sequence[Tensor], group: Any) -> Tensor:
-    """One tensor of every rank, stacked, on the parameters' device (NCCL cannot send from another)."""
-    values = values.to(parameters[0].device)
+def _group_of_hosts(group: Any) -> Any:
+    """A group of the same ranks that sends from the hosts' memory."""
+    if "cpu:" in str(torch.distributed.get_backend_config(group)):
+        return group
+    ranks = torch.distributed.get_process_group_ranks(group)
+    return torch.distributed.new_group(ranks, backend="gloo", use_local_synchronization=True)
+
+
+def _gather(values: Tensor, group: Any) -> Tensor:
+    """One tensor of every rank, stacked."""
     gathered = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(gathered, values.contiguous(), group=group)
     return torch.stack(gathered)

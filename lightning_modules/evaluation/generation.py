@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lightning_modules.data.chat import end_of_turn
 from lightning_modules.data.tokenization import padding_id, special_id
 from lightning_modules.evaluation.likelihood import device_of, evaluation_mode
 from lightning_modules.evaluation.texts import context_length
+from lightning_modules.evaluation.processes import several
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,6 +69,8 @@ def generate_greedily(
         )
     pad, device = padding_id(tokenizer), device_of(model)
     room = _room(model, prompts, max_new_tokens)
+    # Processes with shards of one model run every step together, also where rounding ends an answer earlier in one.
+    sharded = several() and any(isinstance(parameter, DTensor) for parameter in model.parameters())
     stops = _stop_tokens(model, tokenizer)
     answers = [""] * len(prompts)
     longest_first = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
@@ -90,6 +94,7 @@ def generate_greedily(
                     pad_token_id=pad,
                     eos_token_id=sorted(stops),
                     use_cache=True,
+                    synced_gpus=sharded,
                     **_GREEDY,
                 )
                 for index, tokens in zip(indices, output[:, width:].tolist(), strict=True):

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.strategies import ModelParallelStrategy
 from rich.console import Console
 from torch import nn
 
@@ -57,16 +58,10 @@ def start_model(run: Run[UnlearnOptions], model: nn.Module, data: ForgetRetainDa
 
     Log-likelihoods that are computed ahead are written to the run's folder, by the first process.
     """
-    method, training = run.options.method, run.options.training
-    losses = objectives.by_name(method.forget_loss), objectives.by_name(method.retain_loss)
-    if not any(objectives.needs_reference(loss) for loss in losses):
+    training = run.options.training
+    kind = kind_of_start_model(run.options)
+    if kind is None:
         return None
-    kind = method.start_model
-    if kind == "auto":
-        if not any(objectives.needs_logits(loss) for loss in losses):
-            kind = "precomputed"
-        else:
-            kind = "adapters_off" if training.lora_rank and training.lora_init == "default" else "copy"
     if kind == "copy":
         return SecondModel(copy.deepcopy(model))
     if kind == "adapters_off":
@@ -81,6 +76,19 @@ def start_model(run: Run[UnlearnOptions], model: nn.Module, data: ForgetRetainDa
     return Precomputed(path)
 
 
+def kind_of_start_model(options: UnlearnOptions) -> str | None:
+    """What --start-model says, with "auto" settled; None if neither loss compares with the model before unlearning."""
+    method, training = options.method, options.training
+    losses = objectives.by_name(method.forget_loss), objectives.by_name(method.retain_loss)
+    if not any(objectives.needs_reference(loss) for loss in losses):
+        return None
+    if method.start_model != "auto":
+        return method.start_model
+    if not any(objectives.needs_logits(loss) for loss in losses):
+        return "precomputed"
+    return "adapters_off" if training.lora_rank and training.lora_init == "default" else "copy"
+
+
 def make_trainer(folder: Path, training: TrainingOptions, callbacks: Sequence[Callback], console: Console) -> L.Trainer:
     """The Trainer that these options describe. After every epoch it writes a checkpoint to `checkpoints/`."""
     # With save_top_k=0 nothing is written before training ends, whatever save_last says (Lightning 2.6).
@@ -90,8 +98,9 @@ def make_trainer(folder: Path, training: TrainingOptions, callbacks: Sequence[Ca
         **trainer_options(
             accelerator="auto",
             devices=training.devices if training.devices == "auto" else int(training.devices),
-            strategy=training.strategy,
-            precision=training.precision,
+            num_nodes=training.num_nodes,
+            strategy=fsdp2(training) if training.sharded else training.strategy,
+            precision="32-true" if training.sharded else training.precision,  # shards have a policy of their own
             max_epochs=training.epochs,
             accumulate_grad_batches=training.accumulate or 1,
             callbacks=[*callbacks, checkpoint, *bar],
@@ -99,6 +108,12 @@ def make_trainer(folder: Path, training: TrainingOptions, callbacks: Sequence[Ca
             enable_progress_bar=bool(bar),
         )
     )
+
+
+def fsdp2(training: TrainingOptions) -> ModelParallelStrategy:
+    """Lightning's strategy for a module that is sharded already, over all devices of all machines."""
+    devices = max(1, torch.cuda.device_count()) if training.devices == "auto" else int(training.devices)
+    return ModelParallelStrategy(data_parallel_size=devices * training.num_nodes, tensor_parallel_size=1)
 
 
 def adapted(model: nn.Module, training: TrainingOptions, data: ForgetRetainDataModule, seed: int) -> nn.Module:

@@ -10,9 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_modules.data.examples import asked, evenly_spaced
 from lightning_modules.data.pairs import VALIDATION_EXAMPLES, VALIDATION_SPLITS
@@ -47,6 +49,8 @@ class Unlearned:
         seconds: What training and scoring took, "train" and "evaluate".
         probe: What is still to be measured on the model, once it is saved and scored.
         together: Whether other processes hold the same model and can share the work of scoring it.
+        whole: What is saved, where `model` is in shards: in the first process, which holds it in its host's memory.
+        mesh: What `model` is sharded over; None if it is not.
     """
 
     model: Any
@@ -54,6 +58,8 @@ class Unlearned:
     seconds: dict[str, float]
     probe: Callable[[], None] | None = None
     together: bool = False
+    whole: Any = None
+    mesh: DeviceMesh | None = None
 
 
 def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
@@ -64,36 +70,51 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
     Returns:
         The unlearned model; None in a process whose work is done: any but the first, unless they go on together.
     """
-    options, folder, console = run.options, run.folder, Console(stderr=True)
-    training, first = options.training, will_be_first()
+    options, training, first = run.options, run.options.training, will_be_first()
     data = make_data(options, run.tokenizer)
     model = adapted(model, training, data, options.output.seed)
     reference = start_model(run, model, data)
     module = make_module(model, options.method, training, reference).train()
-    surgery_log = SurgeryLogger(folder / SURGERY)
-    layers_log = GEffectLogger(folder / G_EFFECT)
-    curve = _curve(run)
-    callbacks = [surgery_log, layers_log, curve, *watching(training, folder, curve)]
-    trainer = make_trainer(folder, training, callbacks, console)
+    curve = make_curve(run)
+    trainer = watched_trainer(run, curve)
     started = time.perf_counter()
     before = score(run, model) if first else None
-    evaluating = time.perf_counter() - started
+    seconds = {"evaluate": time.perf_counter() - started}
     if first and not training.resume:
         # Only after everything that a wrong option can break, so that the corrected command finds the folder free.
-        write_config(folder, "unlearn", options.recorded())
-
-    last = folder / "checkpoints" / "last.ckpt"
-    started = time.perf_counter()
-    trainer.fit(module, data, ckpt_path=str(last) if training.resume and last.exists() else None)
-    seconds = {"train": time.perf_counter() - started, "evaluate": evaluating}
+        write_config(run.folder, "unlearn", options.recorded())
+    seconds["train"] = fit(run, trainer, module, data, curve)
     together = processes.several()  # Lightning's processes live on after training, with the same weights
     if not (trainer.is_global_zero or together):
         return None
-    if trainer.is_global_zero:
-        _write_rows(folder / CURVE, curve.points)
     unlearned = merged(module.model)
-    probe = partial(_probe, run, unlearned, curve) if training.probes else None
+    probe = partial(probe_it, run, unlearned, curve) if training.probes else None
     return Unlearned(unlearned, before, seconds, probe, together)
+
+
+def watched_trainer(run: Run[UnlearnOptions], curve: TradeoffCurve) -> L.Trainer:
+    """The Trainer of a run with surgery, with every callback that writes into its folder or may stop it."""
+    folder, training = run.folder, run.options.training
+    logs = [SurgeryLogger(folder / SURGERY), GEffectLogger(folder / G_EFFECT)]
+    callbacks = [*logs, curve, *watching(training, folder, curve)]
+    return make_trainer(folder, training, callbacks, Console(stderr=True))
+
+
+def fit(
+    run: Run[UnlearnOptions],
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    data: L.LightningDataModule,
+    curve: TradeoffCurve,
+) -> float:
+    """Train, from the last checkpoint where the run is resumed, and write the curve. Returns the seconds."""
+    last = run.folder / "checkpoints" / "last.ckpt"
+    started = time.perf_counter()
+    trainer.fit(module, data, ckpt_path=str(last) if run.options.training.resume and last.exists() else None)
+    seconds = time.perf_counter() - started
+    if trainer.is_global_zero:
+        _write_rows(run.folder / CURVE, curve.points)
+    return seconds
 
 
 def by_assistant(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned:
@@ -134,7 +155,7 @@ def watching(training: TrainingOptions, folder: Path, curve: TradeoffCurve) -> l
     return found
 
 
-def _curve(run: Run[UnlearnOptions]) -> TradeoffCurve:
+def make_curve(run: Run[UnlearnOptions]) -> TradeoffCurve:
     """The scores while training, on a few examples of both sets."""
     training = run.options.training
     return TradeoffCurve(
@@ -151,7 +172,7 @@ def _curve(run: Run[UnlearnOptions]) -> TradeoffCurve:
     )
 
 
-def _probe(run: Run[UnlearnOptions], model: nn.Module, curve: TradeoffCurve) -> None:
+def probe_it(run: Run[UnlearnOptions], model: nn.Module, curve: TradeoffCurve) -> None:
     """Measure how well the forgetting holds, on the curve's examples.
 
     The reference is the control, if there is one with the same tokenizer.

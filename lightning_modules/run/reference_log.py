@@ -11,6 +11,7 @@ import torch
 import transformers
 from rich.console import Console
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_modules.data.chat import set_template_options
 from lightning_modules.data.examples import numbered
@@ -24,6 +25,7 @@ from lightning_modules.run.options import EvaluationOptions, Options
 from lightning_modules.run.run import Run, Splits
 from lightning_modules.run.scoring import ScoredSplits, score, to_score
 from lightning_modules.training import scratch
+from lightning_modules.training.sharding import Distributed
 
 _FORMAT = 1  # raise it when what is scored, or how, changes, so that logs in the cache are not used any more
 
@@ -65,7 +67,9 @@ def rows_of_log(
     return rows
 
 
-def reference_rows(options: Options, splits: Splits, *, across_processes: bool = False) -> ScoredSplits | None:
+def reference_rows(
+    options: Options, splits: Splits, *, across_processes: bool = False, mesh: DeviceMesh | None = None
+) -> ScoredSplits | None:
     """The reference's scores of the examples that are scored.
 
     If a log is given, it is read. A model is scored once: its scores are kept in
@@ -77,6 +81,7 @@ def reference_rows(options: Options, splits: Splits, *, across_processes: bool =
         options: Which reference, whether to cache, and how to score.
         splits: All examples; the reference of the model from scratch is trained on the retain split.
         across_processes: Every process calls this, and they share the work, as in `evaluate`.
+        mesh: Every process calls this, and the reference is sharded over the mesh, as one that no device holds must be.
 
     Returns:
         Split -> rows in the order of the examples that are scored; `None` if there is no reference.
@@ -98,12 +103,15 @@ def reference_rows(options: Options, splits: Splits, *, across_processes: bool =
         known = first(lambda: _cached(path, to_score(evaluation, splits)))
         if known is not None:
             return known
-    loaded = _loaded_by_all(options, splits) if across_processes else load_reference(options, splits)
+    if mesh is not None:
+        loaded = _sharded(options, splits, mesh)
+    else:
+        loaded = _loaded_by_all(options, splits) if across_processes else load_reference(options, splits)
     if loaded is None:
         return None
     model, tokenizer = loaded
     run = Run(options, options.output.folder, splits, tokenizer)
-    rows = score(run, model, across_processes=across_processes).examples
+    rows = score(run, model, across_processes=across_processes and mesh is None).examples
     if path is not None and (not across_processes or is_first()):
         _keep(path, rows)
     return rows
@@ -119,6 +127,21 @@ def _loaded_by_all(options: Options, splits: Splits) -> tuple[nn.Module, Any] | 
     from_first(load)
     every_process(lambda: None if is_first() else load())
     return found[0]
+
+
+def _sharded(options: Options, splits: Splits, mesh: DeviceMesh) -> tuple[nn.Module, Any] | None:
+    """The reference in shards, and its tokenizer."""
+    if options.evaluation.reference is None and not options.model.scratch:
+        return None
+
+    def load() -> tuple[nn.Module, Any]:
+        loaded = load_reference(options, splits)
+        if loaded is None:
+            raise RuntimeError("expected a reference, found none")
+        return loaded
+
+    reference = Distributed(load)
+    return reference.sharded(mesh), reference.known
 
 
 def matching(log: Mapping[str, Sequence[Mapping[str, Any]]], examples: Splits, name: str) -> ScoredSplits:

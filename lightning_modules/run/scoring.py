@@ -47,7 +47,7 @@ def score(run: Run[Options], model: nn.Module, *, across_processes: bool = False
             to_score(evaluation, run.splits),
             settings,
             across_processes=across_processes,
-            progress=not across_processes or processes.is_first(),
+            progress=processes.is_first(),
         )
 
 

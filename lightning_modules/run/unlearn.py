@@ -21,6 +21,7 @@ from lightning_modules.run.report import draw
 from lightning_modules.run.resume import resumed
 from lightning_modules.run.run import Run
 from lightning_modules.run.scoring import ScoredSplits, contents_of_metrics, examples_by_model, score
+from lightning_modules.run.sharded import by_shards
 from lightning_modules.run.show import show, show_example
 from lightning_modules.training.scratch import one_thread
 
@@ -52,11 +53,14 @@ def _unlearn(options: UnlearnOptions) -> Path:
     if will_be_first() and not options.training.resume:
         claim(folder)
     L.seed_everything(options.output.seed, verbose=False)
-    model, tokenizer = load_model(options, splits)
-    run = Run(options, folder, splits, tokenizer)
-    if will_be_first():
-        show_example(run)
-    unlearned = by_assistant(run, model) if options.method.method == "uld" else by_surgery(run, model)
+    if options.training.sharded:
+        run, unlearned = by_shards(options, folder, splits)
+    else:
+        model, tokenizer = load_model(options, splits)
+        run = Run(options, folder, splits, tokenizer)
+        if will_be_first():
+            show_example(run)
+        unlearned = by_assistant(run, model) if options.method.method == "uld" else by_surgery(run, model)
     if unlearned is not None:
         _leave(run, unlearned, log)
     return folder
@@ -70,7 +74,8 @@ def _leave(run: Run[UnlearnOptions], unlearned: Unlearned, log: ScoredSplits | N
     folder, together = run.folder, unlearned.together
 
     def save() -> None:
-        unlearned.model.save_pretrained(folder / "model")
+        whole = unlearned.model if unlearned.mesh is None else unlearned.whole
+        whole.save_pretrained(folder / "model")
         run.tokenizer.save_pretrained(folder / "model")
 
     # First of all, so that the training is not lost if anything after it fails.
@@ -79,8 +84,10 @@ def _leave(run: Run[UnlearnOptions], unlearned: Unlearned, log: ScoredSplits | N
     else:
         save()
     started = time.perf_counter()
-    after = score(run, unlearned.model, across_processes=together)
-    reference = log or reference_rows(run.options, run.splits, across_processes=together)
+    mesh = unlearned.mesh
+    # Processes with shards of one model run every batch together, so that each scores everything.
+    after = score(run, unlearned.model, across_processes=together and mesh is None)
+    reference = log or reference_rows(run.options, run.splits, across_processes=together, mesh=mesh)
     seconds = unlearned.seconds | {"evaluate": unlearned.seconds["evaluate"] + time.perf_counter() - started}
     if together and not processes.is_first():
         return

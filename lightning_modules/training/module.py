@@ -10,6 +10,8 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import gradsurgery as gs
 from lightning_modules.metrics import AnswerProbability
@@ -17,6 +19,7 @@ from lightning_modules.training.heads import AnswerHead
 from lightning_modules.training.objectives import name_of, needs_reference, needs_refusals, objective
 from lightning_modules.training.probability import add_answers, uncollated
 from lightning_modules.training.references import Reference
+from lightning_modules.training.sharding import blocks
 from lightning_modules.training.token_count import mean_token_count
 from lightning_modules.training.warmup import with_warmup
 
@@ -125,6 +128,27 @@ class UnlearningModule(L.LightningModule):
         if self._answer_head.model is not self.model:
             self._answer_head = AnswerHead(self.model)
         return self._answer_head
+
+    def configure_model(self) -> None:
+        """Shard the model by FSDP2, a layer at a time, where Lightning's `ModelParallelStrategy` trains.
+
+        A model that is sharded already stays as it is. For another mesh or another division into parts (HSDP, say)
+        shard the model in a subclass's `configure_model`.
+
+        Raises:
+            RuntimeError: If the strategy has `tensor_parallel_size` above 1, and the model is not parallelized yet.
+        """
+        mesh = self.device_mesh
+        if mesh is None or any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+            return
+        if mesh["tensor_parallel"].size() > 1:
+            raise RuntimeError(
+                "ModelParallelStrategy: expected tensor_parallel_size=1, found "
+                f"{mesh['tensor_parallel'].size()}, for which every family of models needs a plan of its own; parallelize the model in "
+                "configure_model of a subclass"
+            )
+        for part in [*blocks(self.model), self.model]:
+            fully_shard(part, mesh=mesh["data_parallel"])
 
     def training_step(self, batch: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         """Both losses, joined into one scalar whose backward pass does the surgery."""

@@ -200,14 +200,15 @@ class Examples(Protocol):
 
 
 def precompute(
-    model: nn.Module, dataset: Examples, path: str | Path, *, pad_token_id: int, batch_size: int = 32
+    model: nn.Module, dataset: Examples, path: str | Path | None, *, pad_token_id: int, batch_size: int = 32
 ) -> None:
     """Write the log-likelihood of every answer under the start model, for `Precomputed`.
 
     Args:
         model: The start model.
         dataset: `ForgetRetainDataModule(...).dataset` after `setup()`.
-        path: Of the safetensors file to write; 12 bytes an example.
+        path: Of the safetensors file to write; 12 bytes an example. None writes nothing: every process runs a model
+            whose weights are sharded over them, and one of them writes.
         pad_token_id: Of the tokenizer.
         batch_size: Examples a forward pass.
     """
@@ -226,6 +227,8 @@ def precompute(
         sums = torch.cat([checksums(collate([example], pad_token_id)) for example in encoded])
         means = answer_nll(model, encoded, pad_token_id=pad_token_id, batch_size=batch_size)
         tensors |= {f"{name}_nll": (means * lengths).float(), f"{name}_checksums": sums}
+    if path is None:
+        return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, target)

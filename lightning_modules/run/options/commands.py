@@ -17,7 +17,7 @@ from lightning_modules.run.options.data import (
 )
 from lightning_modules.run.options.flat import Flat
 from lightning_modules.run.options.method import MethodOptions
-from lightning_modules.run.options.training import TrainingOptions, uld_numbers
+from lightning_modules.run.options.training import FSDP2, TrainingOptions, uld_numbers
 
 if TYPE_CHECKING:
     from lightning_modules.training.uld import ULDSettings
@@ -84,6 +84,11 @@ class UnlearnOptions(Options):
         if method.method == "uld" and training.resume:
             raise ValueError(
                 "--resume: expected a run with surgery, found --method uld, which keeps no checkpoints; start it anew"
+            )
+        if method.method == "uld" and training.sharded:
+            raise ValueError(
+                f"--strategy {FSDP2}: expected a run with surgery, found --method uld, which trains a small model beside a whole "
+                "one; use --devices 1"
             )
         if method.start_model == "adapters_off" and (not training.lora_rank or training.lora_init == "fila"):
             raise ValueError(

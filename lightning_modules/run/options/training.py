@@ -12,6 +12,12 @@ import torch
 
 from lightning_modules.run.options.flat import at_least_one, flag
 
+FSDP2 = "fsdp2"
+"""The strategy that is ours and not Lightning's."""
+
+SHARDED_PRECISIONS = ("32-true", "bf16-mixed")
+"""The keys of `lightning_modules.training.sharding.POLICIES`, which takes seconds to import."""
+
 
 @dataclass(frozen=True)
 class TrainingOptions:
@@ -45,7 +51,9 @@ class TrainingOptions:
         lora_init: how adapters start: at random, or by LoKU's FILA from Fisher information
         precision: the precision, by Lightning's name; by default bf16-mixed with a CUDA GPU and 32-true without one
         devices: number of devices, or auto
-        strategy: Lightning's name of how devices share the work: auto, ddp
+        num_nodes: number of machines that train together; torchrun or srun starts the command on each
+        strategy: how devices share the work: auto, ddp or another name of Lightning's; fsdp2 shards a model that no
+            device can hold
         resume: go on with the interrupted run in --output, with its config.yaml
     """
 
@@ -67,13 +75,14 @@ class TrainingOptions:
     lora_init: Literal["default", "fila"] = "default"
     precision: str | None = None
     devices: str = "auto"
+    num_nodes: int = 1
     strategy: str = "auto"
     resume: bool = False
 
     def check(self) -> None:
         """Raise ValueError on options outside their domain, or that contradict each other."""
         self.optimizer_class()
-        at_least_one(self, "batch_size", "accumulate", "epochs", "score_every")
+        at_least_one(self, "batch_size", "accumulate", "epochs", "score_every", "num_nodes")
         if self.lora_rank < 0 or self.warmup_steps < 0:
             raise ValueError(
                 f"expected --lora-rank and --warmup-steps >= 0, found {self.lora_rank} and {self.warmup_steps}"
@@ -98,6 +107,30 @@ class TrainingOptions:
                 )
         if self.lora_init == "fila" and not self.lora_rank:
             raise ValueError("expected --lora-rank with --lora-init fila, for example 8, found 0")
+        if self.sharded:
+            self._check_sharded()
+
+    def _check_sharded(self) -> None:
+        if self.precision not in (None, *SHARDED_PRECISIONS):
+            raise ValueError(
+                f"--strategy {FSDP2}: expected --precision {' or '.join(SHARDED_PRECISIONS)}, found {self.precision!r}, for which sharded "
+                "gradients have no loss scale and checkpoints no float32 weights"
+            )
+        if self.lora_init == "fila":
+            raise ValueError(
+                f"--strategy {FSDP2}: expected adapters that start at random, found --lora-init fila, whose Fisher information needs the "
+                "whole model and its gradients on one device; leave --lora-init out"
+            )
+        if self.best_below is not None:
+            raise ValueError(
+                f"--strategy {FSDP2}: expected to end with the last weights, found --best-below, whose best weights one process loads "
+                "back whole; use --stop-below, which ends the training there"
+            )
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the model is sharded over the devices."""
+        return self.strategy == FSDP2
 
     @property
     def accumulates(self) -> bool:

@@ -43,40 +43,50 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.gradsurgery.optimizer.distributed_workers"])
 
 
-def run(scenario: Callable[..., None], *arguments: Any) -> None:
-    """Run ``scenario(rank, *arguments)`` in `WORLD` processes of one gloo group.
+def run(scenario: Callable[..., None], *arguments: Any, world: int = WORLD, patience: int = 1) -> None:
+    """Run ``scenario(rank, *arguments)`` in the processes of one gloo group.
+
+    Args:
+        scenario: A function that processes can import.
+        arguments: Pickled.
+        world: Number of processes.
+        patience: Multiple of the time after which a process hangs.
 
     Raises:
         AssertionError: With the traceback of every process in which it failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        processes = [SERVER.Process(target=_process, args=(rank, folder, scenario, arguments)) for rank in range(WORLD)]
+        place = (folder, world, patience * COLLECTIVE_TIMEOUT)
+        processes = [SERVER.Process(target=_process, args=(rank, place, scenario, arguments)) for rank in range(world)]
         for process in processes:
             process.start()
         for process in processes:
-            process.join(PROCESS_TIMEOUT)
+            process.join(patience * PROCESS_TIMEOUT)
         hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
         for process in processes:
             process.kill()
             process.join()
         failures = [path.read_text() for path in sorted(Path(folder).glob("failure*"))]
-        missing = [rank for rank in range(WORLD) if not (Path(folder) / f"done{rank}").exists()]
-    assert not hung, f"ranks {hung} hang"
+        missing = [rank for rank in range(world) if not (Path(folder) / f"done{rank}").exists()]
+    assert not hung, "\n".join([f"ranks {hung} hang", *failures])
     assert not failures, "\n".join(failures)
     assert not missing, f"ranks {missing} died"
 
 
-def _process(rank: int, folder: str, scenario: Callable[..., None], arguments: Sequence[Any]) -> None:
+def _process(rank: int, place: tuple[str, int, int], scenario: Callable[..., None], arguments: Sequence[Any]) -> None:
+    folder, world, seconds = place
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
     try:
-        timeout = timedelta(seconds=COLLECTIVE_TIMEOUT)
+        timeout = timedelta(seconds=seconds)
         dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timeout
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timeout
         )
         scenario(rank, *arguments)
         dist.barrier()
+    except SystemExit:
+        pass  # a scenario that does not wait for the others
     except BaseException:  # pytest's outcomes are no Exceptions, and a traceback must leave the process
         (Path(folder) / f"failure{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
     finally:

@@ -569,3 +569,15 @@ def test_a_checkpoint_of_another_decay_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"ema_decay=0\.9"):
         made(0.9).load_state_dict(made(0.2).state_dict())
+
+
+def test_data_parallel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two devices are not here, but the wrapper around the parameters is enough."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    model = mlp()
+    wrapper = nn.DataParallel(model)
+    wrapper.device_ids = [0, 1]
+    optimizer = gs.GradientSurgery(torch.optim.SGD(model.parameters(), lr=0.1))
+    sentence = r"found a torch\.nn\.DataParallel wrapper.*use DistributedDataParallel or .*fully_shard"
+    with pytest.raises(RuntimeError, match=sentence), optimizer.objective("retain"):
+        pass
