@@ -21,7 +21,7 @@ from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.evaluate import Evaluation
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import CURVE, G_EFFECT, SURGERY, write_config
-from lightning_modules.run.assembly import adapted, make_module, make_trainer, merged, start_model
+from lightning_modules.run.assembly import adapted, make_module, make_trainer, start_model
 from lightning_modules.run.loading import load_reference, make_data
 from lightning_modules.run.options import TrainingOptions, UnlearnOptions
 from lightning_modules.run.run import Run
@@ -35,6 +35,7 @@ from lightning_modules.training.callbacks import (
     SurgeryLogger,
     TradeoffCurve,
 )
+from lightning_modules.training.merging import merged
 
 _CURVE_POINTS = 25  # enough for a smooth curve, few enough to cost little
 
@@ -44,7 +45,7 @@ class Unlearned:
     """What a method leaves.
 
     Attributes:
-        model: The model that has forgotten, without adapters.
+        model: The model that has forgotten, with its adapters merged unless they are to be kept.
         before: Scores of the model before; None in every process but the first.
         seconds: What training and scoring took, "train" and "evaluate".
         probe: What is still to be measured on the model, once it is saved and scored.
@@ -93,7 +94,7 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
         return None
     if trainer.is_global_zero:
         _write_rows(folder / CURVE, curve.points)
-    unlearned = merged(module.model)
+    unlearned = module.model if training.save == "adapter" else merged(module.model)
     probe = partial(_probe, run, unlearned, curve) if training.probes else None
     return Unlearned(unlearned, before, seconds, probe, together)
 
