@@ -116,6 +116,7 @@ def load_model(options: Options, splits: Mapping[str, Sequence[Example]]) -> tup
                 raise ValueError(
                     f"--model: expected a model, or an adapter that can be merged into one, such as LoRA, found another kind in {name!r}"
                 )
+            model.requires_grad_(True)  # peft had frozen all of it
         return model, tokenizer
     return scratch_model(
         [*splits["retain"], *splits["forget"]],

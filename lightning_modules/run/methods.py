@@ -26,6 +26,7 @@ from lightning_modules.run.loading import load_reference, make_data
 from lightning_modules.run.options import TrainingOptions, UnlearnOptions
 from lightning_modules.run.run import Run
 from lightning_modules.run.scoring import score
+from lightning_modules.training.adapters import checked_targets
 from lightning_modules.training.callbacks import (
     BestTradeoff,
     CollapseAlarm,
@@ -110,6 +111,7 @@ def by_assistant(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned:
     options, training = run.options, run.options.training
     if not will_be_first():
         raise ValueError("--method uld: expected one process, found several; use --devices 1")
+    checked_targets(model, training.lora_targets)
     started = time.perf_counter()
     before = score(run, model)
     evaluating = time.perf_counter() - started
