@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -15,7 +16,13 @@ __all__ = ["assistant"]
 
 
 def assistant(
-    model: nn.Module, num_layers: int = 8, lora_rank: int = 32, *, lora_alpha: float = 32.0, lora_dropout: float = 0.0
+    model: nn.Module,
+    num_layers: int = 8,
+    lora_rank: int = 32,
+    *,
+    lora_alpha: float = 32.0,
+    lora_dropout: float = 0.0,
+    target_modules: str | Sequence[str] = "all-linear",
 ) -> PeftModel:
     """Build ULD's assistant: the first layers of a model, frozen, with a trainable LoRA adapter.
 
@@ -24,8 +31,9 @@ def assistant(
     `requires_grad`, mode and config), and nothing that trains the assistant can change it. Merging the adapter
     *would* write into the shared storage, and is refused.
 
-    The adapter is on every linear layer but the head, and starts without effect (B = 0). Paper: rank 32, alpha 32; the
-    authors' code: rank 16, alpha 32, dropout 0.05. Its first weights are drawn from torch's global generator.
+    The adapter is on every linear layer but the head, unless others are named, and starts without effect (B = 0).
+    Paper: rank 32, alpha 32; the authors' code: rank 16, alpha 32, dropout 0.05. Its first weights are drawn from
+    torch's global generator.
 
     Args:
         model: A Transformers causal language model whose backbone (`model.base_model`) has its decoder layers in
@@ -34,6 +42,7 @@ def assistant(
         lora_rank: Rank r of the adapter: r * (inputs + outputs) weights a linear layer.
         lora_alpha: The adapter's output is scaled by alpha / rank.
         lora_dropout: On the adapter's input.
+        target_modules: Names of modules, as peft takes them; "all-linear" for every linear layer but the head.
 
     Returns:
         A `peft.PeftModel`, called like a causal language model.
@@ -65,7 +74,7 @@ def assistant(
         r=lora_rank,
         lora_alpha=lora_alpha,  # pyright: ignore[reportArgumentType] (any number will do)
         lora_dropout=lora_dropout,
-        target_modules="all-linear",  # in peft this leaves out the head
+        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         task_type="CAUSAL_LM",
     )
     adapted: Any = get_peft_model(first_layers(model, num_layers), config)

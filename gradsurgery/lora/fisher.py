@@ -111,7 +111,9 @@ def _weights(model: nn.Module, modules: Callable[[str], bool] | None) -> dict[st
     adapted = {name for name, module in core.named_modules() if _adapted(module)}
     found: dict[str, nn.Parameter] = {}
     for name, module in core.named_modules():
-        plain_name = name.removesuffix(".base_layer")
+        plain_name = _plain(name, core)
+        if plain_name is None:
+            continue
         inside = any(name.startswith(f"{layer}.") for layer in _parents(name) & adapted)
         if not is_linear(module) or (inside and plain_name == name):
             continue  # the small matrices of an adapter
@@ -130,6 +132,22 @@ def _weights(model: nn.Module, modules: Callable[[str], bool] | None) -> dict[st
             f"expected a model with linear modules to measure, found none chosen in {type(core).__name__}; see modules="
         )
     return found
+
+
+def _plain(name: str, core: nn.Module) -> str | None:
+    """The module's name in the plain model; None for the copy that PEFT's `modules_to_save` does not use now."""
+    owner, marker, rest = name.partition(".modules_to_save.")
+    adapter, _, rest = rest.partition(".")
+    if not marker:
+        owner, marker, rest = name.partition(".original_module")
+        rest = rest.removeprefix(".")
+    wrapper = core.get_submodule(owner) if marker else None
+    if not hasattr(wrapper, "modules_to_save"):
+        return name.removesuffix(".base_layer")
+    used = list(getattr(wrapper, "active_adapters", ()))
+    if used != ([adapter] if adapter else []):
+        return None
+    return f"{owner}.{rest}" if rest else owner
 
 
 def _adapted(module: nn.Module) -> bool:

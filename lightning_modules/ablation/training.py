@@ -20,6 +20,7 @@ from lightning_modules.ablation.retention import Ended
 from lightning_modules.ablation.scoring import Scorer
 from lightning_modules.run import assembly
 from lightning_modules.run.loading import make_data
+from lightning_modules.training.merging import merged
 from lightning_modules.training.module import UnlearningModule
 from lightning_modules.training.objectives import by_name, needs_reference
 from lightning_modules.training.references import SecondModel
@@ -52,10 +53,10 @@ def train(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: S
         L.Trainer(**on_this_device(run, callbacks)).fit(build_module(adapted, run), data)
     except FloatingPointError as error:
         matching.give_up(f"diverged: {error}")
-    merged = assembly.merged(adapted)
+    whole = merged(adapted)
     # FILA's importance takes a backward pass for every batch of both sets.
     extra = 2 * len(data.train_dataloader()) if training.lora_init == "fila" else 0
-    return Ended(matching, merged, merged.load_state_dict, before, copy.deepcopy(merged.state_dict()), extra)
+    return Ended(matching, whole, whole.load_state_dict, before, copy.deepcopy(whole.state_dict()), extra)
 
 
 def build_module(model: nn.Module, run: Run) -> UnlearningModule:

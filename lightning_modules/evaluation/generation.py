@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from lightning_modules.data.chat import end_of_turn
 from lightning_modules.data.tokenization import padding_id, special_id
 from lightning_modules.evaluation.likelihood import device_of, evaluation_mode
-from lightning_modules.evaluation.texts import context_length
 from lightning_modules.evaluation.processes import several
+from lightning_modules.evaluation.texts import context_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
@@ -23,7 +22,8 @@ from lightning_modules.folder import START_MODEL
 from lightning_modules.run.options import MethodOptions, TrainingOptions, UnlearnOptions
 from lightning_modules.run.run import Run
 from lightning_modules.training import objectives
-from lightning_modules.training.adapters import with_adapters
+from lightning_modules.training.adapters import adapt
+from lightning_modules.training.merging import check_mergeable
 from lightning_modules.training.module import UnlearningModule
 from lightning_modules.training.references import AdapterOff, Precomputed, Reference, SecondModel, precompute
 from lightning_modules.training.trainer import trainer_options
@@ -120,9 +120,20 @@ def adapted(model: nn.Module, training: TrainingOptions, data: ForgetRetainDataM
     """The model with the adapters that these options describe; without any, the model itself.
 
     FILA's Fisher information takes a backward pass for every batch of both sets, on the GPU if there is one.
+
+    Raises:
+        ValueError: If a target is unknown, or the adapters are to be merged at the end and cannot be.
     """
-    if training.lora_init == "default" or not training.lora_rank:
-        return with_adapters(model, rank=training.lora_rank, seed=seed)
+    found = _adapted(model, training, data, seed)
+    if training.save == "merged" or training.probes:
+        check_mergeable(found)  # now, and not after hours of training
+    return found
+
+
+def _adapted(model: nn.Module, training: TrainingOptions, data: ForgetRetainDataModule, seed: int) -> nn.Module:
+    settings = training.adapters(seed)
+    if settings.init == "default" or not settings.rank:
+        return adapt(model, settings)
     data.setup()
     with on_gpu(model):
         loader, device = data.train_dataloader(), device_of(model)
@@ -130,16 +141,4 @@ def adapted(model: nn.Module, training: TrainingOptions, data: ForgetRetainDataM
         def batches(name: str) -> Iterable[Mapping[str, torch.Tensor]]:
             return ({key: value.to(device) for key, value in batch[name].items()} for batch in loader)
 
-        return with_adapters(
-            model,
-            rank=training.lora_rank,
-            init="fila",
-            forget_batches=batches("forget"),
-            retain_batches=batches("retain"),
-            seed=seed,
-        )
-
-
-def merged(model: nn.Module) -> Any:
-    """The model with its adapters merged into its weights; without any, the model itself."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model  # pyright: ignore[reportCallIssue]
+        return adapt(model, settings, forget_batches=batches("forget"), retain_batches=batches("retain"))

@@ -16,8 +16,10 @@ from lightning_modules.data.fictional_authors import QUESTIONS_PER_AUTHOR, ficti
 from lightning_modules.data.pairs import REFUSALS, ForgetRetainDataModule, TOFUDataModule
 from lightning_modules.data.tofu import tofu_examples, tofu_split
 from lightning_modules.evaluation.membership import HOLDOUT
+from lightning_modules.run.adapter_folders import base_of_adapter, tokenizer_place, with_saved_adapter
 from lightning_modules.run.options import DataOptions, MethodOptions, Options, UnlearnOptions
 from lightning_modules.training import objectives
+from lightning_modules.training.merging import merged
 from lightning_modules.training.scratch import ScratchSettings, scratch_model
 
 _TOKENIZER_AUTHORS = 100
@@ -93,15 +95,36 @@ def _refusals(method: MethodOptions) -> Sequence[str] | None:
 
 
 def load_model(options: Options, splits: Mapping[str, Sequence[Example]]) -> tuple[nn.Module, Any]:
-    """The model that is to forget, and its tokenizer, which is told the options of its chat template.
+    """The model that is to forget or to be scored, and its tokenizer, which is told the options of its chat template.
+
+    One that is given as an adapter is merged where it is to be trained: it is the start model, and no adapter of ours.
 
     Raises:
         FileNotFoundError: If there is no such model.
-        ValueError: If the chat template does not read one of its options, or there is none.
+        ValueError: If the chat template does not read one of its options, or there is none; if the model is to be
+            trained, and is an adapter that cannot be merged.
     """
-    loaded = load_pretrained(options.model.model) if not options.model.scratch else _small(options, splits)
+    loaded = _given(options) if not options.model.scratch else _small(options, splits)
     set_template_options(loaded[1], options.data.chat_template_kwargs)
     return loaded
+
+
+def _given(options: Options) -> tuple[nn.Module, Any]:
+    name = options.model.model
+    model, tokenizer = load_pretrained(name)
+    if isinstance(options, UnlearnOptions) and base_of_adapter(name) is not None:
+        if options.training.save == "adapter":
+            raise ValueError(
+                f"--save adapter: expected a whole model as --model, found {name!r}, an adapter; merge it into "
+                "its model and save that first, or use --save merged"
+            )
+        model = merged(model)
+        if hasattr(model, "disable_adapter"):
+            raise ValueError(
+                f"--model: expected a model, or an adapter that can be merged into one, such as LoRA, found another kind in {name!r}"
+            )
+        model.requires_grad_(True)  # peft had frozen all of it
+    return model, tokenizer
 
 
 def _small(options: Options, splits: Mapping[str, Sequence[Example]]) -> tuple[nn.Module, Any]:
@@ -157,13 +180,18 @@ def tokenizer_texts(data: DataOptions, splits: Mapping[str, Sequence[Example]]) 
 def load_pretrained(name: str) -> tuple[nn.Module, Any]:
     """A causal language model in float32 and its tokenizer, from a folder or the hub.
 
+    A PEFT adapter is loaded on the model that it names, as a `PeftModel`.
+
     Raises:
         FileNotFoundError: If it is neither.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _known(name):
-        return AutoModelForCausalLM.from_pretrained(name, dtype="float32"), AutoTokenizer.from_pretrained(name)
+        base = base_of_adapter(name)
+        model = AutoModelForCausalLM.from_pretrained(base or name, dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_place(name, base))
+        return (model if base is None else with_saved_adapter(model, name)), tokenizer
 
 
 def check_pretrained(name: str, chat_template_kwargs: Mapping[str, Any] | None = None) -> None:
@@ -174,12 +202,11 @@ def check_pretrained(name: str, chat_template_kwargs: Mapping[str, Any] | None =
         ValueError: If its chat template does not read one of these options.
     """
     from transformers import AutoConfig, AutoTokenizer
-    from transformers.utils import find_adapter_config_file
 
     with _known(name):
-        if find_adapter_config_file(name) is None:  # the folder of an adapter has no configuration of a model
-            AutoConfig.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        base = base_of_adapter(name)
+        AutoConfig.from_pretrained(base or name)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_place(name, base))
     set_template_options(tokenizer, chat_template_kwargs or {})
 
 

@@ -23,11 +23,12 @@ from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.evaluate import Evaluation
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import CURVE, G_EFFECT, SURGERY, write_config
-from lightning_modules.run.assembly import adapted, make_module, make_trainer, merged, start_model
+from lightning_modules.run.assembly import adapted, make_module, make_trainer, start_model
 from lightning_modules.run.loading import load_reference, make_data
 from lightning_modules.run.options import TrainingOptions, UnlearnOptions
 from lightning_modules.run.run import Run
 from lightning_modules.run.scoring import score
+from lightning_modules.training.adapters import checked_targets
 from lightning_modules.training.callbacks import (
     BestTradeoff,
     CollapseAlarm,
@@ -37,6 +38,7 @@ from lightning_modules.training.callbacks import (
     SurgeryLogger,
     TradeoffCurve,
 )
+from lightning_modules.training.merging import merged
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Unlearned:
     """What a method leaves.
 
     Attributes:
-        model: The model that has forgotten, without adapters.
+        model: The model that has forgotten, with its adapters merged unless they are to be kept.
         before: Scores of the model before; None in every process but the first.
         seconds: What training and scoring took, "train" and "evaluate".
         probe: What is still to be measured on the model, once it is saved and scored.
@@ -87,7 +89,7 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
     together = processes.several()  # Lightning's processes live on after training, with the same weights
     if not (trainer.is_global_zero or together):
         return None
-    unlearned = merged(module.model)
+    unlearned = module.model if training.save == "adapter" else merged(module.model)
     probe = partial(probe_it, run, unlearned, curve) if training.probes else None
     return Unlearned(unlearned, before, seconds, probe, together)
 
@@ -128,6 +130,7 @@ def by_assistant(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned:
     options, training = run.options, run.options.training
     if not will_be_first():
         raise ValueError("--method uld: expected one process, found several; use --devices 1")
+    checked_targets(model, training.lora_targets)
     started = time.perf_counter()
     before = score(run, model)
     evaluating = time.perf_counter() - started

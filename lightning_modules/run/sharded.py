@@ -19,14 +19,15 @@ from lightning_modules.data.pairs import ForgetRetainDataModule
 from lightning_modules.data.tokenization import padding_id
 from lightning_modules.evaluation import processes
 from lightning_modules.folder import START_MODEL, write_config
-from lightning_modules.run.assembly import fsdp2, kind_of_start_model, make_module, merged
+from lightning_modules.run.assembly import fsdp2, kind_of_start_model, make_module
 from lightning_modules.run.loading import load_model, make_data
 from lightning_modules.run.methods import Unlearned, fit, make_curve, probe_it, watched_trainer
 from lightning_modules.run.options import TrainingOptions, UnlearnOptions
 from lightning_modules.run.run import Run
 from lightning_modules.run.scoring import score
 from lightning_modules.run.show import show_example
-from lightning_modules.training.adapters import with_adapters
+from lightning_modules.training.adapters import adapt
+from lightning_modules.training.merging import merged
 from lightning_modules.training.references import AdapterOff, Precomputed, Reference, SecondModel, precompute
 from lightning_modules.training.sharding import POLICIES, Distributed
 from lightning_modules.training.trainer import trainer_options
@@ -52,7 +53,7 @@ def by_shards(
 
     def load() -> tuple[nn.Module, Any]:
         model, tokenizer = load_model(options, splits)
-        return with_adapters(model, rank=training.lora_rank, seed=options.output.seed), tokenizer
+        return adapt(model, training.adapters(options.output.seed)), tokenizer
 
     model = Distributed(load)
     run = Run(options, folder, splits, model.known)

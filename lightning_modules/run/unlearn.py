@@ -6,13 +6,16 @@ import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from rich.console import Console
+from torch import nn
 
 from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import EVALUATION, METRICS, claim, write_evaluation, write_json
+from lightning_modules.run.adapter_folders import BASE, save_adapter
 from lightning_modules.run.loading import load_model, read_splits
 from lightning_modules.run.methods import Unlearned, by_assistant, by_surgery
 from lightning_modules.run.options import UnlearnOptions
@@ -75,7 +78,10 @@ def _leave(run: Run[UnlearnOptions], unlearned: Unlearned, log: ScoredSplits | N
 
     def save() -> None:
         whole = unlearned.model if unlearned.mesh is None else unlearned.whole
-        whole.save_pretrained(folder / "model")
+        if run.options.training.save == "adapter":
+            _leave_adapter(run, whole)
+        else:
+            whole.save_pretrained(folder / "model")
         run.tokenizer.save_pretrained(folder / "model")
 
     # First of all, so that the training is not lost if anything after it fails.
@@ -102,3 +108,14 @@ def _leave(run: Run[UnlearnOptions], unlearned: Unlearned, log: ScoredSplits | N
     show(found)
     files = ", ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
     Console().print(f"Everything is in [bold]{folder}[/bold]: {files}")
+
+
+def _leave_adapter(run: Run[UnlearnOptions], model: nn.Module) -> None:
+    """Save the adapter in model/, for the model that was given, or for a copy of the model from scratch in base/."""
+    given, base = run.options.model, run.folder / BASE
+    if given.scratch:
+        loaded: Any = load_model(run.options, run.splits)  # from the cache
+        original, tokenizer = loaded
+        original.save_pretrained(base)
+        tokenizer.save_pretrained(base)
+    save_adapter(model, run.folder / "model", base=str(base) if given.scratch else given.model)

@@ -1,14 +1,66 @@
-"""Low-rank adapters on every linear weight but the head, initialised at random or by LoKU's FILA."""
+"""Low-rank adapters on the linear weights of a model, initialised at random or by LoKU's FILA."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Literal
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from gradsurgery import lora
+from gradsurgery.lora.fisher import is_linear
+
+Kind = Literal["lora", "dora", "rslora"]
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    r"""What low-rank adapters are: the output of every adapted weight W becomes $W x + \sigma B A \, x$.
+
+    Attributes:
+        rank: r, of A and B; 0 for no adapters.
+        alpha: In $\sigma = \alpha / r$, or $\alpha / \sqrt r$ with "rslora". None means twice the rank, as in LoKU.
+        targets: "all-linear", every linear weight but the head; or names of modules, whole
+            ("model.layers.0.mlp.up_proj") or their last parts ("up_proj").
+        dropout: On the adapters' input while training, from 0 to below 1.
+        kind: "lora" (2106.09685), "rslora" (2312.03732), or "dora" (2402.09353), which scales every row of
+            $W + \sigma B A$ to a length that is trained too.
+        init: "default" starts with A random and B = 0, "fila" with what matters most to the forget set, see
+            `gradsurgery.lora.fila_`.
+        seed: Of the adapters. The global random state is left as it was.
+    """
+
+    rank: int
+    alpha: float | None = None
+    targets: str | Sequence[str] = ALL_LINEAR
+    dropout: float = 0.0
+    kind: Kind = "lora"
+    init: Literal["default", "fila"] = "default"
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise ValueError if a setting is outside its domain, or two contradict each other."""
+        if self.rank < 0:
+            raise ValueError(f"rank: expected a number >= 0, found {self.rank}")
+        if self.init not in ("default", "fila"):
+            raise ValueError(f"init: expected 'default' or 'fila', found {self.init!r}")
+        if self.init == "fila" and not self.rank:
+            raise ValueError("init: FILA starts adapters, and a rank of 0 means none; choose a rank such as 8")
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"kind: expected one of {', '.join(get_args(Kind))}, found {self.kind!r}")
+        if self.init == "fila" and self.kind == "dora":
+            raise ValueError(
+                "init: FILA splits W into a residual and B A, which DoRA's lengths would scale together; use kind='lora' or 'rslora'"
+            )
+        if self.alpha is not None and not 0.0 < self.alpha < math.inf:
+            raise ValueError(f"alpha: expected a number > 0, found {self.alpha}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout: expected at least 0 and below 1, found {self.dropout}")
 
 
 def with_adapters(
@@ -22,19 +74,10 @@ def with_adapters(
 ) -> nn.Module:
     """A `PeftModel` around a causal language model: LoRA with alpha twice the rank and no dropout, as in LoKU.
 
-    Args:
-        model: A Hugging Face model. Its modules are adapted in place, and with "fila" its weights change.
-        rank: Of the adapters; 0 returns the model as it is.
-        init: "default" starts with A random and B = 0, "fila" with what matters most to the forget set, see
-            `gradsurgery.lora.fila_`.
-        forget_batches: Only for "fila": the batches on which importance is measured, with `input_ids`, `attention_mask`
-            and `labels` as `collate` makes them.
-        retain_batches: The same for the retain set. The authors use as many batches as of the forget set.
-        seed: Of the adapters. The global random state is left as it was.
+    It is `adapt` with the defaults of `AdapterSettings`, where the arguments are explained.
 
     Raises:
-        ValueError: If an argument is outside its domain, or "fila" lacks batches or a rank. The model then stays
-            unchanged.
+        ValueError: As `adapt`.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -43,32 +86,110 @@ def with_adapters(
         >>> sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         224
     """
-    if rank < 0:
-        raise ValueError(f"rank: expected a number >= 0, found {rank}")
-    if init not in ("default", "fila"):
-        raise ValueError(f"init: expected 'default' or 'fila', found {init!r}")
-    if init == "fila" and not rank:
-        raise ValueError("init: FILA starts adapters, and a rank of 0 means none; choose a rank such as 8")
-    if init == "fila" and (forget_batches is None or retain_batches is None):
+    settings = AdapterSettings(rank, init=init, seed=seed)
+    return adapt(model, settings, forget_batches=forget_batches, retain_batches=retain_batches)
+
+
+def adapt(
+    model: nn.Module,
+    settings: AdapterSettings,
+    *,
+    forget_batches: Iterable[Mapping[str, Tensor]] | None = None,
+    retain_batches: Iterable[Mapping[str, Tensor]] | None = None,
+) -> nn.Module:
+    """A `PeftModel` around a causal language model.
+
+    Args:
+        model: A Hugging Face model. Its modules are adapted in place, and with "fila" its weights change.
+        settings: Of the adapters; a rank of 0 returns the model as it is.
+        forget_batches: Only for "fila": the batches on which importance is measured, with `input_ids`, `attention_mask`
+            and `labels` as `collate` makes them.
+        retain_batches: The same for the retain set. The authors use as many batches as of the forget set.
+
+    Raises:
+        ValueError: If a setting is outside its domain, a target is no module that can be adapted, or "fila" lacks
+            batches or a rank. The model then stays unchanged.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes))
+        >>> model = adapt(model, AdapterSettings(rank=2, targets=["q_proj", "v_proj"], kind="dora"))
+        >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad][-1]
+        'base_model.model.model.layers.0.self_attn.v_proj.lora_magnitude_vector.default.weight'
+    """
+    settings.check()
+    if settings.init == "fila" and (forget_batches is None or retain_batches is None):
         raise ValueError("init: FILA measures importance on forget_batches and retain_batches, and one is None")
-    if not rank:
+    if not settings.rank:
         return model
     from peft import LoraConfig, get_peft_model
 
+    targets = checked_targets(model, settings.targets)
     # Importance comes first, so that batches that raise leave the model without adapters.
     importance = (
-        lora.fisher_importance(model, forget_batches, retain_batches)
-        if forget_batches is not None and retain_batches is not None and init == "fila"
+        lora.fisher_importance(model, forget_batches, retain_batches, modules=_measured(targets))
+        if forget_batches is not None and retain_batches is not None and settings.init == "fila"
         else None
     )
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    alpha = 2 * settings.rank if settings.alpha is None else settings.alpha
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # pyright: ignore[reportArgumentType] (any number will do)
+        target_modules=targets,
+        lora_dropout=settings.dropout,
+        use_dora=settings.kind == "dora",
+        use_rslora=settings.kind == "rslora",
+    )
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which reseeds every GPU as well
+        torch.default_generator.manual_seed(settings.seed)  # not torch.manual_seed, which reseeds every GPU as well
         adapted = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
     if importance is None:
         return adapted
     try:
-        return lora.fila_(adapted, importance, seed=seed)
+        return lora.fila_(adapted, importance, seed=settings.seed)
     except ValueError:
         adapted.unload()
         raise
+
+
+def checked_targets(model: nn.Module, targets: str | Sequence[str]) -> str | list[str]:
+    """The modules to adapt, as peft takes them: "all-linear", or names of which each is found.
+
+    peft itself adapts the names that it finds and says nothing about the others.
+
+    Args:
+        model: Without adapters.
+        targets: As in `AdapterSettings`; one string may hold several names with commas between them.
+
+    Raises:
+        ValueError: If a name is of no module, or of one that is neither linear nor an embedding.
+    """
+    names = [name.strip() for name in targets.split(",")] if isinstance(targets, str) else list(targets)
+    if names == [ALL_LINEAR]:
+        return ALL_LINEAR
+    modules = dict(model.named_modules())
+    fitting = {name for name, module in modules.items() if is_linear(module) or isinstance(module, nn.Embedding)}
+    for target in names:
+        found = {name for name in modules if target and _is_named(name, target)}
+        if found and found <= fitting:
+            continue
+        short = sorted({name.rpartition(".")[2] for name in fitting})
+        near = get_close_matches(target.rpartition(".")[2], short)
+        what = f"{target!r}, a {type(modules[min(found - fitting)]).__name__}" if found else repr(target)
+        raise ValueError(
+            f"adapters' targets: expected {ALL_LINEAR} or names of linear modules or embeddings, here {', '.join(short)}, found {what}"
+            + (f"; did you mean {' or '.join(near)}?" if near else "")
+        )
+    if not names:
+        raise ValueError(f"adapters' targets: expected {ALL_LINEAR} or at least one name, found an empty list")
+    return names
+
+
+def _is_named(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")  # as peft compares them
+
+
+def _measured(targets: str | list[str]) -> Any:
+    """Which modules FILA needs the importance of; None for all but the head."""
+    return None if isinstance(targets, str) else lambda name: any(_is_named(name, target) for target in targets)

@@ -17,6 +17,7 @@ import gradsurgery as gs
 from lightning_modules.metrics import AnswerProbability
 from lightning_modules.training.heads import AnswerHead
 from lightning_modules.training.objectives import name_of, needs_reference, needs_refusals, objective
+from lightning_modules.training.packing import keep_differentiable
 from lightning_modules.training.probability import add_answers, uncollated
 from lightning_modules.training.references import Reference
 from lightning_modules.training.sharding import blocks
@@ -61,7 +62,8 @@ class UnlearningModule(L.LightningModule):
 
     Raises:
         ValueError: If `retain_loss` teaches refusals, if a loss compares with a start model and there is no
-            `reference`, or if `skip_first` is given to a loss that chooses its own tokens.
+            `reference`, if `skip_first` is given to a loss that chooses its own tokens, or if gradients cannot pass the
+            model's 4-bit weights (`packing.keep_differentiable`).
         TypeError: If a loss is not a function.
 
     Example:
@@ -88,6 +90,7 @@ class UnlearningModule(L.LightningModule):
         dual: gs.losses.DualVariable | None = None,
     ) -> None:
         super().__init__()
+        keep_differentiable(model)
         self.model = model
         self._answer_head = AnswerHead(model)
         self.objectives = {"forget": objective(forget_loss, skip_first), "retain": objective(retain_loss, 0)}

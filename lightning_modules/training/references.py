@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ import gradsurgery as gs
 from lightning_modules.data.tokenization import IGNORED, Encoded, collate
 from lightning_modules.evaluation.likelihood import answer_nll, device_of, evaluation_mode
 from lightning_modules.training.heads import AnswerHead, Batch, States, answer_values
+from lightning_modules.training.switching import check_switchable, switched_off
 
 
 class SecondModel:
@@ -96,27 +97,37 @@ class SecondModel:
 
 
 class AdapterOff:
-    """The trained model with its adapters switched off: no second copy, one more forward pass.
+    """The trained model with the adapters that are trained switched off: no second copy, one more forward pass.
 
-    It is right where the base weights are those of the start model. FILA changes them: use `SecondModel` or
-    `Precomputed` with it.
+    It is the start model where training leaves everything else as it is, and where the adapters changed nothing at the
+    start; whatever else would give other numbers is refused. Frozen adapters that are active stay so. A module of
+    `modules_to_save` is replaced by the original. There is no dropout. `requires_grad` of every parameter is left as it
+    was.
+
+    Adapters that were trained before (B is not 0) change what they are put on: then this is the model without them,
+    which is right for going on with a run, and a warning says so.
     """
 
+    def __init__(self) -> None:
+        self._kept: list[str] = []
+
     def prepare(self, model: nn.Module) -> None:
-        """Refuse a model without adapters.
+        """Refuse a model whose adapters, switched off, do not leave the start model.
 
         Raises:
-            TypeError: If it has none.
+            TypeError: If it has no adapters.
+            ValueError: If something is trained that is in no adapter, if starting the adapters changed the base weights
+                (FILA, PiSSA, OLoRA and the like), or if they are merged.
         """
         if not hasattr(model, "disable_adapter"):
             raise TypeError(
                 f"AdapterOff: expected a PEFT model with adapters, found {type(model).__name__}; use SecondModel() or Precomputed(path)"
             )
+        self._kept = check_switchable(model)
 
     def states(self, head: AnswerHead, batch: Batch, *, split: bool) -> States:
         """The base model's states, see `SecondModel.states`."""
-        model: Any = head.model
-        with evaluation_mode(model), model.disable_adapter():  # without dropout
+        with evaluation_mode(head.model), switched_off(head.model, self._kept):
             return head.states(batch, split=split)
 
     def nll(self, head: AnswerHead, batch: Batch, skip_first: int, name: str) -> Tensor:

@@ -16,6 +16,7 @@ from gradsurgery.logit_difference import LogitDifferenceModel, assistant
 from lightning_modules.data.pairs import ForgetRetainDataModule
 from lightning_modules.data.uld import uld_data
 from lightning_modules.evaluation.likelihood import device_of
+from lightning_modules.training.adapters import ALL_LINEAR, checked_targets
 from lightning_modules.training.token_count import mean_token_count
 from lightning_modules.training.trainer import trainer_options
 from lightning_modules.training.warmup import with_warmup
@@ -167,6 +168,9 @@ class ULDSettings:
         require_augmentation: Whether a forget example without paraphrase or wrong answers is an error, see `uld_data`.
         all_positions: Whether the uniform term counts every position, see `ULDModule`. The authors' code: True.
         seed: Of the adapter's first weights and of the order of the data.
+        lora_targets: Modules with an adapter, see `adapters.AdapterSettings`. Paper and authors' code: every linear
+            layer.
+        lora_dropout: On the adapter's input while training. Paper: none is mentioned; the authors' code: 0.05.
     """
 
     num_layers: int = 8
@@ -185,6 +189,8 @@ class ULDSettings:
     require_augmentation: bool = True
     all_positions: bool = False
     seed: int = 0
+    lora_targets: str | Sequence[str] = ALL_LINEAR
+    lora_dropout: float = 0.0
 
 
 def train_assistant(
@@ -228,7 +234,14 @@ def train_assistant(
     options = trainer_options(**{"max_epochs": settings.epochs, "devices": 1, **(trainer or {})})
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)
-        small = assistant(base, settings.num_layers, settings.lora_rank, lora_alpha=settings.lora_alpha)
+        small = assistant(
+            base,
+            settings.num_layers,
+            settings.lora_rank,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=checked_targets(base, settings.lora_targets),
+        )
         # Before training: a wrong weight or filter should not cost an hour.
         model = LogitDifferenceModel(base, small, settings.weight, settings.top_logit_filter)
         module = ULDModule(

@@ -90,6 +90,7 @@ class UnlearnOptions(Options):
                 f"--strategy {FSDP2}: expected a run with surgery, found --method uld, which trains a small model beside a whole "
                 "one; use --devices 1"
             )
+        self._check_adapters()
         if method.start_model == "adapters_off" and (not training.lora_rank or training.lora_init == "fila"):
             raise ValueError(
                 "expected --start-model adapters_off with adapters that leave the base as it is (--lora-rank without --lora-init fila), "
@@ -104,6 +105,28 @@ class UnlearnOptions(Options):
             raise ValueError(
                 f"expected options that {training.optimizer} and the rule {method.rule} know, found: {error}"
             ) from error
+
+    def _check_adapters(self) -> None:
+        training, uld = self.training, self.method.method == "uld"
+        unused = training.without_effect()
+        if unused and not training.lora_rank and not uld:
+            raise ValueError(
+                f"expected --lora-rank with {', '.join(unused)}, for example 8, found 0, which trains all weights"
+            )
+        if uld and (training.save != "merged" or training.lora_init != "default" or training.lora_kind != "lora"):
+            raise ValueError(
+                "--save, --lora-init, --lora-kind: expected a run with surgery, found --method uld, whose assistant is plain LoRA and "
+                "always saved beside the model"
+            )
+        if (
+            uld
+            and training.lora_alpha is not None
+            and training.uld.get("lora_alpha", training.lora_alpha) != training.lora_alpha
+        ):
+            raise ValueError(
+                f"--lora-alpha: expected the lora_alpha of --uld, which means the same, {training.uld['lora_alpha']}, found "
+                f"{training.lora_alpha}; give one of them"
+            )
 
     def resolved(self) -> UnlearnOptions:
         """A copy in which no value depends on another option or on the machine any more: what config.yaml holds."""
@@ -125,6 +148,9 @@ class UnlearnOptions(Options):
             depends |= {"lr": 3e-3, "epochs": 30} if scratch else {"lr": ULDSettings.lr, "epochs": ULDSettings.epochs}
             always["lora_rank"] = self.training.lora_rank or ULDSettings.lora_rank
             always["uld"] = ({"num_layers": 1, "weight": 1.0} if scratch else {}) | self.training.uld
+            depends["lora_alpha"] = always["uld"].pop("lora_alpha", ULDSettings.lora_alpha)
+        elif self.training.lora_rank:
+            depends["lora_alpha"] = 2.0 * self.training.lora_rank
         known = {name: value for name, value in depends.items() if getattr(self.training, name) is None} | always
         return replace(self, training=replace(self.training, **known))
 
@@ -140,8 +166,12 @@ class UnlearnOptions(Options):
         given: dict[str, Any] = {
             name: int(value) if kinds.get(name) is int else value for name, value in training.uld.items()
         }
+        if training.lora_alpha is not None:
+            given["lora_alpha"] = training.lora_alpha
         return ULDSettings(
             lora_rank=training.lora_rank or ULDSettings.lora_rank,
+            lora_targets=training.lora_targets,
+            lora_dropout=training.lora_dropout,
             lr=training.lr or ULDSettings.lr,
             weight_decay=training.weight_decay,
             warmup_steps=training.warmup_steps,

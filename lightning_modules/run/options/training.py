@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from lightning_modules.run.options.flat import at_least_one, flag
+
+if TYPE_CHECKING:
+    from lightning_modules.training.adapters import AdapterSettings
 
 FSDP2 = "fsdp2"
 """The strategy that is ours and not Lightning's."""
@@ -44,9 +48,17 @@ class TrainingOptions:
         batch_size: how many forget examples, and as many retain examples, each process takes into one forward pass
         accumulate: how many batches make one optimizer step; by default 4, or 1 for the model from scratch
         max_norm: clip the combined gradient to this norm; null for no clipping
-        lora_rank: train adapters of this rank instead of all weights, and merge them into the weights at the end; 0 for
-            no adapters; with --method uld it is the rank of the assistant's adapters, and 0 means 32
-        uld: settings of ULD: num_layers, weight, top_logit_filter, retain_weight, lora_alpha, perturbed_per_row;
+        save: what is left in model/: the weights with the adapters merged into them, or the adapter alone, as PEFT
+            saves it, for the model that --model names (of the model from scratch a copy is left in base/)
+        lora_rank: train adapters of this rank instead of all weights; 0 for no adapters; with --method uld it is the
+            rank of the assistant's adapters, and 0 means 32
+        lora_alpha: adapters are scaled by alpha / rank, or alpha / sqrt(rank) with rslora; by default twice the rank;
+            with --method uld that of the assistant's adapters, and by default 32
+        lora_targets: which modules have adapters, the assistant's too: all-linear for every linear layer but the head,
+            or names such as q_proj,v_proj
+        lora_dropout: dropout on the adapters' input while training, the assistant's too
+        lora_kind: plain LoRA, DoRA (a trained length for each row of the weight), or rank-stabilised LoRA
+        uld: settings of ULD: num_layers, weight, top_logit_filter, retain_weight, perturbed_per_row;
             the defaults are the paper's, but for the model from scratch num_layers is 1 and weight is 1
         lora_init: how adapters start: at random, or by LoKU's FILA from Fisher information
         precision: the precision, by Lightning's name; by default bf16-mixed with a CUDA GPU and 32-true without one
@@ -70,7 +82,12 @@ class TrainingOptions:
     batch_size: int = 8
     accumulate: int | None = None
     max_norm: float | None = 1.0
+    save: Literal["merged", "adapter"] = "merged"
     lora_rank: int = 0
+    lora_alpha: float | None = None
+    lora_targets: str | list[str] = "all-linear"
+    lora_dropout: float = 0.0
+    lora_kind: Literal["lora", "dora", "rslora"] = "lora"
     uld: dict[str, float] = field(default_factory=dict)
     lora_init: Literal["default", "fila"] = "default"
     precision: str | None = None
@@ -105,10 +122,29 @@ class TrainingOptions:
                 raise ValueError(
                     f"--uld: expected {', '.join(sorted(known))}, found {', '.join(sorted(set(self.uld) - known))}"
                 )
+        self._check_adapters()
+
+    def _check_adapters(self) -> None:
         if self.lora_init == "fila" and not self.lora_rank:
             raise ValueError("expected --lora-rank with --lora-init fila, for example 8, found 0")
         if self.sharded:
             self._check_sharded()
+        if self.save == "adapter" and not self.lora_rank:
+            raise ValueError(
+                "expected --lora-rank with --save adapter, for example 8, found 0, which trains all weights"
+            )
+        if self.lora_init == "fila" and self.lora_kind == "dora":
+            raise ValueError(
+                "expected --lora-kind lora or rslora with --lora-init fila, which splits the weights, found dora"
+            )
+        if self.lora_alpha is not None and not 0.0 < self.lora_alpha < math.inf:
+            raise ValueError(f"expected --lora-alpha > 0, found {self.lora_alpha}")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"expected --lora-dropout at least 0 and below 1, found {self.lora_dropout}")
+        if not self.lora_targets or not all(self.lora_targets):
+            raise ValueError(
+                f"expected --lora-targets all-linear or names such as q_proj,v_proj, found {self.lora_targets!r}"
+            )
 
     def _check_sharded(self) -> None:
         if self.precision not in (None, *SHARDED_PRECISIONS):
@@ -121,6 +157,11 @@ class TrainingOptions:
                 f"--strategy {FSDP2}: expected adapters that start at random, found --lora-init fila, whose Fisher information needs the "
                 "whole model and its gradients on one device; leave --lora-init out"
             )
+        if self.save == "adapter":
+            raise ValueError(
+                f"--strategy {FSDP2}: expected --save merged, found adapter, which one process would have to hold beside the whole model; "
+                "leave --save out"
+            )
         if self.best_below is not None:
             raise ValueError(
                 f"--strategy {FSDP2}: expected to end with the last weights, found --best-below, whose best weights one process loads "
@@ -131,6 +172,26 @@ class TrainingOptions:
     def sharded(self) -> bool:
         """Whether the model is sharded over the devices."""
         return self.strategy == FSDP2
+
+    def adapters(self, seed: int) -> AdapterSettings:
+        """What the adapters are, without any a rank of 0."""
+        from lightning_modules.training.adapters import AdapterSettings
+
+        return AdapterSettings(
+            self.lora_rank,
+            self.lora_alpha,
+            self.lora_targets,
+            self.lora_dropout,
+            self.lora_kind,
+            self.lora_init,
+            seed,
+        )
+
+    def without_effect(self) -> list[str]:
+        """The options about adapters that are given although nothing is adapted."""
+        default = TrainingOptions()
+        about = ("lora_alpha", "lora_targets", "lora_dropout", "lora_kind")
+        return [flag(name) for name in about if getattr(self, name) != getattr(default, name)]
 
     @property
     def accumulates(self) -> bool:
@@ -158,10 +219,11 @@ class TrainingOptions:
 def uld_numbers() -> dict[str, type]:
     """The settings that --uld takes, by name, and whether each is an int or a float.
 
-    They are the numbers among `ULDSettings` that no option of their own gives.
+    They are the numbers among `ULDSettings` that no option of their own gives. `lora_alpha` came before --lora-alpha,
+    and still means the same.
     """
     from lightning_modules.training.uld import ULDSettings  # importing it takes seconds, and few runs need it
 
-    elsewhere = {*(option.name for option in fields(TrainingOptions)), "seed"}
+    elsewhere = {*(option.name for option in fields(TrainingOptions)), "seed"} - {"lora_alpha"}
     kinds = {entry.name: type(entry.default) for entry in fields(ULDSettings) if entry.name not in elsewhere}
     return {name: kind for name, kind in kinds.items() if kind in (int, float)}

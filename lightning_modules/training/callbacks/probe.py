@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_modules.folder import PROBES
 from lightning_modules.training.callbacks.notes import note
+from lightning_modules.training.merging import check_mergeable, merged
 
 
 class Probe(Callback):
@@ -33,6 +34,10 @@ class Probe(Callback):
     def __init__(self, folder: str | Path | None) -> None:
         self.folder = None if folder is None else Path(folder)
         self.result: dict[str, Any] | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Refuse adapters that cannot be merged into a copy now, and not after training."""
+        check_mergeable(pl_module.get_submodule("model"))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Probe in the first process; the others go on."""
@@ -56,14 +61,13 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
     Raises:
         RuntimeError: If the weights are sharded over processes.
+        ValueError: If the adapters cannot be merged, see `merging.check_mergeable`.
     """
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise RuntimeError(
             "expected a model that one process holds whole, found sharded weights; save it, and probe the saved model in one process"
         )
-    copied: Any = copy.deepcopy(model)
-    if hasattr(copied, "merge_and_unload"):
-        copied = copied.merge_and_unload()
+    copied: nn.Module = merged(copy.deepcopy(model))
     for parameter in copied.parameters():
         parameter.grad = None
     return copied

@@ -1,0 +1,80 @@
+"""Adapters in folders, as PEFT writes and reads them: which model they are for, and how they are put on it."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+BASE = "base"  # of a run's folder: the model from scratch, if an adapter is kept for it
+
+
+def save_adapter(model: Any, folder: Path, *, base: str) -> None:
+    """Save a `PeftModel`'s adapter, so that `PeftModel.from_pretrained(base model, folder)` gives this model.
+
+    Args:
+        model: With adapters, also from `gradsurgery.lora.fila_`: then the adapter is for the model before it.
+        folder: To write into.
+        base: Folder or hub name of the model that was adapted. A folder is written down as a whole path, because the
+            adapter does not move with it.
+    """
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+        config.task_type = "CAUSAL_LM"
+    # Nothing is ever added to the vocabulary: peft would ask the hub whether to save the embeddings.
+    model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def base_of_adapter(name: str) -> str | None:
+    """The model that an adapter in a folder or on the hub is for; None if the name is that of a whole model.
+
+    Raises:
+        ValueError: If the adapter does not say it.
+    """
+    from transformers.utils import find_adapter_config_file
+
+    if find_adapter_config_file(name) is None:
+        return None
+    if (Path(name) / "config.json").exists():
+        return name  # a whole model with an adapter beside it, which is put on it
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    if not base:
+        raise ValueError(
+            "its adapter_config.json names no base_model_name_or_path; write the model that it is for there"
+        )
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise ValueError(
+            f"it is an adapter for the model in {base}, where there is no folder; put the model back, or write its place into "
+            "adapter_config.json, base_model_name_or_path"
+        )
+    return base
+
+
+def tokenizer_place(name: str, base: str | None) -> str:
+    """Where the tokenizer is: beside the adapter, or else with the model that it is for."""
+    if base is None or not Path(name).is_dir() or (Path(name) / "tokenizer_config.json").exists():
+        return name
+    return base
+
+
+def with_saved_adapter(model: nn.Module, name: str) -> nn.Module:
+    """A saved adapter on its model, in evaluation mode and not to be trained.
+
+    Raises:
+        ValueError: If weights of the adapter are missing in its file. (peft gives a warning, and the model as if they
+            were zero.)
+    """
+    from peft import PeftModel
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adapted = PeftModel.from_pretrained(model, name)  # pyright: ignore[reportArgumentType]
+    for warning in caught:
+        if "missing adapter keys" in str(warning.message):
+            raise ValueError(f"its adapter is not whole: {warning.message!s:.300}")
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return adapted.eval()
