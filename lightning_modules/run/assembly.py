@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ def make_module(
 def start_model(run: Run[UnlearnOptions], model: nn.Module, data: ForgetRetainDataModule) -> Reference | None:
     """How the losses know the model before unlearning; None if neither of them compares with it.
 
-    Log-likelihoods that are computed ahead are written to the run's folder, by the first process.
+    Log-likelihoods that are computed ahead are written to the run's folder by the first process. Another one reads
+    them there if they are there already, as when Lightning starts it, and computes its own if not.
     """
     method, training = run.options.method, run.options.training
     losses = objectives.by_name(method.forget_loss), objectives.by_name(method.retain_loss)
@@ -72,13 +74,25 @@ def start_model(run: Run[UnlearnOptions], model: nn.Module, data: ForgetRetainDa
     if kind == "adapters_off":
         return AdapterOff()
     path = run.folder / START_MODEL
-    if will_be_first() and not (training.resume and path.exists()):
-        data.setup()
-        if data.dataset is None:
-            raise RuntimeError("setup() left no dataset")
-        with on_gpu(model):
-            precompute(model, data.dataset, path, pad_token_id=padding_id(data.tokenizer))
-    return Precomputed(path)
+    if will_be_first():
+        if not (training.resume and path.exists()):
+            _precompute(model, data, path)
+        return Precomputed(path)
+    if path.exists():
+        return Precomputed(path)
+    # torchrun and srun start all processes at once. There is no group yet in which this one could wait for the first,
+    # and on another machine the file may never appear: computing the numbers here takes as long as waiting.
+    with tempfile.TemporaryDirectory() as folder:
+        _precompute(model, data, Path(folder) / START_MODEL)
+        return Precomputed(Path(folder) / START_MODEL)
+
+
+def _precompute(model: nn.Module, data: ForgetRetainDataModule, path: Path) -> None:
+    data.setup()
+    if data.dataset is None:
+        raise RuntimeError("setup() left no dataset")
+    with on_gpu(model):
+        precompute(model, data.dataset, path, pad_token_id=padding_id(data.tokenizer))
 
 
 def make_trainer(folder: Path, training: TrainingOptions, callbacks: Sequence[Callback], console: Console) -> L.Trainer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -25,8 +26,12 @@ from lightning_modules.run.show import show
 from lightning_modules.training.scratch import one_thread
 
 
-def unlearn(options: UnlearnOptions) -> Path:
+def unlearn(options: UnlearnOptions, stated: Collection[str] = ()) -> Path:
     """Make a model forget: score it, train it, score it again, and leave everything in the output folder.
+
+    Args:
+        options: Of the command.
+        stated: Names of the options that were given, see `resume.resumed`.
 
     Returns:
         The output folder.
@@ -38,7 +43,7 @@ def unlearn(options: UnlearnOptions) -> Path:
     """
     options.check()
     if options.training.resume:
-        options = resumed(options)
+        options = resumed(options, stated)
         options.check()
     options = options.resolved()
     with one_thread() if options.model.scratch else nullcontext():

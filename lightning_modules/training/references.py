@@ -15,6 +15,7 @@ that never saw the forget set.)
 from __future__ import annotations
 
 import copy
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -228,7 +229,12 @@ def precompute(
         tensors |= {f"{name}_nll": (means * lengths).float(), f"{name}_checksums": sums}
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, target)
+    partial = target.with_name(f".partial-{uuid.uuid4().hex}")
+    try:
+        save_file(tensors, partial)
+        partial.replace(target)  # whole or not at all: another process may look for it
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def checksums(batch: Batch) -> Tensor:

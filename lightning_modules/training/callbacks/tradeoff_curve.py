@@ -16,7 +16,7 @@ class TradeoffCurve(Callback):
     """Mean answer probability on forget and retain examples while training, and a stop once enough is forgotten.
 
     The numbers are those of `UnlearningModule`'s validation, of examples and at steps of your choice, without a logger.
-    Every process scores all examples.
+    Every process scores all examples, and takes the first one's scores: all make the same decisions.
 
     Args:
         encoded: Split -> tokenized examples to score.
@@ -71,7 +71,9 @@ class TradeoffCurve(Callback):
             return
         model = pl_module.get_submodule("model")
         scores = mean_probabilities(model, self.encoded, pad_token_id=self.pad_token_id, batch_size=self.batch_size)
-        self.points.append({"step": step, **scores})
+        # The first process's scores are everybody's: what is decided by them, a stop or a checkpoint, is decided by all
+        # processes alike. Each has its own last digits, and one that stops alone leaves the others waiting.
+        self.points.append({"step": step, **trainer.strategy.broadcast(scores)})
         self._stop(trainer)
 
     def _stop(self, trainer: L.Trainer) -> None:
