@@ -23,7 +23,7 @@ from lightning_modules.ablation.training import train
 from lightning_modules.ablation.weights import by_assistant, by_rectified, by_task_vector
 from lightning_modules.data.examples import Example
 from lightning_modules.folder import versions, write_json
-from lightning_modules.run.loading import load_model, load_pretrained, make_data, tokenizer_texts
+from lightning_modules.run.loading import load_model, load_pretrained, make_data, read_splits, tokenizer_texts
 from lightning_modules.run.run import Splits
 from lightning_modules.training.scratch import ScratchSettings, scratch_model
 
@@ -96,7 +96,7 @@ def prepare(run: Run, folder: Path) -> dict[str, Any]:
         refuse_other(path, known["config"], config)
         return known
     options = run.options()
-    splits = make_data(options, None).read()
+    splits = read_splits(options)
     model, tokenizer = load_start(run, splits)
     reference = _load_reference(run, splits)
     scored = None

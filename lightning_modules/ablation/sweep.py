@@ -27,6 +27,7 @@ from lightning_modules.ablation.results import read_results, write_csv
 from lightning_modules.ablation.run import RUNS, execute, prepare, refuse_other, write
 from lightning_modules.ablation.table import write_table
 from lightning_modules.folder import versions
+from lightning_modules.run.assembly import check_hardware
 from lightning_modules.run.quiet import quiet
 
 GRID, RESULTS, TABLE, FIGURE = "grid.yaml", "results.csv", "table.md", "tradeoff.png"
@@ -54,6 +55,7 @@ def ablate(options: AblateOptions) -> Path | None:
             "\n".join(f"{index} {run.id}" for index, run in enumerate(runs)), highlight=False, soft_wrap=True
         )
         return None
+    check_hardware(runs[0].options().training)
     chosen = _chosen(runs, options)
     pending = [run for run in chosen if not finished(run, folder)]
     folder.mkdir(parents=True, exist_ok=True)

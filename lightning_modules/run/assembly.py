@@ -11,6 +11,8 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from torch import nn
 
@@ -102,10 +104,7 @@ def make_trainer(folder: Path, training: TrainingOptions, callbacks: Sequence[Ca
     bar = [RichProgressBar()] if console.is_terminal else []
     return L.Trainer(
         **trainer_options(
-            accelerator="auto",
-            devices=training.devices if training.devices == "auto" else int(training.devices),
-            strategy=training.strategy,
-            precision=training.precision,
+            **_hardware(training),
             max_epochs=training.epochs,
             accumulate_grad_batches=training.accumulate or 1,
             callbacks=[*callbacks, checkpoint, *bar],
@@ -113,6 +112,35 @@ def make_trainer(folder: Path, training: TrainingOptions, callbacks: Sequence[Ca
             enable_progress_bar=bool(bar),
         )
     )
+
+
+def check_hardware(training: TrainingOptions) -> None:
+    """Let Lightning judge precision, strategy and devices, which takes it milliseconds, before any long work.
+
+    Raises:
+        ValueError: If it does not know one of them, this machine does not have it, or another precision would be used.
+    """
+    asked = f"--precision {training.precision}, --strategy {training.strategy}, --devices {training.devices}"
+    try:
+        trainer = L.Trainer(**trainer_options(**_hardware(training)))
+    except (ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
+        known = ", ".join(("auto", *StrategyRegistry.available_strategies()))
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"{asked}: expected what Lightning knows and this machine has, found: {said} (Its strategies are {known}.)"
+        ) from error
+    if str(training.precision).startswith("16") and str(trainer.precision).startswith("bf16"):
+        raise ValueError(f"{asked}: expected a GPU for float16, found none; choose {trainer.precision} or 32-true")
+
+
+def _hardware(training: TrainingOptions) -> dict[str, Any]:
+    """What a Trainer is told about the machine."""
+    return {
+        "accelerator": "auto",
+        "devices": training.devices if training.devices == "auto" else int(training.devices),
+        "strategy": training.strategy,
+        "precision": training.precision,
+    }
 
 
 def adapted(model: nn.Module, training: TrainingOptions, data: ForgetRetainDataModule, seed: int) -> nn.Module:

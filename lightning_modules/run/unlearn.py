@@ -14,6 +14,7 @@ from rich.console import Console
 from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import EVALUATION, METRICS, claim, write_evaluation, write_json
+from lightning_modules.run.assembly import check_hardware
 from lightning_modules.run.loading import load_model, read_splits
 from lightning_modules.run.methods import Unlearned, by_assistant, by_surgery
 from lightning_modules.run.options import UnlearnOptions
@@ -46,6 +47,7 @@ def unlearn(options: UnlearnOptions, stated: Collection[str] = ()) -> Path:
         options = resumed(options, stated)
         options.check()
     options = options.resolved()
+    check_hardware(options.training)
     with one_thread() if options.model.scratch else nullcontext():
         return _unlearn(options)
 
