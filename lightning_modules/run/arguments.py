@@ -52,15 +52,15 @@ class Parser(ArgumentParser):
         """Called by jsonargparse for every field while options are added; otherwise as usual."""
         if self._group is None:
             return super().add_argument(*names, **settings)
-        (name,) = names
-        option = name.removeprefix("--")
+        options = [name.removeprefix("--") for name in names]  # of a list there is a second one, which ends in +
+        option = options[0]
         if typing.get_type_hints(self._group)[option] in (bool, bool | None):
             settings |= {"nargs": "?", "const": True}
         known = next(entry.metadata.get(NAMES) for entry in fields(self._group) if entry.name == option)
         if known is not None:
             text = settings["help"].replace("{names}", ", ".join(known))
             settings |= {"type": _Name(flag(option), known), "help": text}
-        return super().add_argument(flag(option), **settings)
+        return super().add_argument(*map(flag, options), **settings)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a mistake in the arguments as one sentence; argparse would print the usage, which here is a page."""

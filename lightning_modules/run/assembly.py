@@ -23,6 +23,7 @@ from lightning_modules.evaluation.likelihood import device_of, on_gpu
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import START_MODEL
 from lightning_modules.run.options import MethodOptions, TrainingOptions, UnlearnOptions
+from lightning_modules.run.plugins import make_callbacks, make_loggers
 from lightning_modules.run.run import Run
 from lightning_modules.training import objectives
 from lightning_modules.training.adapters import with_adapters
@@ -98,7 +99,14 @@ def _precompute(model: nn.Module, data: ForgetRetainDataModule, path: Path) -> N
 
 
 def make_trainer(folder: Path, training: TrainingOptions, callbacks: Sequence[Callback], console: Console) -> L.Trainer:
-    """The Trainer that these options describe. After every epoch it writes a checkpoint to `checkpoints/`."""
+    """The Trainer that these options describe. After every epoch it writes a checkpoint to `checkpoints/`.
+
+    Args:
+        folder: Of the run.
+        training: With the loggers and further callbacks that the user plugs in.
+        callbacks: Our own, which come first.
+        console: A bar is drawn if it is a terminal.
+    """
     # With save_top_k=0 nothing is written before training ends, whatever save_last says (Lightning 2.6).
     checkpoint = ModelCheckpoint(folder / "checkpoints", filename="last", save_top_k=1, enable_version_counter=False)
     bar = [RichProgressBar()] if console.is_terminal else []
@@ -107,7 +115,9 @@ def make_trainer(folder: Path, training: TrainingOptions, callbacks: Sequence[Ca
             **_hardware(training),
             max_epochs=training.epochs,
             accumulate_grad_batches=training.accumulate or 1,
-            callbacks=[*callbacks, checkpoint, *bar],
+            callbacks=[*callbacks, *make_callbacks(training), checkpoint, *bar],
+            logger=make_loggers(training, folder),
+            log_every_n_steps=1,
             enable_checkpointing=True,
             enable_progress_bar=bool(bar),
         )

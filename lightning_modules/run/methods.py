@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from torch import nn
 
@@ -24,6 +25,7 @@ from lightning_modules.folder import CURVE, G_EFFECT, SURGERY, write_config
 from lightning_modules.run.assembly import adapted, make_module, make_trainer, merged, start_model
 from lightning_modules.run.loading import load_reference, make_data
 from lightning_modules.run.options import TrainingOptions, UnlearnOptions
+from lightning_modules.run.plugins import make_callbacks, make_loggers
 from lightning_modules.run.run import Run
 from lightning_modules.run.scoring import score
 from lightning_modules.training.callbacks import (
@@ -49,6 +51,8 @@ class Unlearned:
         seconds: What training and scoring took, "train" and "evaluate".
         probe: What is still to be measured on the model, once it is saved and scored.
         together: Whether other processes hold the same model and can share the work of scoring it.
+        loggers: Of the training; they are told the scores too.
+        steps: Optimizer steps that were taken.
     """
 
     model: Any
@@ -56,6 +60,8 @@ class Unlearned:
     seconds: dict[str, float]
     probe: Callable[[], None] | None = None
     together: bool = False
+    loggers: Sequence[Logger] = ()
+    steps: int = 0
 
 
 def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
@@ -84,6 +90,8 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
         # Only after everything that a wrong option can break, so that the corrected command finds the folder free.
         write_config(folder, "unlearn", options.recorded())
 
+    for logger in trainer.loggers:
+        logger.log_hyperparams(options.recorded())
     last = folder / "checkpoints" / "last.ckpt"
     started = time.perf_counter()
     trainer.fit(module, data, ckpt_path=str(last) if training.resume and last.exists() else None)
@@ -95,7 +103,7 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
         _write_rows(folder / CURVE, curve.points)
     unlearned = merged(module.model)
     probe = partial(_probe, run, unlearned, curve) if training.probes else None
-    return Unlearned(unlearned, before, seconds, probe, together)
+    return Unlearned(unlearned, before, seconds, probe, together, trainer.loggers, trainer.global_step)
 
 
 def by_assistant(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned:
@@ -113,16 +121,22 @@ def by_assistant(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned:
     before = score(run, model)
     evaluating = time.perf_counter() - started
     write_config(run.folder, "unlearn", options.recorded())
-    started = time.perf_counter()
+    started, loggers = time.perf_counter(), make_loggers(training, run.folder)
     unlearned = train_assistant(
         model,
         run.tokenizer,
         run.splits,
         options.uld_settings(),
-        trainer={"precision": training.precision, "enable_progress_bar": Console(stderr=True).is_terminal},
+        trainer={
+            "precision": training.precision,
+            "enable_progress_bar": Console(stderr=True).is_terminal,
+            "logger": loggers,
+            "log_every_n_steps": 1,
+            "callbacks": make_callbacks(training),
+        },
     )
     seconds = {"train": time.perf_counter() - started, "evaluate": evaluating}
-    return Unlearned(unlearned, before, seconds)
+    return Unlearned(unlearned, before, seconds, loggers=loggers)
 
 
 def watching(training: TrainingOptions, folder: Path, curve: TradeoffCurve) -> list[Callback]:

@@ -18,6 +18,7 @@ from lightning_modules.run.assembly import check_hardware
 from lightning_modules.run.loading import load_model, read_splits
 from lightning_modules.run.methods import Unlearned, by_assistant, by_surgery
 from lightning_modules.run.options import UnlearnOptions
+from lightning_modules.run.plugins import check_plugins, scores_to_log
 from lightning_modules.run.reference_log import reference_rows, rows_of_log
 from lightning_modules.run.report import draw
 from lightning_modules.run.resume import resumed
@@ -48,6 +49,7 @@ def unlearn(options: UnlearnOptions, stated: Collection[str] = ()) -> Path:
         options.check()
     options = options.resolved()
     check_hardware(options.training)
+    check_plugins(options.training)
     with one_thread() if options.model.scratch else nullcontext():
         return _unlearn(options)
 
@@ -95,6 +97,10 @@ def _leave(run: Run[UnlearnOptions], unlearned: Unlearned, log: ScoredSplits | N
     found = contents_of_metrics(run.options.output.seed, before, after, reference, seconds)
     write_evaluation(folder / EVALUATION, examples_by_model(before, after, reference))
     write_json(folder / METRICS, found)
+    for logger in unlearned.loggers:
+        logger.log_metrics(scores_to_log(found), unlearned.steps)
+        logger.save()
+        logger.finalize("success")
     draw(folder)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     show(found)

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -46,6 +46,10 @@ class TrainingOptions:
         precision: the precision, by Lightning's name; by default bf16-mixed with a CUDA GPU and 32-true without one
         devices: number of devices, or auto
         strategy: Lightning's name of how devices share the work: auto, ddp
+        logger: log the numbers of every step, the curve and the scores into logs/ of the output folder too: csv,
+            tensorboard or wandb; by default surgery.csv, curve.csv and metrics.json alone hold them
+        callbacks: further callbacks of Lightning, best given in the YAML file of --config: a list of {class_path: ...,
+            init_args: {...}}
         resume: go on with the interrupted run in --output, with its config.yaml
     """
 
@@ -68,6 +72,8 @@ class TrainingOptions:
     precision: str | None = None
     devices: str = "auto"
     strategy: str = "auto"
+    logger: Literal["csv", "tensorboard", "wandb"] | None = None
+    callbacks: list[dict[str, Any]] = field(default_factory=list)
     resume: bool = False
 
     def check(self) -> None:
