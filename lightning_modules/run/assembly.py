@@ -22,11 +22,13 @@ from lightning_modules.data.tokenization import padding_id
 from lightning_modules.evaluation.likelihood import device_of, on_gpu
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import START_MODEL
+from lightning_modules.progress import Stage
 from lightning_modules.run.options import MethodOptions, TrainingOptions, UnlearnOptions
 from lightning_modules.run.plugins import make_callbacks, make_loggers
 from lightning_modules.run.run import Run
 from lightning_modules.training import objectives
 from lightning_modules.training.adapters import with_adapters
+from lightning_modules.training.callbacks import ProgressLines
 from lightning_modules.training.module import UnlearningModule
 from lightning_modules.training.references import AdapterOff, Precomputed, Reference, SecondModel, precompute
 from lightning_modules.training.trainer import trainer_options
@@ -109,17 +111,17 @@ def make_trainer(folder: Path, training: TrainingOptions, callbacks: Sequence[Ca
     """
     # With save_top_k=0 nothing is written before training ends, whatever save_last says (Lightning 2.6).
     checkpoint = ModelCheckpoint(folder / "checkpoints", filename="last", save_top_k=1, enable_version_counter=False)
-    bar = [RichProgressBar()] if console.is_terminal else []
+    bar = RichProgressBar() if console.is_terminal else ProgressLines("Unlearning")
     return L.Trainer(
         **trainer_options(
             **_hardware(training),
             max_epochs=training.epochs,
             accumulate_grad_batches=training.accumulate or 1,
-            callbacks=[*callbacks, *make_callbacks(training), checkpoint, *bar],
+            callbacks=[*callbacks, *make_callbacks(training), checkpoint, bar],
             logger=make_loggers(training, folder),
             log_every_n_steps=1,
             enable_checkpointing=True,
-            enable_progress_bar=bool(bar),
+            enable_progress_bar=console.is_terminal,
         )
     )
 
@@ -163,9 +165,12 @@ def adapted(model: nn.Module, training: TrainingOptions, data: ForgetRetainDataM
     data.setup()
     with on_gpu(model):
         loader, device = data.train_dataloader(), device_of(model)
+        stage = Stage("Fisher information for FILA, batches", 2 * len(loader))
 
         def batches(name: str) -> Iterable[Mapping[str, torch.Tensor]]:
-            return ({key: value.to(device) for key, value in batch[name].items()} for batch in loader)
+            for batch in loader:
+                yield {key: value.to(device) for key, value in batch[name].items()}
+                stage.advance()
 
         return with_adapters(
             model,

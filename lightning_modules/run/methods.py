@@ -32,6 +32,7 @@ from lightning_modules.training.callbacks import (
     BestTradeoff,
     CollapseAlarm,
     GEffectLogger,
+    ProgressLines,
     QuantizationProbe,
     RelearnProbe,
     SurgeryLogger,
@@ -132,7 +133,7 @@ def by_assistant(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned:
             "enable_progress_bar": Console(stderr=True).is_terminal,
             "logger": loggers,
             "log_every_n_steps": 1,
-            "callbacks": make_callbacks(training),
+            "callbacks": [*make_callbacks(training), ProgressLines("Training ULD's assistant")],
         },
     )
     seconds = {"train": time.perf_counter() - started, "evaluate": evaluating}

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import gradsurgery as gs
 from lightning_modules.data.tokenization import IGNORED, Encoded, collate
 from lightning_modules.evaluation.likelihood import answer_nll, device_of, evaluation_mode
+from lightning_modules.progress import Stage
 from lightning_modules.training.heads import AnswerHead, Batch, States, answer_values
 
 
@@ -220,12 +221,13 @@ def precompute(
         "refusal": dataset.refusal,
     }
     tensors: dict[str, Tensor] = {}
+    stage = Stage("Scoring answers under the start model", sum(len(encoded or ()) for encoded in splits.values()))
     for name, encoded in splits.items():
         if encoded is None:
             continue
         lengths = torch.tensor([sum(label != IGNORED for label in example.labels[1:]) for example in encoded])
         sums = torch.cat([checksums(collate([example], pad_token_id)) for example in encoded])
-        means = answer_nll(model, encoded, pad_token_id=pad_token_id, batch_size=batch_size)
+        means = answer_nll(model, encoded, pad_token_id=pad_token_id, batch_size=batch_size, advance=stage.advance)
         tensors |= {f"{name}_nll": (means * lengths).float(), f"{name}_checksums": sums}
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
