@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,10 +19,16 @@ _COMMANDS = {
 }
 
 
+_EXIT = """exit status: 0 if it is done; 1 if something has to be mended first, in the options, the data, the model or the folder,
+which a sentence on standard error says (a traceback in its place is a mistake of ours: please report it); 130 if it was
+interrupted"""
+
 _HINTS = {
     "unlearn": "; the same command with --resume goes on from the last finished epoch",
     "ablate": "; the same command goes on with the runs that are not finished",
 }
+
+_FILES = {"config"}  # read by the parser: the options in the file are given, and not the file
 
 _SENTENCES = {
     ValueError,
@@ -43,15 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Those of the command line, without the program's name; by default those of this process.
 
     Returns:
-        0; 1 after an error; 130 if interrupted.
+        0; 1 after whatever the user can mend, from a misspelt option to a full disk; 130 if interrupted. `--help` says
+        the same.
 
     Raises:
-        SystemExit: With status 2 if the arguments cannot be parsed, and with 0 after --help.
+        SystemExit: With status 0 after --help.
     """
     try:
         from lightning_modules.ablation.options import AblateOptions
         from lightning_modules.ablation.sweep import ablate
-        from lightning_modules.run.arguments import UnknownNameError
+        from lightning_modules.run.arguments import UsageError
         from lightning_modules.run.evaluate import evaluate_model
         from lightning_modules.run.options import EvaluateOptions, UnlearnOptions
         from lightning_modules.run.quiet import quiet
@@ -61,31 +67,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"gradsurgery: {error.name} is not installed; pip install 'gradsurgery[lightning]'\n")
         return 1
     try:
-        parsed = _make_parser().parse_args(list(arguments) if arguments is not None else None)
-    except UnknownNameError as error:
-        sys.stderr.write(f"gradsurgery: {error}\n")
-        return 1
+        # Only what is given, so that --resume notices an option that is given and equal to its default.
+        parsed = _make_parser().parse_args(list(arguments) if arguments is not None else None, defaults=False)
+    except UsageError as error:
+        return _said(error)
     quiet()
     command = parsed.subcommand
-    given = vars(parsed[command])
+    given = {name: value for name, value in vars(parsed[command]).items() if name not in _FILES}
     try:
         if command == "report":
-            draw(Path(given["folder"]), [Path(other) for other in given["others"] or ()])
+            draw(Path(given["folder"]), [Path(other) for other in given.get("others") or ()])
         elif command == "ablate":
-            ablate(AblateOptions(**{entry.name: given[entry.name] for entry in fields(AblateOptions)}))
+            ablate(AblateOptions(**vars(parsed[command])))
         elif command == "evaluate":
-            evaluate_model(EvaluateOptions.of(**{name: given[name] for name in EvaluateOptions.names()}))
+            evaluate_model(EvaluateOptions.of(**given))
         else:
-            unlearn(UnlearnOptions.of(**{name: given[name] for name in UnlearnOptions.names()}))
+            unlearn(UnlearnOptions.of(**given), stated=given)
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
         sys.stderr.write(f"gradsurgery: interrupted{_HINTS.get(command, '')}\n")
         return 130
     except Exception as error:
         if not _ours(error):
             raise
-        sys.stderr.write(f"gradsurgery: {error}\n")
-        return 1
+        return _said(error)
     return 0
+
+
+def _said(error: Exception) -> int:
+    """Print an error, with visible signs for control characters: a file's own words may be in it. Returns 1."""
+    from lightning_modules.report.html import visible
+
+    sys.stderr.write(f"gradsurgery: {visible(error)}\n")
+    return 1
 
 
 def _make_parser() -> ArgumentParser:
@@ -93,7 +106,7 @@ def _make_parser() -> ArgumentParser:
     from lightning_modules.run.arguments import Parser
     from lightning_modules.run.options import EvaluateOptions, UnlearnOptions
 
-    parser = Parser(prog="gradsurgery", description="Gradient surgery for language-model unlearning.")
+    parser = Parser(prog="gradsurgery", description="Gradient surgery for language-model unlearning.", epilog=_EXIT)
     subcommands = parser.add_subcommands(required=True)
     for name, options in (("unlearn", UnlearnOptions), ("evaluate", EvaluateOptions)):
         subparser = Parser(description=options.__doc__)

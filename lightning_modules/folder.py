@@ -29,22 +29,33 @@ METRICS, CONFIG, CURVE, SURGERY, EVALUATION, START_MODEL, G_EFFECT = (
     "g_effect.csv",
 )
 TRAINING, PROBES = "training.json", "probes.json"  # written by callbacks, read by the report
+REPORT = ("report.html", "report.md", "curves.png", "g_effect.png")
+MODEL, CHECKPOINTS, LOGS = "model", "checkpoints", "logs"
+LEFT = (
+    *(METRICS, EVALUATION, CONFIG, SURGERY, CURVE, G_EFFECT, START_MODEL, TRAINING, PROBES),
+    *REPORT,
+    *(MODEL, CHECKPOINTS, LOGS),
+)
+"""Every name that a run may leave in its folder: one of them is enough to tell that the folder is somebody's."""
 
 
 def claim(folder: Path) -> None:
-    """Create the folder, or refuse it if it already holds a run.
+    """Create the folder, or refuse it if it already holds a run, or a single file of one.
+
+    What an earlier run left would be read as this one's: callbacks add to probes.json, the report draws what is there.
 
     Raises:
         FileExistsError: If the folder holds files of a run.
         PermissionError: If the folder cannot be created or written to.
     """
-    found = [
-        name for name in (METRICS, EVALUATION, CONFIG, SURGERY, "model", "checkpoints") if (folder / name).exists()
-    ]
+    found = [name for name in LEFT if os.path.lexists(folder / name)]
     if found:
+        way = (
+            "remove it, or go on with --resume if it was interrupted" if CONFIG in found else "or remove what is in it"
+        )
         raise FileExistsError(
             f"--output: expected a new or empty folder, found {', '.join(found)} of an earlier run in {folder}; choose another folder, "
-            "remove it, or go on with --resume if it was interrupted"
+            f"{way}"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

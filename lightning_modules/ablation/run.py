@@ -24,7 +24,7 @@ from lightning_modules.ablation.weights import by_assistant, by_rectified, by_ta
 from lightning_modules.data.examples import Example
 from lightning_modules.folder import versions, write_json
 from lightning_modules.run.identity import content_versions, examples_hash, model_identity
-from lightning_modules.run.loading import load_model, load_pretrained, make_data, tokenizer_texts
+from lightning_modules.run.loading import load_model, load_pretrained, make_data, read_splits, tokenizer_texts
 from lightning_modules.run.run import Splits
 from lightning_modules.training.scratch import ScratchSettings, scratch_model
 
@@ -93,7 +93,7 @@ def prepare(run: Run, folder: Path) -> dict[str, Any]:
     """
     path = folder / MODELS / f"m{run.model_seed}.json"
     options = run.options()
-    splits = make_data(options, None).read()
+    splits = read_splits(options)
     found = content(run.grid, splits)
     config = {name: run.config[name] for name in ("data", "model", "evaluate", "model_seed")}
     if path.exists():

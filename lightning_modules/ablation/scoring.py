@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
@@ -16,6 +17,7 @@ from lightning_modules.data.tokenization import Encoded, encode, padding_id
 from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate, truth_ratios
 from lightning_modules.evaluation.likelihood import answer_nll
 from lightning_modules.metrics.functional import forget_quality
+from lightning_modules.progress import Stage
 
 
 class Scorer:
@@ -67,7 +69,8 @@ class Scorer:
 
     def _nll(self, model: nn.Module, encoded: Sequence[Encoded]) -> torch.Tensor:
         pad, size = padding_id(self.tokenizer), self.given.batch_size
-        return answer_nll(model, encoded, pad_token_id=pad, batch_size=size)
+        stage = Stage("Scoring answers", len(encoded))
+        return answer_nll(model, encoded, pad_token_id=pad, batch_size=size, advance=stage.advance)
 
     def thoroughly(self, model: nn.Module) -> dict[str, Any]:
         """Means over the examples, forget quality, and under `examples` the values behind them, without texts."""
@@ -78,7 +81,8 @@ class Scorer:
             memorization=False,  # no target and no column shows it
         )
         splits = {"forget": self.forget, "retain": self.retain}
-        likely = evaluate(model, self.tokenizer, splits, replace(settings, generate=False), progress=False).examples
+        lines = not sys.stderr.isatty()  # a terminal shows the bar of all runs
+        likely = evaluate(model, self.tokenizer, splits, replace(settings, generate=False), progress=lines).examples
         generated = evaluate(
             model,
             self.tokenizer,
@@ -87,7 +91,7 @@ class Scorer:
                 for split, rows in splits.items()
             },
             settings,
-            progress=False,
+            progress=lines,
         ).examples
         ratios = truth_ratios(likely["forget"])
         found: dict[str, Any] = {}

@@ -7,18 +7,19 @@ import multiprocessing
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lightning_modules import progress
 from lightning_modules.ablation.figure import draw_tradeoff
 from lightning_modules.ablation.grid import Grid, Run, plain
 from lightning_modules.ablation.options import AblateOptions
@@ -27,10 +28,13 @@ from lightning_modules.ablation.results import read_results, write_csv
 from lightning_modules.ablation.run import RUNS, content, execute, prepare, refuse_other, write
 from lightning_modules.ablation.table import write_table
 from lightning_modules.folder import versions
+from lightning_modules.progress import Stage
+from lightning_modules.run.assembly import check_hardware
 from lightning_modules.run.quiet import quiet
 
 GRID, RESULTS, TABLE, FIGURE = "grid.yaml", "results.csv", "table.md", "tradeoff.png"
 _SHOWN = 5  # reasons in the error message; a grid that is wrong fails in every run
+T = TypeVar("T")
 Task = Callable[[Run, Path], "tuple[str, str | None]"]
 
 
@@ -54,6 +58,7 @@ def ablate(options: AblateOptions) -> Path | None:
             "\n".join(f"{index} {run.id}" for index, run in enumerate(runs)), highlight=False, soft_wrap=True
         )
         return None
+    check_hardware(runs[0].options().training)
     chosen = _chosen(runs, options)
     there = content(grid) if (folder / RUNS).exists() else {}
     pending = [run for run in chosen if not finished(run, folder, there)]
@@ -184,8 +189,7 @@ def _mapped(
 
     def do(task: Task, runs: Sequence[Run], folder: Path) -> Iterator[tuple[str, str | None]]:
         try:
-            for future in as_completed([pool.submit(task, run, folder) for run in runs]):
-                yield future.result()
+            yield from as_they_come([pool.submit(task, run, folder) for run in runs])
         except BrokenProcessPool as error:
             raise RuntimeError(
                 "a process was killed (out of memory?); the runs that are done are kept, and the same command goes on: try fewer --jobs"
@@ -197,8 +201,19 @@ def _mapped(
         pool.shutdown(cancel_futures=True)
 
 
+def as_they_come(futures: Sequence[Future[T]]) -> Iterator[T]:
+    """The results in the order in which they are there, and a line now and then while none is."""
+    stage, waiting = Stage("Runs", len(futures)), set(futures)
+    while waiting:
+        done, waiting = wait(waiting, timeout=progress.EVERY, return_when=FIRST_COMPLETED)
+        stage.advance(len(done))
+        for future in done:
+            yield future.result()
+
+
 def _start_worker(devices: Any, threads: int) -> None:
     quiet()
+    progress.LOG.silent = True  # the process that waits for all of them says how many are done
     torch.set_num_threads(threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(devices.get() % torch.cuda.device_count())

@@ -20,6 +20,7 @@ from lightning_modules.ablation.retention import Ended
 from lightning_modules.ablation.scoring import Scorer
 from lightning_modules.run import assembly
 from lightning_modules.run.loading import make_data
+from lightning_modules.training.callbacks import ProgressLines
 from lightning_modules.training.merging import merged
 from lightning_modules.training.module import UnlearningModule
 from lightning_modules.training.objectives import by_name, needs_reference
@@ -78,7 +79,7 @@ def on_this_device(run: Run, callbacks: Sequence[Callback]) -> dict[str, Any]:
         devices=[torch.cuda.current_device()] if cuda else 1,
         precision=run.grid.train.precision,
         max_epochs=run.options().training.epochs,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, ProgressLines(f"Training {run.id}")],
     )
 
 

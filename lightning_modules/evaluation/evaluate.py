@@ -21,6 +21,7 @@ from lightning_modules.evaluation.memorization import answer_token_statistics, m
 from lightning_modules.evaluation.processes import dealt, several
 from lightning_modules.evaluation.texts import Item, context_length, texts_of
 from lightning_modules.metrics.functional import answer_probability, has_words, rouge_recall, truth_ratio
+from lightning_modules.progress import Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,7 +113,7 @@ def evaluate(
             Each scores whole batches of its own, and all get every number: the same ones as in one process of the same
             kind. Sharded weights (FSDP, tensor parallelism) are refused, because their processes have to run every
             batch together. Without a group it changes nothing.
-        progress: draws a progress bar where standard error is a terminal.
+        progress: draws a progress bar where standard error is a terminal, and elsewhere writes a line twice a minute.
 
     Raises:
         ValueError: if there is no split, a split is empty, an example has no question or answer, or `max_length` or the
@@ -134,7 +135,7 @@ def evaluate(
     bar = Progress(console=console, transient=True, disable=not (progress and console.is_terminal))
     deal = partial(dealt, batch_size=settings.batch_size) if across_processes else _alone
     with bar:
-        scoring = bar.add_task("Scoring answers", total=len(texts))
+        scoring = _task_of(bar, "Scoring answers", len(texts), lines=progress)
         score = partial(
             _scored_texts,
             model,
@@ -142,12 +143,12 @@ def evaluate(
             {item.answer: item.spoken for item in items} if settings.memorization else {},
             pad_token_id=padding_id(tokenizer),
             batch_size=settings.batch_size,
-            advance=lambda n: bar.advance(scoring, n),
+            advance=scoring,
         )
         scores = deal([len(text.input_ids) for text in texts], work=score)
         generations: Sequence[str | None] = [None] * len(items)
         if settings.generate:
-            generating = bar.add_task("Generating answers", total=len(prompts))
+            generating = _task_of(bar, "Generating answers", len(prompts), lines=progress)
             generations = deal(
                 [len(prompt) for prompt in prompts],
                 work=lambda places: generate_greedily(
@@ -156,13 +157,25 @@ def evaluate(
                     [prompts[place] for place in places],
                     max_new_tokens=settings.max_new_tokens,
                     batch_size=settings.batch_size,
-                    advance=lambda n: bar.advance(generating, n),
+                    advance=generating,
                 ),
             )
     examples: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
     for item, generation in zip(items, generations, strict=True):
         examples[item.split].append(_scored(item, scores, generation))
     return Evaluation({split: summary(rows) for split, rows in examples.items()}, examples)
+
+
+def _task_of(bar: Progress, what: str, total: int, *, lines: bool) -> Callable[[int], None]:
+    """Returns what a loop calls with its steps: it moves the bar, and writes lines where there is no terminal."""
+    task, stage = bar.add_task(what, total=total), Stage(what, total)
+
+    def advance(steps: int) -> None:
+        bar.advance(task, steps)
+        if lines:
+            stage.advance(steps)
+
+    return advance
 
 
 def _refuse_shards(model: nn.Module) -> None:

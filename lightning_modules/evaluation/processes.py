@@ -7,6 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch.distributed as dist
+from lightning.fabric.plugins.environments import (
+    LightningEnvironment,
+    LSFEnvironment,
+    MPIEnvironment,
+    SLURMEnvironment,
+)
+
+_INTERACTIVE = ("bash", "interactive")  # names of jobs in which Lightning takes a process for one that is alone
 
 T = TypeVar("T")
 
@@ -27,10 +35,35 @@ def is_first() -> bool:
 def will_be_first() -> bool:
     """Whether this process will be the first of its group, read from the environment before the group exists.
 
-    Lightning starts the other processes of a run with the same command and sets `LOCAL_RANK` in each. They train and
-    score, and write nothing. Once the group exists, `is_first` asks the group itself.
+    The others train and score, and write nothing. Once the group exists, `is_first` asks the group itself.
     """
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+    return rank_ahead() == 0
+
+
+def rank_ahead() -> int:
+    """The rank that this process will have in its group, as Lightning will find it; 0 for a process that is alone.
+
+    | launched by | read from |
+    |---|---|
+    | torchrun, `accelerate launch` | `RANK`, which counts over all machines, unlike `LOCAL_RANK` |
+    | Lightning itself, from the first process of each machine | `NODE_RANK` and `LOCAL_RANK` |
+    | srun | `SLURM_PROCID`; not in an interactive shell, where Lightning does not listen to Slurm either |
+    | jsrun, mpirun | Lightning's `LSFEnvironment` and `MPIEnvironment`; the second needs mpi4py |
+
+    Every task of a Slurm array is a job of its own, whose first process has rank 0. What Lightning starts on a machine
+    knows its place there, and not how many there are on the other machines: its rank here is 0 or a number above.
+    """
+    environment = os.environ
+    if "RANK" in environment:
+        return int(environment["RANK"])
+    if "LOCAL_RANK" in environment or "NODE_RANK" in environment:
+        lightning = LightningEnvironment()
+        return lightning.node_rank() + lightning.local_rank()
+    if "SLURM_NTASKS" in environment and SLURMEnvironment.job_name() not in _INTERACTIVE:
+        return int(environment.get("SLURM_PROCID", 0))
+    if LSFEnvironment.detect():
+        return int(environment["JSM_NAMESPACE_RANK"])
+    return MPIEnvironment().global_rank() if MPIEnvironment.detect() else 0
 
 
 def every_process(work: Callable[[], T]) -> list[T]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
 from lightning_modules.run.options.flat import NAMES, flag
 
 
-class UnknownNameError(Exception):
-    """A name outside a closed set. It is no ValueError, so that the parser passes it on to whoever called it."""
+class UsageError(Exception):
+    """What the command line lacks or has too much. It is no ValueError, so that the parser passes it on."""
+
+
+class UnknownNameError(UsageError):
+    """A name outside a closed set."""
 
 
 class Parser(ArgumentParser):
@@ -56,6 +61,25 @@ class Parser(ArgumentParser):
             text = settings["help"].replace("{names}", ", ".join(known))
             settings |= {"type": _Name(flag(option), known), "help": text}
         return super().add_argument(*map(flag, options), **settings)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise a mistake in the arguments as one sentence; argparse would print the usage, which here is a page."""
+        said = " ".join(message.split()).rstrip(".")
+        for theirs, ours in _WORDS.items():
+            said = re.sub(theirs, ours, said)
+        raise UsageError(f"{said}; {self.prog.replace(' [options]', '')} --help lists what there is") from ex
+
+
+# What jsonargparse says -> the same in the words of our other errors.
+_WORDS: dict[str, Callable[[re.Match[str]], str] | str] = {
+    r'Parser key "(\w+)":': lambda found: f"{flag(found[1])}:",
+    r"Does not validate against any .* Subtypes: \[(.*?)\] Errors:.* Given value: ": r"expected \1, found ",
+    r"Expected a ": "expected ",
+    r"\. Got value: ": ", found ",
+    r"<class '(\w+)'>": r"\1",
+    r"NoneType": "null",
+    r"typing\.Literal\[(.*?)\]": r"one of \1",
+}
 
 
 class _Name:

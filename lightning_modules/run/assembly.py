@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from torch import nn
 
@@ -19,10 +22,13 @@ from lightning_modules.data.tokenization import padding_id
 from lightning_modules.evaluation.likelihood import device_of, on_gpu
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import START_MODEL
+from lightning_modules.progress import Stage
 from lightning_modules.run.options import MethodOptions, TrainingOptions, UnlearnOptions
+from lightning_modules.run.plugins import make_callbacks, make_loggers
 from lightning_modules.run.run import Run
 from lightning_modules.training import objectives
 from lightning_modules.training.adapters import adapt
+from lightning_modules.training.callbacks import ProgressLines
 from lightning_modules.training.merging import check_mergeable
 from lightning_modules.training.module import UnlearningModule
 from lightning_modules.training.references import AdapterOff, Precomputed, Reference, SecondModel, precompute
@@ -56,7 +62,8 @@ def make_module(
 def start_model(run: Run[UnlearnOptions], model: nn.Module, data: ForgetRetainDataModule) -> Reference | None:
     """How the losses know the model before unlearning; None if neither of them compares with it.
 
-    Log-likelihoods that are computed ahead are written to the run's folder, by the first process.
+    Log-likelihoods that are computed ahead are written to the run's folder by the first process. Another one reads
+    them there if they are there already, as when Lightning starts it, and computes its own if not.
     """
     training = run.options.training
     kind = kind_of_start_model(run.options)
@@ -67,13 +74,25 @@ def start_model(run: Run[UnlearnOptions], model: nn.Module, data: ForgetRetainDa
     if kind == "adapters_off":
         return AdapterOff()
     path = run.folder / START_MODEL
-    if will_be_first() and not (training.resume and path.exists()):
-        data.setup()
-        if data.dataset is None:
-            raise RuntimeError("setup() left no dataset")
-        with on_gpu(model):
-            precompute(model, data.dataset, path, pad_token_id=padding_id(data.tokenizer))
-    return Precomputed(path)
+    if will_be_first():
+        if not (training.resume and path.exists()):
+            _precompute(model, data, path)
+        return Precomputed(path)
+    if path.exists():
+        return Precomputed(path)
+    # torchrun and srun start all processes at once. There is no group yet in which this one could wait for the first,
+    # and on another machine the file may never appear: computing the numbers here takes as long as waiting.
+    with tempfile.TemporaryDirectory() as folder:
+        _precompute(model, data, Path(folder) / START_MODEL)
+        return Precomputed(Path(folder) / START_MODEL)
+
+
+def _precompute(model: nn.Module, data: ForgetRetainDataModule, path: Path) -> None:
+    data.setup()
+    if data.dataset is None:
+        raise RuntimeError("setup() left no dataset")
+    with on_gpu(model):
+        precompute(model, data.dataset, path, pad_token_id=padding_id(data.tokenizer))
 
 
 def kind_of_start_model(options: UnlearnOptions) -> str | None:
@@ -90,22 +109,27 @@ def kind_of_start_model(options: UnlearnOptions) -> str | None:
 
 
 def make_trainer(folder: Path, training: TrainingOptions, callbacks: Sequence[Callback], console: Console) -> L.Trainer:
-    """The Trainer that these options describe. After every epoch it writes a checkpoint to `checkpoints/`."""
+    """The Trainer that these options describe. After every epoch it writes a checkpoint to `checkpoints/`.
+
+    Args:
+        folder: Of the run.
+        training: With the loggers and further callbacks that the user plugs in.
+        callbacks: Our own, which come first.
+        console: A bar is drawn if it is a terminal.
+    """
     # With save_top_k=0 nothing is written before training ends, whatever save_last says (Lightning 2.6).
     checkpoint = ModelCheckpoint(folder / "checkpoints", filename="last", save_top_k=1, enable_version_counter=False)
-    bar = [RichProgressBar()] if console.is_terminal else []
+    bar = RichProgressBar() if console.is_terminal else ProgressLines("Unlearning")
     return L.Trainer(
         **trainer_options(
-            accelerator="auto",
-            devices=training.devices if training.devices == "auto" else int(training.devices),
-            num_nodes=training.num_nodes,
-            strategy=fsdp2(training) if training.sharded else training.strategy,
-            precision="32-true" if training.sharded else training.precision,  # shards have a policy of their own
+            **_hardware(training),
             max_epochs=training.epochs,
             accumulate_grad_batches=training.accumulate or 1,
-            callbacks=[*callbacks, checkpoint, *bar],
+            callbacks=[*callbacks, *make_callbacks(training), checkpoint, bar],
+            logger=make_loggers(training, folder),
+            log_every_n_steps=1,
             enable_checkpointing=True,
-            enable_progress_bar=bool(bar),
+            enable_progress_bar=console.is_terminal,
         )
     )
 
@@ -114,6 +138,36 @@ def fsdp2(training: TrainingOptions) -> ModelParallelStrategy:
     """Lightning's strategy for a module that is sharded already, over all devices of all machines."""
     devices = max(1, torch.cuda.device_count()) if training.devices == "auto" else int(training.devices)
     return ModelParallelStrategy(data_parallel_size=devices * training.num_nodes, tensor_parallel_size=1)
+
+
+def check_hardware(training: TrainingOptions) -> None:
+    """Let Lightning judge precision, strategy and devices, which takes it milliseconds, before any long work.
+
+    Raises:
+        ValueError: If it does not know one of them, this machine does not have it, or another precision would be used.
+    """
+    asked = f"--precision {training.precision}, --strategy {training.strategy}, --devices {training.devices}"
+    try:
+        trainer = L.Trainer(**trainer_options(**_hardware(training)))
+    except (ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
+        known = ", ".join(("auto", *StrategyRegistry.available_strategies()))
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"{asked}: expected what Lightning knows and this machine has, found: {said} (Its strategies are {known}.)"
+        ) from error
+    if str(training.precision).startswith("16") and str(trainer.precision).startswith("bf16"):
+        raise ValueError(f"{asked}: expected a GPU for float16, found none; choose {trainer.precision} or 32-true")
+
+
+def _hardware(training: TrainingOptions) -> dict[str, Any]:
+    """What a Trainer is told about the machine."""
+    return {
+        "accelerator": "auto",
+        "devices": training.devices if training.devices == "auto" else int(training.devices),
+        "num_nodes": training.num_nodes,
+        "strategy": fsdp2(training) if training.sharded else training.strategy,
+        "precision": "32-true" if training.sharded else training.precision,  # shards have a policy of their own
+    }
 
 
 def adapted(model: nn.Module, training: TrainingOptions, data: ForgetRetainDataModule, seed: int) -> nn.Module:
@@ -137,8 +191,11 @@ def _adapted(model: nn.Module, training: TrainingOptions, data: ForgetRetainData
     data.setup()
     with on_gpu(model):
         loader, device = data.train_dataloader(), device_of(model)
+        stage = Stage("Fisher information for FILA, batches", 2 * len(loader))
 
         def batches(name: str) -> Iterable[Mapping[str, torch.Tensor]]:
-            return ({key: value.to(device) for key, value in batch[name].items()} for batch in loader)
+            for batch in loader:
+                yield {key: value.to(device) for key, value in batch[name].items()}
+                stage.advance()
 
         return adapt(model, settings, forget_batches=batches("forget"), retain_batches=batches("retain"))

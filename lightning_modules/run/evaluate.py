@@ -8,6 +8,7 @@ from pathlib import Path
 
 import lightning as L
 
+from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import EVALUATION, METRICS, claim, write_evaluation, write_json
 from lightning_modules.run.loading import load_model, read_splits
 from lightning_modules.run.options import EvaluateOptions
@@ -27,11 +28,15 @@ def evaluate_model(options: EvaluateOptions) -> Path:
         The output folder.
 
     Raises:
-        ValueError: If the options contradict each other or the data is not usable.
+        ValueError: If the options contradict each other, the data is not usable, or this is not the only process.
         FileNotFoundError: If a file or model is missing.
         FileExistsError: If the output folder holds a run.
     """
     options.check()
+    if not will_be_first():
+        raise ValueError(
+            "evaluate: expected one process, found several; start the command once, without srun or torchrun"
+        )
     with one_thread() if options.model.scratch else nullcontext():
         return _evaluate_model(options)
 

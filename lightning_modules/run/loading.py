@@ -18,6 +18,7 @@ from lightning_modules.data.tofu import tofu_examples, tofu_split
 from lightning_modules.evaluation.membership import HOLDOUT
 from lightning_modules.run.adapter_folders import base_of_adapter, tokenizer_place, with_saved_adapter
 from lightning_modules.run.options import DataOptions, MethodOptions, Options, UnlearnOptions
+from lightning_modules.run.overlap import check_overlap
 from lightning_modules.training import objectives
 from lightning_modules.training.merging import merged
 from lightning_modules.training.scratch import ScratchSettings, scratch_model
@@ -58,11 +59,14 @@ def make_data(options: Options, tokenizer: Any) -> ForgetRetainDataModule:
 def read_splits(options: Options) -> dict[str, list[Example]]:
     """The examples to score, by split: those of the data module, and the holdout, on which nothing is trained.
 
+    It warns about rows that are in the forget and in the retain set.
+
     Raises:
-        ValueError: If an example of the holdout is in another split too.
+        ValueError: If an example of the holdout is in another split too, or the whole forget set in the retain set.
         FileNotFoundError: If a file is missing.
     """
     splits = make_data(options, None).read()
+    check_overlap(splits)
     name = options.data.holdout
     if name is None:
         return splits

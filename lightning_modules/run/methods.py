@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -26,6 +27,7 @@ from lightning_modules.folder import CURVE, G_EFFECT, SURGERY, write_config
 from lightning_modules.run.assembly import adapted, make_module, make_trainer, start_model
 from lightning_modules.run.loading import load_reference, make_data
 from lightning_modules.run.options import TrainingOptions, UnlearnOptions
+from lightning_modules.run.plugins import make_callbacks, make_loggers
 from lightning_modules.run.run import Run
 from lightning_modules.run.scoring import score
 from lightning_modules.training.adapters import checked_targets
@@ -33,6 +35,7 @@ from lightning_modules.training.callbacks import (
     BestTradeoff,
     CollapseAlarm,
     GEffectLogger,
+    ProgressLines,
     QuantizationProbe,
     RelearnProbe,
     SurgeryLogger,
@@ -53,6 +56,8 @@ class Unlearned:
         together: Whether other processes hold the same model and can share the work of scoring it.
         whole: What is saved, where `model` is in shards: in the first process, which holds it in its host's memory.
         mesh: What `model` is sharded over; None if it is not.
+        loggers: Of the training; they are told the scores too.
+        steps: Optimizer steps that were taken.
     """
 
     model: Any
@@ -62,6 +67,8 @@ class Unlearned:
     together: bool = False
     whole: Any = None
     mesh: DeviceMesh | None = None
+    loggers: Sequence[Logger] = ()
+    steps: int = 0
 
 
 def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
@@ -91,7 +98,15 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
         return None
     unlearned = module.model if training.save == "adapter" else merged(module.model)
     probe = partial(probe_it, run, unlearned, curve) if training.probes else None
-    return Unlearned(unlearned, before, seconds, probe, together)
+    return Unlearned(
+        unlearned,
+        before,
+        seconds,
+        probe,
+        together,
+        loggers=trainer.loggers,
+        steps=trainer.global_step,
+    )
 
 
 def watched_trainer(run: Run[UnlearnOptions], curve: TradeoffCurve) -> L.Trainer:
@@ -110,6 +125,8 @@ def fit(
     curve: TradeoffCurve,
 ) -> float:
     """Train, from the last checkpoint where the run is resumed, and write the curve. Returns the seconds."""
+    for logger in trainer.loggers:
+        logger.log_hyperparams(run.options.recorded())
     last = run.folder / "checkpoints" / "last.ckpt"
     started = time.perf_counter()
     trainer.fit(module, data, ckpt_path=str(last) if run.options.training.resume and last.exists() else None)
@@ -135,16 +152,22 @@ def by_assistant(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned:
     before = score(run, model)
     evaluating = time.perf_counter() - started
     write_config(run.folder, "unlearn", options.recorded())
-    started = time.perf_counter()
+    started, loggers = time.perf_counter(), make_loggers(training, run.folder)
     unlearned = train_assistant(
         model,
         run.tokenizer,
         run.splits,
         options.uld_settings(),
-        trainer={"precision": training.precision, "enable_progress_bar": Console(stderr=True).is_terminal},
+        trainer={
+            "precision": training.precision,
+            "enable_progress_bar": Console(stderr=True).is_terminal,
+            "logger": loggers,
+            "log_every_n_steps": 1,
+            "callbacks": [*make_callbacks(training), ProgressLines("Training ULD's assistant")],
+        },
     )
     seconds = {"train": time.perf_counter() - started, "evaluate": evaluating}
-    return Unlearned(unlearned, before, seconds)
+    return Unlearned(unlearned, before, seconds, loggers=loggers)
 
 
 def watching(training: TrainingOptions, folder: Path, curve: TradeoffCurve) -> list[Callback]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import yaml
@@ -11,8 +12,13 @@ from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.options.flat import flag
 
 
-def resumed(given: UnlearnOptions) -> UnlearnOptions:
+def resumed(given: UnlearnOptions, stated: Collection[str] = ()) -> UnlearnOptions:
     """The options of the interrupted run in `--output`. Those given now may repeat them, but not differ from them.
+
+    Args:
+        given: All options, with defaults for those that nobody gave.
+        stated: Names of those that somebody gave, which may be equal to their defaults. Without it, options that differ
+            from their defaults count as given.
 
     Raises:
         FileNotFoundError: If there is no run in the folder.
@@ -32,11 +38,17 @@ def resumed(given: UnlearnOptions) -> UnlearnOptions:
     names = set(UnlearnOptions.names())
     place = {"output": given.output.output}
     saved = UnlearnOptions.of(**{name: value for name, value in values.items() if name in names} | place)
-    before, now = saved.flat(), given.flat()
-    default = UnlearnOptions.of(**place).flat()
-    changed = [flag(name) for name in sorted(names - {"resume"}) if now[name] not in (default[name], before[name])]
+    before, now, default = saved.flat(), given.flat(), UnlearnOptions.of(**place).flat()
+    said = {name: now[name] for name in names - {"resume"} if name in stated or now[name] != default[name]}
+    # config.yaml holds what a default such as null came to, so the options given are resolved as the run's were.
+    meant = saved.but(**said).resolved().flat()
+    changed = [
+        f"{flag(name)} {value} (there it is {before[name]})"
+        for name, value in sorted(said.items())
+        if meant[name] != before[name]
+    ]
     if changed:
         raise ValueError(
-            f"--resume: expected the options of {config}, found others for {', '.join(changed)}; leave them out, or start a new run"
+            f"--resume: expected the options of {config}, found {', '.join(changed)}; leave them out, or start a new run"
         )
     return saved.but(resume=True)

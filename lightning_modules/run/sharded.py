@@ -63,7 +63,7 @@ def by_shards(
     shards = model.sharded(mesh)
     before = score(run, shards)
     seconds = {"evaluate": time.perf_counter() - started}
-    seconds["train"], probe = _train(run, model, shards, mesh)
+    seconds["train"], trainer, probe = _train(run, model, shards, mesh)
     del shards
     _free()
     if processes.is_first():
@@ -79,6 +79,8 @@ def by_shards(
         together=processes.several(),
         whole=model.whole,
         mesh=mesh,
+        loggers=trainer.loggers,
+        steps=trainer.global_step,
     )
 
 
@@ -95,8 +97,10 @@ def _start_processes(training: TrainingOptions) -> DeviceMesh:
     return strategy.device_mesh["data_parallel"]
 
 
-def _train(run: Run[UnlearnOptions], model: Distributed, shards: nn.Module, mesh: DeviceMesh) -> tuple[float, Any]:
-    """Train shards of the model and gather them. Returns the seconds, and model -> the probes of it."""
+def _train(
+    run: Run[UnlearnOptions], model: Distributed, shards: nn.Module, mesh: DeviceMesh
+) -> tuple[float, L.Trainer, Any]:
+    """Train shards of the model and gather them. Returns the seconds, the Trainer, and model -> the probes of it."""
     options, training = run.options, run.options.training
     data = make_data(options, run.tokenizer)
     policy = POLICIES[training.precision or "32-true"]
@@ -110,7 +114,7 @@ def _train(run: Run[UnlearnOptions], model: Distributed, shards: nn.Module, mesh
         write_config(run.folder, "unlearn", options.recorded())
     seconds = fit(run, trainer, module.train(), data, curve)
     model.gather(shards)
-    return seconds, lambda whole: probe_it(run, whole, curve)
+    return seconds, trainer, lambda whole: probe_it(run, whole, curve)
 
 
 def _start_model(

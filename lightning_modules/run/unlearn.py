@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import EVALUATION, METRICS, claim, write_evaluation, write_json
 from lightning_modules.run.adapter_folders import BASE, save_adapter
+from lightning_modules.run.assembly import check_hardware
 from lightning_modules.run.loading import load_model, read_splits
 from lightning_modules.run.methods import Unlearned, by_assistant, by_surgery
 from lightning_modules.run.options import UnlearnOptions
+from lightning_modules.run.plugins import check_plugins, scores_to_log
 from lightning_modules.run.reference_log import reference_rows, rows_of_log
 from lightning_modules.run.report import draw
 from lightning_modules.run.resume import resumed
@@ -29,8 +32,12 @@ from lightning_modules.run.show import show, show_example
 from lightning_modules.training.scratch import one_thread
 
 
-def unlearn(options: UnlearnOptions) -> Path:
+def unlearn(options: UnlearnOptions, stated: Collection[str] = ()) -> Path:
     """Make a model forget: score it, train it, score it again, and leave everything in the output folder.
+
+    Args:
+        options: Of the command.
+        stated: Names of the options that were given, see `resume.resumed`.
 
     Returns:
         The output folder.
@@ -42,9 +49,11 @@ def unlearn(options: UnlearnOptions) -> Path:
     """
     options.check()
     if options.training.resume:
-        options = resumed(options)
+        options = resumed(options, stated)
         options.check()
     options = options.resolved()
+    check_hardware(options.training)
+    check_plugins(options.training)
     with one_thread() if options.model.scratch else nullcontext():
         return _unlearn(options)
 
@@ -103,6 +112,10 @@ def _leave(run: Run[UnlearnOptions], unlearned: Unlearned, log: ScoredSplits | N
     found = contents_of_metrics(run.options.output.seed, before, after, reference, seconds)
     write_evaluation(folder / EVALUATION, examples_by_model(before, after, reference))
     write_json(folder / METRICS, found)
+    for logger in unlearned.loggers:
+        logger.log_metrics(scores_to_log(found), unlearned.steps)
+        logger.save()
+        logger.finalize("success")
     draw(folder)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     show(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_modules.data.tokenization import Encoded
 from lightning_modules.evaluation.likelihood import answer_nll
 from lightning_modules.metrics import AnswerProbability
+from lightning_modules.progress import Stage
 
 
 def add_answers(
@@ -21,6 +22,7 @@ def add_answers(
     *,
     pad_token_id: int,
     batch_size: int = 32,
+    advance: Callable[[int], object] = lambda _: None,
 ) -> None:
     """Score answers, and add them to the metric.
 
@@ -30,8 +32,11 @@ def add_answers(
         encoded: At least one example.
         pad_token_id: Of the tokenizer; it is masked.
         batch_size: Examples a forward pass.
+        advance: Called with the number of examples done, after every batch.
     """
-    nll = answer_nll(_as_hugging_face(model), encoded, pad_token_id=pad_token_id, batch_size=batch_size)
+    nll = answer_nll(
+        _as_hugging_face(model), encoded, pad_token_id=pad_token_id, batch_size=batch_size, advance=advance
+    )
     metric.update(nll)
 
 
@@ -44,10 +49,11 @@ def mean_probabilities(
     gives NaN for any answer, and for a split without examples.
     """
     means: dict[str, float] = {}
+    stage = Stage("Scoring answers", sum(map(len, splits.values())))
     for split, encoded in splits.items():
         metric = AnswerProbability(sync_on_compute=False)
         if encoded:
-            add_answers(metric, model, encoded, pad_token_id=pad_token_id, batch_size=batch_size)
+            add_answers(metric, model, encoded, pad_token_id=pad_token_id, batch_size=batch_size, advance=stage.advance)
         means[split] = float(metric.compute()) if encoded else float("nan")
     return means
 

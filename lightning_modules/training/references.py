@@ -15,6 +15,7 @@ that never saw the forget set.)
 from __future__ import annotations
 
 import copy
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 import gradsurgery as gs
 from lightning_modules.data.tokenization import IGNORED, Encoded, collate
 from lightning_modules.evaluation.likelihood import answer_nll, device_of, evaluation_mode
+from lightning_modules.progress import Stage
 from lightning_modules.training.heads import AnswerHead, Batch, States, answer_values
 from lightning_modules.training.switching import check_switchable, switched_off
 
@@ -231,18 +233,24 @@ def precompute(
         "refusal": dataset.refusal,
     }
     tensors: dict[str, Tensor] = {}
+    stage = Stage("Scoring answers under the start model", sum(len(encoded or ()) for encoded in splits.values()))
     for name, encoded in splits.items():
         if encoded is None:
             continue
         lengths = torch.tensor([sum(label != IGNORED for label in example.labels[1:]) for example in encoded])
         sums = torch.cat([checksums(collate([example], pad_token_id)) for example in encoded])
-        means = answer_nll(model, encoded, pad_token_id=pad_token_id, batch_size=batch_size)
+        means = answer_nll(model, encoded, pad_token_id=pad_token_id, batch_size=batch_size, advance=stage.advance)
         tensors |= {f"{name}_nll": (means * lengths).float(), f"{name}_checksums": sums}
     if path is None:
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, target)
+    partial = target.with_name(f".partial-{uuid.uuid4().hex}")
+    try:
+        save_file(tensors, partial)
+        partial.replace(target)  # whole or not at all: another process may look for it
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def checksums(batch: Batch) -> Tensor:

@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import gradsurgery as gs
 from lightning_modules.data.tokenization import IGNORED, Encoded, collate, encode, padding_id, special_id
 from lightning_modules.folder import cache_folder
+from lightning_modules.progress import Stage
 from lightning_modules.training.warmup import warmup_and_decay
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
@@ -180,6 +181,7 @@ def _train(
     console = Console(stderr=True)
     if not console.is_terminal:
         console.print(f"{description}: {len(encoded)} examples, {epochs} epochs")
+    stage = Stage(description, steps)
     begin, losses = time.perf_counter(), torch.zeros((), device=device)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=steps)
@@ -193,6 +195,7 @@ def _train(
             schedule.step()
             losses = 0.9 * losses + 0.1 * loss.detach()  # read once, at the end, so that no step waits for a GPU
             bar.advance(task)
+            stage.advance()
     console.print(f"{description}: done in {time.perf_counter() - begin:.0f} s, loss {float(losses):.3f}")
     return model.cpu().eval()
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -66,6 +66,10 @@ class TrainingOptions:
         num_nodes: number of machines that train together; torchrun or srun starts the command on each
         strategy: how devices share the work: auto, ddp or another name of Lightning's; fsdp2 shards a model that no
             device can hold
+        logger: log the numbers of every step, the curve and the scores into logs/ of the output folder too: csv,
+            tensorboard or wandb; by default surgery.csv, curve.csv and metrics.json alone hold them
+        callbacks: further callbacks of Lightning, best given in the YAML file of --config: a list of {class_path: ...,
+            init_args: {...}}
         resume: go on with the interrupted run in --output, with its config.yaml
     """
 
@@ -94,6 +98,8 @@ class TrainingOptions:
     devices: str = "auto"
     num_nodes: int = 1
     strategy: str = "auto"
+    logger: Literal["csv", "tensorboard", "wandb"] | None = None
+    callbacks: list[dict[str, Any]] = field(default_factory=list)
     resume: bool = False
 
     def check(self) -> None:

@@ -9,6 +9,7 @@
 | `collapse_alarm` | `CollapseAlarm`: a stop when retention collapses |
 | `relearn_probe` | `RelearnProbe`: how fast forgotten answers return |
 | `quantization_probe` | `QuantizationProbe`: what a few bits bring back |
+| `progress_lines` | `ProgressLines`: where training stands, in a log |
 | `probe` | what the two probes share |
 | `notes` | what callbacks tell the report |
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 from lightning_modules.training.callbacks.best_tradeoff import BestTradeoff, is_better
 from lightning_modules.training.callbacks.collapse_alarm import CollapseAlarm, collapse
 from lightning_modules.training.callbacks.g_effect import GEffectLogger
+from lightning_modules.training.callbacks.progress_lines import ProgressLines
 from lightning_modules.training.callbacks.quantization_probe import (
     QuantizationProbe,
     quantization_probe,
@@ -37,6 +39,7 @@ __all__ = [
     "BestTradeoff",
     "CollapseAlarm",
     "GEffectLogger",
+    "ProgressLines",
     "QuantizationProbe",
     "RelearnProbe",
     "RelearnSettings",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.data.tokenization import Encoded
+from lightning_modules.progress import Stage
 from lightning_modules.training.callbacks.probe import Probe, plain_copy
 from lightning_modules.training.probability import mean_probabilities
 
@@ -115,10 +116,12 @@ def quantization_probe(
     points: list[dict[str, Any]] = [
         {"bits": None, **mean_probabilities(model, splits, pad_token_id=pad_token_id, batch_size=batch_size)}
     ]
+    stage = Stage("Rounding copies to fewer bits", len(bits))
     for number in bits:
         rounded = quantize_(plain_copy(model), number)
         scores = mean_probabilities(rounded, splits, pad_token_id=pad_token_id, batch_size=batch_size)
         points.append({"bits": number, **scores})
+        stage.advance()
     return {"points": points}
 
 

@@ -15,6 +15,7 @@ import gradsurgery as gs
 from lightning_modules.data.examples import evenly_spaced
 from lightning_modules.data.tokenization import Encoded, collate
 from lightning_modules.evaluation.likelihood import device_of
+from lightning_modules.progress import Stage
 from lightning_modules.training.callbacks.probe import Probe, plain_copy
 from lightning_modules.training.heads import AnswerHead, answer_values
 from lightning_modules.training.probability import mean_probabilities
@@ -113,6 +114,7 @@ def relearn_probe(
     head, order, device = AnswerHead(learner), torch.Generator().manual_seed(settings.seed), device_of(learner)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=settings.lr, weight_decay=0.0)
     waiting: list[int] = []
+    stage = Stage("Teaching the forgotten answers to a copy, steps", settings.steps)
     with torch.enable_grad():
         for step in range(1, settings.steps + 1):
             if len(waiting) < min(settings.batch_size, count):
@@ -124,6 +126,7 @@ def relearn_probe(
             gs.losses.token_mean(*loss).backward()
             optimizer.step()
             optimizer.zero_grad()
+            stage.advance()
             if step % settings.every == 0 or step == settings.steps:
                 points.append({"step": step, **mean_probabilities(learner, splits, pad_token_id=pad_token_id)})
     said = {"steps": settings.steps, "lr": settings.lr, "batch_size": settings.batch_size}

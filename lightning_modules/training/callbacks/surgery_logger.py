@@ -1,4 +1,4 @@
-"""The record of every step, as rows of a CSV file."""
+"""The record of every step, as rows of a CSV file and in the trainer's loggers."""
 
 from __future__ import annotations
 
@@ -29,13 +29,16 @@ class SurgeryLogger(Callback):
 
     Norms and cosines are in the metric of the Gram matrix.
 
+    All of the trainer's loggers get the same numbers but for the step, as `surgery/cosine`, `surgery/conflict` and so
+    on, every `log_every_n_steps` of the trainer. Their steps are Lightning's, which begin at 0.
+
     Args:
-        path: Of the file. The whole file is written every `flush_every` steps and at the end.
+        path: Of the file. The whole file is written every `flush_every` steps and at the end. None writes no file.
         flush_every: Steps between writes.
     """
 
-    def __init__(self, path: str | Path, flush_every: int = 20) -> None:
-        self.path, self.flush_every = Path(path), flush_every
+    def __init__(self, path: str | Path | None = None, flush_every: int = 20) -> None:
+        self.path, self.flush_every = None if path is None else Path(path), flush_every
         self.rows: list[dict[str, float]] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -61,6 +64,8 @@ class SurgeryLogger(Callback):
         if record.actual_change is not None:
             row |= {f"actual_change_{n}": v for n, v in zip(names[1:], record.actual_change.tolist(), strict=True)}
         self.rows.append(row)
+        told = {f"surgery/{name}": value for name, value in row.items() if name != "step"}
+        pl_module.log_dict(told, on_step=True, on_epoch=False)
         if len(self.rows) % self.flush_every == 0:
             self._write(trainer)
 
@@ -81,7 +86,7 @@ class SurgeryLogger(Callback):
         self.rows = list(state_dict["rows"])
 
     def _write(self, trainer: L.Trainer) -> None:
-        if not trainer.is_global_zero or not self.rows:
+        if self.path is None or not trainer.is_global_zero or not self.rows:
             return
         with self.path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(self.rows[0]))

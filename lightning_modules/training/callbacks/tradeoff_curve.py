@@ -17,8 +17,9 @@ _POINTS = 25  # enough for a smooth curve, few enough to cost little
 class TradeoffCurve(Callback):
     """Mean answer probability on forget and retain examples while training, and a stop once enough is forgotten.
 
-    The numbers are those of `UnlearningModule`'s validation, of examples and at steps of your choice, without a logger.
-    Every process scores all examples.
+    The numbers are those of `UnlearningModule`'s validation, of examples and at steps of your choice. The trainer's
+    loggers, if there are any, get them as `curve/forget` and `curve/retain`, with the number of steps before them.
+    Every process scores all examples, and takes the first one's scores: all make the same decisions.
 
     Args:
         encoded: Split -> tokenized examples to score.
@@ -77,7 +78,12 @@ class TradeoffCurve(Callback):
             return
         model = pl_module.get_submodule("model")
         scores = mean_probabilities(model, self.encoded, pad_token_id=self.pad_token_id, batch_size=self.batch_size)
+        # The first process's scores are everybody's: what is decided by them, a stop or a checkpoint, is decided by all
+        # processes alike. Each has its own last digits, and one that stops alone leaves the others waiting.
+        scores = trainer.strategy.broadcast(scores)
         self.points.append({"step": step, **scores})
+        for logger in trainer.loggers:
+            logger.log_metrics({f"curve/{split}": value for split, value in scores.items()}, step)
         self._stop(trainer)
 
     def _stop(self, trainer: L.Trainer) -> None:

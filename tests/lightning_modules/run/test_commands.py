@@ -533,6 +533,10 @@ def test_groups_inside_are_one_flat_table_outside() -> None:
         options.but(depth=3)
 
 
+def test_every_file_that_a_run_leaves_tells_that_the_folder_is_somebodys(run: Path) -> None:
+    assert {path.name for path in run.iterdir()} <= set(outputs.LEFT)
+
+
 def test_a_run_is_never_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert cli.main(["unlearn", *SMALL, "--output", str(run)]) == 1

@@ -1,0 +1,52 @@
+"""Rows that are to be forgotten and to be kept at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from lightning_modules.data.examples import Example
+from lightning_modules.evaluation.processes import will_be_first
+
+_NAMED = 5
+
+
+def check_overlap(splits: Mapping[str, Sequence[Example]]) -> None:
+    """Warn about rows with the same question and answer in the forget and the retain set, and name them.
+
+    Such a row pulls the weights both ways, and no score of either set says what it should.
+
+    Args:
+        splits: With "forget" and "retain".
+
+    Raises:
+        ValueError: If the retain set holds the whole forget set: then nothing is to be forgotten.
+    """
+    places: dict[Any, int] = {}
+    for number, row in enumerate(splits["retain"], start=1):
+        places.setdefault(_key(row), number)
+    both = [
+        (number, places[key]) for number, row in enumerate(splits["forget"], start=1) if (key := _key(row)) in places
+    ]
+    if not both:
+        return
+    named = ", ".join(f"{forget} (retain row {retain})" for forget, retain in both[:_NAMED])
+    said = f"forget row{'s' * (len(both) > 1)} {named}{' and more' * (len(both) > _NAMED)}"
+    if len(both) == len(splits["forget"]):
+        raise ValueError(
+            f"--forget, --retain: expected something to forget that is not to be kept, found all {len(both)} rows of the forget set in the "
+            f"retain set too, {said}; take them out of the retain set"
+        )
+    if will_be_first():
+        Console(stderr=True, soft_wrap=True).print(
+            f"Warning: {len(both)} of {len(splits['forget'])} rows are to be forgotten and to be kept at once, {said}; take them out of "
+            "one of the two sets",
+            markup=False,
+            highlight=False,
+        )
+
+
+def _key(row: Example) -> tuple[str, str]:
+    return str(row["question"]).strip(), str(row["answer"]).strip()

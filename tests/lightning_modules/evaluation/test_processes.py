@@ -1,0 +1,90 @@
+"""Which process is the first one, before there is a group that could be asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+from lightning_modules import cli
+from lightning_modules.evaluation import processes
+from lightning_modules.run import evaluate as evaluate_command
+
+# What launchers set; the variables are those of their manuals.
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+SRUN = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "unlearn", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2"}
+ARRAY = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_JOB_NAME": "ablate", "SLURM_NTASKS": "1"}
+FIRST = {
+    "alone": {},
+    "torchrun": TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0"},
+    "torchrun in a Slurm job, one task a machine": TORCHRUN | SRUN | {"RANK": "0", "LOCAL_RANK": "0", "SLURM_PROCID": "1"},
+    "the process that starts Lightning's others": {"NODE_RANK": "0"},
+    "srun": SRUN | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"},
+    "the batch script itself": SRUN,
+    "task 0 of an array": ARRAY | {"SLURM_ARRAY_TASK_ID": "0", "SLURM_PROCID": "0"},
+    "task 2 of an array": ARRAY | {"SLURM_ARRAY_TASK_ID": "2", "SLURM_PROCID": "0"},
+    "a shell of salloc": SRUN | {"SLURM_JOB_NAME": "interactive", "SLURM_PROCID": "0"},
+    "a second shell in it": SRUN | {"SLURM_JOB_NAME": "bash", "SLURM_PROCID": "1"},
+    "jsrun": {"LSB_JOBID": "1", "LSB_DJOB_RANKFILE": "f", "JSM_NAMESPACE_LOCAL_RANK": "0", "JSM_NAMESPACE_SIZE": "2", "JSM_NAMESPACE_RANK": "0"},
+}  # fmt: skip
+FURTHER = {
+    "torchrun": TORCHRUN | {"RANK": "1", "LOCAL_RANK": "1", "GROUP_RANK": "0"},
+    "torchrun's first on the second machine": TORCHRUN | {"RANK": "2", "LOCAL_RANK": "0", "GROUP_RANK": "1"},
+    "torchrun in a Slurm job, one task a machine": TORCHRUN | SRUN | {"RANK": "2", "LOCAL_RANK": "0", "SLURM_PROCID": "0"},
+    "started by Lightning": {"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2"},
+    "Lightning's first on the second machine": {"NODE_RANK": "1", "MASTER_ADDR": "a"},
+    "srun": SRUN | {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"},
+    "srun's first on the second machine": SRUN | {"SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NODEID": "1"},
+    "jsrun": FIRST["jsrun"] | {"JSM_NAMESPACE_LOCAL_RANK": "1", "JSM_NAMESPACE_RANK": "1"},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in os.environ:
+        if name.startswith(("SLURM_", "TORCHELASTIC", "JSM_", "LSB_", "OMPI_")) or name.endswith("RANK"):
+            monkeypatch.delenv(name)
+
+
+def launch(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("environment", FIRST.values(), ids=FIRST)
+def test_the_first_process_is_known_before_the_group(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch(monkeypatch, environment)
+    assert processes.will_be_first()
+
+
+@pytest.mark.parametrize("environment", FURTHER.values(), ids=FURTHER)
+def test_and_no_other_takes_itself_for_it(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    launch(monkeypatch, environment)
+    assert not processes.will_be_first()
+
+
+@pytest.mark.parametrize("environment", [*FIRST.values(), *FURTHER.values()])
+def test_where_lightning_listens_to_a_launcher_it_finds_the_same_rank(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch(monkeypatch, environment)
+    for kind in (TorchElasticEnvironment, SLURMEnvironment):
+        if kind.detect() and ("SLURM_PROCID" in environment or kind is TorchElasticEnvironment):
+            assert processes.rank_ahead() == kind().global_rank()
+            break
+
+
+@pytest.mark.parametrize("environment", FURTHER.values(), ids=FURTHER)
+def test_evaluate_is_refused_in_a_further_process(
+    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch(monkeypatch, environment)
+    monkeypatch.setattr(evaluate_command, "load_model", lambda *_: pytest.fail("work was begun"))
+    assert cli.main(["evaluate", "--output", str(tmp_path / "run")]) == 1
+    assert "evaluate: expected one process, found several" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
