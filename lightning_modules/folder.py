@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import uuid
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import yaml
 
 import gradsurgery as gs
+from lightning_modules.files import replacing, write_text
 
 Log = dict[str, list[dict[str, Any]]]
 """Split -> scored examples, in the order of the file."""
@@ -73,14 +73,12 @@ def write_config(folder: Path, command: str, values: Mapping[str, Any]) -> None:
     """
     text = f"# gradsurgery {command} --config {CONFIG} --output ANOTHER_FOLDER repeats this run.\n"
     dumped = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
-    (folder / CONFIG).write_text(text + dumped, encoding="utf-8")
+    write_text(folder / CONFIG, text + dumped)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write strict JSON, either the whole file or nothing. NaN, which JSON does not have, becomes the string "NaN"."""
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(_strict(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(_strict(value), indent=2, allow_nan=False) + "\n")
 
 
 def write_evaluation(path: Path, evaluations: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]] | None]) -> None:
@@ -93,15 +91,10 @@ def write_evaluation(path: Path, evaluations: Mapping[str, Mapping[str, Sequence
         evaluations: Model ("before", "after", "reference") -> split -> scored examples; a model that is None is left
             out.
     """
-    temporary = path.with_name(f".partial-{uuid.uuid4().hex}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for name, splits in evaluations.items():
-                for split, rows in (splits or {}).items():
-                    file.writelines(json.dumps(_strict({"model": name, "split": split, **row})) + "\n" for row in rows)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for name, splits in evaluations.items():
+            for split, rows in (splits or {}).items():
+                file.writelines(json.dumps(_strict({"model": name, "split": split, **row})) + "\n" for row in rows)
 
 
 def read_evaluation(path: Path) -> tuple[str, Log]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import gradsurgery as gs
 from lightning_modules.data.tokenization import IGNORED, Encoded, collate
 from lightning_modules.evaluation.likelihood import answer_nll, device_of, evaluation_mode
+from lightning_modules.files import replacing
 from lightning_modules.training.heads import AnswerHead, Batch, States, answer_values
 
 
@@ -226,9 +227,8 @@ def precompute(
         sums = torch.cat([checksums(collate([example], pad_token_id)) for example in encoded])
         means = answer_nll(model, encoded, pad_token_id=pad_token_id, batch_size=batch_size)
         tensors |= {f"{name}_nll": (means * lengths).float(), f"{name}_checksums": sums}
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, target)
+    with replacing(Path(path)) as temporary:
+        save_file(tensors, temporary)
 
 
 def checksums(batch: Batch) -> Tensor:

@@ -11,6 +11,7 @@
 | `quantization_probe` | `QuantizationProbe`: what a few bits bring back |
 | `probe` | what the two probes share |
 | `notes` | what callbacks tell the report |
+| `rows` | rows of a CSV file that grows |
 
 A callback of your own is a subclass of Lightning's `Callback` in a file of its own here, added to `__all__`: it reads
 `pl_module.surgery.record` (one step), `pl_module.losses`, or the points of a `TradeoffCurve` that comes before it. What
