@@ -21,7 +21,7 @@ _COMMANDS = {
 
 
 _HINTS = {
-    "unlearn": "; the same command with --resume goes on from the last finished epoch",
+    "unlearn": "; the same command with --resume goes on from the last checkpoint",
     "ablate": "; the same command goes on with the runs that are not finished",
 }
 
@@ -31,6 +31,7 @@ _SENTENCES = {
     FileNotFoundError,
     FileExistsError,
     PermissionError,
+    OSError,
     RuntimeError,
     FloatingPointError,
 }

@@ -6,15 +6,16 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 import gradsurgery as gs
-from lightning_modules.files import replacing, write_text
+from lightning_modules.files import one_sentence, replacing, write_text
 
 Log = dict[str, list[dict[str, Any]]]
 """Split -> scored examples, in the order of the file."""
@@ -28,6 +29,9 @@ METRICS, CONFIG, CURVE, SURGERY, EVALUATION, START_MODEL, G_EFFECT = (
     "start_model.safetensors",
     "g_effect.csv",
 )
+CHECKPOINTS = "checkpoints"  # as long as the run goes on
+LAST_CHECKPOINT = f"{CHECKPOINTS}/last.ckpt"
+LOCK = ".lock"
 TRAINING, PROBES = "training.json", "probes.json"  # written by callbacks, read by the report
 
 
@@ -38,9 +42,7 @@ def claim(folder: Path) -> None:
         FileExistsError: If the folder holds files of a run.
         PermissionError: If the folder cannot be created or written to.
     """
-    found = [
-        name for name in (METRICS, EVALUATION, CONFIG, SURGERY, "model", "checkpoints") if (folder / name).exists()
-    ]
+    found = [name for name in (METRICS, EVALUATION, CONFIG, SURGERY, "model", CHECKPOINTS) if (folder / name).exists()]
     if found:
         raise FileExistsError(
             f"--output: expected a new or empty folder, found {', '.join(found)} of an earlier run in {folder}; choose another folder, "
@@ -53,6 +55,63 @@ def claim(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise PermissionError(f"--output: expected a folder that can be written, found {folder}: {error}") from error
+
+
+@contextmanager
+def locked(folder: Path) -> Generator[None]:
+    """Keeps other processes out of a run's folder as long as the block runs; the lock dies with the process.
+
+    Where the system has no such locks (Windows, some network disks) nobody is kept out.
+
+    Args:
+        folder: It exists.
+
+    Raises:
+        FileExistsError: If another process works there.
+        OSError: In one sentence, if the folder cannot be written to.
+    """
+    path = folder / LOCK
+    with _held(path) as file:
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _held(path: Path) -> IO[str]:
+    """The lock file, locked by this process."""
+    while True:
+        with one_sentence(path):
+            file = path.open("a+", encoding="utf-8")
+        if not _lock(file.fileno()):
+            file.seek(0)
+            with file:
+                raise FileExistsError(
+                    f"--output: expected a folder in which no other run works, found {file.read().strip() or 'another process'} at work "
+                    f"in {path.parent}; wait for it, or choose another folder"
+                )
+        # The process that held it may have removed the file in between; then others lock a new one.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()
+
+
+def _lock(file: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a disk without locks
+        return True
+    return True
 
 
 def cache_folder(name: str) -> Path:

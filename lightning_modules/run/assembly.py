@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 from rich.console import Console
 from torch import nn
 
@@ -23,6 +22,7 @@ from lightning_modules.run.options import MethodOptions, TrainingOptions, Unlear
 from lightning_modules.run.run import Run
 from lightning_modules.training import objectives
 from lightning_modules.training.adapters import with_adapters
+from lightning_modules.training.checkpoint_file import CheckpointFile
 from lightning_modules.training.module import UnlearningModule
 from lightning_modules.training.references import AdapterOff, Precomputed, Reference, SecondModel, precompute
 from lightning_modules.training.trainer import trainer_options
@@ -81,10 +81,8 @@ def start_model(run: Run[UnlearnOptions], model: nn.Module, data: ForgetRetainDa
     return Precomputed(path)
 
 
-def make_trainer(folder: Path, training: TrainingOptions, callbacks: Sequence[Callback], console: Console) -> L.Trainer:
-    """The Trainer that these options describe. After every epoch it writes a checkpoint to `checkpoints/`."""
-    # With save_top_k=0 nothing is written before training ends, whatever save_last says (Lightning 2.6).
-    checkpoint = ModelCheckpoint(folder / "checkpoints", filename="last", save_top_k=1, enable_version_counter=False)
+def make_trainer(training: TrainingOptions, callbacks: Sequence[Callback], console: Console) -> L.Trainer:
+    """The Trainer that these options describe."""
     bar = [RichProgressBar()] if console.is_terminal else []
     return L.Trainer(
         **trainer_options(
@@ -94,8 +92,9 @@ def make_trainer(folder: Path, training: TrainingOptions, callbacks: Sequence[Ca
             precision=training.precision,
             max_epochs=training.epochs,
             accumulate_grad_batches=training.accumulate or 1,
-            callbacks=[*callbacks, checkpoint, *bar],
+            callbacks=[*callbacks, *bar],
             enable_checkpointing=True,
+            plugins=[CheckpointFile()],
             enable_progress_bar=bool(bar),
         )
     )

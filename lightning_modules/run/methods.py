@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from lightning_modules.data.tokenization import encode, padding_id
 from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.evaluate import Evaluation
 from lightning_modules.evaluation.processes import will_be_first
-from lightning_modules.folder import CURVE, G_EFFECT, SURGERY, write_config
+from lightning_modules.folder import CHECKPOINTS, CURVE, G_EFFECT, LAST_CHECKPOINT, SURGERY, write_config
 from lightning_modules.run.assembly import adapted, make_module, make_trainer, merged, start_model
 from lightning_modules.run.loading import load_reference, make_data
 from lightning_modules.run.options import TrainingOptions, UnlearnOptions
@@ -28,6 +27,7 @@ from lightning_modules.run.run import Run
 from lightning_modules.run.scoring import score
 from lightning_modules.training.callbacks import (
     BestTradeoff,
+    Checkpoints,
     CollapseAlarm,
     GEffectLogger,
     QuantizationProbe,
@@ -61,7 +61,7 @@ class Unlearned:
 def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
     """Train the model by two losses and surgery.
 
-    surgery.csv grows by a line for each optimizer step; curve.csv is written once, after training.
+    surgery.csv grows by a line for each optimizer step, curve.csv for each score.
 
     Returns:
         The unlearned model; None in a process whose work is done: any but the first, unless they go on together.
@@ -75,8 +75,11 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
     surgery_log = SurgeryLogger(folder / SURGERY)
     layers_log = GEffectLogger(folder / G_EFFECT)
     curve = _curve(run)
-    callbacks = [surgery_log, layers_log, curve, *watching(training, folder, curve)]
-    trainer = make_trainer(folder, training, callbacks, console)
+    last = folder / LAST_CHECKPOINT
+    run_is = {name: value for name, value in options.recorded().items() if name != "output"}
+    checkpoints = Checkpoints(last, every_n_steps=training.checkpoint_every, run=run_is)
+    callbacks = [surgery_log, layers_log, curve, *watching(training, folder, curve), checkpoints]
+    trainer = make_trainer(training, callbacks, console)
     started = time.perf_counter()
     before = score(run, model) if first else None
     evaluating = time.perf_counter() - started
@@ -84,15 +87,12 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
         # Only after everything that a wrong option can break, so that the corrected command finds the folder free.
         write_config(folder, "unlearn", options.recorded())
 
-    last = folder / "checkpoints" / "last.ckpt"
     started = time.perf_counter()
-    trainer.fit(module, data, ckpt_path=str(last) if training.resume and last.exists() else None)
+    trainer.fit(module, data, ckpt_path=last if training.resume and last.exists() else None, weights_only=True)
     seconds = {"train": time.perf_counter() - started, "evaluate": evaluating}
     together = processes.several()  # Lightning's processes live on after training, with the same weights
     if not (trainer.is_global_zero or together):
         return None
-    if trainer.is_global_zero:
-        _write_rows(folder / CURVE, curve.points)
     unlearned = merged(module.model)
     probe = partial(_probe, run, unlearned, curve) if training.probes else None
     return Unlearned(unlearned, before, seconds, probe, together)
@@ -131,7 +131,7 @@ def watching(training: TrainingOptions, folder: Path, curve: TradeoffCurve) -> l
     if training.collapse_below is not None:
         found.append(CollapseAlarm(curve, below=training.collapse_below, folder=folder))
     if training.best_below is not None:
-        path = folder / "checkpoints" / "best.ckpt"
+        path = folder / CHECKPOINTS / "best.ckpt"
         found.append(BestTradeoff(curve, target=training.best_below, path=path, folder=folder))
     return found
 
@@ -152,6 +152,7 @@ def _curve(run: Run[UnlearnOptions]) -> TradeoffCurve:
         pad_token_id=padding_id(run.tokenizer),
         every_n_steps=training.score_every or max(1, steps // _CURVE_POINTS),
         stop_below=training.stop_below,
+        path=run.folder / CURVE,
     )
 
 
@@ -173,10 +174,3 @@ def _probe(run: Run[UnlearnOptions], model: nn.Module, curve: TradeoffCurve) -> 
     QuantizationProbe(curve.encoded, **common).run(model)
     settings: dict[str, Any] = {"lr": training.lr, "batch_size": training.batch_size, "seed": options.output.seed}
     RelearnProbe(curve.encoded["forget"], curve.encoded["retain"], control=control, **common, **settings).run(model)
-
-
-def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)

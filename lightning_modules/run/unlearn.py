@@ -12,14 +12,15 @@ from rich.console import Console
 
 from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.processes import will_be_first
-from lightning_modules.folder import EVALUATION, METRICS, claim, write_evaluation, write_json
+from lightning_modules.files import remove_partial, replacing
+from lightning_modules.folder import CHECKPOINTS, EVALUATION, METRICS, claim, locked, write_evaluation, write_json
 from lightning_modules.run.loading import load_model, read_splits
 from lightning_modules.run.methods import Unlearned, by_assistant, by_surgery
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.reference_log import reference_rows, rows_of_log
 from lightning_modules.run.report import draw
-from lightning_modules.run.resume import resumed
-from lightning_modules.run.run import Run
+from lightning_modules.run.resume import only_report_is_missing, resumed
+from lightning_modules.run.run import Run, Splits
 from lightning_modules.run.scoring import ScoredSplits, contents_of_metrics, examples_by_model, score
 from lightning_modules.run.show import show
 from lightning_modules.training.scratch import one_thread
@@ -49,8 +50,22 @@ def _unlearn(options: UnlearnOptions) -> Path:
     folder = options.output.folder
     splits = read_splits(options)
     log = rows_of_log(options.evaluation, splits)
-    if will_be_first() and not options.training.resume:
+    if not will_be_first():
+        return folder if only_report_is_missing(folder) else _trained(options, splits, log)
+    if not options.training.resume:
         claim(folder)
+    with locked(folder):
+        if not options.training.resume:
+            claim(folder)  # another process may have filled it meanwhile
+        for place in (folder, folder / CHECKPOINTS):
+            remove_partial(place)
+        if only_report_is_missing(folder):
+            return _finish(folder)
+        return _trained(options, splits, log)
+
+
+def _trained(options: UnlearnOptions, splits: Splits, log: ScoredSplits | None) -> Path:
+    folder = options.output.folder
     L.seed_everything(options.output.seed, verbose=False)
     model, tokenizer = load_model(options, splits)
     run = Run(options, folder, splits, tokenizer)
@@ -68,8 +83,9 @@ def _leave(run: Run[UnlearnOptions], unlearned: Unlearned, log: ScoredSplits | N
     folder, together = run.folder, unlearned.together
 
     def save() -> None:
-        unlearned.model.save_pretrained(folder / "model")
-        run.tokenizer.save_pretrained(folder / "model")
+        with replacing(folder / "model") as temporary:
+            unlearned.model.save_pretrained(temporary)
+            run.tokenizer.save_pretrained(temporary)
 
     # First of all, so that the training is not lost if anything after it fails.
     if together:
@@ -88,8 +104,14 @@ def _leave(run: Run[UnlearnOptions], unlearned: Unlearned, log: ScoredSplits | N
     found = contents_of_metrics(run.options.output.seed, before, after, reference, seconds)
     write_evaluation(folder / EVALUATION, examples_by_model(before, after, reference))
     write_json(folder / METRICS, found)
-    draw(folder)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     show(found)
+    _finish(folder)
+
+
+def _finish(folder: Path) -> Path:
+    """Draw the report, and remove the checkpoints: nothing is left to be done again."""
+    draw(folder)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     files = ", ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
     Console().print(f"Everything is in [bold]{folder}[/bold]: {files}")
+    return folder

@@ -111,6 +111,10 @@ class GEffectLogger(Callback):
         with suppress(OSError):  # a full disk would hide the exception
             self._write(trainer)
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Write the rows of a run that is resumed after its last step: there is no `on_train_end` then."""
+        self._write(trainer)
+
     def state_dict(self) -> dict[str, Any]:
         """All rows so far, so that the file of a resumed run is complete."""
         return {

@@ -81,6 +81,10 @@ class SurgeryLogger(Callback):
         with suppress(OSError):  # a full disk would hide the exception
             self._write(trainer)
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Write the rows of a run that is resumed after its last step: there is no `on_train_end` then."""
+        self._write(trainer)
+
     def state_dict(self) -> dict[str, Any]:
         """The rows so far, so that a resumed run goes on with them."""
         return {"rows": list(self.rows)}

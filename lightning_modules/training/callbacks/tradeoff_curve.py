@@ -68,6 +68,10 @@ class TradeoffCurve(Callback):
         """Score the end."""
         self._score(trainer, pl_module)
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Write the rows of a run that is resumed after its last step: there is no `on_train_end` then."""
+        self._write(trainer)
+
     def state_dict(self) -> dict[str, Any]:
         """The points so far, so that a resumed run goes on with them."""
         return {"points": list(self.points)}
