@@ -17,7 +17,7 @@ from lightning_modules.training.heads import AnswerHead
 from lightning_modules.training.objectives import name_of, needs_reference, needs_refusals, objective
 from lightning_modules.training.probability import add_answers, uncollated
 from lightning_modules.training.references import Reference
-from lightning_modules.training.resuming import Resuming
+from lightning_modules.training.resuming import Resuming, refuse_other_model
 from lightning_modules.training.token_count import mean_token_count
 from lightning_modules.training.warmup import with_warmup
 
@@ -162,7 +162,12 @@ class UnlearningModule(L.LightningModule):
         self._resuming.save(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take what `on_save_checkpoint` added."""
+        """Take what `on_save_checkpoint` added.
+
+        Raises:
+            ValueError: If the checkpoint is of another model.
+        """
+        refuse_other_model(self, checkpoint)
         self._resuming.load(self, checkpoint)
 
     def on_validation_epoch_start(self) -> None:

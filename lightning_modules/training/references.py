@@ -212,7 +212,7 @@ def precompute(
         pad_token_id: Of the tokenizer.
         batch_size: Examples a forward pass.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     splits: Mapping[str, Sequence[Encoded] | None] = {
         "forget": dataset.forget,
@@ -228,7 +228,7 @@ def precompute(
         means = answer_nll(model, encoded, pad_token_id=pad_token_id, batch_size=batch_size)
         tensors |= {f"{name}_nll": (means * lengths).float(), f"{name}_checksums": sums}
     with replacing(Path(path)) as temporary:
-        save_file(tensors, temporary)
+        temporary.write_bytes(save(tensors))  # save_file has a temporary file of its own
 
 
 def checksums(batch: Batch) -> Tensor:

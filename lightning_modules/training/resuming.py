@@ -7,6 +7,7 @@ and a checkpoint in the middle of an accumulation window counts batches whose gr
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -81,6 +82,27 @@ class Resuming:
         if self._saved is not None:
             set_random_state(self._saved["random"][module.global_rank], module.device)
         self._saved = None
+
+
+def refuse_other_model(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Raise ValueError in one sentence where torch would list every tensor of a checkpoint that does not fit."""
+    found: Mapping[str, Any] = checkpoint.get("state_dict") or {}
+    expected = module.state_dict()
+    if not found or not module.strict_loading:
+        return
+    other = sorted({*expected} ^ {*found})
+    shapes = [name for name, value in found.items() if _shape(value) != _shape(expected.get(name, value))]
+    if other or shapes:
+        what = f"{len(other)} names in one of them only" if other else "the same names"
+        shown = [*other, *shapes][0]
+        raise ValueError(
+            f"expected a checkpoint of this model with its {len(expected)} entries, found one with {len(found)}, {what} and "
+            f"{len(shapes)} tensors of other shapes, such as {shown}; resume with the model, adapters and losses that it was saved with"
+        )
+
+
+def _shape(value: Any) -> Any:
+    return getattr(value, "shape", None)  # a dual variable's entry is a dictionary
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
