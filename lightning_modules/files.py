@@ -80,7 +80,7 @@ def one_sentence(path: Path) -> Generator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        kind = type(error) if isinstance(error, OSError) else OSError
+        kind = type(error) if isinstance(error, (PermissionError, FileNotFoundError)) else OSError
         reason = getattr(error, "strerror", None) or str(error)
         said = kind(
             f"{path}: expected room and permission to write it, found: {reason}; what was there before is whole: make room, or choose "
@@ -107,7 +107,7 @@ def _sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     if path.is_dir() and os.name != "posix":  # elsewhere a folder cannot be opened
         return
-    file = os.open(path, os.O_RDONLY)
+    file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(file)
     finally:

@@ -35,6 +35,7 @@ from lightning_modules.training.callbacks import (
     SurgeryLogger,
     TradeoffCurve,
 )
+from lightning_modules.training.checkpoint_file import CheckpointFile
 
 _CURVE_POINTS = 25  # enough for a smooth curve, few enough to cost little
 
@@ -75,10 +76,7 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
     surgery_log = SurgeryLogger(folder / SURGERY)
     layers_log = GEffectLogger(folder / G_EFFECT)
     curve = _curve(run)
-    last = folder / LAST_CHECKPOINT
-    run_is = {name: value for name, value in options.recorded().items() if name != "output"}
-    checkpoints = Checkpoints(last, every_n_steps=training.checkpoint_every, run=run_is)
-    callbacks = [surgery_log, layers_log, curve, *watching(training, folder, curve), checkpoints]
+    callbacks = [surgery_log, layers_log, curve, *watching(training, folder, curve), _checkpoints(run)]
     trainer = make_trainer(training, callbacks, console)
     started = time.perf_counter()
     before = score(run, model) if first else None
@@ -88,7 +86,7 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
         write_config(folder, "unlearn", options.recorded())
 
     started = time.perf_counter()
-    trainer.fit(module, data, ckpt_path=last if training.resume and last.exists() else None, weights_only=True)
+    trainer.fit(module, data, ckpt_path=_last_checkpoint(run), weights_only=True)
     seconds = {"train": time.perf_counter() - started, "evaluate": evaluating}
     together = processes.several()  # Lightning's processes live on after training, with the same weights
     if not (trainer.is_global_zero or together):
@@ -112,14 +110,23 @@ def by_assistant(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned:
     started = time.perf_counter()
     before = score(run, model)
     evaluating = time.perf_counter() - started
-    write_config(run.folder, "unlearn", options.recorded())
+    if not training.resume:
+        write_config(run.folder, "unlearn", options.recorded())
+    checkpoints = _checkpoints(run)
     started = time.perf_counter()
     unlearned = train_assistant(
         model,
         run.tokenizer,
         run.splits,
         options.uld_settings(),
-        trainer={"precision": training.precision, "enable_progress_bar": Console(stderr=True).is_terminal},
+        trainer={
+            "precision": training.precision,
+            "enable_progress_bar": Console(stderr=True).is_terminal,
+            "enable_checkpointing": True,
+            "callbacks": [checkpoints],
+            "plugins": [CheckpointFile()],
+        },
+        resume=_last_checkpoint(run),
     )
     seconds = {"train": time.perf_counter() - started, "evaluate": evaluating}
     return Unlearned(unlearned, before, seconds)
@@ -134,6 +141,19 @@ def watching(training: TrainingOptions, folder: Path, curve: TradeoffCurve) -> l
         path = folder / CHECKPOINTS / "best.ckpt"
         found.append(BestTradeoff(curve, target=training.best_below, path=path, folder=folder))
     return found
+
+
+def _checkpoints(run: Run[UnlearnOptions]) -> Checkpoints:
+    """Saves the training, with the options that it is of."""
+    options = {name: value for name, value in run.options.recorded().items() if name != "output"}
+    every = run.options.training.checkpoint_every
+    return Checkpoints(run.folder / LAST_CHECKPOINT, every_n_steps=every, run=options)
+
+
+def _last_checkpoint(run: Run[UnlearnOptions]) -> Path | None:
+    """Where to go on; None at the start."""
+    path = run.folder / LAST_CHECKPOINT
+    return path if run.options.training.resume and path.exists() else None
 
 
 def _curve(run: Run[UnlearnOptions]) -> TradeoffCurve:

@@ -77,10 +77,6 @@ class UnlearnOptions(Options):
             raise ValueError(
                 "--probes, --best-below: expected a run with surgery, found --method uld, whose model they do not know"
             )
-        if method.method == "uld" and training.resume:
-            raise ValueError(
-                "--resume: expected a run with surgery, found --method uld, which keeps no checkpoints; start it anew"
-            )
         if method.start_model == "adapters_off" and (not training.lora_rank or training.lora_init == "fila"):
             raise ValueError(
                 "expected --start-model adapters_off with adapters that leave the base as it is (--lora-rank without --lora-init fila), "

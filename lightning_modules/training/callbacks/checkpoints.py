@@ -19,7 +19,8 @@ class Checkpoints(Checkpoint):
     Args:
         path: Of the file, usually `last.ckpt`.
         every_n_steps: Optimizer steps between checkpoints; None for epochs only.
-        run: What the run is: option -> value, of plain types. It is saved, and a checkpoint of another run is refused.
+        run: What the run is: option -> value, of plain types. It is saved, and a checkpoint of another run is refused;
+            an option that only one of them knows is not compared.
 
     Raises:
         ValueError: If `every_n_steps` is below 1; when a checkpoint of another run is loaded.
@@ -55,14 +56,11 @@ class Checkpoints(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse the checkpoint of another run."""
-        found = state_dict.get("run")
-        if self.run is None or found is None or found == self.run:
-            return
-        missing = object()
-        names = sorted({*self.run, *found})
-        other = [name for name in names if self.run.get(name, missing) != found.get(name, missing)]
-        said = "; ".join(f"{name}: {found.get(name)} there, {self.run.get(name)} here" for name in other)
-        raise ValueError(
-            f"{self.path}: expected a checkpoint of this run, found one of another ({said}); remove it to train from the start, or put "
-            "this run's in its place"
-        )
+        run, found = self.run or {}, state_dict.get("run") or {}
+        other = [name for name in sorted({*run} & {*found}) if run[name] != found[name]]
+        if other:
+            said = "; ".join(f"{name}: {found[name]} there, {run[name]} here" for name in other)
+            raise ValueError(
+                f"{self.path}: expected a checkpoint of this run, found one of another ({said}); remove it to train from the start, or "
+                "put this run's in its place"
+            )

@@ -109,7 +109,8 @@ class GEffectLogger(Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:  # noqa: ARG002 (the same)
         """Write the rows of the steps before the exception."""
         with suppress(OSError):  # a full disk would hide the exception
-            self._write(trainer)
+            if self._file.begun:
+                self._write(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
         """Write the rows of a run that is resumed after its last step: there is no `on_train_end` then."""

@@ -19,15 +19,20 @@ class GrowingRows:
 
     Args:
         path: Of the file.
+
+    Attributes:
+        written: The number of rows in the file.
+        begun: Whether the file is this run's; before, it may be that of the run that is to be resumed.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.written = 0
+        self.begun = False
 
     def restart(self) -> None:
         """Remove the file: the next write starts it anew."""
-        self.written = 0
+        self.written, self.begun = 0, True
         self.path.unlink(missing_ok=True)
 
     def write(self, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
