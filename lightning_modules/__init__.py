@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from lightning_modules.data.pairs import ForgetRetainDataModule, TOFUDataModule
     from lightning_modules.report import g_effect
     from lightning_modules.training import callbacks, objectives, references
+    from lightning_modules.training.checkpoint_file import CheckpointFile
     from lightning_modules.training.module import UnlearningModule
     from lightning_modules.training.uld import ULDModule
 
 __all__ = [
+    "CheckpointFile",
     "ForgetRetainDataModule",
     "TOFUDataModule",
     "ULDModule",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CheckpointFile": "training.checkpoint_file",
     "ForgetRetainDataModule": "data.pairs",
     "TOFUDataModule": "data.pairs",
     "ULDModule": "training.uld",

@@ -24,7 +24,7 @@ which a sentence on standard error says (a traceback in its place is a mistake o
 interrupted"""
 
 _HINTS = {
-    "unlearn": "; the same command with --resume goes on from the last finished epoch",
+    "unlearn": "; the same command with --resume goes on from the last checkpoint",
     "ablate": "; the same command goes on with the runs that are not finished",
 }
 
@@ -36,6 +36,7 @@ _SENTENCES = {
     FileNotFoundError,
     FileExistsError,
     PermissionError,
+    OSError,
     RuntimeError,
     FloatingPointError,
 }

@@ -6,15 +6,16 @@ import json
 import math
 import os
 import platform
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 import gradsurgery as gs
+from lightning_modules.files import one_sentence, replacing, write_text
 
 Log = dict[str, list[dict[str, Any]]]
 """Split -> scored examples, in the order of the file."""
@@ -28,9 +29,12 @@ METRICS, CONFIG, CURVE, SURGERY, EVALUATION, START_MODEL, G_EFFECT = (
     "start_model.safetensors",
     "g_effect.csv",
 )
+CHECKPOINTS = "checkpoints"  # as long as the run goes on
+LAST_CHECKPOINT = f"{CHECKPOINTS}/last.ckpt"
+LOCK = ".lock"
 TRAINING, PROBES = "training.json", "probes.json"  # written by callbacks, read by the report
 REPORT = ("report.html", "report.md", "curves.png", "g_effect.png")
-MODEL, CHECKPOINTS, LOGS = "model", "checkpoints", "logs"
+MODEL, LOGS = "model", "logs"
 LEFT = (
     *(METRICS, EVALUATION, CONFIG, SURGERY, CURVE, G_EFFECT, START_MODEL, TRAINING, PROBES),
     *REPORT,
@@ -66,6 +70,63 @@ def claim(folder: Path) -> None:
         raise PermissionError(f"--output: expected a folder that can be written, found {folder}: {error}") from error
 
 
+@contextmanager
+def locked(folder: Path) -> Generator[None]:
+    """Keeps other processes out of a run's folder as long as the block runs; the lock dies with the process.
+
+    Where the system has no such locks (Windows, some network disks) nobody is kept out.
+
+    Args:
+        folder: It exists.
+
+    Raises:
+        FileExistsError: If another process works there.
+        OSError: In one sentence, if the folder cannot be written to.
+    """
+    path = folder / LOCK
+    with _held(path) as file:
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _held(path: Path) -> IO[str]:
+    """The lock file, locked by this process."""
+    while True:
+        with one_sentence(path):
+            file = path.open("a+", encoding="utf-8")
+        if not _lock(file.fileno()):
+            file.seek(0)
+            with file:
+                raise FileExistsError(
+                    f"--output: expected a folder in which no other run works, found {file.read().strip() or 'another process'} at work "
+                    f"in {path.parent}; wait for it, or choose another folder"
+                )
+        # The process that held it may have removed the file in between; then others lock a new one.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()
+
+
+def _lock(file: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a disk without locks
+        return True
+    return True
+
+
 def cache_folder(name: str) -> Path:
     """A folder for results that can be computed again: `$XDG_CACHE_HOME/gradsurgery/<name>`, or in `~/.cache`.
 
@@ -84,14 +145,12 @@ def write_config(folder: Path, command: str, values: Mapping[str, Any]) -> None:
     """
     text = f"# gradsurgery {command} --config {CONFIG} --output ANOTHER_FOLDER repeats this run.\n"
     dumped = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
-    (folder / CONFIG).write_text(text + dumped, encoding="utf-8")
+    write_text(folder / CONFIG, text + dumped)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write strict JSON, either the whole file or nothing. NaN, which JSON does not have, becomes the string "NaN"."""
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(_strict(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(_strict(value), indent=2, allow_nan=False) + "\n")
 
 
 def write_evaluation(path: Path, evaluations: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]] | None]) -> None:
@@ -104,15 +163,10 @@ def write_evaluation(path: Path, evaluations: Mapping[str, Mapping[str, Sequence
         evaluations: Model ("before", "after", "reference") -> split -> scored examples; a model that is None is left
             out.
     """
-    temporary = path.with_name(f".partial-{uuid.uuid4().hex}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for name, splits in evaluations.items():
-                for split, rows in (splits or {}).items():
-                    file.writelines(json.dumps(_strict({"model": name, "split": split, **row})) + "\n" for row in rows)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for name, splits in evaluations.items():
+            for split, rows in (splits or {}).items():
+                file.writelines(json.dumps(_strict({"model": name, "split": split, **row})) + "\n" for row in rows)
 
 
 def read_evaluation(path: Path) -> tuple[str, Log]:

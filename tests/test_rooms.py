@@ -23,7 +23,19 @@ CORE = {
     "logit_difference": {"losses"},
     "task_vectors": {"rules", "gram"},
 }
-FLOORS = ("progress", "folder", "data", "metrics", "evaluation", "training", "report", "run", "ablation", "cli")
+FLOORS = (
+    "files",
+    "progress",
+    "folder",
+    "data",
+    "metrics",
+    "evaluation",
+    "training",
+    "report",
+    "run",
+    "ablation",
+    "cli",
+)
 ALLOWED = {f"gradsurgery.{room}": {f"gradsurgery.{lower}" for lower in lowers} for room, lowers in CORE.items()} | {
     f"lightning_modules.{room}": {f"lightning_modules.{lower}" for lower in FLOORS[:floor]}
     | {f"gradsurgery.{core}" for core in CORE}

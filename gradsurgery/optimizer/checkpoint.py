@@ -18,6 +18,18 @@ _STEPS = "gradsurgery_steps"
 _DECAY = "gradsurgery_decay_"
 _RULE = "gradsurgery_rule"
 
+# States of torch's optimizers that have a number for every weight; Adafactor's and Muon's have others too.
+_LIKE_ITS_PARAMETER = (
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "momentum_buffer",
+    "square_avg",
+    "exp_inf",
+    "sum",
+    "prev",
+)
+
 
 def save(base: torch.optim.Optimizer, average: EMA, rule: object) -> dict[str, Any]:
     """The base's state_dict with the averages and the rule's numbers in it (see `GradientSurgery.state_dict`).
@@ -68,6 +80,7 @@ def load(
     refuse_maximize(state_dict["param_groups"])  # the base would adopt it with the groups
     # The base must not see the averages, because it would cast them to the parameters' type.
     state, averages, steps = _split_state(state_dict, parameters_of(base), average)
+    _refuse_other_parameters(state_dict["param_groups"], state, base)
     groups = [dict(group) for group in state_dict["param_groups"]]
     for group in groups:
         for key in [key for key in group if key.startswith(_DECAY)]:
@@ -103,6 +116,29 @@ def _refuse_flattening(average: EMA, rule: object) -> None:
                 )
             return
         frame = frame.f_back
+
+
+def _refuse_other_parameters(
+    groups: list[dict[str, Any]], state: Mapping[Any, Any], base: torch.optim.Optimizer
+) -> None:
+    """Raise ValueError where torch would say too little, or nothing before the next step."""
+    found, expected = ([len(group["params"]) for group in each] for each in (groups, base.param_groups))
+    if found != expected:
+        what = "number of parameter groups" if len(found) != len(expected) else "number of parameters"
+        raise ValueError(
+            f"load_state_dict: expected groups of {expected} parameters, found {found}, a different {what}; the checkpoint is of another "
+            "model, or its parameters were grouped otherwise"
+        )
+    if not type(base).__module__.startswith("torch.optim"):
+        return  # other optimizers may keep states of other shapes
+    keys = [key for group in groups for key in group["params"]]
+    for key, parameter in zip(keys, parameters_of(base), strict=True):
+        for name, value in state.get(key, {}).items():
+            if name in _LIKE_ITS_PARAMETER and isinstance(value, Tensor) and value.shape != parameter.shape:
+                raise ValueError(
+                    f"load_state_dict: expected {name} of parameter {key} to have the parameter's shape {list(parameter.shape)}, found "
+                    f"{list(value.shape)}; the checkpoint is of another model"
+                )
 
 
 def _split_state(

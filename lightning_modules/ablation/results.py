@@ -12,6 +12,7 @@ from typing import Any
 from lightning_modules.ablation.grid import Grid, Run
 from lightning_modules.ablation.run import RUNS, refuse_other
 from lightning_modules.ablation.statistics import Paired, paired
+from lightning_modules.files import write_text
 
 Result = Mapping[str, Any]
 
@@ -76,7 +77,7 @@ def write_csv(results: Sequence[Result], path: Path) -> None:
     writer = csv.DictWriter(text, [*_IDENTITY, *_SCORES, *_COST], extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(results)
-    path.write_text(text.getvalue(), encoding="utf-8")
+    write_text(path, text.getvalue())
 
 
 def differences(ours: Sequence[Result], theirs: Sequence[Result], column: str) -> Paired | None:

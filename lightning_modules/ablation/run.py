@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -82,7 +81,7 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
         "content": content(run.grid, splits),
         "versions": versions(),
     }
-    write(folder / RUNS / f"{run.id}.json", result)
+    write_json(folder / RUNS / f"{run.id}.json", result)
     return result
 
 
@@ -108,7 +107,7 @@ def prepare(run: Run, folder: Path) -> dict[str, Any]:
         scored = Scorer(run.grid, splits, reference[1]).thoroughly(reference[0])
     scorer = Scorer(run.grid, splits, tokenizer, None if scored is None else scored["examples"]["truth_ratio_R"])
     known = {"config": config, "content": found, "start": scorer.thoroughly(model), "reference": scored}
-    write(path, known)
+    write_json(path, known)
     return known
 
 
@@ -167,14 +166,6 @@ def refuse_other(path: Path, found: Mapping[str, Any], expected: Mapping[str, An
             f"{path}: expected a result of this grid, found one made with other settings ({said}); give another --output, or remove "
             "what is to be done again"
         )
-
-
-def write(path: Path, value: Mapping[str, Any]) -> None:
-    """Write strict JSON, the whole file or nothing, even if two processes write the same file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    write_json(temporary, value)
-    temporary.replace(path)
 
 
 def _load_reference(run: Run, splits: Splits) -> tuple[nn.Module, Any] | None:

@@ -25,9 +25,10 @@ from lightning_modules.ablation.grid import Grid, Run, plain
 from lightning_modules.ablation.options import AblateOptions
 from lightning_modules.ablation.reading import read_grid
 from lightning_modules.ablation.results import read_results, write_csv
-from lightning_modules.ablation.run import RUNS, content, execute, prepare, refuse_other, write
+from lightning_modules.ablation.run import RUNS, content, execute, prepare, refuse_other
 from lightning_modules.ablation.table import write_table
-from lightning_modules.folder import versions
+from lightning_modules.files import write_text
+from lightning_modules.folder import versions, write_json
 from lightning_modules.progress import Stage
 from lightning_modules.run.assembly import check_hardware
 from lightning_modules.run.quiet import quiet
@@ -163,7 +164,7 @@ def _execute(run: Run, folder: Path) -> tuple[str, str | None]:
             "config": run.config,
             "versions": versions(),
         }
-        write(folder / RUNS / f"{run.id}.json", result)
+        write_json(folder / RUNS / f"{run.id}.json", result)
         return run.id, reason
     return run.id, None
 
@@ -223,7 +224,7 @@ def _draw(grid: Grid, folder: Path) -> None:
     results = read_results(grid, folder)
     values = plain(asdict(grid))
     said = f"# gradsurgery ablate --config {GRID} --output ANOTHER_FOLDER repeats this.\n"
-    (folder / GRID).write_text(said + yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_text(folder / GRID, said + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     write_csv(results, folder / RESULTS)
     write_table(grid, results, folder, folder / TABLE)
     draw_tradeoff(grid, results, folder / FIGURE)

@@ -11,6 +11,7 @@ from lightning_modules.ablation.grid import Grid
 from lightning_modules.ablation.results import Result, differences, number
 from lightning_modules.ablation.run import MODELS
 from lightning_modules.ablation.statistics import Paired, Spread, spread
+from lightning_modules.files import write_text
 from lightning_modules.report.tables import markdown_table
 
 Column = tuple[str, Callable[[Sequence[Result]], str]]
@@ -55,7 +56,7 @@ def write_table(grid: Grid, results: Sequence[Result], folder: Path, path: Path)
     lines += ["", *_NOTES]
     lines += _WEIGHT_NOTE if _weighted(grid) else []
     lines += ["", *_MIX_NOTE] if grid.targets.retained else []
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
 
 
 _NOTES = (

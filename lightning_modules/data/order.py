@@ -78,6 +78,10 @@ class PairSampler(DistributedSampler):
     Where W does not divide the forget set, the epoch ends with its first pairs again, as in `DistributedSampler`.
 
     It is a `DistributedSampler` even for one process, because Lightning replaces every other sampler by its own.
+
+    Attributes:
+        start: so many pairs of this process are left out of the next pass, for training that goes on in the middle of
+            an epoch.
     """
 
     def __init__(self, dataset: PairDataset, *, seed: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
@@ -91,9 +95,11 @@ class PairSampler(DistributedSampler):
         """
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed)
         self.sizes = len(dataset.forget), len(dataset.retain)
+        self.start = 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """The pairs of this process in the current epoch, see `set_epoch`."""
+        """The pairs of this process in the current epoch, see `set_epoch`; those before `start` are left out, once."""
+        start, self.start = self.start, 0
         num_forget, num_retain = self.sizes
         forget = permutation(num_forget, self.seed, "forget", self.epoch)
         first = self.epoch * num_forget
@@ -103,7 +109,8 @@ class PairSampler(DistributedSampler):
         }
         retain = [walks[step // num_retain][step % num_retain] for step in range(first, first + num_forget)]
         pairs = list(zip(forget, retain, strict=True))
-        return iter([pairs[position % num_forget] for position in range(self.rank, self.total_size, self.num_replicas)])
+        positions = range(self.rank, self.total_size, self.num_replicas)[start:]
+        return iter([pairs[position % num_forget] for position in positions])
 
 
 def permutation(n: int, seed: int, stream: str, number: int) -> list[int]:

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_modules.data.examples import Example, as_example, asked, evenly_spaced, numbered, read_examples
+from lightning_modules.data.loader import PairLoader
 from lightning_modules.data.order import Pair, PairDataset, PairSampler, collate_pairs, permutation
 from lightning_modules.data.tofu import tofu_examples
 from lightning_modules.data.tokenization import Encoded, collate, encode, padding_id, shortened
@@ -114,7 +115,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         dataset, trainer = self._pairs(), self.trainer
         # Not the world size: under tensor parallelism several processes share one part of the data.
         replicas = (trainer.distributed_sampler_kwargs if trainer is not None else None) or {}
-        return DataLoader(
+        return PairLoader(
             dataset,
             batch_size=self.batch_size,
             sampler=PairSampler(dataset, seed=self.seed, **replicas),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_modules.files import write_text
 from lightning_modules.folder import G_EFFECT
 from lightning_modules.report import figures, html, markdown
 from lightning_modules.report.changed import Defaults, changed_options
@@ -37,5 +38,5 @@ def draw(folder: Path, others: Sequence[Path] = (), defaults: Defaults | None = 
     if (folder / G_EFFECT).exists():
         heat_map(folder / G_EFFECT, layers)
     by_layer = layers if layers.exists() else None
-    (folder / "report.md").write_text(markdown.page(run, pictured=pictured, by_layer=by_layer), encoding="utf-8")
-    (folder / "report.html").write_text(html.page(run, by_layer=by_layer), encoding="utf-8")
+    write_text(folder / "report.md", markdown.page(run, pictured=pictured, by_layer=by_layer))
+    write_text(folder / "report.html", html.page(run, by_layer=by_layer))

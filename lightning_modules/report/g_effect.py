@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_modules.files import replacing
 from lightning_modules.training.callbacks.g_effect import GEffectLogger
 
 __all__ = ["GEffectLogger", "heat_map"]
@@ -79,7 +80,8 @@ def heat_map(csv_path: str | Path, png_path: str | Path) -> None:
     figure.colorbar(
         colours, ax=list(panels), label="cosine of the rows: below 0 they conflict", fraction=0.05, pad=0.02
     )
-    figure.savefig(png_path, dpi=150)
+    with replacing(Path(png_path)) as temporary:
+        figure.savefig(temporary, dpi=150)
 
 
 def _table(rows: Sequence[Mapping[str, str]], column: str, steps: Sequence[int], layers: Sequence[str]) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
@@ -29,6 +29,7 @@ from lightning_modules.run.run import Run
 from lightning_modules.training import objectives
 from lightning_modules.training.adapters import adapt
 from lightning_modules.training.callbacks import ProgressLines
+from lightning_modules.training.checkpoint_file import CheckpointFile
 from lightning_modules.training.merging import check_mergeable
 from lightning_modules.training.module import UnlearningModule
 from lightning_modules.training.references import AdapterOff, Precomputed, Reference, SecondModel, precompute
@@ -109,7 +110,7 @@ def kind_of_start_model(options: UnlearnOptions) -> str | None:
 
 
 def make_trainer(folder: Path, training: TrainingOptions, callbacks: Sequence[Callback], console: Console) -> L.Trainer:
-    """The Trainer that these options describe. After every epoch it writes a checkpoint to `checkpoints/`.
+    """The Trainer that these options describe.
 
     Args:
         folder: Of the run.
@@ -117,18 +118,17 @@ def make_trainer(folder: Path, training: TrainingOptions, callbacks: Sequence[Ca
         callbacks: Our own, which come first.
         console: A bar is drawn if it is a terminal.
     """
-    # With save_top_k=0 nothing is written before training ends, whatever save_last says (Lightning 2.6).
-    checkpoint = ModelCheckpoint(folder / "checkpoints", filename="last", save_top_k=1, enable_version_counter=False)
     bar = RichProgressBar() if console.is_terminal else ProgressLines("Unlearning")
     return L.Trainer(
         **trainer_options(
             **_hardware(training),
             max_epochs=training.epochs,
             accumulate_grad_batches=training.accumulate or 1,
-            callbacks=[*callbacks, *make_callbacks(training), checkpoint, bar],
+            callbacks=[*callbacks, *make_callbacks(training), bar],
             logger=make_loggers(training, folder),
             log_every_n_steps=1,
             enable_checkpointing=True,
+            plugins=[] if training.sharded else [CheckpointFile()],  # shards are a folder, which Lightning writes
             enable_progress_bar=console.is_terminal,
         )
     )

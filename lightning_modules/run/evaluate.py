@@ -9,12 +9,12 @@ from pathlib import Path
 import lightning as L
 
 from lightning_modules.evaluation.processes import will_be_first
-from lightning_modules.folder import EVALUATION, METRICS, claim, write_evaluation, write_json
+from lightning_modules.folder import EVALUATION, METRICS, claim, locked, write_evaluation, write_json
 from lightning_modules.run.loading import load_model, read_splits
 from lightning_modules.run.options import EvaluateOptions
 from lightning_modules.run.reference_log import reference_rows, rows_of_log
-from lightning_modules.run.run import Run
-from lightning_modules.run.scoring import contents_of_metrics, examples_by_model, score
+from lightning_modules.run.run import Run, Splits
+from lightning_modules.run.scoring import ScoredSplits, contents_of_metrics, examples_by_model, score
 from lightning_modules.run.show import show
 from lightning_modules.training.scratch import one_thread
 
@@ -42,10 +42,17 @@ def evaluate_model(options: EvaluateOptions) -> Path:
 
 
 def _evaluate_model(options: EvaluateOptions) -> Path:
-    folder, seed = options.output.folder, options.output.seed
+    folder = options.output.folder
     splits = read_splits(options)
     log = rows_of_log(options.evaluation, splits, options.data.chat_template_kwargs)
     claim(folder)
+    with locked(folder):
+        claim(folder)  # another process may have filled it meanwhile
+        return _scored(options, splits, log)
+
+
+def _scored(options: EvaluateOptions, splits: Splits, log: ScoredSplits | None) -> Path:
+    folder, seed = options.output.folder, options.output.seed
     L.seed_everything(seed, verbose=False)
     model, tokenizer = load_model(options, splits)
     started = time.perf_counter()

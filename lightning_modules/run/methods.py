@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from lightning_modules.data.tokenization import encode, padding_id
 from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.evaluate import Evaluation
 from lightning_modules.evaluation.processes import will_be_first
-from lightning_modules.folder import CURVE, G_EFFECT, SURGERY, write_config
+from lightning_modules.folder import CHECKPOINTS, CURVE, G_EFFECT, LAST_CHECKPOINT, SURGERY, write_config
 from lightning_modules.run.assembly import adapted, make_module, make_trainer, start_model
 from lightning_modules.run.loading import load_reference, make_data
 from lightning_modules.run.options import TrainingOptions, UnlearnOptions
@@ -33,6 +32,7 @@ from lightning_modules.run.scoring import score
 from lightning_modules.training.adapters import checked_targets
 from lightning_modules.training.callbacks import (
     BestTradeoff,
+    Checkpoints,
     CollapseAlarm,
     GEffectLogger,
     ProgressLines,
@@ -41,6 +41,7 @@ from lightning_modules.training.callbacks import (
     SurgeryLogger,
     TradeoffCurve,
 )
+from lightning_modules.training.checkpoint_file import CheckpointFile
 from lightning_modules.training.merging import merged
 
 
@@ -74,7 +75,7 @@ class Unlearned:
 def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
     """Train the model by two losses and surgery.
 
-    surgery.csv grows by a line for each optimizer step; curve.csv is written once, after training.
+    surgery.csv grows by a line for each optimizer step, curve.csv for each score.
 
     Returns:
         The unlearned model; None in a process whose work is done: any but the first, unless they go on together.
@@ -92,7 +93,7 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
     if first and not training.resume:
         # Only after everything that a wrong option can break, so that the corrected command finds the folder free.
         write_config(run.folder, "unlearn", options.recorded())
-    seconds["train"] = fit(run, trainer, module, data, curve)
+    seconds["train"] = fit(run, trainer, module, data)
     together = processes.several()  # Lightning's processes live on after training, with the same weights
     if not (trainer.is_global_zero or together):
         return None
@@ -113,27 +114,17 @@ def watched_trainer(run: Run[UnlearnOptions], curve: TradeoffCurve) -> L.Trainer
     """The Trainer of a run with surgery, with every callback that writes into its folder or may stop it."""
     folder, training = run.folder, run.options.training
     logs = [SurgeryLogger(folder / SURGERY), GEffectLogger(folder / G_EFFECT)]
-    callbacks = [*logs, curve, *watching(training, folder, curve)]
+    callbacks = [*logs, curve, *watching(training, folder, curve), _checkpoints(run)]
     return make_trainer(folder, training, callbacks, Console(stderr=True))
 
 
-def fit(
-    run: Run[UnlearnOptions],
-    trainer: L.Trainer,
-    module: L.LightningModule,
-    data: L.LightningDataModule,
-    curve: TradeoffCurve,
-) -> float:
-    """Train, from the last checkpoint where the run is resumed, and write the curve. Returns the seconds."""
+def fit(run: Run[UnlearnOptions], trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> float:
+    """Train, from the last checkpoint where the run is resumed. Returns the seconds."""
     for logger in trainer.loggers:
         logger.log_hyperparams(run.options.recorded())
-    last = run.folder / "checkpoints" / "last.ckpt"
     started = time.perf_counter()
-    trainer.fit(module, data, ckpt_path=str(last) if run.options.training.resume and last.exists() else None)
-    seconds = time.perf_counter() - started
-    if trainer.is_global_zero:
-        _write_rows(run.folder / CURVE, curve.points)
-    return seconds
+    trainer.fit(module, data, ckpt_path=_last_checkpoint(run), weights_only=True)
+    return time.perf_counter() - started
 
 
 def by_assistant(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned:
@@ -151,7 +142,9 @@ def by_assistant(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned:
     started = time.perf_counter()
     before = score(run, model)
     evaluating = time.perf_counter() - started
-    write_config(run.folder, "unlearn", options.recorded())
+    if not training.resume:
+        write_config(run.folder, "unlearn", options.recorded())
+    checkpoints = _checkpoints(run)
     started, loggers = time.perf_counter(), make_loggers(training, run.folder)
     unlearned = train_assistant(
         model,
@@ -163,8 +156,11 @@ def by_assistant(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned:
             "enable_progress_bar": Console(stderr=True).is_terminal,
             "logger": loggers,
             "log_every_n_steps": 1,
-            "callbacks": [*make_callbacks(training), ProgressLines("Training ULD's assistant")],
+            "enable_checkpointing": True,
+            "callbacks": [*make_callbacks(training), checkpoints, ProgressLines("Training ULD's assistant")],
+            "plugins": [CheckpointFile()],
         },
+        resume=_last_checkpoint(run),
     )
     seconds = {"train": time.perf_counter() - started, "evaluate": evaluating}
     return Unlearned(unlearned, before, seconds, loggers=loggers)
@@ -176,9 +172,22 @@ def watching(training: TrainingOptions, folder: Path, curve: TradeoffCurve) -> l
     if training.collapse_below is not None:
         found.append(CollapseAlarm(curve, below=training.collapse_below, folder=folder))
     if training.best_below is not None:
-        path = folder / "checkpoints" / "best.ckpt"
+        path = folder / CHECKPOINTS / "best.ckpt"
         found.append(BestTradeoff(curve, target=training.best_below, path=path, folder=folder))
     return found
+
+
+def _checkpoints(run: Run[UnlearnOptions]) -> Checkpoints:
+    """Saves the training, with the options that it is of."""
+    options = {name: value for name, value in run.options.recorded().items() if name != "output"}
+    every = run.options.training.checkpoint_every
+    return Checkpoints(run.folder / LAST_CHECKPOINT, every_n_steps=every, run=options)
+
+
+def _last_checkpoint(run: Run[UnlearnOptions]) -> Path | None:
+    """Where to go on; None at the start."""
+    path = run.folder / LAST_CHECKPOINT
+    return path if run.options.training.resume and path.exists() else None
 
 
 def make_curve(run: Run[UnlearnOptions]) -> TradeoffCurve:
@@ -195,6 +204,7 @@ def make_curve(run: Run[UnlearnOptions]) -> TradeoffCurve:
         pad_token_id=padding_id(run.tokenizer),
         every_n_steps=training.score_every,
         stop_below=training.stop_below,
+        path=run.folder / CURVE,
     )
 
 
@@ -216,10 +226,3 @@ def probe_it(run: Run[UnlearnOptions], model: nn.Module, curve: TradeoffCurve) -
     QuantizationProbe(curve.encoded, **common).run(model)
     settings: dict[str, Any] = {"lr": training.lr, "batch_size": training.batch_size, "seed": options.output.seed}
     RelearnProbe(curve.encoded["forget"], curve.encoded["retain"], control=control, **common, **settings).run(model)
-
-
-def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lightning_modules.folder import CONFIG, METRICS
+from lightning_modules.folder import CHECKPOINTS, CONFIG, METRICS
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.options.flat import flag
+
+
+def only_report_is_missing(folder: Path) -> bool:
+    """Whether a run has its scores and no report yet: the checkpoints are removed last."""
+    return (folder / METRICS).exists() and (folder / CHECKPOINTS).exists()
 
 
 def resumed(given: UnlearnOptions, stated: Collection[str] = ()) -> UnlearnOptions:
@@ -29,7 +35,7 @@ def resumed(given: UnlearnOptions, stated: Collection[str] = ()) -> UnlearnOptio
     config = folder / CONFIG
     if not config.exists():
         raise FileNotFoundError(f"--resume: expected a run in {folder}, found no {CONFIG}; start it without --resume")
-    if (folder / METRICS).exists():
+    if (folder / METRICS).exists() and not only_report_is_missing(folder):
         raise FileExistsError(
             f"--resume: expected an interrupted run, found a finished one in {folder}; choose another --output, or draw its report "
             f"again with `gradsurgery report {folder}`"

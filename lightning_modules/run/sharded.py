@@ -112,7 +112,7 @@ def _train(
     trainer = watched_trainer(run, curve)
     if processes.is_first() and not training.resume:
         write_config(run.folder, "unlearn", options.recorded())
-    seconds = fit(run, trainer, module.train(), data, curve)
+    seconds = fit(run, trainer, module.train(), data)
     model.gather(shards)
     return seconds, trainer, lambda whole: probe_it(run, whole, curve)
 

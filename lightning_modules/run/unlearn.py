@@ -11,11 +11,11 @@ from typing import Any
 
 import lightning as L
 from rich.console import Console
-from torch import nn
 
 from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.processes import will_be_first
-from lightning_modules.folder import EVALUATION, METRICS, claim, write_evaluation, write_json
+from lightning_modules.files import remove_partial, replacing
+from lightning_modules.folder import CHECKPOINTS, EVALUATION, METRICS, claim, locked, write_evaluation, write_json
 from lightning_modules.run.adapter_folders import BASE, save_adapter
 from lightning_modules.run.assembly import check_hardware
 from lightning_modules.run.loading import load_model, read_splits
@@ -24,8 +24,8 @@ from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.plugins import check_plugins, scores_to_log
 from lightning_modules.run.reference_log import reference_rows, rows_of_log
 from lightning_modules.run.report import draw
-from lightning_modules.run.resume import resumed
-from lightning_modules.run.run import Run
+from lightning_modules.run.resume import only_report_is_missing, resumed
+from lightning_modules.run.run import Run, Splits
 from lightning_modules.run.scoring import ScoredSplits, contents_of_metrics, examples_by_model, score
 from lightning_modules.run.sharded import by_shards
 from lightning_modules.run.show import show, show_example
@@ -62,8 +62,22 @@ def _unlearn(options: UnlearnOptions) -> Path:
     folder = options.output.folder
     splits = read_splits(options)
     log = rows_of_log(options.evaluation, splits, options.data.chat_template_kwargs)
-    if will_be_first() and not options.training.resume:
+    if not will_be_first():
+        return folder if only_report_is_missing(folder) else _trained(options, splits, log)
+    if not options.training.resume:
         claim(folder)
+    with locked(folder):
+        if not options.training.resume:
+            claim(folder)  # another process may have filled it meanwhile
+        for place in (folder, folder / CHECKPOINTS):
+            remove_partial(place)
+        if only_report_is_missing(folder):
+            return _finish(folder)
+        return _trained(options, splits, log)
+
+
+def _trained(options: UnlearnOptions, splits: Splits, log: ScoredSplits | None) -> Path:
+    folder = options.output.folder
     L.seed_everything(options.output.seed, verbose=False)
     if options.training.sharded:
         run, unlearned = by_shards(options, folder, splits)
@@ -87,11 +101,12 @@ def _leave(run: Run[UnlearnOptions], unlearned: Unlearned, log: ScoredSplits | N
 
     def save() -> None:
         whole = unlearned.model if unlearned.mesh is None else unlearned.whole
-        if run.options.training.save == "adapter":
-            _leave_adapter(run, whole)
-        else:
-            whole.save_pretrained(folder / "model")
-        run.tokenizer.save_pretrained(folder / "model")
+        with replacing(folder / "model") as temporary:
+            if run.options.training.save == "adapter":
+                save_adapter(whole, temporary, base=_base(run))
+            else:
+                whole.save_pretrained(temporary)
+            run.tokenizer.save_pretrained(temporary)
 
     # First of all, so that the training is not lost if anything after it fails.
     if together:
@@ -116,19 +131,26 @@ def _leave(run: Run[UnlearnOptions], unlearned: Unlearned, log: ScoredSplits | N
         logger.log_metrics(scores_to_log(found), unlearned.steps)
         logger.save()
         logger.finalize("success")
-    draw(folder)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     show(found)
+    _finish(folder)
+
+
+def _finish(folder: Path) -> Path:
+    """Draw the report, and remove the checkpoints: nothing is left to be done again."""
+    draw(folder)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     files = ", ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
     Console().print(f"Everything is in [bold]{folder}[/bold]: {files}")
+    return folder
 
 
-def _leave_adapter(run: Run[UnlearnOptions], model: nn.Module) -> None:
-    """Save the adapter in model/, for the model that was given, or for a copy of the model from scratch in base/."""
-    given, base = run.options.model, run.folder / BASE
-    if given.scratch:
-        loaded: Any = load_model(run.options, run.splits)  # from the cache
-        original, tokenizer = loaded
-        original.save_pretrained(base)
-        tokenizer.save_pretrained(base)
-    save_adapter(model, run.folder / "model", base=str(base) if given.scratch else given.model)
+def _base(run: Run[UnlearnOptions]) -> str:
+    """The model that a kept adapter is for: the one that was given, or a copy of the model from scratch in base/."""
+    if not run.options.model.scratch:
+        return run.options.model.model
+    loaded: Any = load_model(run.options, run.splits)  # from the cache
+    original, tokenizer = loaded
+    with replacing(run.folder / BASE) as temporary:
+        original.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return str(run.folder / BASE)

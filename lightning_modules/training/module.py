@@ -20,6 +20,7 @@ from lightning_modules.training.objectives import name_of, needs_reference, need
 from lightning_modules.training.packing import keep_differentiable
 from lightning_modules.training.probability import add_answers, uncollated
 from lightning_modules.training.references import Reference
+from lightning_modules.training.resuming import Resuming, refuse_other_model
 from lightning_modules.training.sharding import blocks
 from lightning_modules.training.token_count import mean_token_count
 from lightning_modules.training.warmup import with_warmup
@@ -99,7 +100,7 @@ class UnlearningModule(L.LightningModule):
         self.reference, self.retain_inside, self.dual = reference, retain_inside, dual
         self.losses: dict[str, Tensor] = {}
         self._retain_losses: list[Tensor] = []
-        self._steps_seen = 0
+        self._resuming = Resuming()
         # A dictionary, so that the metrics are no submodules: Lightning would move their float64 states along, also to
         # a device that has no float64.
         self._probabilities: dict[str, AnswerProbability] = {}
@@ -165,18 +166,36 @@ class UnlearningModule(L.LightningModule):
             losses["retain"] = losses["retain"] * self.dual.value
         return self.surgery.join(retain_graph=bool(self.retain_inside), **losses)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002 (Lightning's signature)
-        """Move the dual variable once per optimizer step."""
-        if self.dual is None or not self._retain_losses or self.trainer.global_step == self._steps_seen:
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        """Move the dual variable once per optimizer step, before callbacks that save it see the step."""
+        super().optimizer_step(*arguments, **options)
+        if self.dual is None or not self._retain_losses:
             return
-        self._steps_seen = self.trainer.global_step
         mean = torch.stack(self._retain_losses).mean()
         self._retain_losses = []
         self.dual.update(self.trainer.strategy.reduce(mean, reduce_op="mean") if self.trainer.world_size > 1 else mean)
 
     def on_train_start(self) -> None:
-        """Count steps from where a resumed run was."""
-        self._steps_seen, self._retain_losses = self.trainer.global_step, []
+        """Go on from where a resumed run was."""
+        self._retain_losses = []
+        self._resuming.train_starts(self)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Know where a resumed run has to go on."""
+        self._resuming.batch_starts(self)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what a resumed run needs to be the uninterrupted one, see `resuming.Resuming`."""
+        self._resuming.save(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take what `on_save_checkpoint` added.
+
+        Raises:
+            ValueError: If the checkpoint is of another model.
+        """
+        refuse_other_model(self, checkpoint)
+        self._resuming.load(self, checkpoint)
 
     def on_validation_epoch_start(self) -> None:
         """A fresh metric for each split."""

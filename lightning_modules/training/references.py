@@ -15,7 +15,6 @@ that never saw the forget set.)
 from __future__ import annotations
 
 import copy
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 import gradsurgery as gs
 from lightning_modules.data.tokenization import IGNORED, Encoded, collate
 from lightning_modules.evaluation.likelihood import answer_nll, device_of, evaluation_mode
+from lightning_modules.files import replacing
 from lightning_modules.progress import Stage
 from lightning_modules.training.heads import AnswerHead, Batch, States, answer_values
 from lightning_modules.training.switching import check_switchable, switched_off
@@ -225,7 +225,7 @@ def precompute(
         pad_token_id: Of the tokenizer.
         batch_size: Examples a forward pass.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     splits: Mapping[str, Sequence[Encoded] | None] = {
         "forget": dataset.forget,
@@ -243,14 +243,8 @@ def precompute(
         tensors |= {f"{name}_nll": (means * lengths).float(), f"{name}_checksums": sums}
     if path is None:
         return
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".partial-{uuid.uuid4().hex}")
-    try:
-        save_file(tensors, partial)
-        partial.replace(target)  # whole or not at all: another process may look for it
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(Path(path)) as temporary:
+        temporary.write_bytes(save(tensors))  # save_file has a temporary file of its own
 
 
 def checksums(batch: Batch) -> Tensor:

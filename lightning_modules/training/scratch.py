@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import shutil
 import time
-import uuid
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import gradsurgery as gs
 from lightning_modules.data.tokenization import IGNORED, Encoded, collate, encode, padding_id, special_id
+from lightning_modules.files import replacing
 from lightning_modules.folder import cache_folder
 from lightning_modules.progress import Stage
 from lightning_modules.training.warmup import warmup_and_decay
@@ -116,14 +115,16 @@ def scratch_model(
     folder = root / _key(pairs, texts, settings)
     # Making and loading a model both draw random weights. They use the CPU's generator, so only that one is forked.
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), one_thread(), _without_progress_bars():
-        if not folder.is_dir():
-            tokenizer = _train_tokenizer(texts)
-            model = _train(pairs, tokenizer, settings, description)
+        known = _load(folder)
+        if known is not None:
+            return known
+        tokenizer = _train_tokenizer(texts)
+        model = _train(pairs, tokenizer, settings, description)
+        known = _load(folder)  # another process may have been faster, and read its own now
+        if known is None:
             _save(model, tokenizer, folder)
-            if not folder.is_dir():
-                return model, tokenizer
-        model = LlamaForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-        return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            known = _load(folder)
+        return known or (model, tokenizer)
 
 
 def _key(pairs: Sequence[tuple[str, str]], texts: Sequence[str], settings: ScratchSettings) -> str:
@@ -221,18 +222,26 @@ def _loss(model: LlamaForCausalLM, batch: Mapping[str, torch.Tensor]) -> torch.T
 
 
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the checkpoint beside its place and rename it, so that a crash or a second process leaves no half."""
-    partial = folder.with_name(f".partial-{uuid.uuid4().hex}")
+    """Cache the checkpoint, whole or not at all; a second process may have cached the same one meanwhile."""
     try:
-        partial.mkdir(parents=True)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        partial.rename(folder)
+        with replacing(folder) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
     except OSError as error:
         if not folder.is_dir():  # otherwise another process was faster, with the same model
-            Console(stderr=True).print(f"The small model could not be cached in {folder.parent}: {error}")
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            Console(stderr=True).print(f"The small model could not be cached: {error}", markup=False)
+
+
+def _load(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast] | None:
+    """What is cached; None if there is nothing, or nothing whole, which is then trained again and replaced."""
+    if not folder.is_dir():
+        return None
+    try:
+        model = LlamaForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever a damaged file makes of its readers
+        Console(stderr=True).print(f"{folder} is damaged and is made again: {error}", markup=False)
+        return None
 
 
 @contextmanager

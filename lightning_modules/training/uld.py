@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -17,6 +18,7 @@ from lightning_modules.data.pairs import ForgetRetainDataModule
 from lightning_modules.data.uld import uld_data
 from lightning_modules.evaluation.likelihood import device_of
 from lightning_modules.training.adapters import ALL_LINEAR, checked_targets
+from lightning_modules.training.resuming import Resuming
 from lightning_modules.training.token_count import mean_token_count
 from lightning_modules.training.trainer import trainer_options
 from lightning_modules.training.warmup import with_warmup
@@ -88,6 +90,7 @@ class ULDModule(L.LightningModule):
         self.assistant = assistant
         self.retain_weight, self.all_positions = retain_weight, all_positions
         self.make_optimizer, self.warmup_steps = optimizer, warmup_steps
+        self._resuming = Resuming()
         self.strict_loading = False  # the checkpoint holds a part; on_load_checkpoint is as strict about that part
 
     def training_step(self, batch: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
@@ -119,8 +122,17 @@ class ULDModule(L.LightningModule):
         optimizer = self.make_optimizer([item for item in self.assistant.named_parameters() if item[1].requires_grad])
         return with_warmup(optimizer, self.warmup_steps)
 
+    def on_train_start(self) -> None:
+        """Go on from where a resumed run was."""
+        self._resuming.train_starts(self)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Know where a resumed run has to go on."""
+        self._resuming.batch_starts(self)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen weights out."""
+        """Leave the frozen weights out, and add what a resumed run needs."""
+        self._resuming.save(self, checkpoint)
         trained = self._trained()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
 
@@ -132,6 +144,7 @@ class ULDModule(L.LightningModule):
                 f"expected a checkpoint of an assistant with these {len(expected)} trained tensors, found {len(found)}, "
                 f"{len(expected ^ found)} of them in one of the two only: give it the layers and the rank that it was saved with"
             )
+        self._resuming.load(self, checkpoint)
 
     def _trained(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -200,6 +213,7 @@ def train_assistant(
     settings: ULDSettings = ULDSettings(),
     *,
     trainer: Mapping[str, Any] | None = None,
+    resume: str | Path | None = None,
 ) -> LogitDifferenceModel:
     """Unlearns by ULD: trains an assistant of the base on the splits, and returns the two as one model.
 
@@ -213,6 +227,7 @@ def train_assistant(
         settings: The paper's, unless others are given.
         trainer: Arguments of `lightning.Trainer` that replace those used here: one device, no log, no checkpoint, no
             progress bar.
+        resume: A checkpoint of the assistant's training, from which to go on.
 
     Returns:
         The model, in eval mode, where the base is.
@@ -251,7 +266,7 @@ def train_assistant(
             optimizer=partial(torch.optim.AdamW, lr=settings.lr, betas=(0.9, 0.99), weight_decay=settings.weight_decay),
             warmup_steps=settings.warmup_steps,
         )
-        L.Trainer(**options).fit(module.train(), batches)
+        L.Trainer(**options).fit(module.train(), batches, ckpt_path=resume, weights_only=True)
     # Lightning leaves the assistant on the CPU, in training mode, maybe with copies of the frozen weights.
     small.to(device_of(base)).requires_grad_(False)
     return LogitDifferenceModel(base, model.assistant, settings.weight, settings.top_logit_filter).eval()

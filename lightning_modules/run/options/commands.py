@@ -81,10 +81,6 @@ class UnlearnOptions(Options):
             raise ValueError(
                 "--probes, --best-below: expected a run with surgery, found --method uld, whose model they do not know"
             )
-        if method.method == "uld" and training.resume:
-            raise ValueError(
-                "--resume: expected a run with surgery, found --method uld, which keeps no checkpoints; start it anew"
-            )
         if method.method == "uld" and training.sharded:
             raise ValueError(
                 f"--strategy {FSDP2}: expected a run with surgery, found --method uld, which trains a small model beside a whole "

@@ -61,6 +61,7 @@ class TrainingOptions:
         uld: settings of ULD: num_layers, weight, top_logit_filter, retain_weight, perturbed_per_row;
             the defaults are the paper's, but for the model from scratch num_layers is 1 and weight is 1
         lora_init: how adapters start: at random, or by LoKU's FILA from Fisher information
+        checkpoint_every: optimizer steps between checkpoints, besides one after every epoch; null for epochs only
         precision: the precision, by Lightning's name; by default bf16-mixed with a CUDA GPU and 32-true without one
         devices: number of devices, or auto
         num_nodes: number of machines that train together; torchrun or srun starts the command on each
@@ -94,6 +95,7 @@ class TrainingOptions:
     lora_kind: Literal["lora", "dora", "rslora"] = "lora"
     uld: dict[str, float] = field(default_factory=dict)
     lora_init: Literal["default", "fila"] = "default"
+    checkpoint_every: int | None = None
     precision: str | None = None
     devices: str = "auto"
     num_nodes: int = 1
@@ -105,7 +107,7 @@ class TrainingOptions:
     def check(self) -> None:
         """Raise ValueError on options outside their domain, or that contradict each other."""
         self.optimizer_class()
-        at_least_one(self, "batch_size", "accumulate", "epochs", "score_every", "num_nodes")
+        at_least_one(self, "batch_size", "accumulate", "epochs", "score_every", "checkpoint_every", "num_nodes")
         if self.lora_rank < 0 or self.warmup_steps < 0:
             raise ValueError(
                 f"expected --lora-rank and --warmup-steps >= 0, found {self.lora_rank} and {self.warmup_steps}"

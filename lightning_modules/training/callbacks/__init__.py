@@ -5,6 +5,7 @@
 | `surgery_logger` | `SurgeryLogger`: the record of every step, `surgery.csv` |
 | `g_effect` | `GEffectLogger`: where in the model the objectives conflict, `g_effect.csv` |
 | `tradeoff_curve` | `TradeoffCurve`: forget and retain probability while training, `curve.csv` |
+| `checkpoints` | `Checkpoints`: from where an interrupted run goes on, `checkpoints/last.ckpt` |
 | `best_tradeoff` | `BestTradeoff`: the weights of the best point of the curve |
 | `collapse_alarm` | `CollapseAlarm`: a stop when retention collapses |
 | `relearn_probe` | `RelearnProbe`: how fast forgotten answers return |
@@ -12,6 +13,7 @@
 | `progress_lines` | `ProgressLines`: where training stands, in a log |
 | `probe` | what the two probes share |
 | `notes` | what callbacks tell the report |
+| `rows` | rows of a CSV file that grows |
 
 A callback of your own is a subclass of Lightning's `Callback` in a file of its own here, added to `__all__`: it reads
 `pl_module.surgery.record` (one step), `pl_module.losses`, or the points of a `TradeoffCurve` that comes before it. What
@@ -21,6 +23,7 @@ the report should say goes through `notes.note`; what has to survive a resumed r
 from __future__ import annotations
 
 from lightning_modules.training.callbacks.best_tradeoff import BestTradeoff, is_better
+from lightning_modules.training.callbacks.checkpoints import Checkpoints
 from lightning_modules.training.callbacks.collapse_alarm import CollapseAlarm, collapse
 from lightning_modules.training.callbacks.g_effect import GEffectLogger
 from lightning_modules.training.callbacks.progress_lines import ProgressLines
@@ -37,6 +40,7 @@ from lightning_modules.training.probability import mean_probabilities
 
 __all__ = [
     "BestTradeoff",
+    "Checkpoints",
     "CollapseAlarm",
     "GEffectLogger",
     "ProgressLines",

@@ -139,7 +139,7 @@ class BestTradeoff(Callback):
         last = self.curve.points[-1]["step"]
         restored = self.restore
         if self.restore and self.best["step"] != last:
-            checkpoint = trainer.strategy.load_checkpoint(self.path)
+            checkpoint = trainer.strategy.load_checkpoint(self.path, weights_only=True)
             restored = checkpoint["global_step"] == self.best["step"]
             if restored:
                 pl_module.load_state_dict(checkpoint["state_dict"])

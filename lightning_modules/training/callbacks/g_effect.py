@@ -19,8 +19,8 @@ that loss one more objective to log it.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 import gradsurgery as gs
+from lightning_modules.training.callbacks.rows import GrowingRows
 
 
 class GEffectLogger(Callback):
@@ -62,7 +63,7 @@ class GEffectLogger(Callback):
         self.layers: tuple[str, ...] = ()
         self.steps: list[int] = []
         self._grams: list[Tensor] = []
-        self._written = 0
+        self._file = GrowingRows(path)
 
     @property
     def gram(self) -> Tensor:
@@ -71,6 +72,12 @@ class GEffectLogger(Callback):
             return torch.zeros(0, len(self.layers), len(self.objectives), len(self.objectives), dtype=torch.float64)
         self._grams = [gram.cpu() for gram in self._grams]
         return torch.stack(self._grams)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Start the file anew, with the rows of the checkpoint that is resumed."""
+        if trainer.is_global_zero:
+            self._file.restart()
+            self._write(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
         """Refuse an optimizer that records no layers."""
@@ -101,6 +108,12 @@ class GEffectLogger(Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:  # noqa: ARG002 (the same)
         """Write the rows of the steps before the exception."""
+        with suppress(OSError):  # a full disk would hide the exception
+            if self._file.begun:
+                self._write(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Write the rows of a run that is resumed after its last step: there is no `on_train_end` then."""
         self._write(trainer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -113,10 +126,9 @@ class GEffectLogger(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the rows; the next write starts the file anew."""
+        """Restore the rows."""
         self.steps, self._grams = list(state_dict["steps"]), list(state_dict["gram"].unbind())
         self.layers, self.objectives = tuple(state_dict["layers"]), tuple(state_dict["objectives"])
-        self._written = 0
 
     def _surgery(self, trainer: L.Trainer) -> gs.GradientSurgery:
         found = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, gs.GradientSurgery)]
@@ -129,16 +141,10 @@ class GEffectLogger(Callback):
         return found[0]
 
     def _write(self, trainer: L.Trainer) -> None:
-        new = slice(self._written, len(self.steps))
-        if not trainer.is_global_zero or not self.steps[new]:
-            return
-        grams = self.gram[new]
-        with self.path.open("a" if self._written else "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(_columns(self.objectives)))
-            if not self._written:
-                writer.writeheader()
-            writer.writerows(_rows(self.steps[new], self.layers, self.objectives, grams))
-        self._written = len(self.steps)
+        new = slice(self._file.written // max(1, len(self.layers)), len(self.steps))
+        if trainer.is_global_zero and self.steps[new]:
+            rows = _rows(self.steps[new], self.layers, self.objectives, self.gram[new])
+            self._file.write(_columns(self.objectives), rows)
 
 
 def _columns(objectives: Sequence[str]) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from lightning_modules.training.callbacks.rows import GrowingRows
 from lightning_modules.training.module import UnlearningModule
 
 
@@ -33,13 +34,20 @@ class SurgeryLogger(Callback):
     on, every `log_every_n_steps` of the trainer. Their steps are Lightning's, which begin at 0.
 
     Args:
-        path: Of the file. The whole file is written every `flush_every` steps and at the end. None writes no file.
+        path: Of the file. Training starts it anew, and it grows every `flush_every` steps. None writes no file.
         flush_every: Steps between writes.
     """
 
-    def __init__(self, path: str | Path | None = None, flush_every: int = 20) -> None:
+    def __init__(self, path: str | Path | None = None, flush_every: int = 1) -> None:
         self.path, self.flush_every = None if path is None else Path(path), flush_every
         self.rows: list[dict[str, float]] = []
+        self._file = None if path is None else GrowingRows(path)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Start the file anew, with the rows of the checkpoint that is resumed."""
+        if trainer.is_global_zero and self._file is not None:
+            self._file.restart()
+            self._write(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Add a row if this batch ended with a step."""
@@ -75,20 +83,22 @@ class SurgeryLogger(Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:  # noqa: ARG002
         """Write the steps that led to the exception."""
+        with suppress(OSError):  # a full disk would hide the exception
+            if self._file is not None and self._file.begun:
+                self._write(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Write the rows of a run that is resumed after its last step: there is no `on_train_end` then."""
         self._write(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """The rows so far, so that a resumed run goes on with them."""
-        return {"rows": self.rows}
+        return {"rows": list(self.rows)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the rows."""
         self.rows = list(state_dict["rows"])
 
     def _write(self, trainer: L.Trainer) -> None:
-        if self.path is None or not trainer.is_global_zero or not self.rows:
-            return
-        with self.path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(self.rows[0]))
-            writer.writeheader()
-            writer.writerows(self.rows)
+        if self._file is not None and trainer.is_global_zero and self.rows:
+            self._file.write(list(self.rows[0]), self.rows[self._file.written :])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lightning_modules.data.tokenization import Encoded
+from lightning_modules.training.callbacks.rows import GrowingRows
 from lightning_modules.training.probability import mean_probabilities
 
 _POINTS = 25  # enough for a smooth curve, few enough to cost little
@@ -28,6 +30,7 @@ class TradeoffCurve(Callback):
             of the whole training, which depend on the number of processes and are known when training starts.
         stop_below: Stop training when the probability of the split "forget" falls below this.
         batch_size: Examples a forward pass.
+        path: A CSV file with a row for each point, which grows while the run goes on; None writes none.
 
     Attributes:
         points: A point for each score, `{"step": ..., split: mean probability, ...}`.
@@ -41,11 +44,19 @@ class TradeoffCurve(Callback):
         every_n_steps: int | None = None,
         stop_below: float | None = None,
         batch_size: int = 32,
+        path: str | Path | None = None,
     ) -> None:
         self.encoded = dict(encoded)
         self.pad_token_id, self.every_n_steps = pad_token_id, every_n_steps
         self.stop_below, self.batch_size = stop_below, batch_size
         self.points: list[dict[str, float]] = []
+        self._file = None if path is None else GrowingRows(path)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Start the file anew, with the points of the checkpoint that is resumed."""
+        if self._file is not None and trainer.is_global_zero:
+            self._file.restart()
+            self._write(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Score the start, and stop if enough is forgotten already, as in a run that was resumed."""
@@ -64,9 +75,13 @@ class TradeoffCurve(Callback):
         """Score the end."""
         self._score(trainer, pl_module)
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Write the rows of a run that is resumed after its last step: there is no `on_train_end` then."""
+        self._write(trainer)
+
     def state_dict(self) -> dict[str, Any]:
         """The points so far, so that a resumed run goes on with them."""
-        return {"points": self.points}
+        return {"points": list(self.points)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the points."""
@@ -84,7 +99,12 @@ class TradeoffCurve(Callback):
         self.points.append({"step": step, **scores})
         for logger in trainer.loggers:
             logger.log_metrics({f"curve/{split}": value for split, value in scores.items()}, step)
+        self._write(trainer)
         self._stop(trainer)
+
+    def _write(self, trainer: L.Trainer) -> None:
+        if self._file is not None and self.points and trainer.is_global_zero:
+            self._file.write(list(self.points[0]), self.points[self._file.written :])
 
     def _stop(self, trainer: L.Trainer) -> None:
         if self.stop_below is not None and self.points[-1].get("forget", 1.0) < self.stop_below:

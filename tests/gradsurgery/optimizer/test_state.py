@@ -185,6 +185,15 @@ def more_groups(state_dict: dict[str, Any]) -> None:
     state_dict["param_groups"].append(dict(state_dict["param_groups"][0], params=[]))
 
 
+def other_shapes(state_dict: dict[str, Any]) -> None:
+    state_dict["state"][1]["exp_avg"] = torch.zeros(2, 2)
+
+
+def other_grouping(state_dict: dict[str, Any]) -> None:
+    state_dict["state"] = {}
+    state_dict["param_groups"][0]["params"] = [0]
+
+
 def fewer_parameters(state_dict: dict[str, Any]) -> None:
     state_dict["param_groups"][0]["params"] = state_dict["param_groups"][0]["params"][:-1]
 
@@ -199,6 +208,14 @@ def fewer_parameters(state_dict: dict[str, Any]) -> None:
             r"expected averages of \['retain', 'style'\], found one of 'utility'; construct GradientSurgery with the ema_decay",
         ),
         (more_groups, "different number of parameter groups"),
+        (
+            other_shapes,
+            r"exp_avg of parameter 1 to have the parameter's shape \[5\], found \[2, 2\]; the checkpoint is of another",
+        ),
+        (
+            other_grouping,
+            r"groups of \[4\] parameters, found \[1\], a different number of parameters; the checkpoint is of",
+        ),
         (fewer_parameters, "average of 'retain' for parameter 3"),
     ],
 )

@@ -164,6 +164,19 @@ def test_a_second_process_that_was_faster_wins(
     assert "could not be cached" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_cache_is_said_and_made_again(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, _ = scratch_model(EXAMPLES, TINY, cache_dir=tmp_path)
+    (folder,) = tmp_path.iterdir()
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: len(whole) // 2])
+    again, _ = scratch_model(EXAMPLES, TINY, cache_dir=tmp_path)
+    assert "is damaged and is made again" in capsys.readouterr().err
+    assert torch.equal(weights(again), weights(model))
+    assert (folder / name).read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_a_cache_that_cannot_be_written_is_said_and_done_without(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,66 @@
+"""The checkpoint from which a run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+
+
+class Checkpoints(Checkpoint):
+    """Saves the training after every epoch, and every so many steps, always to the same file.
+
+    Lightning's `ModelCheckpoint` saves by steps or by epochs, and after a resume once more in the middle of an
+    accumulation window. With this one a killed run loses at most `every_n_steps` steps.
+
+    Args:
+        path: Of the file, usually `last.ckpt`.
+        every_n_steps: Optimizer steps between checkpoints; None for epochs only.
+        run: What the run is: option -> value, of plain types. It is saved, and a checkpoint of another run is refused;
+            an option that only one of them knows is not compared.
+
+    Raises:
+        ValueError: If `every_n_steps` is below 1; when a checkpoint of another run is loaded.
+    """
+
+    def __init__(
+        self, path: str | Path, *, every_n_steps: int | None = None, run: Mapping[str, Any] | None = None
+    ) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"Checkpoints: expected every_n_steps to be at least 1, or None, found {every_n_steps}")
+        self.path, self.every_n_steps, self.run = Path(path), every_n_steps, None if run is None else dict(run)
+        self._step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Count from where a resumed run was."""
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Save if this batch ended with a step whose turn it is. The end of an epoch is saved anyway."""
+        step = trainer.global_step
+        stepped, self._step = step != self._step, step
+        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if self.every_n_steps is not None and stepped and step % self.every_n_steps == 0 and not last:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (the same)
+        """Save the epoch."""
+        trainer.save_checkpoint(self.path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the run is."""
+        return {"run": self.run}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another run."""
+        run, found = self.run or {}, state_dict.get("run") or {}
+        other = [name for name in sorted({*run} & {*found}) if run[name] != found[name]]
+        if other:
+            said = "; ".join(f"{name}: {found[name]} there, {run[name]} here" for name in other)
+            raise ValueError(
+                f"{self.path}: expected a checkpoint of this run, found one of another ({said}); remove it to train from the start, or "
+                "put this run's in its place"
+            )
