@@ -9,7 +9,7 @@ from pathlib import Path
 import lightning as L
 
 from lightning_modules.folder import EVALUATION, METRICS, claim, write_evaluation, write_json
-from lightning_modules.run.loading import load_model, read_splits
+from lightning_modules.run.loading import check_start, load_model, read_splits
 from lightning_modules.run.options import EvaluateOptions
 from lightning_modules.run.reference_log import reference_rows, rows_of_log
 from lightning_modules.run.run import Run
@@ -39,6 +39,7 @@ def evaluate_model(options: EvaluateOptions) -> Path:
 def _evaluate_model(options: EvaluateOptions) -> Path:
     folder, seed = options.output.folder, options.output.seed
     splits = read_splits(options)
+    check_start(options, splits)
     log = rows_of_log(options.evaluation, splits)
     claim(folder)
     L.seed_everything(seed, verbose=False)

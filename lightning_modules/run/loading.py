@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 import gradsurgery as gs
 from lightning_modules.data.examples import Example, read_examples
 from lightning_modules.data.fictional_authors import QUESTIONS_PER_AUTHOR, fictional_authors
+from lightning_modules.data.files import read_text
 from lightning_modules.data.pairs import REFUSALS, ForgetRetainDataModule, TOFUDataModule
 from lightning_modules.data.tofu import tofu_examples, tofu_split
 from lightning_modules.evaluation.membership import HOLDOUT
 from lightning_modules.run.options import DataOptions, MethodOptions, Options, UnlearnOptions
+from lightning_modules.run.soundness import check_config, check_examples, check_tokenizer, check_weights
 from lightning_modules.training import objectives
 from lightning_modules.training.scratch import ScratchSettings, scratch_model
 
 _TOKENIZER_AUTHORS = 100
+_LONGEST = 400  # letters of what Transformers says, which can be a list of all its models
 
 
 def make_data(options: Options, tokenizer: Any) -> ForgetRetainDataModule:
@@ -88,7 +93,12 @@ def _refusals(method: MethodOptions) -> Sequence[str] | None:
         return None
     if method.refusals is None:
         return REFUSALS
-    return [line.strip() for line in Path(method.refusals).read_text(encoding="utf-8").splitlines() if line.strip()]
+    found = [
+        line.strip() for line in read_text(method.refusals, "a text file of refusals").splitlines() if line.strip()
+    ]
+    if not found:
+        raise ValueError(f"--refusals: expected a refusal a line in {method.refusals}, found none")
+    return found
 
 
 def load_model(options: Options, splits: Mapping[str, Sequence[Example]]) -> tuple[nn.Module, Any]:
@@ -146,30 +156,74 @@ def tokenizer_texts(data: DataOptions, splits: Mapping[str, Sequence[Example]]) 
 
 
 def load_pretrained(name: str) -> tuple[nn.Module, Any]:
-    """A causal language model in float32 and its tokenizer, from a folder or the hub.
+    """A causal language model in float32 and its tokenizer, from a folder or the hub. Nothing in them is executed.
 
     Raises:
         FileNotFoundError: If it is neither.
+        ValueError: If it is no causal language model, or weights are missing, of another shape or not finite.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from gradsurgery.logit_difference.model import LogitDifferenceConfig
+
+    config = check_pretrained(name).config
+    # A model of two models loads them itself, and says nothing about it.
+    single = not isinstance(config, LogitDifferenceConfig)
+    reports: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True} if single else {}
     with _known(name):
-        return AutoModelForCausalLM.from_pretrained(name, dtype="float32"), AutoTokenizer.from_pretrained(name)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype="float32", **reports)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    model, found = loaded if single else (loaded, {})
+    check_weights(name, model, found)
+    return model, tokenizer
 
 
-def check_pretrained(name: str) -> None:
+class Pretrained(NamedTuple):
+    """What is known of a model before its weights are loaded.
+
+    Attributes:
+        config: Its configuration; None for an adapter, whose base has one.
+        tokenizer: Its tokenizer.
+    """
+
+    config: Any
+    tokenizer: Any
+
+
+def check_pretrained(name: str) -> Pretrained:
     """Load only a model's configuration and tokenizer, so that most wrong names are refused before any work is done.
 
     Raises:
         FileNotFoundError: As `load_pretrained`.
+        ValueError: If it is no causal language model, or its tokenizer cannot write an example.
     """
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import find_adapter_config_file
 
     with _known(name):
-        if find_adapter_config_file(name) is None:  # the folder of an adapter has no configuration of a model
-            AutoConfig.from_pretrained(name)
-        AutoTokenizer.from_pretrained(name)
+        # The folder of an adapter has no configuration of a model.
+        config = AutoConfig.from_pretrained(name) if find_adapter_config_file(name) is None else None
+    if config is not None:
+        check_config(name, config)
+    with _known(name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    check_tokenizer(name, tokenizer)
+    return Pretrained(config, tokenizer)
+
+
+def check_start(options: Options, splits: Mapping[str, Sequence[Example]]) -> None:
+    """See that the model that is to forget can read all examples, without loading its weights.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+        ValueError: If it cannot read them; the message names the example.
+    """
+    if options.model.scratch:
+        return
+    known = check_pretrained(options.model.model)
+    scored = {split: rows[: options.evaluation.evaluation_examples] for split, rows in splits.items()}
+    trained = {name: splits[name] for name in ("forget", "retain") if isinstance(options, UnlearnOptions)}
+    check_examples(known.tokenizer, {**scored, **trained}, options.data.max_length, known.config)
 
 
 @contextmanager
@@ -178,10 +232,21 @@ def _known(name: str) -> Generator[None]:
     _ = gs.logit_difference.LogitDifferenceModel  # importing it registers its configuration with Transformers
     try:
         yield
-    except (OSError, ValueError) as error:
+    # A damaged file can make its reader raise anything; the advice is the same.
+    except Exception as error:
+        said = " ".join(str(error).split())
+        if isinstance(error, pickle.UnpicklingError):
+            said = (
+                "weights in a pickle that is broken or would run code, which is never done; convert them to safetensors"
+            )
+        elif not isinstance(error, (OSError, ValueError)):
+            said = f"{type(error).__name__}: {said}"
         where = (
             "is a folder without a loadable model"
-            if Path(name).is_dir()
+            if os.path.isdir(name)
             else "is neither a folder nor a model on the hub"
         )
-        raise FileNotFoundError(f"--model or --reference: {name!r} {where}: {error}") from error
+        raise FileNotFoundError(
+            f"--model or --reference: {name!r:.200} {where}: expected config.json, safetensors and a tokenizer, found: "
+            f"{said[:_LONGEST]}{'...' if len(said) > _LONGEST else ''}"
+        ) from error

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import yaml
-
 from lightning_modules.folder import CONFIG, METRICS
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.options.flat import flag
+from lightning_modules.run.saved import read_options
 
 
 def resumed(given: UnlearnOptions) -> UnlearnOptions:
@@ -28,10 +25,10 @@ def resumed(given: UnlearnOptions) -> UnlearnOptions:
             f"--resume: expected an interrupted run, found a finished one in {folder}; choose another --output, or draw its report "
             f"again with `gradsurgery report {folder}`"
         )
-    values: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8"))
+    values = read_options(config)
     names = set(UnlearnOptions.names())
     place = {"output": given.output.output}
-    saved = UnlearnOptions.of(**{name: value for name, value in values.items() if name in names} | place)
+    saved = UnlearnOptions.of(**values | place)
     before, now = saved.flat(), given.flat()
     default = UnlearnOptions.of(**place).flat()
     changed = [flag(name) for name in sorted(names - {"resume"}) if now[name] not in (default[name], before[name])]

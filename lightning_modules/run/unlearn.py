@@ -10,10 +10,11 @@ from pathlib import Path
 import lightning as L
 from rich.console import Console
 
+from lightning_modules.data.uld import uld_data
 from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import EVALUATION, METRICS, claim, write_evaluation, write_json
-from lightning_modules.run.loading import load_model, read_splits
+from lightning_modules.run.loading import check_start, load_model, read_splits
 from lightning_modules.run.methods import Unlearned, by_assistant, by_surgery
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.reference_log import reference_rows, rows_of_log
@@ -48,6 +49,9 @@ def unlearn(options: UnlearnOptions) -> Path:
 def _unlearn(options: UnlearnOptions) -> Path:
     folder = options.output.folder
     splits = read_splits(options)
+    check_start(options, splits)
+    if options.method.method == "uld":
+        uld_data(splits, perturbed_per_row=options.uld_settings().perturbed_per_row)  # raises where answers are missing
     log = rows_of_log(options.evaluation, splits)
     if will_be_first() and not options.training.resume:
         claim(folder)
