@@ -39,9 +39,8 @@ def claim(folder: Path) -> None:
         FileExistsError: If the folder holds files of a run.
         PermissionError: If the folder cannot be created or written to.
     """
-    found = [
-        name for name in (METRICS, EVALUATION, CONFIG, SURGERY, "model", "checkpoints") if (folder / name).exists()
-    ]
+    names = (METRICS, EVALUATION, CONFIG, SURGERY, "model", "checkpoints")
+    found = [name for name in names if os.path.lexists(folder / name)]
     if found:
         raise FileExistsError(
             f"--output: expected a new or empty folder, found {', '.join(found)} of an earlier run in {folder}; choose another folder, "

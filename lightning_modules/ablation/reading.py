@@ -114,5 +114,6 @@ def _section(kind: type[Section], values: Mapping[str, Any], where: str) -> Sect
     try:
         parsed = parser.parse_object({"section": dict(values)})["section"].as_dict()
     except (argparse.ArgumentError, TypeError) as error:
-        raise ValueError(f"{where}: {' '.join(str(error).replace('section.', '').split())}") from error
+        said = " ".join(str(error).replace("section.", "").split())
+        raise ValueError(f"{where}: expected other values, found: {said}") from error
     return kind(**parsed)

@@ -98,7 +98,7 @@ def evenly_spaced(rows: Sequence[Item], count: int, *, centred: bool = False) ->
 def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
     text = read_text(path, _EXPECTED)
     if text.lstrip().startswith("["):
-        rows = _parsed(text, str(path), "")
+        rows = _parsed(text, str(path), ": expected an array of objects", within=True)
         yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
         return
     # Not splitlines(), which also splits at separators such as U+2028 that JSON allows inside a string.
@@ -110,11 +110,11 @@ def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
             )
 
 
-def _parsed(text: str, where: str, expected: str) -> Any:
+def _parsed(text: str, where: str, expected: str, *, within: bool = False) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        place = where if expected else f"{where}, line {error.lineno}"
+        place = f"{where}, line {error.lineno}" if within else where
         raise ValueError(f"{place}: this is not valid JSON ({error.msg}){expected}") from error
     except (ValueError, RecursionError) as error:  # a key twice, a number of 5000 digits, 10000 brackets
         raise ValueError(f"{where}: this is not the JSON of examples ({error}){expected}") from error
@@ -142,7 +142,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, object]]:
                 )
             yield f"row {number}", {name: value for name, value in row.items() if value or name not in _OPTIONAL}
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: this is not valid CSV ({error})") from error
+        raise ValueError(
+            f"{path}, line {reader.line_num}: this is not valid CSV ({error}): expected as many values a row as the first names"
+        ) from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
@@ -154,7 +156,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
         rows = parquet.read_table(path).to_pylist()
     except (ArrowException, OSError) as error:  # of a damaged page, pyarrow says OSError
         said = " ".join(str(error).split())
-        raise ValueError(f"{path} is not a valid Parquet file ({said}): make it again") from error
+        raise ValueError(f"{path} is not a valid Parquet file ({said}): expected {_EXPECTED}, make it again") from error
     yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 

@@ -46,7 +46,9 @@ def read_text(path: str | Path, expected: str) -> str:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}, is not UTF-8 text ({error}): save it as UTF-8") from error
+        raise ValueError(
+            f"{path}, line {line}, is not UTF-8 text ({error}): expected {expected}, save it as UTF-8"
+        ) from error
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise ValueError(

@@ -79,7 +79,9 @@ def check_examples(
             try:
                 ids = encode(tokenizer, row["question"], row["answer"], max_length).input_ids
             except ValueError as error:
-                raise ValueError(f"{split}, example {number}: {error}") from error
+                raise ValueError(
+                    f"{split}, example {number}: expected a question that leaves room for its answer: {error}"
+                ) from error
             if len(ids) > context:
                 raise ValueError(
                     f"{split}, example {number}: expected at most the {context} tokens of the model's context, found {len(ids)} in "

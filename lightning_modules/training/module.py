@@ -17,6 +17,7 @@ from lightning_modules.training.heads import AnswerHead
 from lightning_modules.training.objectives import name_of, needs_reference, needs_refusals, objective
 from lightning_modules.training.probability import add_answers, uncollated
 from lightning_modules.training.references import Reference
+from lightning_modules.training.soundness import check_batches, check_model, check_numbers, naming_the_batch
 from lightning_modules.training.token_count import mean_token_count
 from lightning_modules.training.warmup import with_warmup
 
@@ -57,9 +58,9 @@ class UnlearningModule(L.LightningModule):
             loss of all processes, and saved with the module.
 
     Raises:
-        ValueError: If `retain_loss` teaches refusals, if a loss compares with a start model and there is no
-            `reference`, or if `skip_first` is given to a loss that chooses its own tokens.
-        TypeError: If a loss is not a function.
+        ValueError: If a number is negative, if `retain_loss` teaches refusals, if a loss compares with a start model
+            and there is no `reference`, or if `skip_first` is given to a loss that chooses its own tokens.
+        TypeError: If a loss is not a function, or the model gives no logits.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -85,6 +86,8 @@ class UnlearningModule(L.LightningModule):
         dual: gs.losses.DualVariable | None = None,
     ) -> None:
         super().__init__()
+        check_model(model)
+        check_numbers(skip_first=skip_first, warmup_steps=warmup_steps, retain_inside=retain_inside)
         self.model = model
         self._answer_head = AnswerHead(model)
         self.objectives = {"forget": objective(forget_loss, skip_first), "retain": objective(retain_loss, 0)}
@@ -94,6 +97,7 @@ class UnlearningModule(L.LightningModule):
         self.losses: dict[str, Tensor] = {}
         self._retain_losses: list[Tensor] = []
         self._steps_seen = 0
+        self._indices: dict[str, Tensor | None] = {}
         # A dictionary, so that the metrics are no submodules: Lightning would move their float64 states along, also to
         # a device that has no float64.
         self._probabilities: dict[str, AnswerProbability] = {}
@@ -128,6 +132,8 @@ class UnlearningModule(L.LightningModule):
 
     def training_step(self, batch: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         """Both losses, joined into one scalar whose backward pass does the surgery."""
+        check_batches(batch, self.objectives)
+        self._indices.update({name: batch[name].get("index") for name in self.objectives})
         losses = {name: compute(self, batch, name) for name, compute in self.objectives.items()}
         self.losses = {name: loss.detach() for name, loss in losses.items()}
         self.log_dict({f"loss/{name}": loss for name, loss in self.losses.items()}, prog_bar=True)
@@ -137,6 +143,11 @@ class UnlearningModule(L.LightningModule):
             self._retain_losses.append(self.losses["retain"])
             losses["retain"] = losses["retain"] * self.dual.value
         return self.surgery.join(retain_graph=bool(self.retain_inside), **losses)
+
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        """Lightning's; where a gradient is not finite, the error names the objective and the batch."""
+        with naming_the_batch(self._indices, *arguments[:2]):
+            super().optimizer_step(*arguments, **options)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002 (Lightning's signature)
         """Move the dual variable once per optimizer step."""
@@ -198,4 +209,11 @@ class UnlearningModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """The wrapped base optimizer, and its warm-up."""
         named = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        return with_warmup(self.make_surgery(self.make_optimizer(named)), self.warmup_steps)
+        if not named:
+            raise ValueError(
+                "model: expected parameters that require a gradient, found none; call requires_grad_() on those to be trained"
+            )
+        optimizer: Any = self.make_surgery(self.make_optimizer(named))
+        if not isinstance(optimizer, gs.GradientSurgery):
+            raise TypeError(f"expected one GradientSurgery from the surgery argument, found {type(optimizer).__name__}")
+        return with_warmup(optimizer, self.warmup_steps)
