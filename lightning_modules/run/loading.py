@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 from collections.abc import Generator, Mapping, Sequence
@@ -24,6 +25,8 @@ from lightning_modules.training import objectives
 from lightning_modules.training.scratch import ScratchSettings, scratch_model
 
 _TOKENIZER_AUTHORS = 100
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+"""A model's own Python is never run. Without this, Transformers asks whoever sits at the terminal, and waits."""
 _LONGEST = 400  # letters of what Transformers says, which can be a list of all its models
 
 
@@ -171,8 +174,8 @@ def load_pretrained(name: str) -> tuple[nn.Module, Any]:
     single = not isinstance(config, LogitDifferenceConfig)
     reports: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True} if single else {}
     with _known(name):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype="float32", **reports)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype="float32", **NO_CODE, **reports)
+        tokenizer = AutoTokenizer.from_pretrained(name, **NO_CODE)
     model, found = loaded if single else (loaded, {})
     check_weights(name, model, found)
     return model, tokenizer
@@ -202,11 +205,11 @@ def check_pretrained(name: str) -> Pretrained:
 
     with _known(name):
         # The folder of an adapter has no configuration of a model.
-        config = AutoConfig.from_pretrained(name) if find_adapter_config_file(name) is None else None
+        config = AutoConfig.from_pretrained(name, **NO_CODE) if find_adapter_config_file(name) is None else None
     if config is not None:
         check_config(name, config)
     with _known(name):
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **NO_CODE)
     check_tokenizer(name, tokenizer)
     return Pretrained(config, tokenizer)
 
@@ -221,6 +224,15 @@ def check_start(options: Options, splits: Mapping[str, Sequence[Example]]) -> No
     if options.model.scratch:
         return
     known = check_pretrained(options.model.model)
+    if isinstance(options, UnlearnOptions) and options.method.method != "uld" and known.config is not None:
+        width, rank = (
+            getattr(known.config.get_text_config(), "hidden_size", None) or math.inf,
+            options.training.lora_rank,
+        )
+        if rank > width:
+            raise ValueError(
+                f"--lora-rank: expected at most the model's width, {width}, found {rank}: such adapters are larger than the weights"
+            )
     scored = {split: rows[: options.evaluation.evaluation_examples] for split, rows in splits.items()}
     trained = {name: splits[name] for name in ("forget", "retain") if isinstance(options, UnlearnOptions)}
     check_examples(known.tokenizer, {**scored, **trained}, options.data.max_length, known.config)

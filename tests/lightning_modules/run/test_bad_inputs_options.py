@@ -32,6 +32,7 @@ NUMBERS = [
     *between("best-below", "1"),
     *between("stop-below", "1", "-0.1"),
     *between("seed", "-1", "4294967296"),
+    value("lora-rank", "1000000", "--lora-rank: expected at most the model's width, 8, found 1000000"),
     value("lr", "1e400", "--lr: expected a finite number, found inf"),
     value("max-norm", "0", "max_norm: expected a positive number, found 0"),
     value("ema-decay", "1", "ema_decay: expected the old value's weight in [0, 1), found 1"),
