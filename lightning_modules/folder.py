@@ -32,6 +32,7 @@ METRICS, CONFIG, CURVE, SURGERY, EVALUATION, START_MODEL, G_EFFECT = (
 CHECKPOINTS = "checkpoints"  # as long as the run goes on
 LAST_CHECKPOINT = f"{CHECKPOINTS}/last.ckpt"
 LOCK = ".lock"
+_TEXTS = ("question", "answer", "generation", "model", "split")
 TRAINING, PROBES = "training.json", "probes.json"  # written by callbacks, read by the report
 REPORT = ("report.html", "report.md", "curves.png", "g_effect.png")
 MODEL, LOGS = "model", "logs"
@@ -183,10 +184,8 @@ def read_evaluation(path: Path) -> tuple[str, Log]:
         ValueError: If the file is not such a log, or holds neither of the two.
     """
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-        for number, row in enumerate(rows, start=1):
-            if not isinstance(row, dict):
-                raise ValueError(f"row {number} is a {type(row).__name__} and no object")
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        rows = [_object(number, line) for number, line in enumerate(lines, start=1)]
         rows = [{key: _number(key, value) for key, value in row.items()} for row in rows]
     except ValueError as error:
         raise ValueError(f"{path}: expected the lines of an {EVALUATION}, found something else: {error}") from error
@@ -208,6 +207,16 @@ def read_evaluation(path: Path) -> tuple[str, Log]:
     return model, splits
 
 
+def _object(number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"row {number} of it is no JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"row {number} is a {type(row).__name__} and no object")
+    return row
+
+
 def _check_row(row: Mapping[str, Any], where: str) -> None:
     """Raise ValueError if a line lacks what identifies an example, or half of its truth ratio."""
     expected = ["model", "split", "question", "answer"]
@@ -217,6 +226,12 @@ def _check_row(row: Mapping[str, Any], where: str) -> None:
         lacking += (
             [] if isinstance(row.get("paraphrase_nll"), (int, float)) else ["paraphrase_nll with its perturbed_nll"]
         )
+    numbers = {key: value for key, value in row.items() if key not in _TEXTS}
+    lacking += [
+        f"{key} as {'numbers' if key == 'perturbed_nll' else 'a number'}"
+        for key, value in numbers.items()
+        if any(isinstance(entry, (list, dict)) for entry in (value if key == "perturbed_nll" else [value]) or ())
+    ]
     if lacking:
         raise ValueError(
             f"{where}: expected a line of an {EVALUATION}, found one without {', '.join(lacking)} (it has {', '.join(row) or 'nothing'}); "
@@ -226,7 +241,7 @@ def _check_row(row: Mapping[str, Any], where: str) -> None:
 
 def _number(key: str, value: Any) -> Any:
     """Turn "NaN" and "Infinity", as `write_evaluation` spells them, back into numbers; texts stay as they are."""
-    if key in ("question", "answer", "generation", "model", "split"):
+    if key in _TEXTS:
         return value
     if isinstance(value, list):
         return [_number(key, entry) for entry in value]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -20,6 +21,7 @@ from lightning_modules.run.options import (
     TrainingOptions,
     UnlearnOptions,
 )
+from lightning_modules.training.scratch import ScratchSettings
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,21 @@ class Grid:
             )
         if not (self.seeds.data and self.seeds.model):
             raise ValueError(f"seeds: expected at least one of data and one of model, found {self.seeds}")
+        for name, seeds in vars(self.seeds).items():
+            if len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**32 for seed in seeds):
+                raise ValueError(
+                    f"seeds, {name}: expected different whole numbers between 0 and {2**32 - 1}, found {list(seeds)}"
+                )
+        for name, values in self.targets.on_the_way.items():
+            domain = "above 0" if name == "forget_nll" else "between 0 and 1"
+            numbers = [value for value in values if value != "reference"]
+            if not all(0.0 < value < (math.inf if name == "forget_nll" else 1.0) for value in numbers):
+                raise ValueError(f"targets, {name}: expected numbers {domain}, found {list(values)}")
+        if not isinstance(self.model, str):
+            try:
+                ScratchSettings(**vars(self.model)).check()
+            except ValueError as error:
+                raise ValueError(f"model: {error}") from error
         if isinstance(self.model, str) and len(self.seeds.model) > 1:
             raise ValueError(
                 f"seeds: expected one model seed for the ready model {self.model}, found {self.seeds.model}"

@@ -9,11 +9,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from lightning_modules.ablation.grid import Grid
 from lightning_modules.ablation.methods import Method
 from lightning_modules.ablation.sections import Data, Evaluate, Scratch, Seeds, Targets, Train
+from lightning_modules.data.files import read_yaml
 
 Section = TypeVar("Section")
 
@@ -34,13 +33,9 @@ def read_grid(path: str | Path, tofu_dir: str | None = None) -> Grid:
         ValueError: If it is not a grid. The message says which key, what was expected and what was found.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
+        values = read_yaml(path, "a grid")
+    except FileNotFoundError as error:
         raise FileNotFoundError(f"--config: expected a YAML file with a grid, found none at {path}") from error
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML, found something else: {error}") from error
     known = [entry.name for entry in fields(Grid)]
     if not isinstance(values, Mapping) or not set(values) <= set(known) or not {"methods", "targets"} <= set(values):
         found = list(values) if isinstance(values, Mapping) else type(values).__name__
@@ -119,5 +114,6 @@ def _section(kind: type[Section], values: Mapping[str, Any], where: str) -> Sect
     try:
         parsed = parser.parse_object({"section": dict(values)})["section"].as_dict()
     except (argparse.ArgumentError, TypeError) as error:
-        raise ValueError(f"{where}: {' '.join(str(error).replace('section.', '').split())}") from error
+        said = " ".join(str(error).replace("section.", "").split())
+        raise ValueError(f"{where}: expected other values, found: {said}") from error
     return kind(**parsed)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_modules.ablation.grid import Grid, Run
-from lightning_modules.ablation.run import RUNS, refuse_other
+from lightning_modules.ablation.run import RUNS, read_result, refuse_other
 from lightning_modules.ablation.statistics import Paired, paired
 from lightning_modules.files import write_text
 
@@ -53,7 +52,7 @@ def _rows(run: Run, folder: Path) -> Iterator[dict[str, Any]]:
     path = folder / RUNS / f"{run.id}.json"
     found: dict[str, Any] = {"status": "missing", "reason": "not run yet"}
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_result(path, "status", "reason")
         refuse_other(path, found["config"], run.config)
     seeds = {"data_seed": run.data_seed, "model_seed": run.model_seed}
     identity = {"id": run.id, "method": run.method.name, **seeds}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from lightning_modules.ablation.sections import Scratch
 from lightning_modules.ablation.training import train
 from lightning_modules.ablation.weights import by_assistant, by_rectified, by_task_vector
 from lightning_modules.data.examples import Example
+from lightning_modules.data.files import read_json
 from lightning_modules.folder import versions, write_json
 from lightning_modules.run.identity import content_versions, examples_hash, model_identity
 from lightning_modules.run.loading import load_model, load_pretrained, make_data, read_splits, tokenizer_texts
@@ -96,7 +96,7 @@ def prepare(run: Run, folder: Path) -> dict[str, Any]:
     found = content(run.grid, splits)
     config = {name: run.config[name] for name in ("data", "model", "evaluate", "model_seed")}
     if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_result(path, "start", "reference")
         refuse_other(path, known["config"], config)
         refuse_other(path, known.get("content") or {}, found)
         return known
@@ -154,6 +154,22 @@ def content(grid: Grid, splits: Splits | None = None) -> dict[str, Any]:
         **{name: model_identity(model) if isinstance(model, str) else None for name, model in models.items()},
         "versions": content_versions(),
     }
+
+
+def read_result(path: Path, *keys: str) -> dict[str, Any]:
+    """What `write` wrote.
+
+    Raises:
+        ValueError: If it is not JSON, or lacks its configuration or one of the keys.
+    """
+    found = read_json(path, "a result of `gradsurgery ablate`")
+    lacking = [key for key in ("config", *keys) if not isinstance(found, Mapping) or key not in found]
+    if lacking or not isinstance(found["config"], Mapping):
+        raise ValueError(
+            f"{path}: expected a result of `gradsurgery ablate`, found something without {', '.join(lacking) or 'its configuration'}; "
+            "remove the file, and the same command does that part again"
+        )
+    return dict(found)
 
 
 def refuse_other(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import time
 import traceback
@@ -25,7 +24,7 @@ from lightning_modules.ablation.grid import Grid, Run, plain
 from lightning_modules.ablation.options import AblateOptions
 from lightning_modules.ablation.reading import read_grid
 from lightning_modules.ablation.results import read_results, write_csv
-from lightning_modules.ablation.run import RUNS, content, execute, prepare, refuse_other
+from lightning_modules.ablation.run import RUNS, content, execute, prepare, read_result, refuse_other
 from lightning_modules.ablation.table import write_table
 from lightning_modules.files import write_text
 from lightning_modules.folder import versions, write_json
@@ -63,7 +62,10 @@ def ablate(options: AblateOptions) -> Path | None:
     chosen = _chosen(runs, options)
     there = content(grid) if (folder / RUNS).exists() else {}
     pending = [run for run in chosen if not finished(run, folder, there)]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise PermissionError(f"--output: expected a folder that can be written, found {folder}: {error}") from error
     started = time.perf_counter()
     failed = _do(pending, folder, options)
     if options.only is None and options.index is None:
@@ -94,7 +96,7 @@ def finished(run: Run, folder: Path, found_now: Mapping[str, Any]) -> bool:
     path = folder / RUNS / f"{run.id}.json"
     if not path.exists():
         return False
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_result(path, "status")
     refuse_other(path, found["config"], run.config)
     if found["status"] != "finished":
         return False

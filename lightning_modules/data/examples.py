@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lightning_modules.data.files import existing_file, read_text
+
 Example = dict[str, Any]
 Item = TypeVar("Item")
 
 _ACCEPTED = "question and answer, prompt and response, messages, or text"
+_EXPECTED = "a file of examples"
 _PAIRS = (("question", "answer"), ("prompt", "response"))
+_NAMES = ("question", "answer", "prompt", "response", "messages", "text")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_SHOWN = 12  # columns in a message: a table can have thousands
 _OPTIONAL = ("paraphrased_answer", "perturbed_answer")
 
 
@@ -42,23 +50,32 @@ def read_examples(path: str | Path) -> list[Example]:
             the row or line.
         ImportError: for Parquet without pyarrow.
     """
-    path = Path(path)
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "nothing"
-        raise FileNotFoundError(f"expected a file of examples at {path}, found {found} there: check the path")
+    path = existing_file(path, _EXPECTED)
     readers = {".json": _json_rows, ".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise ValueError(
             f"expected {path} to end in {', '.join(readers)}, found {path.suffix or 'no ending'!r}: plain text can be "
-            'given as JSON lines, {"text": "..."} on each line'
+            'given as JSON lines, {"text": "..."} on each line; an archive has to be unpacked'
         )
-    try:
-        examples = [as_example(row, f"{path}, {where}") for where, row in reader(path)]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
+    examples: list[Example] = []
+    places: dict[tuple[str, str], list[str]] = {}
+    for where, row in reader(path):
+        example = as_example(row, f"{path}, {where}")
+        if not example["question"] and not (isinstance(row, Mapping) and "text" in row):
+            raise ValueError(
+                f'{path}, {where}: the question is empty: expected one, or plain text as {{"text": ...}} without a question'
+            )
+        examples.append(example)
+        places.setdefault((example["question"], example["answer"]), []).append(where)
     if not examples:
         raise ValueError(f"{path} is empty: expected at least one row with {_ACCEPTED}")
+    if repeated := [same for same in places.values() if len(same) > 1]:
+        warnings.warn(
+            f"{path}: {len(repeated)} of {len(places)} examples are there more than once, the first of them in "
+            f"{' and '.join(repeated[0][:3])}: each counts as often as it is there; remove those that are there by mistake",
+            stacklevel=2,
+        )
     return examples
 
 
@@ -81,51 +98,67 @@ def evenly_spaced(rows: Sequence[Item], count: int, *, centred: bool = False) ->
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
-    text = path.read_text(encoding="utf-8-sig")
+    text = read_text(path, _EXPECTED)
     if text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {error.lineno}: this is not valid JSON ({error.msg})") from error
+        rows = _parsed(text, str(path), ": expected an array of objects", within=True)
         yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
         return
     # Not splitlines(), which also splits at separators such as U+2028 that JSON allows inside a string.
     for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield f"line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number}: this is not valid JSON ({error.msg}): expected an array of objects, or one "
-                "object a line"
-            ) from error
+        if line.strip():
+            yield (
+                f"line {number}",
+                _parsed(line, f"{path}, line {number}", ": expected an array of objects, or one object a line"),
+            )
+
+
+def _parsed(text: str, where: str, expected: str, *, within: bool = False) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        place = f"{where}, line {error.lineno}" if within else where
+        raise ValueError(f"{place}: this is not valid JSON ({error.msg}){expected}") from error
+    except (ValueError, RecursionError) as error:  # a key twice, a number of 5000 digits, 10000 brackets
+        raise ValueError(f"{where}: this is not the JSON of examples ({error}){expected}") from error
+
+
+def _object(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(entries)
+    if len(row) < len(entries):
+        names = [name for name, _ in entries]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice in one object")
+    return row
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, object]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for number, row in enumerate(reader, start=1):
-                if None in row or None in row.values():
-                    raise ValueError(
-                        f"{path}, row {number} (line {reader.line_num}): expected {len(reader.fieldnames or ())} "
-                        "values, as many as the first line names: a value that contains a comma needs quotes"
-                    )
-                yield f"row {number}", {name: value for name, value in row.items() if value or name not in _OPTIONAL}
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: this is not valid CSV ({error})") from error
+    reader = csv.DictReader(io.StringIO(read_text(path, _EXPECTED), newline=""), strict=True)
+    try:
+        names = reader.fieldnames or ()
+        if twice := [name for name in names if name in (*_NAMES, *_OPTIONAL) and list(names).count(name) > 1]:
+            raise ValueError(f"{path}, line 1: the column {twice[0]} is there twice: expected every name once")
+        for number, row in enumerate(reader, start=1):
+            if None in row or None in row.values():
+                raise ValueError(
+                    f"{path}, row {number} (line {reader.line_num}): expected {len(names)} "
+                    "values, as many as the first line names: a value that contains a comma needs quotes"
+                )
+            yield f"row {number}", {name: value for name, value in row.items() if value or name not in _OPTIONAL}
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}, line {reader.line_num}: this is not valid CSV ({error}): expected as many values a row as the first names"
+        ) from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise ImportError(f"reading {path} needs pyarrow: pip install datasets") from error
     try:
         rows = parquet.read_table(path).to_pylist()
-    except ArrowInvalid as error:
-        raise ValueError(f"{path} is not a valid Parquet file ({error})") from error
+    except (ArrowException, OSError) as error:  # of a damaged page, pyarrow says OSError
+        said = " ".join(str(error).split())
+        raise ValueError(f"{path} is not a valid Parquet file ({said}): expected {_EXPECTED}, make it again") from error
     yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 
@@ -144,6 +177,10 @@ def as_example(row: object, where: str = "this example") -> Example:
     question, answer = _question_and_answer(row, where)
     if not answer.strip():
         raise ValueError(f"{where}: the answer is empty: expected some text to learn or to forget")
+    if question and not question.strip():
+        raise ValueError(
+            f"{where}: the question is only white space: expected some text, or plain text without a question"
+        )
     example: Example = {"question": question, "answer": answer}
     turns = _turns(row.get("messages"))
     plain = [turn["role"] for turn in turns] in ([], ["user", "assistant"])  # question and answer say it all
@@ -152,6 +189,8 @@ def as_example(row: object, where: str = "this example") -> Example:
     # A column that only some rows have is null in the others.
     if row.get("paraphrased_answer") is not None:
         example["paraphrased_answer"] = _text(row, "paraphrased_answer", where)
+        if not example["paraphrased_answer"].strip():
+            raise ValueError(f"{where}: the paraphrased_answer is empty: expected some text, or leave it out")
     if row.get("perturbed_answer") is not None:
         example["perturbed_answer"] = _texts(row["perturbed_answer"], where)
     return example
@@ -199,7 +238,9 @@ def _question_and_answer(row: Mapping[str, Any], where: str) -> tuple[str, str]:
         return _last_turn(row["messages"], where)
     if "text" in row:
         return "", _text(row, "text", where)
-    raise ValueError(f"{where}: found the columns {', '.join(map(str, row)) or 'none'}; expected {_ACCEPTED}")
+    columns = [str(name)[:40] for name in row]
+    more = f" and {len(columns) - _SHOWN} more" if len(columns) > _SHOWN else ""
+    raise ValueError(f"{where}: found the columns {', '.join(columns[:_SHOWN]) or 'none'}{more}; expected {_ACCEPTED}")
 
 
 def _last_turn(messages: object, where: str) -> tuple[str, str]:
@@ -209,6 +250,9 @@ def _last_turn(messages: object, where: str) -> tuple[str, str]:
     for turn in messages:
         if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str) or "role" not in turn:
             raise ValueError(f"{expected}, found {turn!r:.80}")
+        if turn["role"] not in _ROLES:
+            raise ValueError(f"{expected} with a role among {', '.join(_ROLES)}, found {turn['role']!r:.80}")
+        _checked(turn["content"], "content", where)
     turns = _turns(messages)
     if not turns:
         raise ValueError(f"{expected} with an assistant turn, found the roles {[turn['role'] for turn in messages]}")
@@ -229,9 +273,19 @@ def _joined(turns: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
 
 
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:
-    if not isinstance(row[name], str):
-        raise ValueError(f"{where}: expected {name} to be text, found {type(row[name]).__name__}")
-    return row[name]
+    return _checked(row[name], name, where)
+
+
+def _checked(value: object, name: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: expected {name} to be text, found {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a pair, and the tokenizer would fail
+        raise ValueError(
+            f"{where}: expected {name} to be text, found half of a surrogate pair in {value!r:.80}: write the whole character"
+        ) from error
+    return value
 
 
 def _texts(value: object, where: str) -> list[str]:
@@ -240,6 +294,6 @@ def _texts(value: object, where: str) -> list[str]:
             value = json.loads(value)
         except json.JSONDecodeError:
             value = [value]
-    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) and text.strip() for text in value):
         raise ValueError(f"{where}: expected perturbed_answer to be a list of texts, found {value!r:.80}")
-    return list(value)
+    return [_checked(text, "perturbed_answer", where) for text in value]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,11 +80,17 @@ class ForgetRetainDataModule(L.LightningDataModule):
             refusals: answers such as "I do not know."; `REFUSALS` are some.
 
         Raises:
-            ValueError: if `batch_size` is below 1, or `refusals` is an empty list.
+            ValueError: if `batch_size` is below 1, `refusals` is an empty list or one of blanks, or a source is neither
+                a file nor a list.
         """
         super().__init__()
+        for name, source in (("forget", forget), ("retain", retain)):
+            if isinstance(source, Mapping) or not isinstance(source, (str, Path, Iterable)):
+                raise ValueError(f"{name}: expected a file or a list of examples, found {type(source).__name__}")
         if refusals is not None and not refusals:
             raise ValueError("refusals: expected at least one answer, or None, found an empty list")
+        if isinstance(refusals, str) or not all(refusal.strip() for refusal in refusals or ()):
+            raise ValueError(f"refusals: expected a list of answers with text, found {refusals!r:.80}")
         if batch_size < 1:
             raise ValueError(f"expected batch_size to be at least 1, found {batch_size}")
         self.sources = {"forget": forget, "retain": retain}

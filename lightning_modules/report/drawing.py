@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,8 +36,13 @@ def draw(folder: Path, others: Sequence[Path] = (), defaults: Defaults | None = 
     run.changed = None if defaults is None else changed_options(run.config, defaults)
     pictured = figures.write_png(folder / "curves.png", run)
     layers = folder / "g_effect.png"
+    readable = True
     if (folder / G_EFFECT).exists():
-        heat_map(folder / G_EFFECT, layers)
-    by_layer = layers if layers.exists() else None
+        try:
+            heat_map(folder / G_EFFECT, layers)
+        except (ValueError, csv.Error) as error:
+            run.missing.append(f"{G_EFFECT} cannot be read ({error}); the report lacks the conflict by layer.")
+            readable = False
+    by_layer = layers if readable and layers.exists() else None
     write_text(folder / "report.md", markdown.page(run, pictured=pictured, by_layer=by_layer))
     write_text(folder / "report.html", html.page(run, by_layer=by_layer))

@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 
 import yaml
 
+from lightning_modules.data.files import read_json
 from lightning_modules.folder import CONFIG, CURVE, EVALUATION, METRICS, PROBES, SURGERY, TRAINING
+from lightning_modules.report.shape import MODELS, check_metrics
 
 COLUMNS = (
     ("probability", "probability"),
@@ -21,7 +23,6 @@ COLUMNS = (
 )
 MEMORY = (("exact_memorization", "exact memorization"), ("extraction_strength", "extraction strength"))
 SCORES = (*COLUMNS, *MEMORY)
-MODELS = ("before", "after", "reference")
 
 Found = TypeVar("Found")
 ScoredExamples = list[dict[str, Any]]
@@ -76,17 +77,8 @@ def read(folder: Path) -> FinishedRun:
         raise FileNotFoundError(
             f"report: expected a finished run, found no {METRICS} in {folder}; give the folder of `gradsurgery unlearn`"
         )
-    try:
-        metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"report: expected JSON in {folder / METRICS}, found something else: {error}") from error
-    wanted = {*MODELS, "forget_quality", "seconds", "seed", "versions"}
-    if not isinstance(metrics, dict) or wanted - set(metrics) or not metrics["after"]:
-        lacking = sorted(wanted - set(metrics)) if isinstance(metrics, dict) else ["an object"]
-        raise ValueError(
-            f"report: expected the {METRICS} of `gradsurgery unlearn` or `evaluate` in {folder}, found one without "
-            f"{', '.join(lacking) or 'scores of the model after'}"
-        )
+    metrics = read_json(folder / METRICS, f"the {METRICS} of a run")
+    check_metrics(metrics, folder)
     run = FinishedRun(metrics)
     run.surgery = _read(run, folder / SURGERY, _surgery, "the conflict of the gradients")
     run.curve = _read(
@@ -96,7 +88,7 @@ def read(folder: Path) -> FinishedRun:
     run.config = _read(run, folder / CONFIG, _mapping(yaml.safe_load), "what was run") or {}
     for name in (TRAINING, PROBES):  # not every run has them, so nothing is missing without
         if (folder / name).exists():
-            entries = _read(run, folder / name, _mapping(json.loads), "what it holds") or {}
+            entries = _read(run, folder / name, _notes, "what it holds") or {}
             setattr(run, name.partition(".")[0], entries)
     run.missing += list(_disagreements(run))
     return run
@@ -124,7 +116,7 @@ def _read(run: FinishedRun, path: Path, parse: Callable[[str], Any], without: st
         return []
     try:
         return parse(path.read_text(encoding="utf-8"))
-    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError, csv.Error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError, csv.Error) as error:
         run.missing.append(f"{path.name} cannot be read ({' '.join(str(error).split())}); the report lacks {without}.")
         return []
 
@@ -154,9 +146,19 @@ def _mapping(load: Callable[[str], Any]) -> Callable[[str], dict[str, Any]]:
         value = load(text)
         if not isinstance(value, dict):
             raise ValueError(f"expected a mapping, found {type(value).__name__}")
+        if strange := [name for name in value if not isinstance(name, str)]:
+            raise ValueError(f"expected names, found {strange[0]!r}")
         return value
 
     return parse
+
+
+def _notes(text: str) -> dict[str, Any]:
+    """What callbacks wrote: a name, and what they found."""
+    notes = _mapping(json.loads)(text)
+    if strange := [name for name, found in notes.items() if not isinstance(found, dict)]:
+        raise ValueError(f"expected an object as {strange[0]}, found {type(notes[strange[0]]).__name__}")
+    return notes
 
 
 def _examples(text: str) -> dict[str, dict[str, ScoredExamples]]:

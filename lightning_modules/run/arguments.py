@@ -42,6 +42,15 @@ class Parser(ArgumentParser):
         self._group: type | None = None
         super().__init__(*args, **kwargs)
 
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As usual; a file of options that is no text is a mistake in the arguments too."""
+        try:
+            return super().parse_args(*args, **kwargs)
+        except UnicodeDecodeError as error:
+            raise UnknownNameError(
+                f"--config: expected YAML in UTF-8, found other bytes ({error}): save it as UTF-8"
+            ) from error
+
     def add_options(self, group: type) -> None:
         """Add a flag for every field of a dataclass, with the help text under "Attributes" in its docstring."""
         self._group = group

@@ -10,7 +10,7 @@ import lightning as L
 
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import EVALUATION, METRICS, claim, locked, write_evaluation, write_json
-from lightning_modules.run.loading import load_model, read_splits
+from lightning_modules.run.loading import check_start, load_model, read_splits
 from lightning_modules.run.options import EvaluateOptions
 from lightning_modules.run.reference_log import reference_rows, rows_of_log
 from lightning_modules.run.run import Run, Splits
@@ -44,6 +44,7 @@ def evaluate_model(options: EvaluateOptions) -> Path:
 def _evaluate_model(options: EvaluateOptions) -> Path:
     folder = options.output.folder
     splits = read_splits(options)
+    check_start(options, splits)
     log = rows_of_log(options.evaluation, splits, options.data.chat_template_kwargs)
     claim(folder)
     with locked(folder):

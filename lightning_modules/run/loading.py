@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import os
+import pickle
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -13,17 +16,22 @@ import gradsurgery as gs
 from lightning_modules.data.chat import set_template_options
 from lightning_modules.data.examples import Example, read_examples
 from lightning_modules.data.fictional_authors import QUESTIONS_PER_AUTHOR, fictional_authors
+from lightning_modules.data.files import read_text
 from lightning_modules.data.pairs import REFUSALS, ForgetRetainDataModule, TOFUDataModule
 from lightning_modules.data.tofu import tofu_examples, tofu_split
 from lightning_modules.evaluation.membership import HOLDOUT
 from lightning_modules.run.adapter_folders import base_of_adapter, tokenizer_place, with_saved_adapter
 from lightning_modules.run.options import DataOptions, MethodOptions, Options, UnlearnOptions
 from lightning_modules.run.overlap import check_overlap
+from lightning_modules.run.soundness import check_config, check_examples, check_tokenizer, check_weights
 from lightning_modules.training import objectives
 from lightning_modules.training.merging import merged
 from lightning_modules.training.scratch import ScratchSettings, scratch_model
 
 _TOKENIZER_AUTHORS = 100
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+"""A model's own Python is never run. Without this, Transformers asks whoever sits at the terminal, and waits."""
+_LONGEST = 400  # letters of what Transformers says, which can be a list of all its models
 
 
 def make_data(options: Options, tokenizer: Any) -> ForgetRetainDataModule:
@@ -95,7 +103,12 @@ def _refusals(method: MethodOptions) -> Sequence[str] | None:
         return None
     if method.refusals is None:
         return REFUSALS
-    return [line.strip() for line in Path(method.refusals).read_text(encoding="utf-8").splitlines() if line.strip()]
+    found = [
+        line.strip() for line in read_text(method.refusals, "a text file of refusals").splitlines() if line.strip()
+    ]
+    if not found:
+        raise ValueError(f"--refusals: expected a refusal a line in {method.refusals}, found none")
+    return found
 
 
 def load_model(options: Options, splits: Mapping[str, Sequence[Example]]) -> tuple[nn.Module, Any]:
@@ -182,36 +195,87 @@ def tokenizer_texts(data: DataOptions, splits: Mapping[str, Sequence[Example]]) 
 
 
 def load_pretrained(name: str) -> tuple[nn.Module, Any]:
-    """A causal language model in float32 and its tokenizer, from a folder or the hub.
+    """A causal language model in float32 and its tokenizer, from a folder or the hub. Nothing in them is executed.
 
     A PEFT adapter is loaded on the model that it names, as a `PeftModel`.
 
     Raises:
         FileNotFoundError: If it is neither.
+        ValueError: If it is no causal language model, or weights are missing, of another shape or not finite.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from gradsurgery.logit_difference.model import LogitDifferenceConfig
+
+    config = check_pretrained(name).config
+    # A model of two models loads them itself, and says nothing about it.
+    single = not isinstance(config, LogitDifferenceConfig)
+    reports: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True} if single else {}
     with _known(name):
         base = base_of_adapter(name)
-        model = AutoModelForCausalLM.from_pretrained(base or name, dtype="float32")
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_place(name, base))
-        return (model if base is None else with_saved_adapter(model, name)), tokenizer
+        loaded: Any = AutoModelForCausalLM.from_pretrained(base or name, dtype="float32", **NO_CODE, **reports)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_place(name, base), **NO_CODE)
+    model, found = loaded if single else (loaded, {})
+    check_weights(name, model, found)
+    if base is not None:
+        with _known(name):
+            model = with_saved_adapter(model, name)
+    return model, tokenizer
 
 
-def check_pretrained(name: str, chat_template_kwargs: Mapping[str, Any] | None = None) -> None:
+class Pretrained(NamedTuple):
+    """What is known of a model before its weights are loaded.
+
+    Attributes:
+        config: Its configuration; that of its base for an adapter.
+        tokenizer: Its tokenizer.
+    """
+
+    config: Any
+    tokenizer: Any
+
+
+def check_pretrained(name: str, chat_template_kwargs: Mapping[str, Any] | None = None) -> Pretrained:
     """Load only a model's configuration and tokenizer, so that most wrong names are refused before any work is done.
 
     Raises:
         FileNotFoundError: As `load_pretrained`.
-        ValueError: If its chat template does not read one of these options.
+        ValueError: If it is no causal language model, its tokenizer cannot write an example, or its chat template does
+            not read one of these options.
     """
     from transformers import AutoConfig, AutoTokenizer
 
     with _known(name):
         base = base_of_adapter(name)
-        AutoConfig.from_pretrained(base or name)
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_place(name, base))
+        config = AutoConfig.from_pretrained(base or name, **NO_CODE)
+    check_config(name, config)
+    with _known(name):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_place(name, base), **NO_CODE)
+    check_tokenizer(name, tokenizer)
     set_template_options(tokenizer, chat_template_kwargs or {})
+    return Pretrained(config, tokenizer)
+
+
+def check_start(options: Options, splits: Mapping[str, Sequence[Example]]) -> None:
+    """See that the model that is to forget can read all examples, without loading its weights.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+        ValueError: If it cannot read them; the message names the example.
+    """
+    if options.model.scratch:
+        return
+    known = check_pretrained(options.model.model, options.data.chat_template_kwargs)
+    if isinstance(options, UnlearnOptions) and options.method.method != "uld":
+        width = getattr(known.config.get_text_config(), "hidden_size", None) or math.inf
+        rank = options.training.lora_rank
+        if rank > width:
+            raise ValueError(
+                f"--lora-rank: expected at most the model's width, {width}, found {rank}: such adapters are larger than the weights"
+            )
+    scored = {split: rows[: options.evaluation.evaluation_examples] for split, rows in splits.items()}
+    trained = {name: splits[name] for name in ("forget", "retain") if isinstance(options, UnlearnOptions)}
+    check_examples(known.tokenizer, {**scored, **trained}, options.data.max_length, known.config)
 
 
 @contextmanager
@@ -220,10 +284,21 @@ def _known(name: str) -> Generator[None]:
     _ = gs.logit_difference.LogitDifferenceModel  # importing it registers its configuration with Transformers
     try:
         yield
-    except (OSError, ValueError) as error:
+    # A damaged file can make its reader raise anything; the advice is the same.
+    except Exception as error:
+        said = " ".join(str(error).split())
+        if isinstance(error, pickle.UnpicklingError):
+            said = (
+                "weights in a pickle that is broken or would run code, which is never done; convert them to safetensors"
+            )
+        elif not isinstance(error, (OSError, ValueError)):
+            said = f"{type(error).__name__}: {said}"
         where = (
             "is a folder without a loadable model"
-            if Path(name).is_dir()
+            if os.path.isdir(name)
             else "is neither a folder nor a model on the hub"
         )
-        raise FileNotFoundError(f"--model or --reference: {name!r} {where}: {error}") from error
+        raise FileNotFoundError(
+            f"--model or --reference: {name!r:.200} {where}: expected config.json, safetensors and a tokenizer, found: "
+            f"{said[:_LONGEST]}{'...' if len(said) > _LONGEST else ''}"
+        ) from error

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from lightning_modules.folder import CHECKPOINTS, CONFIG, METRICS
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.options.flat import flag
+from lightning_modules.run.saved import read_options
 
 
 def only_report_is_missing(folder: Path) -> bool:
@@ -40,10 +38,10 @@ def resumed(given: UnlearnOptions, stated: Collection[str] = ()) -> UnlearnOptio
             f"--resume: expected an interrupted run, found a finished one in {folder}; choose another --output, or draw its report "
             f"again with `gradsurgery report {folder}`"
         )
-    values: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8"))
+    values = read_options(config)
     names = set(UnlearnOptions.names())
     place = {"output": given.output.output}
-    saved = UnlearnOptions.of(**{name: value for name, value in values.items() if name in names} | place)
+    saved = UnlearnOptions.of(**values | place)
     before, now, default = saved.flat(), given.flat(), UnlearnOptions.of(**place).flat()
     said = {name: now[name] for name in names - {"resume"} if name in stated or now[name] != default[name]}
     # config.yaml holds what a default such as null came to, so the options given are resolved as the run's were.

@@ -12,13 +12,14 @@ from typing import Any
 import lightning as L
 from rich.console import Console
 
+from lightning_modules.data.uld import uld_data
 from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.files import remove_partial, replacing
 from lightning_modules.folder import CHECKPOINTS, EVALUATION, METRICS, claim, locked, write_evaluation, write_json
 from lightning_modules.run.adapter_folders import BASE, save_adapter
 from lightning_modules.run.assembly import check_hardware
-from lightning_modules.run.loading import load_model, read_splits
+from lightning_modules.run.loading import check_start, load_model, read_splits
 from lightning_modules.run.methods import Unlearned, by_assistant, by_surgery
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.plugins import check_plugins, scores_to_log
@@ -61,6 +62,9 @@ def unlearn(options: UnlearnOptions, stated: Collection[str] = ()) -> Path:
 def _unlearn(options: UnlearnOptions) -> Path:
     folder = options.output.folder
     splits = read_splits(options)
+    check_start(options, splits)
+    if options.method.method == "uld":
+        uld_data(splits, perturbed_per_row=options.uld_settings().perturbed_per_row)  # raises where answers are missing
     log = rows_of_log(options.evaluation, splits, options.data.chat_template_kwargs)
     if not will_be_first():
         return folder if only_report_is_missing(folder) else _trained(options, splits, log)

@@ -22,6 +22,7 @@ from lightning_modules.training.probability import add_answers, uncollated
 from lightning_modules.training.references import Reference
 from lightning_modules.training.resuming import Resuming, refuse_other_model
 from lightning_modules.training.sharding import blocks
+from lightning_modules.training.soundness import check_batches, check_model, check_numbers, naming_the_batch
 from lightning_modules.training.token_count import mean_token_count
 from lightning_modules.training.warmup import with_warmup
 
@@ -62,10 +63,10 @@ class UnlearningModule(L.LightningModule):
             loss of all processes, and saved with the module.
 
     Raises:
-        ValueError: If `retain_loss` teaches refusals, if a loss compares with a start model and there is no
-            `reference`, if `skip_first` is given to a loss that chooses its own tokens, or if gradients cannot pass the
-            model's 4-bit weights (`packing.keep_differentiable`).
-        TypeError: If a loss is not a function.
+        ValueError: If a number is negative, if `retain_loss` teaches refusals, if a loss compares with a start model
+            and there is no `reference`, if `skip_first` is given to a loss that chooses its own tokens, or if gradients
+            cannot pass the model's 4-bit weights (`packing.keep_differentiable`).
+        TypeError: If a loss is not a function, or the model gives no logits.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -91,6 +92,8 @@ class UnlearningModule(L.LightningModule):
         dual: gs.losses.DualVariable | None = None,
     ) -> None:
         super().__init__()
+        check_model(model)
+        check_numbers(skip_first=skip_first, warmup_steps=warmup_steps, retain_inside=retain_inside)
         keep_differentiable(model)
         self.model = model
         self._answer_head = AnswerHead(model)
@@ -101,6 +104,7 @@ class UnlearningModule(L.LightningModule):
         self.losses: dict[str, Tensor] = {}
         self._retain_losses: list[Tensor] = []
         self._resuming = Resuming()
+        self._indices: dict[str, Tensor | None] = {}
         # A dictionary, so that the metrics are no submodules: Lightning would move their float64 states along, also to
         # a device that has no float64.
         self._probabilities: dict[str, AnswerProbability] = {}
@@ -156,6 +160,8 @@ class UnlearningModule(L.LightningModule):
 
     def training_step(self, batch: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         """Both losses, joined into one scalar whose backward pass does the surgery."""
+        check_batches(batch, self.objectives)
+        self._indices.update({name: batch[name].get("index") for name in self.objectives})
         losses = {name: compute(self, batch, name) for name, compute in self.objectives.items()}
         self.losses = {name: loss.detach() for name, loss in losses.items()}
         self.log_dict({f"loss/{name}": loss for name, loss in self.losses.items()}, prog_bar=True)
@@ -167,8 +173,12 @@ class UnlearningModule(L.LightningModule):
         return self.surgery.join(retain_graph=bool(self.retain_inside), **losses)
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
-        """Move the dual variable once per optimizer step, before callbacks that save it see the step."""
-        super().optimizer_step(*arguments, **options)
+        """Lightning's; then the dual variable moves, before callbacks that save it see the step.
+
+        Where a gradient is not finite, the error names the objective and the batch.
+        """
+        with naming_the_batch(self._indices, *arguments[:2]):
+            super().optimizer_step(*arguments, **options)
         if self.dual is None or not self._retain_losses:
             return
         mean = torch.stack(self._retain_losses).mean()
@@ -244,4 +254,11 @@ class UnlearningModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """The wrapped base optimizer, and its warm-up."""
         named = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        return with_warmup(self.make_surgery(self.make_optimizer(named)), self.warmup_steps)
+        if not named:
+            raise ValueError(
+                "model: expected parameters that require a gradient, found none; call requires_grad_() on those to be trained"
+            )
+        optimizer: Any = self.make_surgery(self.make_optimizer(named))
+        if not isinstance(optimizer, gs.GradientSurgery):
+            raise TypeError(f"expected one GradientSurgery from the surgery argument, found {type(optimizer).__name__}")
+        return with_warmup(optimizer, self.warmup_steps)

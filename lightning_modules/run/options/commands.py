@@ -15,7 +15,7 @@ from lightning_modules.run.options.data import (
     ModelOptions,
     OutputOptions,
 )
-from lightning_modules.run.options.flat import Flat
+from lightning_modules.run.options.flat import Flat, check_finite
 from lightning_modules.run.options.method import MethodOptions
 from lightning_modules.run.options.training import FSDP2, TrainingOptions, uld_numbers
 
@@ -34,8 +34,10 @@ class Options(Flat):
 
     def check(self) -> None:
         """Raise ValueError on options outside their domain, or that contradict each other."""
+        check_finite(self)
         self.data.check()
         self.evaluation.check()
+        self.output.check()
         files = self.data.forget is not None
         if not self.model.scratch and not files and self.data.tofu is None:
             raise ValueError(
@@ -92,9 +94,16 @@ class UnlearnOptions(Options):
                 "expected --start-model adapters_off with adapters that leave the base as it is (--lora-rank without --lora-init fila), "
                 "found none; choose copy or precomputed"
             )
+        if training.uld and method.method != "uld":
+            raise ValueError(f"--uld: expected --method uld with it, found --method {method.method}")
         try:
-            surgery = method.surgery(max_norm=training.max_norm, accumulate=training.accumulates)
-            surgery(training.optimizer_class()([("weight", torch.nn.Parameter(torch.zeros(1)))]))
+            base = training.optimizer_class()([("weight", torch.nn.Parameter(torch.zeros(1)))])
+        except (TypeError, ValueError) as error:  # Muon takes matrices only
+            raise ValueError(
+                f"--optimizer: expected one that can step every parameter of a model, found {training.optimizer}: {error}"
+            ) from error
+        try:
+            method.surgery(max_norm=training.max_norm, accumulate=training.accumulates)(base)
             rule: Any = method.bound_rule()
             rule([[], []] if gs.elementwise.is_elementwise(rule) else torch.eye(2, dtype=torch.float64))
         except TypeError as error:

@@ -106,6 +106,13 @@ class OutputOptions:
     seed: int = 0
     output: str = "runs/unlearn"
 
+    def check(self) -> None:
+        """Raise ValueError on a seed that the generators of random numbers do not take, or without a folder."""
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"expected --seed between 0 and {2**32 - 1}, found {self.seed}")
+        if not self.output.strip() or "\0" in self.output:
+            raise ValueError(f"--output: expected the name of a folder, found {self.output!r}")
+
     @property
     def folder(self) -> Path:
         """The folder that is called `output`."""

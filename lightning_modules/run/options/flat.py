@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, field, fields, replace
 from typing import Any, Self
@@ -73,6 +74,21 @@ def flag(name: str) -> str:
         '--lora-rank'
     """
     return f"--{name.replace('_', '-')}"
+
+
+def check_finite(options: Flat) -> None:
+    """Raise ValueError if a number is NaN or infinite: YAML can spell both, and no comparison notices NaN."""
+    for name, value in options.flat().items():
+        for entry, number in value.items() if isinstance(value, dict) else [("", value)]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{flag(name)}{entry and f', {entry}'}: expected a finite number, found {number}")
+
+
+def not_negative(group: Any, *names: str) -> None:
+    """Raise ValueError if one of these options is below 0."""
+    for name in names:
+        if getattr(group, name) < 0:
+            raise ValueError(f"expected {flag(name)} >= 0, found {getattr(group, name)}")
 
 
 def at_least_one(group: Any, *names: str) -> None:

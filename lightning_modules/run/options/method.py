@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 import gradsurgery as gs
-from lightning_modules.run.options.flat import one_of
+from lightning_modules.run.options.flat import not_negative, one_of
 from lightning_modules.training import objectives
 
 
@@ -57,22 +57,44 @@ class MethodOptions:
     metric: Literal["euclidean", "optimizer"] = "euclidean"
 
     def check(self) -> None:
-        """Raise ValueError on an unknown name, or on options that the loss or the dual variable does not have."""
+        """Raise ValueError on a name, number or option that the losses, the rule or the dual variable do not have."""
         gs.rules.by_name(self.rule)
+        not_negative(self, "retain_weight", "retain_inside")
         try:
-            self.bound_loss()
-            objectives.by_name(self.retain_loss)
+            _try(self.bound_loss())
+            retain = objectives.by_name(self.retain_loss)
             if self.dual:
                 gs.losses.DualVariable(**self.dual)
         except TypeError as error:
             raise ValueError(
                 f"expected options that {self.forget_loss} and the dual variable know, found: {error}"
             ) from error
+        if objectives.needs_refusals(retain):
+            raise ValueError(
+                f"--retain-loss: expected a loss that keeps answers, found {self.retain_loss}, which teaches refusals"
+            )
+        losses = objectives.by_name(self.forget_loss), retain
+        if self.refusals is not None and not objectives.needs_refusals(losses[0]):
+            raise ValueError(
+                f"--refusals: expected --forget-loss dpo or idk, which teach them, found {self.forget_loss}"
+            )
+        if self.start_model == "precomputed" and (rows := [loss for loss in losses if objectives.needs_logits(loss)]):
+            raise ValueError(
+                f"--start-model precomputed: expected losses that compare log-likelihoods, found {objectives.name_of(rows[0])}, which "
+                "compares all logits; choose copy or adapters_off"
+            )
 
     def bound_loss(self) -> Any:
         """The forget loss with its options."""
         loss = objectives.by_name(self.forget_loss)
-        inspect.signature(loss).bind_partial(**self.loss_options)
+        options = [
+            name
+            for name, entry in inspect.signature(loss).parameters.items()
+            if entry.default is not entry.empty and name != "labels"
+        ]
+        for name in self.loss_options:
+            if name not in options:
+                raise TypeError(f"{name!r}; {self.forget_loss} has {', '.join(options) or 'none'}")
         return partial(loss, **self.loss_options) if self.loss_options else loss
 
     def bound_rule(self) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -95,3 +117,17 @@ class MethodOptions:
             max_norm=max_norm,
             accumulate=accumulate,
         )
+
+
+def _try(loss: Any) -> None:
+    """Compute a loss once, of one token, so that an option outside its domain is refused before any work is done."""
+    examples = {"labels": torch.zeros(1, dtype=torch.int64), "lengths": torch.ones(1), "nll": torch.ones(1)}
+    given: list[torch.Tensor] = []
+    for name, entry in inspect.signature(loss).parameters.items():
+        if entry.default is not entry.empty or entry.kind is not entry.POSITIONAL_OR_KEYWORD:
+            continue
+        example = next((value for ending, value in examples.items() if name.endswith(ending)), None)
+        if example is None and not name.endswith("logits"):
+            return  # an objective, which takes a model
+        given.append(torch.zeros(1, 2) if example is None else example)
+    loss(*given)

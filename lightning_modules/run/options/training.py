@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lightning_modules.run.options.flat import at_least_one, flag
+from lightning_modules.run.options.flat import at_least_one, flag, not_negative
 
 if TYPE_CHECKING:
     from lightning_modules.training.adapters import AdapterSettings
@@ -108,10 +108,7 @@ class TrainingOptions:
         """Raise ValueError on options outside their domain, or that contradict each other."""
         self.optimizer_class()
         at_least_one(self, "batch_size", "accumulate", "epochs", "score_every", "checkpoint_every", "num_nodes")
-        if self.lora_rank < 0 or self.warmup_steps < 0:
-            raise ValueError(
-                f"expected --lora-rank and --warmup-steps >= 0, found {self.lora_rank} and {self.warmup_steps}"
-            )
+        not_negative(self, "lora_rank", "warmup_steps", "weight_decay")
         for name in ("collapse_below", "best_below"):
             value = getattr(self, name)
             if value is not None and not 0.0 < value < 1.0:
@@ -125,11 +122,15 @@ class TrainingOptions:
         if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
             raise ValueError(f"expected --devices to be auto or a number of devices, found {self.devices!r}")
         if self.uld:
-            known = set(uld_numbers())
-            if set(self.uld) - known:
+            known = uld_numbers()
+            if set(self.uld) - set(known):
                 raise ValueError(
-                    f"--uld: expected {', '.join(sorted(known))}, found {', '.join(sorted(set(self.uld) - known))}"
+                    f"--uld: expected {', '.join(sorted(known))}, found {', '.join(sorted(set(self.uld) - set(known)))}"
                 )
+            for name, value in self.uld.items():
+                if value < 0 or (known[name] is int and value != int(value)):
+                    kind = "a whole number" if known[name] is int else "a number"
+                    raise ValueError(f"--uld, {name}: expected {kind} >= 0, found {value}")
         self._check_adapters()
 
     def _check_adapters(self) -> None:

@@ -1,0 +1,179 @@
+"""Bad options, on the command line and in a file: refused by name before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.lightning_modules.run.bad_inputs import Row, changed, given, laid
+
+PROOF = "code-was-executed"
+
+
+def value(flag: str, found: str, *said: str) -> Row:
+    """A row with one option that has a wrong value."""
+    return given(f"{flag} {found}", f"--{flag}", found, said=said or (flag.replace("-", "_"),))
+
+
+def between(flag: str, *values: str) -> list[Row]:
+    return [value(flag, found, f"--{flag} ", "found") for found in values]
+
+
+NUMBERS = [
+    *(row for flag in ("epochs", "score-every", "batch-size", "accumulate") for row in between(flag, "0", "-3")),
+    *(row for flag in ("max-length", "max-new-tokens", "evaluation-examples") for row in between(flag, "0")),
+    *(row for flag in ("warmup-steps", "lora-rank", "weight-decay") for row in between(flag, "-1")),
+    *(row for flag in ("retain-weight", "retain-inside") for row in between(flag, "-0.5")),
+    *between("evaluation-batch-size", "0"),
+    *between("lr", "0", "-1"),
+    *between("collapse-below", "0", "1.5"),
+    *between("best-below", "1"),
+    *between("stop-below", "1", "-0.1"),
+    *between("seed", "-1", "4294967296"),
+    value("lora-rank", "1000000", "--lora-rank: expected at most the model's width, 8, found 1000000"),
+    value("lr", "1e400", "--lr: expected a finite number, found inf"),
+    value("max-norm", "0", "max_norm: expected a positive number, found 0"),
+    value("ema-decay", "1", "ema_decay: expected the old value's weight in [0, 1), found 1"),
+    value("ema-decay", "-0.1", "ema_decay: expected the old value's weight in [0, 1), found -0.1"),
+    value("devices", "0", "--devices to be auto or a number of devices, found '0'"),
+    value("devices", "two", "--devices to be auto or a number of devices, found 'two'"),
+]
+TYPES = [value(flag, "many") for flag in ("epochs", "warmup-steps", "seed", "lr", "max-norm", "probes", "rule-options")]
+TYPES += [
+    value("epochs", "2.5"),
+    value("lr", "nan"),
+    value("lr", ""),
+    value("guard", "banana"),
+    value("scope", "layer"),
+]
+TYPES += [value("metric", "l1"), value("method", "banana"), value("start-model", "banana"), value("tofu", "forget11")]
+NAMES = [
+    value("rule", "grue", "--rule: expected one of", "found 'grue'; did you mean gru or gu?"),
+    value("forget-loss", "simpno", "--forget-loss: expected one of", "found 'simpno'; did you mean simnpo"),
+    value("retain-loss", "kl", "--retain-loss: expected one of", "found 'kl'"),
+    value("optimizer", "AdamZ", "--optimizer: expected a class of torch.optim", "found 'AdamZ'"),
+    value("optimizer", "LBFGS", "--optimizer: expected a class of torch.optim", "found 'LBFGS'"),
+    value("optimizer", "lr_scheduler", "--optimizer: expected a class of torch.optim", "found 'lr_scheduler'"),
+    value("optimizer", "Muon", "--optimizer: expected one that can step every parameter of a model, found Muon"),
+    value("learning-rate", "1", "--learning-rate"),
+    Row("a word too many", lambda _: [*changed(), "surplus"], ("surplus",)),
+    Row("no value", lambda _: [*changed(), "--lr"], ("--lr",)),
+    Row("no command", lambda _: [], ("unlearn",)),
+    Row("an unknown command", lambda _: ["unlern"], ("unlern",)),
+    Row("another command's option", lambda _: ["evaluate", "--lr", "1"], ("--lr",)),
+]
+SETTINGS = [
+    value("rule-options", "{alpha: 5}", "expected options that", "rule gru know, found", "'alpha'"),
+    given("c", "--rule", "cagrad", "--rule-options", "{c: -5}", said=("c: expected a non-negative number, found -5",)),
+    given(
+        "NaN in c", "--rule", "cagrad", "--rule-options", "{c: .nan}", said=("--rule-options, c: expected a finite",)
+    ),
+    given("what hamu needs", "--rule", "hamu", said=("rule hamu know, found", "'gain' and 'radius'")),
+    value("loss-options", "{beta: 1}", "expected options that ceu", "'beta'; ceu has none"),
+    given(
+        "beta", "--forget-loss", "npo", "--loss-options", "{beta: 0}", said=("beta: expected a number > 0, found 0",)
+    ),
+    given(
+        "NaN in beta",
+        "--forget-loss",
+        "npo",
+        "--loss-options",
+        "{beta: .nan}",
+        said=("beta: expected a finite number",),
+    ),
+    given("no option", "--forget-loss", "npo", "--loss-options", "{nll: 1}", said=("'nll'; npo has beta",)),
+    value("dual", "{foo: 1}", "expected options that", "dual variable know", "'foo'"),
+    value("dual", "{limit: .nan}", "--dual, limit: expected a finite number, found nan"),
+    value("uld", "{foo: 1}", "--uld: expected lora_alpha", "found foo"),
+    given(
+        "layers in parts",
+        "--method",
+        "uld",
+        "--uld",
+        "{num_layers: 1.5}",
+        said=("num_layers: expected a whole number",),
+    ),
+    given(
+        "a weight below 0", "--method", "uld", "--uld", "{weight: -1}", said=("--uld, weight: expected a number >= 0",)
+    ),
+]
+PAIRS = [
+    value("uld", "{weight: 1}", "--uld: expected --method uld with it, found --method surgery"),
+    value("retain-loss", "dpo", "--retain-loss: expected a loss that keeps answers, found dpo"),
+    value("retain-loss", "idk", "--retain-loss: expected a loss that keeps answers, found idk"),
+    value("start-model", "adapters_off", "expected --start-model adapters_off with adapters", "choose copy"),
+    given("logits on disk", "--start-model", "precomputed", "--forget-loss", "undial",
+          said=("--start-model precomputed: expected losses that compare log-likelihoods, found undial",)),
+    given("kept logits on disk", "--start-model", "precomputed", "--retain-loss", "kl_divergence",
+          said=("found kl_divergence", "choose copy or adapters_off")),
+    value("lora-init", "fila", "expected --lora-rank with --lora-init fila"),
+    given("probes of ULD", "--method", "uld", "--probes", said=("--probes, --best-below: expected a run with surgery",)),
+    given("ULD of what has no wrong answers", "--method", "uld", said=("2 of 2 without perturbed_answer",)),
+    value("tofu", "forget10", "expected either --forget and --retain, or --tofu, found both"),
+    value("tofu-dir", "here", "expected --tofu with --tofu-dir"),
+    value("forget-authors", "2", "--forget-authors: expected a model from scratch"),
+    Row("one of two files", lambda _: ["unlearn", "--forget", "forget.json"], ("--forget and --retain together",)),
+    Row("nothing to forget", lambda _: ["unlearn", "--model", "model"], ("which answers is it to forget?",)),
+    Row("too few authors", lambda _: ["unlearn", "--authors", "3"], ("expected at least 5 authors",)),
+]  # fmt: skip
+
+
+def options(title: str, text: str | bytes, *said: str) -> Row:
+    """A row with an options file."""
+    return laid(title, {"options.yaml": text}, changed(config="options.yaml"), *said)
+
+
+FILES = [
+    Row("no such file", lambda _: changed(config="no.yaml"), ("no.yaml",)),
+    Row("a folder", lambda _: changed(config="model"), ("model",)),
+    options("torn", "lr: [1", "config"),
+    options("empty", ""),
+    options("a list", "- lr"),
+    options("an unknown name", "learning_rate: 1", "learning_rate"),
+    options("a near name", "ema_dacay: 0.3", "ema_dacay"),
+    options("a group", "training: {lr: 0.1}", "training"),
+    options("a word for a number", "epochs: many", "epochs", "many"),
+    options("a list for a number", "lr: [1, 2]", "lr"),
+    options("NaN", "lr: .nan", "--lr: expected a finite number, found nan"),
+    options("a wrong name", "rule: grue", "did you mean gru"),
+    options("an object", f"lr: !!python/object/apply:os.system ['touch {PROOF}']", "python/object/apply:os.system"),
+    options("a function", "rule: !!python/name:os.system", "python/name:os.system"),
+    options("laughs", "a: &a [x, x]\nb: &b [*a, *a]\nrule: *b", "rule"),
+    options("Latin-1", "rule: gr\xfc".encode("latin-1"), "--config", "save it as UTF-8"),
+    options("UTF-16", "rule: gru".encode("utf-16"), "--config", "save it as UTF-8"),
+    options("binary", b"\0\0\0", "config"),
+    options("a grid", "methods: []\ntargets: {forget_probability: [0.1]}"),
+    options("another command's", "log: true", "log"),
+]
+OUTPUT = [
+    Row("a file", lambda _: changed(output="forget.json"), ("--output: expected a folder that can be written",)),
+    Row("in a file", lambda _: changed(output="forget.json/out"), ("--output: expected a folder that can be written",)),
+    Row("in no place", lambda _: changed(output="/proc/out"), ("--output: expected a folder that can be written",)),
+    Row("no name", lambda _: changed(output=""), ("--output: expected the name of a folder, found ''",)),
+    Row("NUL", lambda _: changed(output="a\0b"), ("--output: expected the name of a folder, found 'a\\x00b'",)),
+    Row("too long", lambda _: changed(output="x" * 300), ("--output: expected a folder that can be written",)),
+    laid(
+        "a run", {"out/metrics.json": "{}"}, changed(), "--output: expected a new or empty folder, found metrics.json"
+    ),
+    laid(
+        "an unfinished run", {"out/config.yaml": "lr: 1"}, changed(), "found config.yaml of an earlier run", "--resume"
+    ),
+]
+
+
+@pytest.mark.parametrize("row", [*NUMBERS, *TYPES, *NAMES, *SETTINGS, *PAIRS], ids=lambda row: row.name)
+def test_a_wrong_option_is_refused_in_a_sentence(row: Row, refuse: Callable[[Row], None]) -> None:
+    refuse(row)
+
+
+@pytest.mark.parametrize("row", FILES, ids=lambda row: row.name)
+def test_a_wrong_file_of_options_is_refused_and_never_executed(row: Row, refuse: Callable[[Row], None]) -> None:
+    refuse(row)
+    assert not Path(PROOF).exists()
+
+
+@pytest.mark.parametrize("row", OUTPUT, ids=lambda row: row.name)
+def test_a_folder_that_cannot_be_the_output_is_refused(row: Row, refuse: Callable[[Row], None]) -> None:
+    refuse(row)
