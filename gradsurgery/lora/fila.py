@@ -65,8 +65,9 @@ def fila_(
 
     Raises:
         ValueError: If an importance is missing, of another shape, negative or not finite; if the adapter is unknown,
-            trained, merged or not plain LoRA, or another one on the same weight is not; or if it is on anything but plain floating-point linear weights that
-            belong to one module (quantised, sharded, embedding, tied). The model is then unchanged.
+            trained, merged or not plain LoRA, or another one on the same weight is not; or if it is on anything but
+            plain floating-point linear weights that belong to one module (quantised, sharded, embedding, tied). The
+            model is then unchanged.
         TypeError: If ``peft_model`` is not a ``PeftModel``.
 
     Precision: computed in float32 (float64 for float64 weights). A and B are rounded to the adapter's type first, and
@@ -200,7 +201,7 @@ def _check_layer(key: str, layer: Any, adapter_name: str) -> None:
         raise ValueError(f"{key}: expected plain LoRA, found a variant of it (DoRA and the like)")
     if variants:
         raise ValueError(
-            f"{key}: expected plain LoRA beside the adapter, found {min(variants)!r} on the same weight is a variant of it (DoRA and the like), "
+            f"{key}: expected plain LoRA only, but {min(variants)!r} on the same weight is a variant of it (DoRA and the like), "
             "which would compute something else on the changed base; merge that adapter first"
         )
     if layer.merged:
