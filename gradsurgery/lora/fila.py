@@ -201,8 +201,8 @@ def _check_layer(key: str, layer: Any, adapter_name: str) -> None:
         raise ValueError(f"{key}: expected plain LoRA, found a variant of it (DoRA and the like)")
     if variants:
         raise ValueError(
-            f"{key}: expected plain LoRA beside the adapter, found {min(variants)!r} on the same weight, a variant of it (DoRA and the "
-            "like), which would compute something else on the changed base; merge that adapter first"
+            f"{key}: expected plain LoRA only, but {min(variants)!r} on the same weight is a variant of it (DoRA and the like), "
+            "which would compute something else on the changed base; merge that adapter first"
         )
     if layer.merged:
         raise ValueError(

@@ -186,6 +186,11 @@ def checked_targets(model: nn.Module, targets: str | Sequence[str]) -> str | lis
     return names
 
 
+def has_adapter(model: nn.Module, target: str) -> bool:
+    """Whether a `PeftModel` has an adapter on a module of this name, or one that ends in it."""
+    return any(hasattr(module, "lora_A") and _is_named(name, target) for name, module in model.named_modules())
+
+
 def _is_named(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")  # as peft compares them
 

@@ -17,7 +17,7 @@ from gradsurgery.logit_difference import LogitDifferenceModel, assistant
 from lightning_modules.data.pairs import ForgetRetainDataModule
 from lightning_modules.data.uld import uld_data
 from lightning_modules.evaluation.likelihood import device_of
-from lightning_modules.training.adapters import ALL_LINEAR, checked_targets
+from lightning_modules.training.adapters import ALL_LINEAR, checked_targets, has_adapter
 from lightning_modules.training.resuming import Resuming
 from lightning_modules.training.token_count import mean_token_count
 from lightning_modules.training.trainer import trainer_options
@@ -249,14 +249,20 @@ def train_assistant(
     options = trainer_options(**{"max_epochs": settings.epochs, "devices": 1, **(trainer or {})})
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)
+        targets = checked_targets(base, settings.lora_targets)
         small = assistant(
             base,
             settings.num_layers,
             settings.lora_rank,
             lora_alpha=settings.lora_alpha,
             lora_dropout=settings.lora_dropout,
-            target_modules=checked_targets(base, settings.lora_targets),
+            target_modules=targets,
         )
+        if lacking := [] if isinstance(targets, str) else [name for name in targets if not has_adapter(small, name)]:
+            raise ValueError(
+                f"lora_targets: expected modules of the assistant's {settings.num_layers} layers, found {', '.join(lacking)}, which only "
+                "later layers of the base have"
+            )
         # Before training: a wrong weight or filter should not cost an hour.
         model = LogitDifferenceModel(base, small, settings.weight, settings.top_logit_filter)
         module = ULDModule(

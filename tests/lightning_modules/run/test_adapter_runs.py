@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -21,6 +20,7 @@ from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.training import callbacks
 from lightning_modules.training.adapters import AdapterSettings, adapt
 from lightning_modules.training.scratch import ScratchSettings, scratch_model
+from lightning_modules.training.uld import train_assistant
 from tests.tolerances import Tolerance, close
 
 MERGED = Tolerance(2e-6, "W + sigma B A in float32, added up before the product instead of after it")
@@ -118,21 +118,8 @@ def test_of_the_model_from_scratch_a_copy_is_left_beside_the_adapter(
 ) -> None:
     tiny = load_pretrained(str(world / "tiny"))
     monkeypatch.setattr("lightning_modules.run.loading.scratch_model", lambda *_, **__: copy.deepcopy(tiny))
-    given = [
-        "--lora-rank",
-        "2",
-        "--save",
-        "adapter",
-        "--stop-below",
-        "0",
-        "--epochs",
-        "1",
-        "--authors",
-        "5",
-        "--probes",
-        "false",
-    ]
-    assert cli.main(["unlearn", *given, "--max-new-tokens", "1", "--output", str(tmp_path / "run")]) == 0
+    given = ["--save", "adapter", "--stop-below", "0", "--epochs", "1", "--probes", "false"]
+    assert cli.main(["unlearn", "--lora-rank", "2", *given, *data(world), "--output", str(tmp_path / "run")]) == 0
     config = json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "run" / "base")
     assert config["task_type"] == "CAUSAL_LM"
@@ -263,11 +250,11 @@ def test_an_adapter_on_an_adapter_is_merged_and_not_kept(
     assert 0.0 < float((loaded - merged).abs().max()) < 0.5 * float((loaded - logits(adapted.unload())).abs().max()) + 1
 
 
-def test_the_options_are_written_down_resolved(world: Path, tmp_path: Path) -> None:
-    assert unlearn(world, tmp_path / "run", "--lora-rank", "3", "--save", "adapter", "--epochs", "1") == 0
-    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+def test_the_options_resolve_to_what_config_yaml_holds() -> None:
+    config = UnlearnOptions.of(lora_rank=3, save="adapter", model="tiny").resolved().recorded()
     about = ("save", "lora_rank", "lora_alpha", "lora_targets", "lora_dropout", "lora_kind", "lora_init")
     assert [config[name] for name in about] == ["adapter", 3, 6.0, "all-linear", 0.0, "lora", "default"]
+    assert UnlearnOptions().resolved().training.lora_alpha is None
     old = UnlearnOptions.of(method="uld", uld={"lora_alpha": 9}).resolved()
     assert old.training.lora_alpha == old.uld_settings().lora_alpha == 9
     new = UnlearnOptions.of(method="uld", lora_alpha=8, lora_targets="v_proj", lora_dropout=0.1).resolved()
@@ -278,14 +265,25 @@ def test_the_options_are_written_down_resolved(world: Path, tmp_path: Path) -> N
 
 
 def test_the_assistant_of_uld_has_the_adapters_of_the_options(world: Path, tmp_path: Path) -> None:
-    given = ["--method", "uld", "--lora-rank", "2", "--lora-alpha", "6", "--lora-targets", "v_proj", "--epochs", "1"]
-    given += ["--lora-dropout", "0.1", "--uld", "{num_layers: 1}"]
-    assert unlearn(world, tmp_path / "run", *given) == 0
-    config = json.loads((tmp_path / "run" / "model" / "assistant" / "adapter_config.json").read_text())
+    model, tokenizer = load_pretrained(str(world / "tiny"))
+    core: Any = model
+    core.model.layers.append(copy.deepcopy(core.model.layers[0]))
+    core.model.layers[1].self_attn.layer_idx = 1
+    core.config.num_hidden_layers = 2
+    given = {"lora_rank": 2, "lora_alpha": 6, "lora_targets": "v_proj", "lora_dropout": 0.1, "uld": {"num_layers": 1}}
+    options = UnlearnOptions.of(method="uld", epochs=1, model="tiny", **given).resolved()
+    splits = {"forget": ROWS[:8], "retain": ROWS[20:28]}
+    trained: Any = train_assistant(model, tokenizer, splits, options.uld_settings())
+    trained.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "assistant" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (2, 6.0, 0.1)
     assert config["target_modules"] == ["v_proj"]
-    loaded: Any = load_pretrained(str(tmp_path / "run" / "model"))[0]
-    assert isinstance(loaded.assistant, PeftModel)
+    loaded: Any = load_pretrained(str(tmp_path / "model"))[0]
+    assert torch.equal(logits(loaded), logits(trained))
+    later = options.but(lora_targets=["v_proj", "model.layers.1.mlp.up_proj"])
+    with pytest.raises(ValueError, match=r"found model.layers.1.mlp.up_proj, which only later layers"):
+        train_assistant(model, tokenizer, splits, later.uld_settings())
 
 
 def test_every_setting_reaches_peft() -> None:
