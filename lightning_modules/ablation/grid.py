@@ -44,8 +44,9 @@ class Run:
         grid, method = asdict(self.grid), asdict(self.method)
         shared = {name: grid[name] for name in ("data", "model", "train", "evaluate", "targets")}
         shared["data"] = {name: value for name, value in grid["data"].items() if name != "tofu_dir"}
-        if self.grid.data.forget_authors is None:
-            del shared["data"]["forget_authors"]  # for the same reason as those of `_LATER`
+        for name in ("forget_authors", "chat_template_kwargs"):
+            if not shared["data"][name]:
+                del shared["data"][name]  # for the same reason as those of `_LATER`
         later = {name for name, value in _LATER.items() if method[name] == value}
         method = {name: value for name, value in method.items() if name not in {"name", "baseline", *later}}
         if not self.grid.targets.retained:

@@ -19,6 +19,7 @@ from lightning_modules.ablation.scoring import Scorer
 from lightning_modules.ablation.sections import Scratch
 from lightning_modules.ablation.training import train
 from lightning_modules.ablation.weights import by_assistant, by_rectified, by_task_vector
+from lightning_modules.data.chat import set_template_options
 from lightning_modules.data.examples import Example
 from lightning_modules.data.files import read_json
 from lightning_modules.folder import versions, write_json
@@ -187,6 +188,7 @@ def refuse_other(path: Path, found: Mapping[str, Any], expected: Mapping[str, An
 def _load_reference(run: Run, splits: Splits) -> tuple[nn.Module, Any] | None:
     if run.grid.data.reference is not None:
         model, tokenizer = load_pretrained(run.grid.data.reference)
+        set_template_options(tokenizer, run.grid.data.chat_template_kwargs)
     elif isinstance(run.grid.model, str):
         return None
     else:

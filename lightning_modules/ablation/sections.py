@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from lightning_modules.run.options import TOFUSplit
 
@@ -20,6 +20,7 @@ class Data:
     retain: str | None = None
     reference: str | None = None
     max_length: int = 512
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

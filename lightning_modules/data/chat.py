@@ -21,6 +21,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import date, datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -123,8 +124,8 @@ def spoken(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, e
             is no beginning of the conversation, or ends a turn by text that is no token of the tokenizer.
     """
     final = len(messages) - 1
-    rest = _around(tokenizer, messages, final)[1]
-    closing = _closing(tokenizer, rest)
+    around_last = _around(tokenizer, messages, final)
+    closing = _closing(tokenizer, around_last[1])
     ends = [str(end) for end in (_last_token(tokenizer, closing), tokenizer.eos_token) if end]
     said = [
         dict(turn) | {"content": _without(str(turn["content"]), ends)} if turn["role"] == "assistant" else turn
@@ -135,7 +136,8 @@ def spoken(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, e
     for number, turn in enumerate(said):
         if turn["role"] != "assistant" or not (every_turn or number == final):
             continue
-        before, after = _around(tokenizer, said, number)
+        alike = number == final and said[:final] == list(messages[:final])
+        before, after = around_last if alike else _around(tokenizer, said, number)
         first, last = _start(tokenizer, said, number, whole, before), len(whole) - len(after)
         if first > last or not whole.endswith(after) or str(turn["content"]).strip() not in whole[first:last]:
             raise ValueError(
@@ -197,6 +199,7 @@ def _today(options: Mapping[str, Any]) -> date:
         raise ValueError(f"chat_template_kwargs: expected {_TODAY} as a day, such as {DATE}, found {day!r}") from error
 
 
+@lru_cache(maxsize=16)
 def _with_date(template: str, day: date) -> str:
     """The template, in which `strftime_now` tells this day: a macro, because Transformers passes no functions on."""
     moment = datetime(day.year, day.month, day.day)

@@ -217,13 +217,13 @@ def _question_and_answer(tokenizer: PreTrainedTokenizerBase, question: Question,
 
 def _conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], every_turn: bool) -> Encoded:
     text, spans, unended = spoken(tokenizer, messages, every_turn=every_turn)
-    places = [0, *(place for span in spans for place in span)]
-    pieces = [_tokens(tokenizer, text[first:last]) for first, last in pairwise(places)]
+    places = [place for span in spans for place in span]
     # Tokenized in one piece, as whoever taught the model to chat did it, unless that merges across a boundary.
-    whole, heads = _tokens(tokenizer, text), [_tokens(tokenizer, text[:place]) for place in places]
-    if heads[-1] == whole and all(whole[: len(head)] == head for head in heads):
-        ends = [len(head) for head in heads]
-        pieces = [whole[first:last] for first, last in pairwise(ends)]
+    whole, heads = _tokens(tokenizer, text), [_tokens(tokenizer, text[:place]) for place in places[:-1]]
+    if all(whole[: len(head)] == head for head in heads):
+        pieces = [whole[first:last] for first, last in pairwise([0, *map(len, heads), len(whole)])]
+    else:
+        pieces = [_tokens(tokenizer, text[first:last]) for first, last in pairwise([0, *places])]
     if unended:
         pieces[-1] = [*pieces[-1], _eos(tokenizer)]
     input_ids, labels = [], []

@@ -206,6 +206,8 @@ def test_without_a_template_turns_are_one_prompt_as_before() -> None:
     joined = f"{QUESTION}\n{ANSWER}\nAnd when?"
     assert encode(tokenizer, TURNS, "In 1999.") == encode(tokenizer, joined, "In 1999.")
     assert prompt_ids(tokenizer, TURNS) == prompt_ids(tokenizer, joined)
+    parts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (f"Q: {joined}\nA:", " In 1999.")]
+    assert encode(tokenizer, TURNS, "In 1999.").input_ids == [1, *parts[0], *parts[1], 2]
 
 
 def test_the_marked_example_shows_every_token_and_which_are_answers() -> None:
