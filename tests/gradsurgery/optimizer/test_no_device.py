@@ -109,7 +109,7 @@ def test_the_device_notices(wrong: Callable[[Tensor], Any]) -> None:
         wrong(x)
 
 
-def network(dtype: torch.dtype = torch.float32) -> nn.Module:
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to(device=META, dtype=dtype)
 
 
@@ -187,7 +187,7 @@ def step(model: nn.Module, optimizer: gs.GradientSurgery, front_end: str, micro_
 def test_a_step_asks_one_question(name: str, front_end: str) -> None:
     """Also where a parameter joins late, so that averages of different numbers of steps meet in one block."""
     model = network()
-    options = {"objectives": FOUR[:3], **OPTIONS[name]}
+    options: dict[str, Any] = {"objectives": FOUR[:3], **OPTIONS[name]}
     if options.get("rule") == "sago":
         options["objectives"] = FOUR[:2]
     optimizer = surgeon(model, **options)
