@@ -65,6 +65,8 @@ def linear(
     Memory: ``chunk_size x V`` logits, a block of them in float32, and the gradients; nothing of size ``[N, V]``. Under
     autocast the products are in its type; under ``torch.compile`` it breaks the graph. With float16 the gradients are
     always computed in the backward pass, because they must be multiplied by the loss scale before they are rounded.
+    The host waits for the device twice in the forward pass, to choose the tokens that count and to check their labels.
+    With a trained head the backward pass waits once more, unless the values' sum or mean is differentiated.
 
     Difference from ``torch.nn.functional.linear_cross_entropy``: that one is cross-entropy alone, needs four products
     for a value per token, and sends the prompt through the head too. Liger and Cut Cross-Entropy need a GPU.

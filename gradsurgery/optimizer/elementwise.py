@@ -42,7 +42,7 @@ def with_answer(rows: Rows, rule: Callable[[Sequence[Row]], Any]) -> Rows:
         used = [b for b in range(weights.shape[1]) if bool((weights[:, b] != 0.0).any())]
         alone = len(used) == 1 and bool((weights[:, used[0]] == 1.0).all())
         as_it_stands = alone and (unscaled or not rows.scaled[used[0]])
-        factors = None if as_it_stands else (numbers_on(device, weights) * units)[:, used]
+        factors = None if as_it_stands else (numbers_on(device, weights) * units)[:, numbers_on(device, used)]
         shown.append(_LazyRow([rows.lists[b] for b in used], factors, rows.parts))
     answer = list(rule(shown))
     shapes = [None if tensor is None else tensor.shape for tensor in answer]

@@ -93,7 +93,7 @@ def _shares(param_groups: Sequence[dict[str, Any]], device: torch.device) -> Ten
     groups = [index for index, group in enumerate(param_groups) for _ in group["params"]]
     each = torch.stack([numbers_on(device, rate, torch.float64).reshape(()) for rate in rates])
     largest = each.amax()
-    return torch.where(largest > 0.0, each / largest, 0.0)[groups]
+    return torch.where(largest > 0.0, each / largest, 0.0)[numbers_on(device, groups)]
 
 
 class _Change(NamedTuple):
@@ -134,7 +134,8 @@ class _Change(NamedTuple):
             amounts = -(coefficients @ numbers_on(coefficients.device, self.rows.weights)) * self.units
         else:
             number = len(self.rows.parameters)
-            each = coefficients[[0] * number if blocks is None else list(blocks)]
+            of_block = numbers_on(coefficients.device, [0] * number if blocks is None else list(blocks))
+            each = coefficients[of_block]
             each = each if self.shares is None else each * self.shares[:, None]
             weights = numbers_on(coefficients.device, self._weights())
             amounts, blocks = -(each[:, None] @ weights).squeeze(1) * self.units, range(number)

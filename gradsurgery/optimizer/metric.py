@@ -101,8 +101,8 @@ def optimizer_metric(base: torch.optim.Optimizer, parameters: Sequence[Tensor]) 
 
     def weights(index: int) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
         state, group = base.state.get(parameters[index]), groups[index]
-        if not state or ("sum" in state and state["step"] == 0):
-            return None  # this parameter's first step (Adagrad has a state from its construction on)
+        if not state:
+            return None  # this parameter's first step
         eps = group.get("eps", 0.0)
         if "exp_avg_sq" in state:
             # In float64, because 1 - 0.999 ** step would keep only a few digits of a float32 step count's power.
@@ -111,9 +111,14 @@ def optimizer_metric(base: torch.optim.Optimizer, parameters: Sequence[Tensor]) 
             return moment, lambda v: 1.0 / ((v / unbiased).sqrt() + eps)
         if "exp_inf" in state:
             return state["exp_inf"], lambda v: 1.0 / v.clamp_min(eps)
-        for key in ("square_avg", "sum"):
-            if key in state:
-                return state[key], lambda v: 1.0 / (v.sqrt() + eps)
+        if "square_avg" in state:
+            return state["square_avg"], lambda v: 1.0 / (v.sqrt() + eps)
+        if "sum" in state:
+            # Adagrad has a state from its construction on. A fused one counts on the device, which is not asked.
+            step = torch.as_tensor(state["step"])
+            if step.device.type == "cpu":
+                return None if step == 0 else (state["sum"], lambda v: 1.0 / (v.sqrt() + eps))
+            return state["sum"], lambda v: torch.where(step == 0, 1.0, 1.0 / (v.sqrt() + eps))
         raise RuntimeError(
             "metric='optimizer': expected exp_avg_sq, exp_inf, square_avg or sum in the state of "
             f"{type(base).__name__}, found {sorted(map(str, state))}; use metric='euclidean'"

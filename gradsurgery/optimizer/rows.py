@@ -122,7 +122,8 @@ class Rows:
         weights = numbers_on(coefficients.device, self.weights)
         if self.parts is None:
             return coefficients @ weights
-        return (coefficients[list(self.parts.in_block), None] @ weights).squeeze(1)
+        of_block = numbers_on(coefficients.device, list(self.parts.in_block))
+        return (coefficients[of_block, None] @ weights).squeeze(1)
 
     def units(self, device: torch.device) -> Tensor:
         """The factor that makes each list unscaled, ``[B]``: 1 / scale for captured rows, 1 for averages."""
