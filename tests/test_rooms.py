@@ -22,6 +22,7 @@ CORE = {
     "lora": {"gram", "losses"},
     "logit_difference": {"losses"},
     "task_vectors": {"rules", "gram"},
+    "integrations": {"optimizer", "losses"},
 }
 FLOORS = ("folder", "data", "metrics", "evaluation", "training", "report", "run", "ablation", "cli")
 ALLOWED = {f"gradsurgery.{room}": {f"gradsurgery.{lower}" for lower in lowers} for room, lowers in CORE.items()} | {

@@ -1,0 +1,30 @@
+"""Every trainer, in every way that it trains, is one plain `torch.autograd.grad` loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.gradsurgery.integrations import matrix
+from tests.gradsurgery.optimizer import distributed_workers as workers
+from tests.problems import values
+from tests.tolerances import STEPPED_FLOAT32, close
+
+pytest.importorskip("lightning")
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytestmark = pytest.mark.filterwarnings("ignore")  # the trainers', about small loaders and old names
+
+
+@pytest.mark.parametrize(("accumulate", "clipped", "precision"), matrix.CELLS)
+@pytest.mark.parametrize("trainer", matrix.TRAINERS)
+def test_one_process_is_the_oracles_run(
+    trainer: str, accumulate: int, clipped: bool, precision: str, tmp_path: Path
+) -> None:
+    model = matrix.TRAINERS[trainer](matrix.Case(accumulate, clipped, precision), tmp_path)
+    close(values(model), matrix.oracle(accumulate, clipped, precision), STEPPED_FLOAT32)
+
+
+def test_two_processes_are_the_oracles_run_and_hold_the_same_bits(tmp_path: Path) -> None:
+    workers.run(matrix.processes, str(tmp_path), list(matrix.TRAINERS))
