@@ -6,6 +6,7 @@ number ``W * i + r`` as its i-th, so that one oracle serves both numbers of proc
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -300,15 +301,29 @@ TRAINERS: dict[str, Callable[[Case, Path], nn.Module]] = {
 }
 
 
-def processes(rank: int, folder: str, trainers: list[str]) -> None:
-    """What one of two processes runs: every cell of these trainers in turn."""
+def processes(rank: int, folder: str) -> None:
+    """What one of two processes runs: every cell in turn, and Trainer's means over the tokens of both."""
     # transformers and Lightning read where they are from the environment.
     os.environ.update(LOCAL_WORLD_SIZE=str(workers.WORLD), GROUP_RANK="0", MASTER_PORT="29500")
-    for trainer, cell in product(trainers, CELLS):
+    gc.freeze()  # as in conftest.py
+    for trainer, cell in product(TRAINERS, CELLS):
         case = Case(*cell, rank, workers.WORLD)
         model = TRAINERS[trainer](case, Path(folder))
-        try:
-            close(values(model), oracle(case.accumulate * case.world, case.clipped, case.precision), STEPPED_FLOAT32)
-            workers.assert_ranks_agree(model)
-        except AssertionError as error:
-            raise AssertionError(f"{trainer}, {cell}: {error}") from error
+        expected = oracle(case.accumulate * case.world, case.clipped, case.precision)
+        check(model, expected, f"{trainer}, {cell}")
+    from tests.gradsurgery.integrations import unlearning
+
+    for accumulate in (1, 2):
+        model, window = unlearning.llama(), accumulate * workers.WORLD
+        data = unlearning.examples(8)
+        unlearning.trainer(Path(folder), model, accumulate=accumulate, data=data, num_train_epochs=1).train()
+        windows = [list(range(start, start + window)) for start in range(0, 8, window)]
+        check(model, unlearning.oracle(windows), f"means over tokens, accumulation {accumulate}")
+
+
+def check(model: nn.Module, expected: Tensor, what: str) -> None:
+    try:
+        close(values(model), expected, STEPPED_FLOAT32)
+        workers.assert_ranks_agree(model)
+    except AssertionError as error:
+        raise AssertionError(f"{what}: {error}") from error

@@ -26,5 +26,8 @@ def test_one_process_is_the_oracles_run(
     close(values(model), matrix.oracle(accumulate, clipped, precision), STEPPED_FLOAT32)
 
 
-def test_two_processes_are_the_oracles_run_and_hold_the_same_bits(tmp_path: Path) -> None:
-    workers.run(matrix.processes, str(tmp_path), list(matrix.TRAINERS))
+def test_two_processes_are_the_oracles_run_and_hold_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "PROCESS_TIMEOUT", 240)  # they import every trainer, and run sixty cells
+    workers.run(matrix.processes, str(tmp_path))
