@@ -56,7 +56,7 @@ class SurgeryTrainerMixin(_Trainer):
         TypeError: If a dataset is a stream, whose length is not known.
         ValueError: If a dataset is empty, a loss is not a function, or the names of the datasets or of ``losses`` are
             not the optimizer's objectives (the last when training starts).
-        RuntimeError: Under DeepSpeed, FSDP1 and `torch.nn.DataParallel`.
+        RuntimeError: Under DeepSpeed, FSDP and `torch.nn.DataParallel`.
 
     Cost: the backward passes of all objectives, and what `GradientSurgery` holds.
 
@@ -287,15 +287,14 @@ class SurgeryTrainerMixin(_Trainer):
             raise ValueError(f"{what}: expected one for each of the objectives {list(expected)}, found {sorted(found)}")
 
     def _refuse_engines(self) -> None:
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         found = {
             "DeepSpeed, which reduces and steps gradients by itself": self.is_deepspeed_enabled,
-            "FSDP1": plugin is not None and getattr(plugin, "fsdp_version", 1) != 2,
+            "FSDP, which nobody has tested under this trainer": self.is_fsdp_enabled,
             "several GPUs in one process (torch.nn.DataParallel)": self.args.n_gpu > 1,
         }
         for engine, present in found.items():
             if present:
                 raise RuntimeError(
-                    f"SurgeryTrainerMixin: expected one process for each device, alone or under DDP or FSDP2, found {engine}; start it "
+                    f"SurgeryTrainerMixin: expected one process for each device, alone or under DDP, found {engine}; start it "
                     "with torchrun or accelerate launch"
                 )

@@ -14,6 +14,7 @@ from gradsurgery.integrations.accelerate import unwrap
 from tests.problems import TWO, assert_same, classification, mlp, snapshot
 
 accelerate = pytest.importorskip("accelerate")
+pytestmark = pytest.mark.supports("Accelerate", "`save_state` and `load_state`")
 
 
 def prepared(model: nn.Module, **options: Any) -> tuple[Any, Any, Any]:

@@ -14,7 +14,30 @@ from tests.tolerances import STEPPED_FLOAT32, close
 pytest.importorskip("lightning")
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-pytestmark = pytest.mark.filterwarnings("ignore")  # the trainers', about small loaders and old names
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # the trainers', about small loaders and old names
+    pytest.mark.supports("A loop by hand", "accumulation, clipping, bf16-mixed, fp16 with a scaler, DDP"),
+    pytest.mark.supports(
+        "Lightning, automatic optimization", "accumulation, clipping, bf16-mixed, fp16 with a scaler, DDP; with `join`"
+    ),
+    pytest.mark.supports(
+        "Lightning, manual optimization", "accumulation, clipping, bf16-mixed, fp16 with a scaler, DDP; with contexts"
+    ),
+    pytest.mark.supports(
+        "Hugging Face Trainer", "with `SurgeryTrainerMixin`: accumulation, clipping, bf16, fp16 with a scaler, DDP"
+    ),
+    pytest.mark.supports(
+        "Accelerate", "with `unwrap(optimizer)`: `accumulate`, clipping, bf16, fp16 with a scaler, DDP"
+    ),
+    pytest.mark.refuses(
+        "Lightning, manual optimization: `clip_gradients` before `step()` under a scaler",
+        "Lightning clips scaled gradients there (its issue 18089): clip in `on_before_optimizer_step`, or by `max_norm=`",
+    ),
+    pytest.mark.refuses(
+        "fp16 on a CPU in Trainer, Accelerate and by Lightning's `precision=`",
+        "they give a CPU no scaler and do not say so; set theirs, as the test does",
+    ),
+]
 
 
 @pytest.mark.parametrize(("accumulate", "clipped", "precision"), matrix.CELLS)

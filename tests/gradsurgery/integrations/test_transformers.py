@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import gradsurgery as gs
 from tests.problems import TWO, assert_same, snapshot, values
@@ -29,6 +29,18 @@ from tests.gradsurgery.integrations.unlearning import (  # noqa: E402 (needs tra
     trainer,
     windows,
 )
+
+pytestmark = [
+    pytest.mark.supports(
+        "Hugging Face Trainer",
+        "means over each objective's own tokens (`num_items_in_batch`), resuming, evaluation in between",
+    ),
+    pytest.mark.refuses("DeepSpeed", "it reduces, frees and steps gradients by itself: train with DDP or FSDP2"),
+    pytest.mark.refuses("FSDP under Trainer", "untested there: train with DDP, or with FSDP2 outside it"),
+    pytest.mark.refuses(
+        "`torch.nn.DataParallel`", "one process for each device: start with torchrun or accelerate launch"
+    ),
+]
 
 
 @pytest.mark.parametrize("by_token", [True, False])
@@ -210,7 +222,7 @@ def test_there_is_no_record_before_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("attribute", "engine"), [("is_deepspeed_enabled", "DeepSpeed"), ("fsdp_plugin", "FSDP1"), ("n_gpu", "several GPUs")]
+    ("attribute", "engine"), [("is_deepspeed_enabled", "DeepSpeed"), ("is_fsdp_enabled", "FSDP"), ("n_gpu", "several GPUs")]
 )  # fmt: skip
 def test_engines_that_own_the_gradients_are_refused(
     attribute: str, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -219,14 +231,11 @@ def test_engines_that_own_the_gradients_are_refused(
 
     def with_engine(self: Any) -> None:
         make(self)
-        match attribute:
-            case "is_deepspeed_enabled":
-                self.is_deepspeed_enabled = True
-            case "fsdp_plugin":
-                monkeypatch.setitem(self.accelerator.state.__dict__, "fsdp_plugin", nn.Identity())
-            case _:
-                self.args._n_gpu = 2
+        if attribute == "n_gpu":
+            self.args._n_gpu = 2
+        else:
+            setattr(self, attribute, True)
 
     monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", with_engine)
     with pytest.raises(RuntimeError, match=f"expected one process for each device.* found {engine}.*torchrun"):
-        trainer(tmp_path, llama())
+        trainer(tmp_path, llama(), optimizers=(None, None))

@@ -30,7 +30,10 @@ from tests.gradsurgery.integrations.unlearning import (  # noqa: E402
     windows,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # TRL's, about names that will change
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # TRL's, about names that will change
+    pytest.mark.supports("TRL's SFTTrainer", "its own loss, metrics and preparation of data, accumulation, clipping"),
+]
 
 
 class InOrder(SurgeryTrainerMixin, trl.SFTTrainer):

@@ -22,9 +22,15 @@ import lightning as L
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*(does not have many workers|treespec|Checkpoint directory|val_dataloader)"
-)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*(does not have many workers|treespec|Checkpoint directory|val_dataloader)"),
+    pytest.mark.supports(
+        "Lightning, automatic optimization",
+        "clipping by value, bf16-true, groups, schedulers, LearningRateMonitor, ModelCheckpoint, resuming within an epoch, "
+        "`torch.compile`, `validate` in between",
+    ),
+    pytest.mark.supports("Lightning, manual optimization", "several optimizers"),
+]
 
 BATCHES, EPOCHS, RATE = 6, 2, 0.7
 QUIET: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False}
