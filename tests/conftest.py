@@ -17,6 +17,7 @@ torch.set_num_threads(int(THREADS))
 # Files that take long: begun last, one of them would leave the other workers idle.
 LONG = (
     "test_commands.py",
+    "test_matrix.py",
     "test_ranks.py",
     "test_ablation.py",
     "test_examples.py",

@@ -25,6 +25,8 @@ def run(name: str) -> tuple[str, Path]:
     finished = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200, check=False
     )
+    if needs := re.search(r"^this example needs .*", finished.stderr, re.MULTILINE):
+        pytest.skip(needs.group())
     assert finished.returncode == 0, finished.stderr
     return finished.stdout, folder
 
@@ -45,3 +47,10 @@ def test_the_plain_loop_forgets_and_keeps() -> None:
 def test_the_toy_draws_its_picture() -> None:
     _, folder = run("toy_2d.py")
     assert (folder / "toy_2d.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sft_trainer_forgets_and_keeps() -> None:
+    learned, unlearned = re.findall(r"forget (\S+), retain (\S+)", run("sft_trainer.py")[0])
+    assert float(learned[0]) > 0.9
+    assert float(unlearned[0]) < 0.5
+    assert float(unlearned[1]) > 0.8

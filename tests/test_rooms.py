@@ -22,6 +22,7 @@ CORE = {
     "lora": {"gram", "losses"},
     "logit_difference": {"losses"},
     "task_vectors": {"rules", "gram"},
+    "integrations": {"optimizer", "losses"},
 }
 FLOORS = (
     "files",

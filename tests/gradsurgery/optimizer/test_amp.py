@@ -13,6 +13,11 @@ from tests.problems import BASES, FOUR, TWO, Losses, assert_same, classification
 from tests.reference import training
 from tests.tolerances import COMBINED, GRAM, close
 
+pytestmark = pytest.mark.supports(
+    "GradScaler and autocast",
+    "a scale that grows, overflows, `unscale_` and clipping, fused bases, bf16 autocast and parameters",
+)
+
 STEPS = 8
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -8,7 +8,24 @@ import torch
 from tests.gradsurgery.optimizer import distributed_workers as workers
 from tests.gradsurgery.optimizer.distributed_workers import FSDP_VARIANTS, WRAPPERS, run
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
+    pytest.mark.supports(
+        "DDP", "contexts and `join`, find_unused_parameters, bucket views, no_sync, static_graph with contexts"
+    ),
+    pytest.mark.supports(
+        "FSDP2 (`fully_shard`)", "contexts and `join`, uneven and empty shards, scopes, guard, metric, accumulation"
+    ),
+    pytest.mark.supports("Checkpoints", "`torch.distributed.checkpoint` with shards"),
+    pytest.mark.refuses("FSDP1", "it does not support several backward passes a step: use `fully_shard`"),
+    pytest.mark.refuses("DDP `static_graph` with `join`", "its reducer allows one backward pass: use contexts"),
+    pytest.mark.refuses(
+        "Rows that were not reduced, objectives that differ across ranks", "every rank raises, and none hangs"
+    ),
+    pytest.mark.refuses(
+        "FSDP2 without gradient sync", "it would mix the objectives: leave it on (Accelerate: `sync_each_batch=True`)"
+    ),
+]
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)

@@ -23,6 +23,14 @@ def trained(**options: Any) -> tuple[nn.Sequential, gs.GradientSurgery]:
     return model, optimizer
 
 
+pytestmark = [
+    pytest.mark.refuses("DeepSpeed", "it reduces, frees and steps gradients by itself: train with DDP or FSDP2"),
+    pytest.mark.refuses("Optimizers that need a closure (LBFGS)", "use a first-order optimizer"),
+    pytest.mark.refuses("Sparse gradients", "build the embedding with sparse=False"),
+    pytest.mark.refuses("Optimizer steps in backward hooks", "surgery needs all rows before any step: remove the hook"),
+]
+
+
 def works_on(model: nn.Sequential, optimizer: gs.GradientSurgery) -> None:
     """The next steps are those of a run in which nothing was refused."""
     other, reference = trained()

@@ -20,6 +20,11 @@ from torch.optim import lr_scheduler
 import gradsurgery as gs
 from tests.problems import BASES, FOUR, assert_same, classification, contexts, joined, mlp, snapshot, taken, values
 
+pytestmark = pytest.mark.supports(
+    "Checkpoints",
+    "`state_dict` with `weights_only`, `torch.distributed.checkpoint`, copies and pickles, schedulers, hooks",
+)
+
 LOSSES = classification(FOUR)
 HALF, ALL = range(4), range(8)
 

@@ -20,6 +20,8 @@ from lightning_modules.data.tokenization import Encoded, collate
 from lightning_modules.evaluation.likelihood import answer_nll
 from lightning_modules.training.adapters import with_adapters
 
+pytestmark = pytest.mark.supports("PEFT", "LoRA with PEFT's own start or FILA's, under Lightning")
+
 FORGET = [Encoded([1, 3, 4, 5, 6, 2], [-100, -100, 4, 5, 6, 2]), Encoded([1, 7, 5, 4, 2], [-100, -100, 5, 4, 2])]
 RETAIN = [Encoded([1, 8, 9, 10, 11, 2], [-100, -100, 9, 10, 11, 2]), Encoded([1, 9, 8, 6, 2], [-100, -100, 8, 6, 2])]
 BATCHES = {"forget_batches": [collate(FORGET, 0)], "retain_batches": [collate(RETAIN, 0)]}
