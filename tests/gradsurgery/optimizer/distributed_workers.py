@@ -13,7 +13,7 @@ import pickle
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -93,6 +93,17 @@ def _process(rank: int, place: tuple[str, int, int], scenario: Callable[..., Non
         (Path(folder) / f"done{rank}").touch()
         # Not destroy_process_group(): it waits for collectives that a failed scenario left open.
         os._exit(0)
+
+
+def each(rank: int, scenario: Callable[..., None], cases: Mapping[str, Sequence[Any]]) -> None:
+    """Run a scenario once for each case, in the same processes; a failure names the case."""
+    for name, arguments in cases.items():
+        try:
+            scenario(rank, *arguments)
+        except BaseException as error:
+            error.add_note(f"case: {name}")
+            raise
+        dist.barrier()
 
 
 @contextmanager
