@@ -246,10 +246,10 @@ def ddp_join_inside_forward(rank: int, wrapper: dict[str, Any]) -> None:
         check(model, plain)
 
 
-def ddp_static_graph(rank: int) -> None:
-    """Contexts are exact; join is refused before anything is computed."""
+def ddp_static_graph(rank: int, wrapper: dict[str, Any]) -> None:
+    """Contexts are exact; join, and no_sync, are refused before anything is computed."""
     model, plain = mlp(), mlp()
-    wrapped = DistributedDataParallel(model, static_graph=True)
+    wrapped = DistributedDataParallel(model, static_graph=True, **wrapper)
     optimizer = surgeon(model)
     reference = training.Surgery(plain, BASES["AdamW"](plain.parameters()), TWO)
     for step in range(STEPS):
@@ -264,6 +264,10 @@ def ddp_static_graph(rank: int) -> None:
         check(model, plain)
     with raises_everywhere(r"expected DistributedDataParallel\(static_graph=False\).*drop static_graph"):
         optimizer.join(**of_rank(rank)(wrapped, 0, 0)).backward()
+    optimizer.zero_grad()
+    sentence = r"static_graph=False\) inside no_sync\(\), found static_graph=True.*or no_sync"
+    with raises_everywhere(sentence), wrapped.no_sync(), optimizer.objective("retain"):
+        pass
 
 
 def ddp_no_sync(rank: int, wrapper: dict[str, Any], front_end: str) -> None:

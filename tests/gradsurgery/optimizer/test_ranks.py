@@ -36,7 +36,7 @@ def test_ddp_join_inside_one_forward_is_the_single_process_run() -> None:
 
 
 def test_ddp_static_graph_takes_contexts_and_refuses_join() -> None:
-    run(workers.ddp_static_graph)
+    run(workers.each, workers.ddp_static_graph, EACH)
 
 
 def test_ddp_no_sync_accumulates_and_reduces_once() -> None:
