@@ -94,12 +94,24 @@ def shard_(
     fill = _Filling(model, source, _device(mesh))
     inner = policy or MixedPrecisionPolicy()
     outer = inner if policy is None else replace(policy, output_dtype=torch.float32)  # losses want float32 logits
-    for part in blocks(model):
+    *layers, rest = parts(model)
+    for part in layers:
         fill(part)
         fully_shard(part, mesh=mesh, mp_policy=inner)
-    fill(model)
-    fully_shard(model, mesh=mesh, mp_policy=outer)
+    fill(rest)
+    # By default FSDP2 leaves the outermost part, embeddings and head, whole after a forward pass without gradients:
+    # whoever then asked for the parameters, an optimizer say, would be given tensors that nobody trains.
+    fully_shard(rest, mesh=mesh, mp_policy=outer, reshard_after_forward=True)
     return model
+
+
+def parts(model: nn.Module) -> list[nn.Module]:
+    """What is sharded, each part without those before it: the layers, and last of all the model around them.
+
+    Around adapters there is PEFT's wrapper too, which holds no weights and which `generate` goes past: it stays out.
+    """
+    whole: Any = model
+    return [*blocks(model), whole.get_base_model() if hasattr(whole, "peft_config") else model]
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
