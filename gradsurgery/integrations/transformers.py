@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from gradsurgery.integrations.accelerate import unwrap
 from gradsurgery.integrations.pairs import PairedDataset, collate, is_pair
 from gradsurgery.losses import TokenLoss, answer_tokens, ceu
-from gradsurgery.optimizer.surgery import GRU, GradientSurgery
+from gradsurgery.optimizer.gru import GRU
+from gradsurgery.optimizer.surgery import GradientSurgery
 
 _Trainer: Any = object  # the user's class brings the Trainer; this module imports torch alone
 

@@ -125,6 +125,11 @@ class Ranks:
                 "objective: expected the same number of batches on every rank, found DistributedDataParallel.join(), under which ranks "
                 "that are done take no part in surgery; drop join(), and pad or drop the last batches (DistributedSampler pads)"
             )
+        if any(module.static_graph and not module.require_backward_grad_sync for module in modules):
+            raise RuntimeError(
+                "objective: expected DistributedDataParallel(static_graph=False) inside no_sync(), found static_graph=True, whose reducer "
+                "counts on a reduction in every backward pass; drop static_graph, or no_sync()"
+            )
         # Inside DDP's no_sync() no rank waits for another, and each may have its own number of micro-batches.
         if problem is not None or all(module.require_backward_grad_sync for module in modules):
             self.agree(index, problem, parameters)

@@ -21,7 +21,7 @@ from lightning_modules.training.packing import keep_differentiable
 from lightning_modules.training.probability import add_answers, uncollated
 from lightning_modules.training.references import Reference
 from lightning_modules.training.resuming import Resuming, refuse_other_model
-from lightning_modules.training.sharding import blocks
+from lightning_modules.training.sharding import parts
 from lightning_modules.training.soundness import check_batches, check_model, check_numbers, naming_the_batch
 from lightning_modules.training.token_count import mean_token_count
 from lightning_modules.training.warmup import with_warmup
@@ -155,8 +155,8 @@ class UnlearningModule(L.LightningModule):
                 f"{mesh['tensor_parallel'].size()}, for which every family of models needs a plan of its own; parallelize the model in "
                 "configure_model of a subclass"
             )
-        for part in [*blocks(self.model), self.model]:
-            fully_shard(part, mesh=mesh["data_parallel"])
+        for part in parts(self.model):
+            fully_shard(part, mesh=mesh["data_parallel"], reshard_after_forward=True)
 
     def training_step(self, batch: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         """Both losses, joined into one scalar whose backward pass does the surgery."""

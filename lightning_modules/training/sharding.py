@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,9 +19,7 @@ from lightning_modules.evaluation.processes import from_first, is_first
 POLICIES: dict[str, MixedPrecisionPolicy | None] = {
     "32-true": None,
     # Autocast would keep a bfloat16 copy of every layer's whole weights until its backward pass: the model, unsharded.
-    "bf16-mixed": MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
-    ),
+    "bf16-mixed": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
 }
 """By Lightning's name of a precision: in which types sharded weights are gathered, and their gradients reduced."""
 
@@ -93,11 +92,26 @@ def shard_(
         ValueError: If two layers share a weight.
     """
     fill = _Filling(model, source, _device(mesh))
-    settings: dict[str, Any] = {"mesh": mesh} | ({} if policy is None else {"mp_policy": policy})
-    for part in [*blocks(model), model]:
+    inner = policy or MixedPrecisionPolicy()
+    outer = inner if policy is None else replace(policy, output_dtype=torch.float32)  # losses want float32 logits
+    *layers, rest = parts(model)
+    for part in layers:
         fill(part)
-        fully_shard(part, **settings)
+        fully_shard(part, mesh=mesh, mp_policy=inner)
+    fill(rest)
+    # By default FSDP2 leaves the outermost part, embeddings and head, whole after a forward pass without gradients:
+    # whoever then asked for the parameters, an optimizer say, would be given tensors that nobody trains.
+    fully_shard(rest, mesh=mesh, mp_policy=outer, reshard_after_forward=True)
     return model
+
+
+def parts(model: nn.Module) -> list[nn.Module]:
+    """What is sharded, each part without those before it: the layers, and last of all the model around them.
+
+    Around adapters there is PEFT's wrapper too, which holds no weights and which `generate` goes past: it stays out.
+    """
+    whole: Any = model
+    return [*blocks(model), whole.get_base_model() if hasattr(whole, "peft_config") else model]
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -13,7 +13,7 @@ import pickle
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -93,6 +93,17 @@ def _process(rank: int, place: tuple[str, int, int], scenario: Callable[..., Non
         (Path(folder) / f"done{rank}").touch()
         # Not destroy_process_group(): it waits for collectives that a failed scenario left open.
         os._exit(0)
+
+
+def each(rank: int, scenario: Callable[..., None], cases: Mapping[str, Sequence[Any]]) -> None:
+    """Run a scenario once for each case, in the same processes; a failure names the case."""
+    for name, arguments in cases.items():
+        try:
+            scenario(rank, *arguments)
+        except BaseException as error:
+            error.add_note(f"case: {name}")
+            raise
+        dist.barrier()
 
 
 @contextmanager
@@ -235,10 +246,10 @@ def ddp_join_inside_forward(rank: int, wrapper: dict[str, Any]) -> None:
         check(model, plain)
 
 
-def ddp_static_graph(rank: int) -> None:
-    """Contexts are exact; join is refused before anything is computed."""
+def ddp_static_graph(rank: int, wrapper: dict[str, Any]) -> None:
+    """Contexts are exact; join, and no_sync, are refused before anything is computed."""
     model, plain = mlp(), mlp()
-    wrapped = DistributedDataParallel(model, static_graph=True)
+    wrapped = DistributedDataParallel(model, static_graph=True, **wrapper)
     optimizer = surgeon(model)
     reference = training.Surgery(plain, BASES["AdamW"](plain.parameters()), TWO)
     for step in range(STEPS):
@@ -253,6 +264,10 @@ def ddp_static_graph(rank: int) -> None:
         check(model, plain)
     with raises_everywhere(r"expected DistributedDataParallel\(static_graph=False\).*drop static_graph"):
         optimizer.join(**of_rank(rank)(wrapped, 0, 0)).backward()
+    optimizer.zero_grad()
+    sentence = r"static_graph=False\) inside no_sync\(\), found static_graph=True.*or no_sync"
+    with raises_everywhere(sentence), wrapped.no_sync(), optimizer.objective("retain"):
+        pass
 
 
 def ddp_no_sync(rank: int, wrapper: dict[str, Any], front_end: str) -> None:

@@ -7,7 +7,6 @@ other where there are several.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,6 +26,7 @@ from tests.gradsurgery.optimizer.distributed_workers import (
     FSDP_VARIANTS,
     STEPS,
     Scaled,
+    each,
     gathered,
     raises_everywhere,
     surgeon,
@@ -222,8 +222,8 @@ def flattened(_: int) -> None:
     with pytest.raises(ValueError, match=said):
         set_optimizer_state_dict(resumed, surgeon(resumed, **AVERAGED), copy.deepcopy(state_dict), options=options)
     set_optimizer_state_dict(resumed, again, state_dict, options=options)
-    for each, its in ((model, optimizer), (resumed, again)):
-        train(each, its, range(2, 4))
+    for module, its in ((model, optimizer), (resumed, again)):
+        train(module, its, range(2, 4))
     assert torch.equal(gathered(model), gathered(resumed))
 
 
@@ -274,27 +274,12 @@ def uneven_inputs(_: int) -> None:
 
 
 def four_processes(rank: int, folder: str) -> None:
-    for scenario in (every_division_is_one_process, tensor_parallel):
-        _noted(scenario, rank)
-    _noted(save, rank, folder)
+    each(rank, every_division_is_one_process, {"divisions": ()})
+    each(rank, tensor_parallel, {"tensor parallelism": ()})
+    each(rank, save, {"saving": (folder,)})
 
 
 def two_processes(rank: int, folder: str) -> None:
-    _noted(load, rank, folder)
-    for scenario in (
-        every_division_is_one_process,
-        tensor_parallel,
-        flattened,
-        part_at_a_late_step,
-        uneven_inputs,
-    ):
-        _noted(scenario, rank)
-
-
-def _noted(scenario: Callable[..., None], *arguments: Any) -> None:
-    try:
-        scenario(*arguments)
-    except BaseException as error:
-        error.add_note(scenario.__name__)
-        raise
-    dist.barrier()
+    each(rank, load, {"loading": (folder,)})
+    for scenario in (every_division_is_one_process, tensor_parallel, flattened, part_at_a_late_step, uneven_inputs):
+        each(rank, scenario, {scenario.__name__: ()})

@@ -28,58 +28,62 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_ddp_contexts_are_the_single_process_run(wrapper: str) -> None:
-    run(workers.ddp_contexts, WRAPPERS[wrapper])
+# Processes are dear to start, so that those of a test run all its cases; a failure names the case.
+EACH = {name: (wrapper,) for name, wrapper in WRAPPERS.items()}
 
 
-@pytest.mark.parametrize("wrapper", ["default", "find_unused", "bucket_view"])
-def test_ddp_two_forwards_before_two_backwards_raise_on_every_rank(wrapper: str) -> None:
-    run(workers.ddp_forward_forward, WRAPPERS[wrapper])
+def test_ddp_contexts_are_the_single_process_run() -> None:
+    run(workers.each, workers.ddp_contexts, EACH)
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_ddp_join_is_the_single_process_run(wrapper: str) -> None:
-    run(workers.ddp_join, WRAPPERS[wrapper])
+def test_ddp_two_forwards_before_two_backwards_raise_on_every_rank() -> None:
+    run(
+        workers.each,
+        workers.ddp_forward_forward,
+        {name: EACH[name] for name in ("default", "find_unused", "bucket_view")},
+    )
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_ddp_join_inside_one_forward_is_the_single_process_run(wrapper: str) -> None:
-    run(workers.ddp_join_inside_forward, WRAPPERS[wrapper])
+def test_ddp_join_is_the_single_process_run() -> None:
+    run(workers.each, workers.ddp_join, EACH)
+
+
+def test_ddp_join_inside_one_forward_is_the_single_process_run() -> None:
+    run(workers.each, workers.ddp_join_inside_forward, EACH)
 
 
 def test_ddp_static_graph_takes_contexts_and_refuses_join() -> None:
-    run(workers.ddp_static_graph)
+    run(workers.each, workers.ddp_static_graph, EACH)
 
 
-@pytest.mark.parametrize("front_end", ["interleaved", "blocked", "join", "join, accumulate"])
-@pytest.mark.parametrize("wrapper", ["default", "bucket_view", "bucket_view, one parameter each"])
-def test_ddp_no_sync_accumulates_and_reduces_once(wrapper: str, front_end: str) -> None:
-    run(workers.ddp_no_sync, WRAPPERS[wrapper], front_end)
+def test_ddp_no_sync_accumulates_and_reduces_once() -> None:
+    cases = {
+        f"{name}, {front_end}": (WRAPPERS[name], front_end)
+        for name in ("default", "bucket_view", "bucket_view, one parameter each")
+        for front_end in ("interleaved", "blocked", "join", "join, accumulate")
+    }
+    run(workers.each, workers.ddp_no_sync, cases)
 
 
-@pytest.mark.parametrize("front_end", ["contexts", "join"])
-def test_ddp_with_a_head_that_one_loss_does_not_use(front_end: str) -> None:
-    run(workers.ddp_unused_head, front_end)
+def test_ddp_with_a_head_that_one_loss_does_not_use() -> None:
+    run(workers.each, workers.ddp_unused_head, {front_end: (front_end,) for front_end in ("contexts", "join")})
 
 
 def test_ddp_does_not_stop_a_copy() -> None:
     run(workers.ddp_copies)
 
 
-@pytest.mark.parametrize("front_end", ["contexts", "join"])
-def test_models_that_nobody_synchronises_raise_on_every_rank(front_end: str) -> None:
-    run(workers.unsynchronised, front_end)
+def test_models_that_nobody_synchronises_raise_on_every_rank() -> None:
+    run(workers.each, workers.unsynchronised, {front_end: (front_end,) for front_end in ("contexts", "join")})
 
 
 def test_gradients_that_are_reduced_inside_the_contexts() -> None:
     run(workers.synchronised_by_hand)
 
 
-@pytest.mark.parametrize("done", ["retain", "forget", "nothing"])
-@pytest.mark.parametrize("wrap", ["ddp", "plain"])
-def test_an_objective_missing_on_one_rank_raises_on_every_rank(wrap: str, done: str) -> None:
-    run(workers.missing_on_one_rank, wrap, done)
+def test_an_objective_missing_on_one_rank_raises_on_every_rank() -> None:
+    cases = {f"{wrap}, {done}": (wrap, done) for wrap in ("ddp", "plain") for done in ("retain", "forget", "nothing")}
+    run(workers.each, workers.missing_on_one_rank, cases)
 
 
 def test_fsdp1_is_refused() -> None:
@@ -87,16 +91,13 @@ def test_fsdp1_is_refused() -> None:
 
 
 @pytest.mark.parametrize("front_end", ["contexts", "join", "join, accumulate"])
-@pytest.mark.parametrize("name", FSDP_VARIANTS)
-def test_fsdp2_is_the_single_process_run(name: str, front_end: str) -> None:
-    run(workers.fsdp, name, front_end)
+def test_fsdp2_is_the_single_process_run(front_end: str) -> None:
+    run(workers.each, workers.fsdp, {name: (name, front_end) for name in FSDP_VARIANTS})
 
 
-@pytest.mark.parametrize("front_end", ["contexts", "join"])
-def test_fsdp2_without_gradient_sync_is_refused(front_end: str) -> None:
-    run(workers.fsdp_without_sync, front_end)
+def test_fsdp2_without_gradient_sync_is_refused() -> None:
+    run(workers.each, workers.fsdp_without_sync, {front_end: (front_end,) for front_end in ("contexts", "join")})
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_fsdp2_checkpoints_keep_the_averages(full: bool) -> None:
-    run(workers.fsdp_checkpoint, full)
+def test_fsdp2_checkpoints_keep_the_averages() -> None:
+    run(workers.each, workers.fsdp_checkpoint, {"in shards": (False,), "whole": (True,)})

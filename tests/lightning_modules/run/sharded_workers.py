@@ -6,10 +6,13 @@ import json
 import os
 from pathlib import Path
 
+import lightning as L
 import pytest
+import torch.distributed as dist
 
 from lightning_modules import cli
 from lightning_modules.run import unlearn
+from lightning_modules.training.callbacks import TradeoffCurve
 from tests.gradsurgery.optimizer.distributed_workers import WORLD
 from tests.lightning_modules.evaluation.evaluation_workers import model_and_tokenizer
 
@@ -45,16 +48,27 @@ def as_torchrun() -> None:
     )
 
 
-def commands(_: int, runs: list[list[str]]) -> None:
-    """Several runs of `unlearn`, one after the other."""
+def commands(_: int, runs: list[list[str]], interrupted: list[str]) -> None:
+    """Several runs of `unlearn`, one after the other; the last is interrupted in its second epoch, and goes on."""
     as_torchrun()
+    sharded = ["--devices", str(WORLD), "--strategy", "fsdp2"]
     for arguments in runs:
-        quickly([*arguments, "--devices", str(WORLD), "--strategy", "fsdp2"])
+        quickly([*arguments, *sharded])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TradeoffCurve, "on_train_batch_end", _interrupt)
+        quickly([*interrupted, *sharded], status=130)
+    dist.barrier()
+    quickly([*interrupted[interrupted.index("--output") :], "--resume"])
 
 
-def quickly(arguments: list[str]) -> None:
+def _interrupt(_: TradeoffCurve, trainer: L.Trainer, *__: object) -> None:
+    if trainer.current_epoch == 1:
+        raise KeyboardInterrupt
+
+
+def quickly(arguments: list[str], status: int = 0) -> None:
     """`unlearn` without its report, whose pictures take longer than everything else here."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("draw", "show"):
             patch.setattr(unlearn, name, lambda _: None)
-        assert cli.main(["unlearn", *arguments]) == 0, arguments
+        assert cli.main(["unlearn", *arguments]) == status, arguments

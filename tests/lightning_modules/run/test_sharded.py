@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
+from lightning_modules.run.options import UnlearnOptions
 from tests.gradsurgery.optimizer import distributed_workers
 from tests.lightning_modules.run import sharded_workers
 
@@ -38,8 +40,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
             runs.append([*arguments, "--batch-size", "1", "--output", str(folder / f"two{number}")])
             alone = [*arguments, "--batch-size", "2", "--output", str(folder / f"one{number}")]
             sharded_workers.quickly([*alone, "--reference-cache", "false"])
-        distributed_workers.run(sharded_workers.commands, runs, patience=6)
+        half = [*common, "--batch-size", "1", "--precision", "bf16-mixed", "--output", str(folder / "bfloat16")]
+        again = [*runs[0][: runs[0].index("--output")], "--output", str(folder / "interrupted")]
+        distributed_workers.run(sharded_workers.commands, [*runs, half], again, patience=6)
     return folder
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
 
 
 def numbers(folder: Path, name: str) -> list[dict[str, str]]:
@@ -67,9 +75,7 @@ def test_two_processes_with_shards_leave_what_one_process_leaves(folders: Path, 
     number = list(RUNS).index(name)
     one, two = folders / f"one{number}", folders / f"two{number}"
     assert {path.name for path in two.rglob("*")} == {path.name for path in one.rglob("*")}
-    ours, theirs, start = (
-        load_file(folder / "model.safetensors") for folder in (two / "model", one / "model", folders / "start")
-    )
+    ours, theirs, start = (weights(folder) for folder in (two / "model", one / "model", folders / "start"))
     assert ours.keys() == theirs.keys()
     moved = max((theirs[key] - start[key]).abs().max().item() for key in start)
     assert moved > 2e-4
@@ -88,3 +94,39 @@ def test_two_processes_with_shards_leave_what_one_process_leaves(folders: Path, 
         for row, other in zip(rows, others, strict=True):
             for column in other.keys() - {"loss_forget", "loss_retain"}:  # those are each process's own
                 assert float(row[column]) == pytest.approx(float(other[column]), rel=1e-3, abs=1e-5), (log, column)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights_and_scores(folders: Path) -> None:
+    whole, resumed = folders / "two0", folders / "interrupted"
+    for key, value in weights(whole / "model").items():
+        assert torch.equal(weights(resumed / "model")[key], value), key
+    for name in ("before", "after"):
+        found, expected = (json.loads((folder / "metrics.json").read_text())[name] for folder in (resumed, whole))
+        assert found == expected
+    assert (resumed / "surgery.csv").read_text() == (whole / "surgery.csv").read_text()
+
+
+def test_bfloat16_gathers_train_float32_weights_that_are_scored_in_float32(folders: Path) -> None:
+    """Near the float32 run, and not it: a policy that nothing reads would give its weights."""
+    exact, found, start = (weights(folders / name) for name in ("two0/model", "bfloat16/model", "start"))
+    moved = max((exact[key] - start[key]).abs().max().item() for key in start)
+    apart = max((found[key] - exact[key]).abs().max().item() for key in start)
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    assert 1e-3 * moved < apart < 2.5 * moved
+    before = (json.loads((folders / name / "metrics.json").read_text())["before"] for name in ("two0", "bfloat16"))
+    assert next(before) == next(before)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "uld"}, "found --method uld, .* use --devices 1"),
+        ({"lora_rank": 4, "lora_init": "fila"}, "found --lora-init fila, .* leave --lora-init out"),
+        ({"best_below": 0.1}, "found --best-below, .* use --stop-below"),
+        ({"precision": "16-mixed"}, "expected --precision 32-true or bf16-mixed, found '16-mixed'"),
+    ],
+)
+def test_what_shards_cannot_do_is_refused_before_any_work(options: dict[str, Any], said: str) -> None:
+    UnlearnOptions.of(**options).check()
+    with pytest.raises(ValueError, match=f"--strategy fsdp2: .*{said}"):
+        UnlearnOptions.of(strategy="fsdp2", **options).check()

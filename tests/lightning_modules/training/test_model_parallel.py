@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -21,7 +22,7 @@ import lightning_modules as lm
 from lightning_modules.data.order import PairDataset, PairSampler, collate_pairs
 from lightning_modules.data.tokenization import Encoded
 from lightning_modules.run.options.training import SHARDED_PRECISIONS
-from lightning_modules.training.sharding import POLICIES, blocks
+from lightning_modules.training.sharding import POLICIES, Distributed, blocks, parts
 from lightning_modules.training.trainer import trainer_options
 from tests.gradsurgery.optimizer import distributed_workers
 from tests.gradsurgery.optimizer.distributed_workers import gathered, raises_everywhere
@@ -41,11 +42,13 @@ def examples(count: int, seed: int) -> list[Encoded]:
 PAIRS = PairDataset(examples(6, 1), examples(9, 2))
 
 
-def llama() -> LlamaForCausalLM:
+def llama(*, tied: bool = False) -> LlamaForCausalLM:
     torch.manual_seed(3)
     # Three numbers in a tensor at most are too few for four processes: some hold nothing of it.
     sizes = {"hidden_size": 6, "intermediate_size": 10, "num_hidden_layers": 2, "num_attention_heads": 3}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, initializer_range=0.5, **sizes))
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=VOCABULARY, initializer_range=0.5, tie_word_embeddings=tied, **sizes)
+    )
 
 
 class Data(L.LightningDataModule):
@@ -67,7 +70,7 @@ class Hybrid(lm.UnlearningModule):
 
     def configure_model(self) -> None:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-        for part in [*blocks(self.model), self.model]:
+        for part in parts(self.model):
             fully_shard(part, mesh=mesh)
 
 
@@ -114,9 +117,51 @@ def four_processes(_: int) -> None:
         trained(DDPStrategy(**own, static_graph=True))
 
 
+def shards_of_the_first(rank: int, tied: bool) -> None:
+    """The others are given their shards alone, and the structure: names, ties and buffers."""
+    model = Distributed(lambda: (llama(tied=tied), "known"))
+    assert model.known == "known"
+    assert (model.whole is None) == (rank > 0)
+    expected = llama(tied=tied)
+    found = model.sharded(init_device_mesh("cpu", (WORLD,)))
+    assert [name for name, _ in found.named_parameters()] == [name for name, _ in expected.named_parameters()]
+    for (name, buffer), (other, value) in zip(found.named_buffers(), expected.named_buffers(), strict=True):
+        assert name == other
+        assert torch.equal(buffer, value)
+    for parameter in found.parameters():
+        assert isinstance(parameter, DTensor)
+        assert parameter.to_local().shape[0] <= -(-parameter.shape[0] // WORLD)
+    assert torch.equal(gathered(found), gathered(expected))
+    assert (found.get_output_embeddings().weight is found.get_input_embeddings().weight) == tied
+    tokens = torch.randint(VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(0))
+    close(found(input_ids=tokens).logits, expected(input_ids=tokens).logits, STEPPED_FLOAT32)
+    with torch.no_grad():
+        for parameter in found.parameters():
+            parameter.mul_(2.0)
+    model.gather(found)
+    if rank == 0:
+        assert torch.equal(gathered(model.whole), 2.0 * gathered(expected))
+
+
+def shared_layers(_: int) -> None:
+    def load() -> tuple[LlamaForCausalLM, None]:
+        model = llama()
+        model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+        return model, None
+
+    with pytest.raises(ValueError, match=r"found model.layers.0.mlp.up_proj.weight in two of them"):
+        Distributed(load).sharded(init_device_mesh("cpu", (WORLD,)))
+
+
+def everything(rank: int) -> None:
+    distributed_workers.each(rank, shards_of_the_first, {"tied": (True,), "not tied": (False,)})
+    distributed_workers.each(rank, shared_layers, {"shared": ()})
+    four_processes(rank)
+
+
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_every_strategy_of_four_processes_takes_the_steps_of_one() -> None:
-    distributed_workers.run(four_processes, world=WORLD, patience=4)
+    distributed_workers.run(everything, world=WORLD, patience=4)
 
 
 def test_the_blocks_are_the_decoder_layers_whatever_stands_around_them() -> None:
