@@ -21,6 +21,8 @@ from lightning_modules.training import objectives
 from lightning_modules.training.scratch import ScratchSettings, scratch_model
 
 _TOKENIZER_AUTHORS = 100
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+"""A model's own Python is never run. Without this, Transformers asks whoever sits at the terminal, and waits."""
 
 
 def make_data(options: Options, tokenizer: Any) -> ForgetRetainDataModule:
@@ -158,7 +160,8 @@ def load_pretrained(name: str) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _known(name):
-        return AutoModelForCausalLM.from_pretrained(name, dtype="float32"), AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="float32", **NO_CODE)
+        return model, AutoTokenizer.from_pretrained(name, **NO_CODE)
 
 
 def check_pretrained(name: str) -> None:
@@ -172,8 +175,8 @@ def check_pretrained(name: str) -> None:
 
     with _known(name):
         if find_adapter_config_file(name) is None:  # the folder of an adapter has no configuration of a model
-            AutoConfig.from_pretrained(name)
-        AutoTokenizer.from_pretrained(name)
+            AutoConfig.from_pretrained(name, **NO_CODE)
+        AutoTokenizer.from_pretrained(name, **NO_CODE)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import gradsurgery as gs
 from lightning_modules.evaluation.membership import HOLDOUT
 from lightning_modules.evaluation.processes import every_process, from_first, is_first, will_be_first
 from lightning_modules.folder import cache_folder, read_evaluation, write_evaluation
-from lightning_modules.run.loading import check_pretrained, load_reference, tokenizer_texts
+from lightning_modules.run.loading import NO_CODE, check_pretrained, load_reference, tokenizer_texts
 from lightning_modules.run.options import EvaluationOptions, Options
 from lightning_modules.run.run import Run, Splits
 from lightning_modules.run.scoring import ScoredSplits, score, to_score
@@ -190,7 +190,7 @@ def _identity(options: Options, splits: Splits) -> object:
         return _folder(Path(name))
     _ = gs.logit_difference.LogitDifferenceModel  # importing it registers its configuration with Transformers
     try:
-        commit = getattr(transformers.AutoConfig.from_pretrained(name), "_commit_hash", None)
+        commit = getattr(transformers.AutoConfig.from_pretrained(name, **NO_CODE), "_commit_hash", None)
         adapted = transformers.utils.find_adapter_config_file(name) is not None
     except (OSError, ValueError):  # raised again, with a sentence, when the model is loaded
         return None

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from lightning_modules.folder import CONFIG, METRICS
+from lightning_modules.folder import CONFIG, METRICS, check_links
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.options.flat import flag
 
@@ -23,6 +23,7 @@ def resumed(given: UnlearnOptions, stated: Collection[str] = ()) -> UnlearnOptio
     Raises:
         FileNotFoundError: If there is no run in the folder.
         FileExistsError: If the run in it is finished.
+        PermissionError: If a link leads out of the folder.
         ValueError: If an option is given that the run was not started with.
     """
     folder = given.output.folder
@@ -34,6 +35,7 @@ def resumed(given: UnlearnOptions, stated: Collection[str] = ()) -> UnlearnOptio
             f"--resume: expected an interrupted run, found a finished one in {folder}; choose another --output, or draw its report "
             f"again with `gradsurgery report {folder}`"
         )
+    check_links(folder)
     values: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8"))
     names = set(UnlearnOptions.names())
     place = {"output": given.output.output}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import lightning as L
 from rich.console import Console
+from rich.markup import escape
 
 from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.processes import will_be_first
@@ -105,4 +106,4 @@ def _leave(run: Run[UnlearnOptions], unlearned: Unlearned, log: ScoredSplits | N
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     show(found)
     files = ", ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
-    Console().print(f"Everything is in [bold]{folder}[/bold]: {files}")
+    Console().print(f"Everything is in [bold]{escape(str(folder))}[/bold]: {escape(files)}")

@@ -229,7 +229,7 @@ def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: P
         partial.rename(folder)
     except OSError as error:
         if not folder.is_dir():  # otherwise another process was faster, with the same model
-            Console(stderr=True).print(f"The small model could not be cached in {folder.parent}: {error}")
+            Console(stderr=True).print(f"The small model could not be cached in {folder.parent}: {error}", markup=False)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
