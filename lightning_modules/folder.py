@@ -128,6 +128,25 @@ def _lock(file: int) -> bool:
     return True
 
 
+def check_links(folder: Path) -> None:
+    """Refuse a folder of a run in which a link leads out of it: what is written there would be written elsewhere.
+
+    Raises:
+        PermissionError: If there is such a link, as in an archive of somebody else's.
+    """
+    home, logs = folder.resolve(), folder / LOGS  # what a logger leaves in it is the logger's
+    found = [
+        path
+        for path in folder.rglob("*")
+        if path.is_symlink() and logs not in path.parents and not path.resolve().is_relative_to(home)
+    ]
+    if found:
+        raise PermissionError(
+            f"{folder}: expected a run with its files in it, found {', '.join(str(path.relative_to(folder)) for path in found)} leading "
+            "out of it; remove these links"
+        )
+
+
 def cache_folder(name: str) -> Path:
     """A folder for results that can be computed again: `$XDG_CACHE_HOME/gradsurgery/<name>`, or in `~/.cache`.
 

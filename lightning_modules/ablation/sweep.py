@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lightning_modules import progress
@@ -72,7 +73,7 @@ def ablate(options: AblateOptions) -> Path | None:
         _draw(grid, folder)
         Console(stderr=True).print(
             f"{len(runs)} runs, {len(pending)} of them now, in {time.perf_counter() - started:.0f} s. "
-            f"Everything is in [bold]{folder}[/bold]: {TABLE}, {RESULTS}, {FIGURE}, {RUNS}/"
+            f"Everything is in [bold]{escape(str(folder))}[/bold]: {TABLE}, {RESULTS}, {FIGURE}, {RUNS}/"
         )
     if failed:
         said = "\n".join(f"  {name}: {reason}" for name, reason in list(failed.items())[:_SHOWN])

@@ -10,6 +10,7 @@ import yaml
 from lightning_modules.folder import SURGERY
 from lightning_modules.report import findings, leakage, over_seeds
 from lightning_modules.report.finished import MODELS, FinishedRun, columns
+from lightning_modules.report.html import visible
 from lightning_modules.report.samples import samples
 from lightning_modules.report.tables import markdown_table
 from lightning_modules.report.terminal import about_scores, shown
@@ -167,7 +168,5 @@ def _prose(text: str) -> str:
 
 def _escaped(text: str) -> str:
     """Returns a text without a meaning in HTML or Markdown, so that a generation cannot load a picture or hide."""
-    text = (
-        text.encode("utf-8", "replace").decode("utf-8").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    )
+    text = visible(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)

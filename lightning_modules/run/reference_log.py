@@ -20,7 +20,7 @@ from lightning_modules.evaluation.processes import every_process, from_first, is
 from lightning_modules.evaluation.texts import texts_of
 from lightning_modules.folder import cache_folder, read_evaluation, write_evaluation
 from lightning_modules.run.identity import content_versions, hashed, model_identity
-from lightning_modules.run.loading import check_pretrained, load_reference, tokenizer_texts
+from lightning_modules.run.loading import NO_CODE, check_pretrained, load_reference, tokenizer_texts
 from lightning_modules.run.options import EvaluationOptions, Options
 from lightning_modules.run.run import Run, Splits
 from lightning_modules.run.scoring import ScoredSplits, score, to_score
@@ -216,7 +216,7 @@ def _tokens(name: str, options: Options, examples: Splits) -> str | None:
     They depend on more than the texts and the tokenizer's files: on the options of its chat template, and on our code.
     """
     try:
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name, **NO_CODE)
     except (OSError, ValueError):  # raised again, with a sentence, when the model is loaded
         return None
     set_template_options(tokenizer, options.data.chat_template_kwargs)

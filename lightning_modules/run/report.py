@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning_modules import report
+from lightning_modules.folder import check_links
 from lightning_modules.report.changed import Defaults
 from lightning_modules.run.options import UnlearnOptions
 
 
 def draw(folder: Path, others: Sequence[Path] = ()) -> None:
     """Draw the report of a run of `unlearn`, which names the options that are not the default; see `report.draw`."""
+    check_links(folder)
     report.draw(folder, others, defaults())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from lightning_modules.folder import CHECKPOINTS, CONFIG, METRICS
+from lightning_modules.folder import CHECKPOINTS, CONFIG, METRICS, check_links
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.options.flat import flag
 from lightning_modules.run.saved import read_options
@@ -27,6 +27,7 @@ def resumed(given: UnlearnOptions, stated: Collection[str] = ()) -> UnlearnOptio
     Raises:
         FileNotFoundError: If there is no run in the folder.
         FileExistsError: If the run in it is finished.
+        PermissionError: If a link leads out of the folder.
         ValueError: If an option is given that the run was not started with.
     """
     folder = given.output.folder
@@ -38,6 +39,7 @@ def resumed(given: UnlearnOptions, stated: Collection[str] = ()) -> UnlearnOptio
             f"--resume: expected an interrupted run, found a finished one in {folder}; choose another --output, or draw its report "
             f"again with `gradsurgery report {folder}`"
         )
+    check_links(folder)
     values = read_options(config)
     names = set(UnlearnOptions.names())
     place = {"output": given.output.output}

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 from rich.console import Console
+from rich.markup import escape
 
 from lightning_modules.data.uld import uld_data
 from lightning_modules.evaluation import processes
@@ -144,7 +145,7 @@ def _finish(folder: Path) -> Path:
     draw(folder)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     files = ", ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
-    Console().print(f"Everything is in [bold]{folder}[/bold]: {files}")
+    Console().print(f"Everything is in [bold]{escape(str(folder))}[/bold]: {escape(files)}")
     return folder
 
 

@@ -17,7 +17,7 @@ from lightning_modules.report.finished import FinishedRun
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.report import defaults
 
-VOID = {"meta", "use"}
+VOID = {"meta", "use", "img"}
 
 
 class Page(HTMLParser):

@@ -122,30 +122,3 @@ def test_a_config_is_checked_without_making_anything() -> None:
     assert Told.made == []
     assert [type(made) for made in plugins.make_callbacks(training)] == [Told]
     assert len(Told.made) == 1
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "!!python/object/apply:os.system ['touch owned']",
-        "rule: !!python/object/apply:os.system ['touch owned']",
-        "callbacks: !!python/object/new:os.system ['touch owned']",
-        "rule_options: {alpha: !!python/name:os.system }",
-    ],
-)
-@pytest.mark.parametrize("command", ["unlearn", "ablate", "resume", "report"])
-def test_yaml_is_read_without_running_it(
-    command: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("config.yaml").write_text(text)
-    Path("metrics.json").write_text("{}")
-    arguments = {
-        "unlearn": ["unlearn", "--config", "config.yaml", "--output", "new"],
-        "ablate": ["ablate", "--config", "config.yaml", "--output", "new"],
-        "resume": ["unlearn", "--resume", "--output", "."],
-        "report": ["report", "."],
-    }
-    assert cli.main(arguments[command]) == 1
-    assert capsys.readouterr().err.startswith("gradsurgery: ")
-    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "metrics.json"}
