@@ -87,9 +87,10 @@ def locked(folder: Path) -> Generator[None]:
     path = folder / LOCK
     with _held(path) as file:
         try:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}\n")
-            file.flush()
+            with one_sentence(path):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {platform.node()}\n")
+                file.flush()
             yield
         finally:
             with suppress(OSError):
@@ -109,8 +110,9 @@ def _held(path: Path) -> IO[str]:
                     f"in {path.parent}; wait for it, or choose another folder"
                 )
         # The process that held it may have removed the file in between; then others lock a new one.
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
         file.close()
 
 

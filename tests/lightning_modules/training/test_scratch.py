@@ -169,6 +169,7 @@ def test_a_damaged_cache_is_said_and_made_again(name: str, tmp_path: Path, capsy
     model, _ = scratch_model(EXAMPLES, TINY, cache_dir=tmp_path)
     (folder,) = tmp_path.iterdir()
     whole = (folder / name).read_bytes()
+    (folder / name).unlink()  # the model may still be mapped to it
     (folder / name).write_bytes(whole[: len(whole) // 2])
     again, _ = scratch_model(EXAMPLES, TINY, cache_dir=tmp_path)
     assert "is damaged and is made again" in capsys.readouterr().err
