@@ -99,4 +99,4 @@ def read_yaml(path: str | Path, expected: str) -> Any:
         return yaml.safe_load(text)
     except _BROKEN as error:
         said = " ".join(str(error).split())
-        raise ValueError(f"{path}: expected {expected} as YAML, found something else: {said}") from error
+        raise ValueError(f"{path}: expected YAML with {expected}, found something else: {said}") from error
