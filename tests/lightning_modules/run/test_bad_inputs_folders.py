@@ -91,7 +91,7 @@ def other(name: str, value: Any, *said: str) -> Row:
     return reported(f"{name} is {json.dumps(value)}", METRICS | {name: value}, "expected the metrics.json", *said)
 
 
-JSON = ("run/metrics.json: expected the metrics.json of a run as JSON, found something else",)
+JSON = ("run/metrics.json: expected JSON with the metrics.json of a run, found something else",)
 REPORTS = [
     Row("no folder", lambda _: ["report", "no"], ("report: expected a finished run, found no metrics.json in no",)),
     Row("a file", lambda _: ["report", "forget.json"], ("found no metrics.json in forget.json",)),
@@ -154,7 +154,7 @@ GRIDS = [
     grid("a model that learns backwards", FINE + "model: {lr: -1}", "grid.yaml: model: expected lr > 0"),
     grid("a file that is missing", FINE + "data: {forget: no.json, retain: no.json}", "no.json, found nothing"),
     *(grid(f"a result of {text!r}", FINE, "a-m0-d0.json", said, runs=text)
-      for text, said in {"": "as JSON", "{": "as JSON", "[]": "without config", "{}": "remove the file",
+      for text, said in {"": "expected JSON", "{": "expected JSON", "[]": "without config", "{}": "remove the file",
                          '{"config": 3, "status": "finished"}': "without its configuration"}.items()),
     laid("scores of nothing", {"grid.yaml": FINE, "out/models/m0.json": "{}"},
          ["ablate", "--config", "grid.yaml", "--output", "out"], "m0.json", "without config, start, reference"),
