@@ -110,7 +110,7 @@ def _make_parser() -> ArgumentParser:
     parser = Parser(prog="gradsurgery", description="Gradient surgery for language-model unlearning.", epilog=_EXIT)
     subcommands = parser.add_subcommands(required=True)
     for name, options in (("unlearn", UnlearnOptions), ("evaluate", EvaluateOptions)):
-        subparser = Parser(description=options.__doc__)
+        subparser = Parser(description=options.__doc__, print_config=None)
         subparser.add_argument("--config", action="config", help="YAML file with any of these options; later ones win")
         for group in options.groups():
             subparser.add_options(group)

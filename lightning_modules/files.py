@@ -21,7 +21,8 @@ def replacing(path: Path) -> Generator[Path]:
 
     The block writes a file or a folder there. It is on the disk before it is renamed. If the block raises, if the disk
     is full, or if the process is killed, what was at `path` before stays whole; a killed process leaves a file whose
-    name begins with `PARTIAL`, see `remove_partial`.
+    name begins with `PARTIAL`, see `remove_partial`. Only a folder that replaces another is gone for the moment between
+    two renames.
 
     Args:
         path: Of the file or folder. Its parent is created.
@@ -39,7 +40,11 @@ def replacing(path: Path) -> Generator[Path]:
             if temporary.is_dir() and path.is_dir():  # a folder cannot be renamed onto one that holds files
                 former = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}")
                 path.rename(former)
-                temporary.rename(path)
+                try:
+                    temporary.rename(path)
+                except OSError:
+                    former.rename(path)
+                    raise
                 shutil.rmtree(former)
             else:
                 temporary.replace(path)

@@ -162,7 +162,7 @@ def write_config(folder: Path, command: str, values: Mapping[str, Any]) -> None:
 
     Args:
         folder: The run's folder.
-        command: "unlearn" or "evaluate".
+        command: The command that made it.
         values: Option -> value, in the order in which they are written.
     """
     text = f"# gradsurgery {command} --config {CONFIG} --output ANOTHER_FOLDER repeats this run.\n"

@@ -259,7 +259,8 @@ class SurgeryTrainerMixin(_Trainer):
         """Add what the latest step's record says to the trainer's own line."""
         if "loss" in logs and self.step_losses and (record := self.surgery.record) is not None:
             logs |= {f"loss_{name}": float(loss) for name, loss in self.step_losses.items()}
-            logs |= {"cosine": float(record.cosines[..., 0, 1].mean()), "conflict": float(record.conflict)}
+            if len(record.objectives) > 1:
+                logs |= {"cosine": float(record.cosines[..., 0, 1].mean()), "conflict": float(record.conflict)}
             if record.coefficients is not None:
                 found = record.coefficients.reshape(-1, len(record.objectives)).mean(0).tolist()
                 logs |= {f"coefficient_{name}": value for name, value in zip(record.objectives, found, strict=True)}

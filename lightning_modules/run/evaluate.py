@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning as L
 
 from lightning_modules.evaluation.processes import will_be_first
+from lightning_modules.files import remove_partial
 from lightning_modules.folder import EVALUATION, METRICS, claim, locked, write_evaluation, write_json
 from lightning_modules.run.loading import check_start, load_model, read_splits
 from lightning_modules.run.options import EvaluateOptions
@@ -49,6 +50,7 @@ def _evaluate_model(options: EvaluateOptions) -> Path:
     claim(folder)
     with locked(folder):
         claim(folder)  # another process may have filled it meanwhile
+        remove_partial(folder)
         return _scored(options, splits, log)
 
 

@@ -24,6 +24,7 @@ from lightning_modules.evaluation.evaluate import Evaluation
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import CHECKPOINTS, CURVE, G_EFFECT, LAST_CHECKPOINT, SURGERY, write_config
 from lightning_modules.run.assembly import adapted, make_module, make_trainer, start_model
+from lightning_modules.run.identity import examples_hash
 from lightning_modules.run.loading import load_reference, make_data
 from lightning_modules.run.options import TrainingOptions, UnlearnOptions
 from lightning_modules.run.plugins import make_callbacks, make_loggers
@@ -41,6 +42,7 @@ from lightning_modules.training.callbacks import (
     SurgeryLogger,
     TradeoffCurve,
 )
+from lightning_modules.training.callbacks.checkpoints import FORMER
 from lightning_modules.training.checkpoint_file import CheckpointFile
 from lightning_modules.training.merging import merged
 
@@ -83,13 +85,13 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
     options, training, first = run.options, run.options.training, will_be_first()
     data = make_data(options, run.tokenizer)
     model = adapted(model, training, data, options.output.seed)
-    reference = start_model(run, model, data)
-    module = make_module(model, options.method, training, reference).train()
     curve = make_curve(run)
     trainer = watched_trainer(run, curve)
     started = time.perf_counter()
     before = score(run, model) if first else None
     seconds = {"evaluate": time.perf_counter() - started}
+    reference = start_model(run, model, data)
+    module = make_module(model, options.method, training, reference).train()
     if first and not training.resume:
         # Only after everything that a wrong option can break, so that the corrected command finds the folder free.
         write_config(run.folder, "unlearn", options.recorded())
@@ -163,7 +165,7 @@ def by_assistant(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned:
         resume=_last_checkpoint(run),
     )
     seconds = {"train": time.perf_counter() - started, "evaluate": evaluating}
-    return Unlearned(unlearned, before, seconds, loggers=loggers)
+    return Unlearned(unlearned, before, seconds, loggers=loggers, steps=checkpoints.step)
 
 
 def watching(training: TrainingOptions, folder: Path, curve: TradeoffCurve) -> list[Callback]:
@@ -180,14 +182,17 @@ def watching(training: TrainingOptions, folder: Path, curve: TradeoffCurve) -> l
 def _checkpoints(run: Run[UnlearnOptions]) -> Checkpoints:
     """Saves the training, with the options that it is of."""
     options = {name: value for name, value in run.options.recorded().items() if name != "output"}
+    options["the examples in these files"] = examples_hash(run.splits)[:12]
     every = run.options.training.checkpoint_every
     return Checkpoints(run.folder / LAST_CHECKPOINT, every_n_steps=every, run=options)
 
 
 def _last_checkpoint(run: Run[UnlearnOptions]) -> Path | None:
     """Where to go on; None at the start."""
-    path = run.folder / LAST_CHECKPOINT
-    return path if run.options.training.resume and path.exists() else None
+    if not run.options.training.resume:
+        return None
+    last = run.folder / LAST_CHECKPOINT
+    return next((path for path in (last, last.with_name(FORMER)) if path.exists()), None)
 
 
 def make_curve(run: Run[UnlearnOptions]) -> TradeoffCurve:

@@ -93,7 +93,7 @@ def reference_rows(
     """
     evaluation = options.evaluation
     if evaluation.reference is not None and Path(evaluation.reference).is_file():
-        return rows_of_log(evaluation, splits)
+        return rows_of_log(evaluation, splits, options.data.chat_template_kwargs)
 
     def first(work: Callable[[], T]) -> T:
         return from_first(work) if across_processes else work()

@@ -27,7 +27,7 @@ from lightning_modules.run.run import Run
 from lightning_modules.run.scoring import score
 from lightning_modules.run.show import show_example
 from lightning_modules.training.adapters import adapt
-from lightning_modules.training.merging import merged
+from lightning_modules.training.merging import check_mergeable, merged
 from lightning_modules.training.references import AdapterOff, Precomputed, Reference, SecondModel, precompute
 from lightning_modules.training.sharding import POLICIES, Distributed
 from lightning_modules.training.trainer import trainer_options
@@ -53,7 +53,9 @@ def by_shards(
 
     def load() -> tuple[nn.Module, Any]:
         model, tokenizer = load_model(options, splits)
-        return adapt(model, training.adapters(options.output.seed)), tokenizer
+        adapted = adapt(model, training.adapters(options.output.seed))
+        check_mergeable(adapted)  # now, and not after hours of training
+        return adapted, tokenizer
 
     model = Distributed(load)
     run = Run(options, folder, splits, model.known)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_modules.data.examples import Example
+from lightning_modules.data.examples import Example, asked
 from lightning_modules.data.tokenization import encode, padding_id
 
 _SHOWN = 3  # names of tensors in a message
@@ -77,7 +77,7 @@ def check_examples(
     for split, rows in splits.items():
         for number, row in enumerate(rows, start=1):
             try:
-                ids = encode(tokenizer, row["question"], row["answer"], max_length).input_ids
+                ids = encode(tokenizer, asked(row), row["answer"], max_length).input_ids
             except ValueError as error:
                 raise ValueError(
                     f"{split}, example {number}: expected a question that leaves room for its answer: {error}"

@@ -49,10 +49,10 @@ def unlearn(options: UnlearnOptions, stated: Collection[str] = ()) -> Path:
         FileNotFoundError: If a file or model is missing.
         FileExistsError: If the output folder holds a run.
     """
-    options.check()
     if options.training.resume:
         options = resumed(options, stated)
-        options.check()
+    options.check()
+    options.check_effect()
     options = options.resolved()
     check_hardware(options.training)
     check_plugins(options.training)
@@ -68,7 +68,8 @@ def _unlearn(options: UnlearnOptions) -> Path:
         uld_data(splits, perturbed_per_row=options.uld_settings().perturbed_per_row)  # raises where answers are missing
     log = rows_of_log(options.evaluation, splits, options.data.chat_template_kwargs)
     if not will_be_first():
-        return folder if only_report_is_missing(folder) else _trained(options, splits, log)
+        # The first one may have drawn the report meanwhile, and removed the checkpoints.
+        return folder if (folder / METRICS).exists() else _trained(options, splits, log)
     if not options.training.resume:
         claim(folder)
     with locked(folder):

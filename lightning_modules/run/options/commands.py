@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +15,22 @@ from lightning_modules.run.options.data import (
     ModelOptions,
     OutputOptions,
 )
-from lightning_modules.run.options.flat import Flat, check_finite
+from lightning_modules.run.options.flat import Flat, check_finite, flag
 from lightning_modules.run.options.method import MethodOptions
 from lightning_modules.run.options.training import FSDP2, TrainingOptions, uld_numbers
 
 if TYPE_CHECKING:
     from lightning_modules.training.uld import ULDSettings
+
+
+OF_SURGERY = (
+    *(option.name for option in fields(MethodOptions) if option.name != "method"),
+    *("optimizer", "accumulate", "max_norm", "stop_below", "score_every", "collapse_below"),
+    *("strategy", "devices", "num_nodes"),
+)
+"""Options without effect under --method uld: they are about losses, rules, steps of surgery or processes."""
+HARMLESS = {"accumulate": 1, "devices": "1"}
+"""Values of these that say what ULD does anyway."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,18 @@ class UnlearnOptions(Options):
                 f"expected options that {training.optimizer} and the rule {method.rule} know, found: {error}"
             ) from error
 
+    def check_effect(self) -> None:
+        """Raise ValueError on options that the method would leave without effect. (A grid gives them to all methods.)"""
+        if self.method.method != "uld":
+            return
+        default, given = UnlearnOptions().flat(), self.flat()
+        said = [name for name in OF_SURGERY if given[name] not in (default[name], HARMLESS.get(name, default[name]))]
+        if said:
+            raise ValueError(
+                f"{', '.join(map(flag, said))}: expected a run with surgery, found --method uld, which trains an assistant by AdamW in one "
+                "process and combines no gradients; leave it out, and use --devices 1"
+            )
+
     def _check_adapters(self) -> None:
         training, uld = self.training, self.method.method == "uld"
         unused = training.without_effect()
@@ -140,9 +162,9 @@ class UnlearnOptions(Options):
         depends: dict[str, Any] = {
             "lr": 5e-5 if scratch else 1e-5,
             "epochs": 20 if scratch else 5,
-            "accumulate": 1 if scratch else 4,
-            "stop_below": 0.05 if scratch else None,
-            "score_every": 1 if scratch else None,
+            "accumulate": None if uld else 1 if scratch else 4,
+            "stop_below": 0.05 if scratch and not uld else None,
+            "score_every": 1 if scratch and not uld else None,
             "probes": scratch and not uld,
             "precision": "bf16-mixed" if torch.cuda.is_available() else "32-true",
         }

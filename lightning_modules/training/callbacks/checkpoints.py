@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+NEW, FORMER = "new.ckpt", "former.ckpt"
+"""Folders of shards: one that is not finished, and one whose successor is being put in its place."""
 
 
 class Checkpoints(Checkpoint):
@@ -22,6 +27,9 @@ class Checkpoints(Checkpoint):
         run: What the run is: option -> value, of plain types. It is saved, and a checkpoint of another run is refused;
             an option that only one of them knows is not compared.
 
+    Attributes:
+        step: Optimizer steps so far.
+
     Raises:
         ValueError: If `every_n_steps` is below 1; when a checkpoint of another run is loaded.
     """
@@ -32,23 +40,39 @@ class Checkpoints(Checkpoint):
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"Checkpoints: expected every_n_steps to be at least 1, or None, found {every_n_steps}")
         self.path, self.every_n_steps, self.run = Path(path), every_n_steps, None if run is None else dict(run)
-        self._step = 0
+        self.step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
         """Count from where a resumed run was."""
-        self._step = trainer.global_step
+        self.step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Save if this batch ended with a step whose turn it is. The end of an epoch is saved anyway."""
         step = trainer.global_step
-        stepped, self._step = step != self._step, step
+        stepped, self.step = step != self.step, step
         last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         if self.every_n_steps is not None and stepped and step % self.every_n_steps == 0 and not last:
-            trainer.save_checkpoint(self.path)
+            self._save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (the same)
         """Save the epoch."""
-        trainer.save_checkpoint(self.path)
+        self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        if not isinstance(trainer.strategy, ModelParallelStrategy):
+            trainer.save_checkpoint(self.path)
+            return
+        # Shards are a folder, which Lightning would overwrite file by file: a process killed meanwhile would leave half
+        # of one checkpoint and half of another.
+        new, former = (self.path.with_name(name) for name in (NEW, FORMER))
+        trainer.save_checkpoint(new)
+        if trainer.is_global_zero:
+            shutil.rmtree(former, ignore_errors=True)
+            if self.path.exists():
+                self.path.rename(former)
+            new.rename(self.path)
+            shutil.rmtree(former, ignore_errors=True)
+        trainer.strategy.barrier()
 
     def state_dict(self) -> dict[str, Any]:
         """What the run is."""

@@ -20,7 +20,8 @@ from tests.lightning_modules.run import sharded_workers
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
     pytest.mark.supports(
-        "The command", "`--strategy fsdp2`: training, scoring, references, LoRA, probes and `--resume` in shards"
+        "The command",
+        "`--strategy fsdp2`: training, scoring, references, LoRA and `--resume` in shards; probes of the whole model, in the first process",
     ),
 ]
 
