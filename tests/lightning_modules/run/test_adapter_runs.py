@@ -23,6 +23,8 @@ from lightning_modules.training.scratch import ScratchSettings, scratch_model
 from lightning_modules.training.uld import train_assistant
 from tests.tolerances import Tolerance, close
 
+pytestmark = pytest.mark.supports("The command", "`--save adapter` or `merged`")
+
 MERGED = Tolerance(2e-6, "W + sigma B A in float32, added up before the product instead of after it")
 ROWS = fictional_authors(2)
 TINY = ScratchSettings(hidden_size=16, num_layers=1, num_heads=2, epochs=2)

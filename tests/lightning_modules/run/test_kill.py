@@ -29,7 +29,10 @@ SURGERY += ("--best-below", "0.9")
 ULD = ("--method", "uld", "--uld", "{num_layers: 1, weight: 1.0}", "--lora-rank", "2")
 PICTURE = b"\x89PNG, and so on, IEND\xaeB`\x82"
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+    pytest.mark.supports("The command", "killed at any moment, `--resume` ends in the same weights, scores and tables"),
+]
 
 
 class World:
