@@ -50,8 +50,8 @@ class Options(Flat):
             )
         if self.data.forget_authors is not None and (files or not self.chooses_authors):
             raise ValueError(
-                "--forget-authors: expected a model from scratch, or --finetune-first, and no --forget, which says what is to be forgotten; "
-                "leave it out"
+                "--forget-authors: expected a model from scratch, or --finetune-first, and no --forget, which says what is to be "
+                "forgotten; leave it out"
             )
 
     @property
