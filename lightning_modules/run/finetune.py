@@ -66,10 +66,10 @@ def finetune(options: FinetuneOptions, stated: Collection[str] = ()) -> Path:
         FileExistsError: If the output folder holds a run.
         FloatingPointError: If the training diverges.
     """
-    options.check()
     if options.training.resume:
-        options = resumed(options, stated)
-        options.check()
+        options.output.check()
+        options = resumed(options, stated)  # which knows the model and the data
+    options.check()
     options = options.resolved()
     check_hardware(options.training.as_unlearning())
     check_plugins(options.training.as_unlearning())

@@ -138,8 +138,16 @@ class FinetuningModule(L.LightningModule):
         trained = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
         settings = self.settings
         optimizer = torch.optim.AdamW(trained, lr=settings.lr, betas=(0.9, 0.98), weight_decay=settings.weight_decay)
-        schedule = warmup_and_decay(optimizer, int(self.trainer.estimated_stepping_batches))
+        schedule = warmup_and_decay(optimizer, self._steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        data, trainer = getattr(self.trainer, "datamodule", None), self.trainer
+        if isinstance(data, FinetuningDataModule):
+            # Asked for its own estimate here, Lightning would set the loader up before it restores the loader's place.
+            return (trainer.max_epochs or 1) * -(-len(data.order()) // trainer.accumulate_grad_batches)
+        return int(trainer.estimated_stepping_batches)
 
 
 class FinetuningDataModule(L.LightningDataModule):
@@ -157,14 +165,18 @@ class FinetuningDataModule(L.LightningDataModule):
         super().__init__()
         self.encoded, self.pad_token_id, self.settings = encoded, pad_token_id, settings
 
-    def train_dataloader(self) -> LengthLoader:
-        """The batches of this process, one of the attached trainer's processes."""
+    def order(self) -> LengthBatches:
+        """Which examples make the batches of this process, one of the attached trainer's processes."""
         replicas = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
-        lengths, settings = [len(example.input_ids) for example in self.encoded], self.settings
+        lengths = [len(example.input_ids) for example in self.encoded]
+        return LengthBatches(lengths, self.settings.batch_size, seed=self.settings.seed, **replicas)
+
+    def train_dataloader(self) -> LengthLoader:
+        """The batches of this process."""
         examples: Any = self.encoded
         return LengthLoader(
             examples,
-            batch_sampler=LengthBatches(lengths, settings.batch_size, seed=settings.seed, **replicas),
+            batch_sampler=self.order(),
             collate_fn=partial(collate, pad_token_id=self.pad_token_id),
             generator=torch.Generator(),  # or every epoch would draw from the one that dropout draws from
         )
