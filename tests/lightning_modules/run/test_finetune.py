@@ -80,9 +80,10 @@ def test_a_lesson_that_was_not_learned_is_said(world: Path, tmp_path: Path, caps
     assert "the answers are not memorised: expected a mean probability of at least 0.5" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("further", [[], ["--lora-rank", "2", "--lora-dropout", "0.2", "--save", "adapter"]], ids=str)
 @pytest.mark.parametrize(
-    ("step", "every"), [(10, 1), (9, 3), (2, 3)], ids=["inside an epoch", "some steps ago", "before any"]
+    ("further", "step", "every"),
+    [([], 10, 1), (["--lora-rank", "2", "--lora-dropout", "0.2", "--save", "adapter"], 11, 4), ([], 2, 3)],
+    ids=["inside an epoch", "adapters, some steps ago", "before any checkpoint"],
 )
 def test_a_run_that_dies_and_is_resumed_is_the_undisturbed_one_bit_for_bit(
     further: list[str], step: int, every: int, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -3,48 +3,20 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from lightning_modules.data.lengths import LengthBatches
 from lightning_modules.data.tokenization import Encoded, collate
 from lightning_modules.training import finetuning
-from lightning_modules.training.finetuning import FinetuningDataModule, FinetuningModule, FinetuningSettings
-from lightning_modules.training.trainer import trainer_options
+from lightning_modules.training.finetuning import FinetuningSettings
 from lightning_modules.training.warmup import warmup_and_decay
+from tests.gradsurgery.optimizer.distributed_workers import run
+from tests.lightning_modules.training import finetuning_workers as workers
+from tests.lightning_modules.training.finetuning_workers import SETTINGS, examples, fit, model, weights
 from tests.tolerances import STEPPED_FLOAT32, close
-
-VOCABULARY = 32
-SETTINGS = FinetuningSettings(epochs=2, batch_size=3, lr=1e-2, seed=5)
-
-
-def model() -> LlamaForCausalLM:
-    torch.manual_seed(1)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes)).train()
-
-
-def examples(number: int = 10) -> list[Encoded]:
-    generator = torch.Generator().manual_seed(2)
-    found = []
-    for row in range(number):
-        tokens = torch.randint(VOCABULARY, (4 + row,), generator=generator).tolist()
-        found.append(Encoded(tokens, [-100, -100, *tokens[2:]]))
-    return found
-
-
-def fit(net: nn.Module, encoded: list[Encoded], settings: FinetuningSettings = SETTINGS, **options: Any) -> L.Trainer:
-    trainer = L.Trainer(
-        **trainer_options(max_epochs=settings.epochs, accelerator="cpu", devices=1, gradient_clip_val=1.0, **options)
-    )
-    data = FinetuningDataModule(encoded, 0, settings)
-    trainer.fit(FinetuningModule(net, settings), data)
-    return trainer
 
 
 def plain_loop(net: LlamaForCausalLM, encoded: list[Encoded], settings: FinetuningSettings = SETTINGS) -> None:
@@ -59,10 +31,6 @@ def plain_loop(net: LlamaForCausalLM, encoded: list[Encoded], settings: Finetuni
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-
-
-def weights(net: nn.Module) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
 
 
 @pytest.mark.parametrize("held", [2**28, 0], ids=["logits held", "head and loss in chunks"])
@@ -81,6 +49,11 @@ def test_the_same_seed_gives_the_same_weights_and_another_order_others() -> None
         fit(net, examples(), FinetuningSettings(epochs=2, batch_size=3, lr=1e-2, seed=seed))
     assert torch.equal(weights(nets[0]), weights(nets[1]))
     assert not torch.equal(weights(nets[0]), weights(nets[2]))
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_two_processes_do_what_one_does_with_twice_the_batch() -> None:
+    run(workers.two_do_what_one_does)
 
 
 def test_frozen_weights_stay_as_they_are() -> None:
