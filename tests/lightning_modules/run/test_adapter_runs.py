@@ -157,7 +157,7 @@ def test_an_interrupted_run_keeps_the_same_adapter(
         (["--lora-alpha", "8"], "expected --lora-rank with --lora-alpha"),
         (["--lora-kind", "dora", "--lora-targets", "q_proj"], "expected --lora-rank with --lora-targets, --lora-kind"),
         (["--lora-rank", "2", "--lora-alpha", "0"], "--lora-alpha > 0, found 0"),
-        (["--lora-rank", "2", "--lora-alpha", ".nan"], "--lora-alpha > 0, found nan"),
+        (["--lora-rank", "2", "--lora-alpha", ".nan"], "--lora-alpha: expected a finite number, found nan"),
         (["--lora-rank", "2", "--lora-dropout", "1"], "--lora-dropout at least 0 and below 1, found 1.0"),
         (["--lora-rank", "2", "--lora-dropout", "-0.1"], "--lora-dropout at least 0 and below 1, found -0.1"),
         (["--lora-rank", "2", "--lora-targets", "[]"], "--lora-targets"),
