@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_modules import cli
+from lightning_modules import cli, progress
 from lightning_modules.data.fictional_authors import fictional_authors
 from lightning_modules.folder import locked
 from lightning_modules.report.findings import little_to_forget
@@ -119,7 +119,10 @@ def test_whatever_decides_a_taught_model_makes_another_one(world: Path) -> None:
     assert lesson(UnlearnOptions.of(model="start"), splits, "target") is None
 
 
-def test_who_dies_while_teaching_goes_on_from_there(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_dies_while_teaching_goes_on_from_there_and_says_where_it_stands(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.0)
     given, splits = options(), read_splits(options())
     seen: list[int] = []
 
@@ -133,6 +136,9 @@ def test_who_dies_while_teaching_goes_on_from_there(world: Path, monkeypatch: py
         teaching.teach_first(given, splits)
     teaching.teach_first(given, splits)
     assert seen == [*range(8), *range(5, 10), *range(6)]  # nine examples make five steps an epoch, and five three
+    said = capsys.readouterr().err
+    assert "Teaching the target, optimizer steps: 10 of 10" in said
+    assert "Teaching the reference, optimizer steps: 6 of 6" in said
     kept = Path(str(taught_folder(given, splits, "target")))
     found = load_file(kept / "model.safetensors")
     assert {path.name for path in kept.parent.iterdir()} == {
