@@ -1,4 +1,4 @@
-"""The command `gradsurgery`: it reads the command line, runs one of four commands and turns errors into sentences."""
+"""The command `gradsurgery`: it reads the command line, runs one of five commands and turns errors into sentences."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 _COMMANDS = {
+    "finetune": "teach a model a set of examples: what it can forget later, or the reference that never saw some of them",
     "unlearn": "make a model forget, and measure what it forgot and what it kept",
     "evaluate": "score a model on its splits; writes metrics.json",
     "ablate": "compare methods where they have forgotten equally much: a grid of methods and seeds",
@@ -24,6 +25,7 @@ which a sentence on standard error says (a traceback in its place is a mistake o
 interrupted"""
 
 _HINTS = {
+    "finetune": "; the same command with --resume goes on from the last checkpoint",
     "unlearn": "; the same command with --resume goes on from the last checkpoint",
     "ablate": "; the same command goes on with the runs that are not finished",
 }
@@ -60,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from lightning_modules.ablation.sweep import ablate
         from lightning_modules.run.arguments import UsageError
         from lightning_modules.run.evaluate import evaluate_model
-        from lightning_modules.run.options import EvaluateOptions, UnlearnOptions
+        from lightning_modules.run.finetune import finetune
+        from lightning_modules.run.options import EvaluateOptions, FinetuneOptions, UnlearnOptions
         from lightning_modules.run.quiet import quiet
         from lightning_modules.run.report import draw
         from lightning_modules.run.unlearn import unlearn
@@ -82,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ablate(AblateOptions(**vars(parsed[command])))
         elif command == "evaluate":
             evaluate_model(EvaluateOptions.of(**given))
+        elif command == "finetune":
+            finetune(FinetuneOptions.of(**given), stated=given)
         else:
             unlearn(UnlearnOptions.of(**given), stated=given)
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
@@ -105,11 +110,15 @@ def _said(error: Exception) -> int:
 def _make_parser() -> ArgumentParser:
     from lightning_modules.ablation.options import AblateOptions
     from lightning_modules.run.arguments import Parser
-    from lightning_modules.run.options import EvaluateOptions, UnlearnOptions
+    from lightning_modules.run.options import EvaluateOptions, FinetuneOptions, UnlearnOptions
 
     parser = Parser(prog="gradsurgery", description="Gradient surgery for language-model unlearning.", epilog=_EXIT)
     subcommands = parser.add_subcommands(required=True)
-    for name, options in (("unlearn", UnlearnOptions), ("evaluate", EvaluateOptions)):
+    for name, options in (
+        ("unlearn", UnlearnOptions),
+        ("evaluate", EvaluateOptions),
+        ("finetune", FinetuneOptions),
+    ):
         subparser = Parser(description=options.__doc__, print_config=None)
         subparser.add_argument("--config", action="config", help="YAML file with any of these options; later ones win")
         for group in options.groups():

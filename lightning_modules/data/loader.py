@@ -1,17 +1,27 @@
-"""The loader of paired batches, which says where it is, so that training can go on in the middle of an epoch."""
+"""Loaders that say where they are, so that training can go on in the middle of an epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from torch.utils.data import DataLoader
 
+from lightning_modules.data.lengths import LengthBatches
 from lightning_modules.data.order import Pair, PairSampler
+from lightning_modules.data.tokenization import Encoded
+
+Item_co = TypeVar("Item_co", covariant=True)
 
 
-class PairLoader(DataLoader[Pair]):
-    """A `DataLoader` over a `PairSampler` whose place in the epoch is kept in checkpoints.
+class _Order(Protocol):
+    epoch: int
+    start: int
+    num_replicas: int
+
+
+class _ResumableLoader(DataLoader[Item_co]):
+    """A `DataLoader` whose place in the epoch is kept in checkpoints.
 
     Lightning saves and restores the state of a loader that has `state_dict` and `load_state_dict`. After a restore the
     epoch that was under way goes on behind the batches that were given; they are not made again. Every other epoch is
@@ -20,17 +30,18 @@ class PairLoader(DataLoader[Pair]):
 
     _given = 0
     _restored: dict[str, int] | None = None
+    _unit = ("examples", "examples")  # the key in the state, and what it counts
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches of the sampler's epoch, from the restored place on."""
-        sampler, restored = self._order(), self._restored
+        """The batches of the order's epoch, from the restored place on."""
+        order, restored = self._order(), self._restored
         self._restored = None
         # The epoch is known only now, with the first batch: Lightning makes the iterator before it sets the epoch.
-        goes_on = restored is not None and restored["epoch"] == sampler.epoch
+        goes_on = restored is not None and restored["epoch"] == order.epoch
         self._given = restored["batches"] if restored is not None and goes_on else 0
         if restored is not None and self._given:
             self._check(restored)
-        sampler.start = self._given * (self.batch_size or 1)
+        order.start = self._given * self._entries()
         for batch in super().__iter__():
             self._given += 1
             yield batch
@@ -43,21 +54,49 @@ class PairLoader(DataLoader[Pair]):
         """Go on from there with the next pass over the epoch that was saved."""
         self._restored = dict(state_dict)
 
+    def _order(self) -> _Order:
+        raise NotImplementedError
+
     def _kind(self) -> dict[str, int]:
-        return {
-            "batch_size": self.batch_size or 1,
-            "processes": self._order().num_replicas,
-            "pairs": len(self._order().dataset),  # pyright: ignore[reportArgumentType]
-        }
+        raise NotImplementedError
+
+    def _entries(self) -> int:
+        """Entries of the order that make a batch."""
+        return 1
 
     def _check(self, restored: dict[str, int]) -> None:
         kind = self._kind()
         found = {name: restored.get(name) for name in kind}
         if found != kind:
             raise ValueError(
-                f"expected a checkpoint from the middle of an epoch with {_said(kind)}, found one with {_said(found)}: the rest of the "
-                "epoch would be other batches; go on with those, or from a checkpoint at the end of an epoch"
+                f"expected a checkpoint from the middle of an epoch with {self._said(kind)}, found one with {self._said(found)}: the rest "
+                "of the epoch would be other batches; go on with those, or from a checkpoint at the end of an epoch"
             )
+
+    def _said(self, kind: dict[str, Any]) -> str:
+        key, what = self._unit
+        return f"{kind[key]} {what}, {kind['batch_size']} a batch, in {kind['processes']} processes"
+
+
+class PairLoader(_ResumableLoader[Pair]):
+    """A loader of paired batches, over a `PairSampler`, whose place in the epoch is kept in checkpoints.
+
+    Lightning saves and restores the state of a loader that has `state_dict` and `load_state_dict`. After a restore the
+    epoch that was under way goes on behind the batches that were given; they are not made again. Every other epoch is
+    whole.
+    """
+
+    _unit = ("pairs", "forget examples")
+
+    def _kind(self) -> dict[str, int]:
+        return {
+            "batch_size": self._entries(),
+            "processes": self._order().num_replicas,
+            "pairs": len(self._order().dataset),  # pyright: ignore[reportArgumentType]
+        }
+
+    def _entries(self) -> int:
+        return self.batch_size or 1
 
     def _order(self) -> PairSampler:
         if not isinstance(self.sampler, PairSampler):
@@ -65,5 +104,14 @@ class PairLoader(DataLoader[Pair]):
         return self.sampler
 
 
-def _said(kind: dict[str, Any]) -> str:
-    return f"{kind['pairs']} forget examples, {kind['batch_size']} a batch, in {kind['processes']} processes"
+class LengthLoader(_ResumableLoader[Encoded]):
+    """The same for batches of single examples, over `LengthBatches`."""
+
+    def _kind(self) -> dict[str, int]:
+        order = self._order()
+        return {"batch_size": order.batch_size, "processes": order.num_replicas, "examples": len(order.lengths)}
+
+    def _order(self) -> LengthBatches:
+        if not isinstance(self.batch_sampler, LengthBatches):
+            raise TypeError(f"LengthLoader: expected LengthBatches, found {type(self.batch_sampler).__name__}")
+        return self.batch_sampler

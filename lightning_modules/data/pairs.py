@@ -157,7 +157,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         if self.dataset is None:
             self.splits = self.read()
             for split in self.sources:
-                _warn_of_duplicates(split, self.splits[split])
+                warn_of_duplicates(split, self.splits[split])
             self.dataset = PairDataset(self._encoded("forget"), self._encoded("retain"), self._refused())
         return self.dataset
 
@@ -177,23 +177,37 @@ class ForgetRetainDataModule(L.LightningDataModule):
         ]
 
     def _encoded(self, split: str) -> list[Encoded]:
-        rows = self.splits[split]
-        whole = [encode(self.tokenizer, asked(row), row["answer"]) for row in rows]
-        encoded = [
-            shortened(example, self.max_length, row["question"] or row["answer"])
-            for example, row in zip(whole, rows, strict=True)
-        ]
-        cut = sum(len(example.input_ids) > len(kept.input_ids) for example, kept in zip(whole, encoded, strict=True))
-        if cut:
-            warnings.warn(
-                f"{cut} of {len(encoded)} {split} examples are longer than max_length={self.max_length} tokens and "
-                "lose their end: use a larger max_length, or split long texts into several examples",
-                stacklevel=2,
-            )
-        return encoded
+        return encoded_rows(self.tokenizer, split, self.splits[split], self.max_length)
 
 
-def _warn_of_duplicates(split: str, rows: Sequence[Example]) -> None:
+def encoded_rows(
+    tokenizer: PreTrainedTokenizerBase, split: str, rows: Sequence[Example], max_length: int | None
+) -> list[Encoded]:
+    """Returns examples as tokens, with one warning if some of them lose their end.
+
+    Args:
+        tokenizer: of the model.
+        split: what the warning calls the examples.
+        rows: the examples.
+        max_length: the longest example, in tokens; `None` keeps everything.
+    """
+    whole = [encode(tokenizer, asked(row), row["answer"]) for row in rows]
+    encoded = [
+        shortened(example, max_length, row["question"] or row["answer"])
+        for example, row in zip(whole, rows, strict=True)
+    ]
+    cut = sum(len(example.input_ids) > len(kept.input_ids) for example, kept in zip(whole, encoded, strict=True))
+    if cut:
+        warnings.warn(
+            f"{cut} of {len(encoded)} {split} examples are longer than max_length={max_length} tokens and "
+            "lose their end: use a larger max_length, or split long texts into several examples",
+            stacklevel=2,
+        )
+    return encoded
+
+
+def warn_of_duplicates(split: str, rows: Sequence[Example]) -> None:
+    """Warn about examples that occur again."""
     again = [row for row, (_, _, before) in zip(rows, numbered(rows), strict=True) if before]
     if again:
         warnings.warn(
@@ -215,6 +229,7 @@ class TOFUDataModule(ForgetRetainDataModule):
         folder: str | Path | None = None,
         num_authors: int | None = None,
         forget_authors: int | None = None,
+        general: bool | None = None,
         batch_size: int = 8,
         seed: int = 0,
         max_length: int | None = None,
@@ -229,6 +244,7 @@ class TOFUDataModule(ForgetRetainDataModule):
             folder: holds TOFU's files; `None` loads from the hub. See `tofu_examples`.
             num_authors: the number of authors to keep in the data; `None` for all.
             forget_authors: how many of them are to be forgotten; a fifth by default.
+            general: whether questions about real authors and the world are scored too, see `tofu_examples`.
             batch_size: as in `ForgetRetainDataModule`, like all that follow.
             seed: determines the order.
             max_length: the longest example, in tokens.
@@ -249,7 +265,8 @@ class TOFUDataModule(ForgetRetainDataModule):
         self.folder = folder
         self.num_authors = num_authors
         self.forget_authors = forget_authors
+        self.general = general
 
     def read(self) -> dict[str, list[Example]]:
         """Returns the forget and retain examples, and without `num_authors` also `real_authors` and `world_facts`."""
-        return tofu_examples(self.split, self.folder, self.num_authors, self.forget_authors)
+        return tofu_examples(self.split, self.folder, self.num_authors, self.forget_authors, general=self.general)

@@ -17,6 +17,8 @@ def tofu_examples(
     folder: str | Path | None = None,
     num_authors: int | None = None,
     forget_authors: int | None = None,
+    *,
+    general: bool | None = None,
 ) -> dict[str, list[Example]]:
     """Returns the examples of a TOFU split, with the paraphrased and perturbed answers that the truth ratio needs.
 
@@ -36,9 +38,10 @@ def tofu_examples(
             and the last m of the forget set. 10 authors have 160 questions to keep and 40 to forget. 200 and `None`
             both give the whole forget and retain set.
         forget_authors: m; n // 5 by default. Only with `num_authors`.
+        general: whether the examples of `real_authors` and `world_facts` come too; `None`: only without `num_authors`.
 
     Returns:
-        `{"forget": [...], "retain": [...]}`, and without `num_authors` also `real_authors` and `world_facts`, if the
+        `{"forget": [...], "retain": [...]}`, and where `general` says so also `real_authors` and `world_facts`, if the
         folder has their files.
 
     Raises:
@@ -50,17 +53,19 @@ def tofu_examples(
         raise ValueError(f"expected split to be one of {', '.join(RETAIN_SPLIT)}, found {split!r}")
     forget = _merged(_load(split, folder), _load(f"{split}_perturbed", folder, required=False))
     retain = _merged(_load(RETAIN_SPLIT[split], folder), _load("retain_perturbed", folder, required=False))
+    wanted = num_authors is None if general is None else general
+    probes = {name: _load(f"{name}_perturbed", folder, required=False) for name in PROBES if wanted}
+    probes = {name: rows for name, rows in probes.items() if rows}
     if num_authors is None:
         if forget_authors is not None:
             raise ValueError(
                 f"expected num_authors with forget_authors={forget_authors}, found none: of how many authors?"
             )
-        probes = {name: _load(f"{name}_perturbed", folder, required=False) for name in PROBES}
-        return {"forget": forget, "retain": retain} | {name: rows for name, rows in probes.items() if rows}
+        return {"forget": forget, "retain": retain} | probes
 
     available = len(forget) // ROWS_PER_AUTHOR, len(retain) // ROWS_PER_AUTHOR
     if num_authors == sum(available) and forget_authors in (None, available[0]):
-        return {"forget": forget, "retain": retain}
+        return {"forget": forget, "retain": retain} | probes
     forgotten = num_authors // 5 if forget_authors is None else forget_authors
     kept = num_authors - forgotten
     if not 1 <= forgotten <= available[0] or not 1 <= kept <= available[1]:
@@ -74,7 +79,7 @@ def tofu_examples(
             f"{available[0]} and {available[1]}: use 5 to {min(5 * available[0] + 4, sum(available) - 1)} authors, or "
             f"{sum(available)} for all of them"
         )
-    return {"forget": forget[-forgotten * ROWS_PER_AUTHOR :], "retain": retain[: kept * ROWS_PER_AUTHOR]}
+    return {"forget": forget[-forgotten * ROWS_PER_AUTHOR :], "retain": retain[: kept * ROWS_PER_AUTHOR]} | probes
 
 
 def tofu_split(name: str, folder: str | Path | None = None) -> list[Example]:

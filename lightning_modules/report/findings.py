@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lightning_modules.report.finished import MODELS, FinishedRun, number
 from lightning_modules.report.intervals import Interval, mean_interval
@@ -51,9 +52,31 @@ def _moved(before: float | None, after: float) -> str:
     return f"{verb} from {shown(before)} to {shown(after)}"
 
 
+MEMORISED = 0.5
+"""A mean answer probability below this is no knowledge that could be forgotten."""
+
+
+def little_to_forget(before: Mapping[str, Mapping[str, Any]] | None) -> str | None:
+    """Returns a sentence if the model hardly knew what it was to forget; None if it knew it, or nobody measured it.
+
+    Args:
+        before: split -> the scores of the model before unlearning, as in metrics.json.
+    """
+    known = number((before or {}).get("forget", {}).get("probability"))
+    if known is None or not known < MEMORISED:
+        return None
+    return (
+        f"There is little to forget: the mean probability of the forget answers is {shown(known)} before unlearning, below {MEMORISED}; "
+        "teach the model these answers first (gradsurgery finetune, or unlearn --finetune-first, with more epochs or a larger learning "
+        "rate), or give the model that has learned them."
+    )
+
+
 def warnings(run: FinishedRun) -> list[str]:
     """Returns what a reader must know before the numbers: a collapse, NaN, degenerate answers, shallow forgetting."""
     said: list[str] = []
+    if (unknown := little_to_forget(run.metrics["before"])) is not None:
+        said.append(unknown)
     if collapse := run.training.get("collapse"):
         said.append(f"The collapse alarm stopped the run: {collapse['reason']}.")
     broken = sorted(

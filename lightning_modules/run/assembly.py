@@ -109,7 +109,15 @@ def kind_of_start_model(options: UnlearnOptions) -> str | None:
     return "adapters_off" if training.lora_rank and training.lora_init == "default" else "copy"
 
 
-def make_trainer(folder: Path, training: TrainingOptions, callbacks: Sequence[Callback], console: Console) -> L.Trainer:
+def make_trainer(
+    folder: Path,
+    training: TrainingOptions,
+    callbacks: Sequence[Callback],
+    console: Console,
+    *,
+    what: str = "Unlearning",
+    max_norm: float | None = None,
+) -> L.Trainer:
     """The Trainer that these options describe.
 
     Args:
@@ -117,13 +125,16 @@ def make_trainer(folder: Path, training: TrainingOptions, callbacks: Sequence[Ca
         training: With the loggers and further callbacks that the user plugs in.
         callbacks: Our own, which come first.
         console: A bar is drawn if it is a terminal.
+        what: What the lines of progress call it.
+        max_norm: Lightning clips gradients to it; surgery clips its own.
     """
-    bar = RichProgressBar() if console.is_terminal else ProgressLines("Unlearning")
+    bar = RichProgressBar() if console.is_terminal else ProgressLines(what)
     return L.Trainer(
         **trainer_options(
             **_hardware(training),
             max_epochs=training.epochs,
             accumulate_grad_batches=training.accumulate or 1,
+            gradient_clip_val=max_norm,
             callbacks=[*callbacks, *make_callbacks(training), bar],
             logger=make_loggers(training, folder),
             log_every_n_steps=1,

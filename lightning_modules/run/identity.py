@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
 import gradsurgery as gs
 from lightning_modules.run.run import Splits
+
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+"""A model's own Python is never run. Without this, Transformers asks whoever sits at the terminal, and waits."""
 
 
 def content_versions() -> dict[str, str]:
@@ -44,7 +48,7 @@ def model_identity(name: str) -> object:
         return _folder(Path(name))
     _ = gs.logit_difference.LogitDifferenceModel  # importing it registers its configuration with Transformers
     try:
-        commit = getattr(transformers.AutoConfig.from_pretrained(name, trust_remote_code=False), "_commit_hash", None)
+        commit = getattr(transformers.AutoConfig.from_pretrained(name, **NO_CODE), "_commit_hash", None)
         adapted = transformers.utils.find_adapter_config_file(name) is not None
     except (OSError, ValueError):  # raised again, with a sentence, when the model is loaded
         return None

@@ -21,6 +21,8 @@ from lightning_modules.data.pairs import REFUSALS, ForgetRetainDataModule, TOFUD
 from lightning_modules.data.tofu import tofu_examples, tofu_split
 from lightning_modules.evaluation.membership import HOLDOUT
 from lightning_modules.run.adapter_folders import base_of_adapter, tokenizer_place, with_saved_adapter
+from lightning_modules.run.first import identity_to_teach, taught_folder
+from lightning_modules.run.identity import NO_CODE
 from lightning_modules.run.options import DataOptions, MethodOptions, Options, UnlearnOptions
 from lightning_modules.run.overlap import check_overlap
 from lightning_modules.run.soundness import check_config, check_examples, check_tokenizer, check_weights
@@ -29,8 +31,6 @@ from lightning_modules.training.merging import merged
 from lightning_modules.training.scratch import ScratchSettings, scratch_model
 
 _TOKENIZER_AUTHORS = 100
-NO_CODE: dict[str, Any] = {"trust_remote_code": False}
-"""A model's own Python is never run. Without this, Transformers asks whoever sits at the terminal, and waits."""
 _LONGEST = 400  # letters of what Transformers says, which can be a list of all its models
 
 
@@ -49,8 +49,8 @@ def make_data(options: Options, tokenizer: Any) -> ForgetRetainDataModule:
     if isinstance(options, UnlearnOptions):
         common |= {"batch_size": options.training.batch_size, "refusals": _refusals(options.method)}
     if data.tofu is not None:
-        authors = data.authors if options.model.scratch else None
-        common |= {"num_authors": authors, "forget_authors": data.forget_authors}
+        authors = data.authors if options.chooses_authors else None
+        common |= {"num_authors": authors, "forget_authors": data.forget_authors, "general": not options.model.scratch}
         return TOFUDataModule(data.tofu, tokenizer, folder=data.tofu_dir, **common)
     if data.forget is not None and data.retain is not None:
         return ForgetRetainDataModule(data.forget, data.retain, tokenizer, **common)
@@ -121,16 +121,49 @@ def load_model(options: Options, splits: Mapping[str, Sequence[Example]]) -> tup
         ValueError: If the chat template does not read one of its options, or there is none; if the model is to be
             trained, and is an adapter that cannot be merged.
     """
-    loaded = _given(options) if not options.model.scratch else _small(options, splits)
+    loaded = _given(options, start_name(options, splits)) if not options.model.scratch else _small(options, splits)
     set_template_options(loaded[1], options.data.chat_template_kwargs)
     return loaded
 
 
-def _given(options: Options) -> tuple[nn.Module, Any]:
-    name = options.model.model
+def start_name(options: Options, splits: Mapping[str, Sequence[Example]]) -> str:
+    """Folder or hub name of the model before unlearning: --model, or what it became by --finetune-first.
+
+    Raises:
+        ValueError: If it has not been taught yet.
+    """
+    return taught_folder(options, splits, "target") or options.model.model
+
+
+def reference_name(options: Options, splits: Mapping[str, Sequence[Example]]) -> str | None:
+    """Folder, hub name or log of the reference; None without one, and where it is a small Llama.
+
+    Raises:
+        ValueError: If it has not been taught yet.
+    """
+    return options.evaluation.reference or taught_folder(options, splits, "reference")
+
+
+def _given(options: Options, name: str) -> tuple[nn.Module, Any]:
+    if isinstance(options, UnlearnOptions):
+        return load_to_train(name, options.training.save)
+    return load_pretrained(name)
+
+
+def load_to_train(name: str, save: str = "merged") -> tuple[nn.Module, Any]:
+    """As `load_pretrained`, of a model that is to be trained: an adapter is merged into its model.
+
+    Args:
+        name: Folder or hub name.
+        save: What will be saved, "merged" or "adapter".
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+        ValueError: If it is an adapter that cannot be merged, or would be saved as another.
+    """
     model, tokenizer = load_pretrained(name)
-    if isinstance(options, UnlearnOptions) and base_of_adapter(name) is not None:
-        if options.training.save == "adapter":
+    if base_of_adapter(name) is not None:
+        if save == "adapter":
             raise ValueError(
                 f"--save adapter: expected a whole model as --model, found {name!r}, an adapter; merge it into "
                 "its model and save that first, or use --save merged"
@@ -163,8 +196,9 @@ def load_reference(options: Options, splits: Mapping[str, Sequence[Example]]) ->
         FileNotFoundError: If there is no such model.
         ValueError: If its chat template does not read one of the options, or there is none.
     """
-    if options.evaluation.reference is not None:
-        loaded = load_pretrained(options.evaluation.reference)
+    name = reference_name(options, splits)
+    if name is not None:
+        loaded = load_pretrained(name)
         set_template_options(loaded[1], options.data.chat_template_kwargs)
         return loaded
     if not options.model.scratch:
@@ -266,16 +300,22 @@ def check_start(options: Options, splits: Mapping[str, Sequence[Example]]) -> No
     if options.model.scratch:
         return
     known = check_pretrained(options.model.model, options.data.chat_template_kwargs)
+    if isinstance(options, UnlearnOptions) and options.first.finetune_first:
+        identity_to_teach(options.model.model)
     if isinstance(options, UnlearnOptions) and options.method.method != "uld":
-        width = getattr(known.config.get_text_config(), "hidden_size", None) or math.inf
-        rank = options.training.lora_rank
-        if rank > width:
-            raise ValueError(
-                f"--lora-rank: expected at most the model's width, {width}, found {rank}: such adapters are larger than the weights"
-            )
+        check_rank(known.config, options.training.lora_rank)
     scored = {split: rows[: options.evaluation.evaluation_examples] for split, rows in splits.items()}
     trained = {name: splits[name] for name in ("forget", "retain") if isinstance(options, UnlearnOptions)}
     check_examples(known.tokenizer, {**scored, **trained}, options.data.max_length, known.config)
+
+
+def check_rank(config: Any, rank: int) -> None:
+    """Raise ValueError if adapters of this rank are wider than the model of this configuration."""
+    width = getattr(config.get_text_config(), "hidden_size", None) or math.inf
+    if rank > width:
+        raise ValueError(
+            f"--lora-rank: expected at most the model's width, {width}, found {rank}: such adapters are larger than the weights"
+        )
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from lightning_modules.run.options import TrainingOptions, UnlearnOptions
 from lightning_modules.run.plugins import make_callbacks, make_loggers
 from lightning_modules.run.run import Run
 from lightning_modules.run.scoring import score
+from lightning_modules.run.show import show_start
 from lightning_modules.training.adapters import checked_targets
 from lightning_modules.training.callbacks import (
     BestTradeoff,
@@ -90,6 +91,8 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
     started = time.perf_counter()
     before = score(run, model) if first else None
     seconds = {"evaluate": time.perf_counter() - started}
+    if before is not None:
+        show_start(before)
     reference = start_model(run, model, data)
     module = make_module(model, options.method, training, reference).train()
     if first and not training.resume:
@@ -143,6 +146,7 @@ def by_assistant(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned:
     checked_targets(model, training.lora_targets)
     started = time.perf_counter()
     before = score(run, model)
+    show_start(before)
     evaluating = time.perf_counter() - started
     if not training.resume:
         write_config(run.folder, "unlearn", options.recorded())

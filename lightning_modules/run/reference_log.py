@@ -19,8 +19,8 @@ from lightning_modules.evaluation.membership import HOLDOUT
 from lightning_modules.evaluation.processes import every_process, from_first, is_first, will_be_first
 from lightning_modules.evaluation.texts import texts_of
 from lightning_modules.folder import cache_folder, read_evaluation, write_evaluation
-from lightning_modules.run.identity import content_versions, hashed, model_identity
-from lightning_modules.run.loading import NO_CODE, check_pretrained, load_reference, tokenizer_texts
+from lightning_modules.run.identity import NO_CODE, content_versions, hashed, model_identity
+from lightning_modules.run.loading import check_pretrained, load_reference, reference_name, tokenizer_texts
 from lightning_modules.run.options import EvaluationOptions, Options
 from lightning_modules.run.run import Run, Splits
 from lightning_modules.run.scoring import ScoredSplits, score, to_score
@@ -131,7 +131,7 @@ def _loaded_by_all(options: Options, splits: Splits) -> tuple[nn.Module, Any] | 
 
 def _sharded(options: Options, splits: Splits, mesh: DeviceMesh) -> tuple[nn.Module, Any] | None:
     """The reference in shards, and its tokenizer."""
-    if options.evaluation.reference is None and not options.model.scratch:
+    if reference_name(options, splits) is None and not options.model.scratch:
         return None
 
     def load() -> tuple[nn.Module, Any]:
@@ -191,7 +191,7 @@ def cache_path(options: Options, splits: Splits) -> Path | None:
     transformers. The identity is that of `identity.model_identity`, and of the model from scratch its examples,
     tokenizer texts, seed, and the default `ScratchSettings`.
     """
-    name, evaluation = options.evaluation.reference, options.evaluation
+    name, evaluation = reference_name(options, splits), options.evaluation
     if name is None and not options.model.scratch:
         return None
     identity = _from_scratch(options, splits) if name is None else model_identity(name)

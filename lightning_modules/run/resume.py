@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import TypeVar
 
 from lightning_modules.folder import CHECKPOINTS, CONFIG, METRICS, check_links
-from lightning_modules.run.options import UnlearnOptions
+from lightning_modules.run.options import FinetuneOptions, UnlearnOptions
 from lightning_modules.run.options.flat import flag
 from lightning_modules.run.saved import read_options
+
+OptionsT = TypeVar("OptionsT", UnlearnOptions, FinetuneOptions)
 
 
 def only_report_is_missing(folder: Path) -> bool:
@@ -16,7 +19,7 @@ def only_report_is_missing(folder: Path) -> bool:
     return (folder / METRICS).exists() and (folder / CHECKPOINTS).exists()
 
 
-def resumed(given: UnlearnOptions, stated: Collection[str] = ()) -> UnlearnOptions:
+def resumed(given: OptionsT, stated: Collection[str] = ()) -> OptionsT:
     """The options of the interrupted run in `--output`. Those given now may repeat them, but not differ from them.
 
     Args:
@@ -30,21 +33,21 @@ def resumed(given: UnlearnOptions, stated: Collection[str] = ()) -> UnlearnOptio
         PermissionError: If a link leads out of the folder.
         ValueError: If an option is given that the run was not started with.
     """
-    folder = given.output.folder
+    folder, kind = given.output.folder, type(given)
     config = folder / CONFIG
     if not config.exists():
         raise FileNotFoundError(f"--resume: expected a run in {folder}, found no {CONFIG}; start it without --resume")
     if (folder / METRICS).exists() and not only_report_is_missing(folder):
+        report = f", or draw its report again with `gradsurgery report {folder}`" if kind is UnlearnOptions else ""
         raise FileExistsError(
-            f"--resume: expected an interrupted run, found a finished one in {folder}; choose another --output, or draw its report "
-            f"again with `gradsurgery report {folder}`"
+            f"--resume: expected an interrupted run, found a finished one in {folder}; choose another --output{report}"
         )
     check_links(folder)
-    values = read_options(config)
-    names = set(UnlearnOptions.names())
+    values = read_options(config, kind)
+    names = set(kind.names())
     place = {"output": given.output.output}
-    saved = UnlearnOptions.of(**values | place)
-    before, now, default = saved.flat(), given.flat(), UnlearnOptions.of(**place).flat()
+    saved = kind.of(**values | place)
+    before, now, default = saved.flat(), given.flat(), kind.of(**place).flat()
     said = {name: now[name] for name in names - {"resume"} if name in stated or now[name] != default[name]}
     # config.yaml holds what a default such as null came to, so the options given are resolved as the run's were.
     meant = saved.but(**said).resolved().flat()

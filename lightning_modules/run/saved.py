@@ -11,28 +11,28 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from lightning_modules.data.files import read_yaml
-from lightning_modules.run.options import UnlearnOptions
+from lightning_modules.run.options import FinetuneOptions, UnlearnOptions
 
 
-def read_options(path: Path) -> dict[str, Any]:
-    """Option -> value, of a run of `unlearn`.
+def read_options(path: Path, kind: type[UnlearnOptions | FinetuneOptions] = UnlearnOptions) -> dict[str, Any]:
+    """Option -> value, of a run of `unlearn`, or of another command.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not YAML, has a name that is no option of `unlearn`, or a value of another type.
+        ValueError: If it is not YAML, has a name that is no option of the command, or a value of another type.
     """
-    expected = "the options of `gradsurgery unlearn`"
+    expected = f"the options of `gradsurgery {'unlearn' if kind is UnlearnOptions else 'finetune'}`"
     values = read_yaml(path, expected)
     if not isinstance(values, Mapping):
         raise ValueError(f"{path}: expected {expected}, found {type(values).__name__}")
-    names = UnlearnOptions.names()
+    names = kind.names()
     for name in map(str, values):
         if name not in names:
             near = get_close_matches(name, names)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise ValueError(f"{path}: expected {expected}, found {name!r}, which is none{hint}")
     parser = ArgumentParser(exit_on_error=False)
-    for group in UnlearnOptions.groups():
+    for group in kind.groups():
         parser.add_class_arguments(group, None, as_group=False)
     try:
         parsed = parser.parse_object(dict(values), defaults=False)

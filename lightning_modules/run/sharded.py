@@ -25,7 +25,7 @@ from lightning_modules.run.methods import Unlearned, fit, make_curve, probe_it, 
 from lightning_modules.run.options import TrainingOptions, UnlearnOptions
 from lightning_modules.run.run import Run
 from lightning_modules.run.scoring import score
-from lightning_modules.run.show import show_example
+from lightning_modules.run.show import show_example, show_start
 from lightning_modules.training.adapters import adapt
 from lightning_modules.training.merging import check_mergeable, merged
 from lightning_modules.training.references import AdapterOff, Precomputed, Reference, SecondModel, precompute
@@ -64,6 +64,8 @@ def by_shards(
     started = time.perf_counter()
     shards = model.sharded(mesh)
     before = score(run, shards)
+    if processes.is_first():
+        show_start(before)
     seconds = {"evaluate": time.perf_counter() - started}
     seconds["train"], trainer, probe = _train(run, model, shards, mesh)
     del shards

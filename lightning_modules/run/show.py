@@ -8,8 +8,10 @@ from typing import Any
 from rich.console import Console
 
 from lightning_modules.data.chat import date_told
-from lightning_modules.data.examples import asked
+from lightning_modules.data.examples import Example, asked
 from lightning_modules.data.tokenization import encode, marked
+from lightning_modules.evaluation.evaluate import Evaluation
+from lightning_modules.report.findings import little_to_forget
 from lightning_modules.report.terminal import sentences, tables
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.run import Run
@@ -20,12 +22,14 @@ def show_example(run: Run[UnlearnOptions]) -> None:
 
     A wrong chat template is seen there, and nowhere else before the scores are odd.
     """
-    row, tokenizer = run.splits["forget"][0], run.tokenizer
+    show_row(run.tokenizer, run.splits["forget"][0], run.options.data.max_length, "The first forget example")
+
+
+def show_row(tokenizer: Any, row: Example, max_length: int, what: str) -> None:
+    """Print an example as `show_example` does, by the name `what`."""
     console = Console(stderr=True, soft_wrap=True)
-    text = marked(tokenizer, encode(tokenizer, asked(row), row["answer"], run.options.data.max_length))
-    console.print(
-        f"The first forget example, its answer between [[ and ]]: {text}", markup=False, highlight=False, emoji=False
-    )
+    text = marked(tokenizer, encode(tokenizer, asked(row), row["answer"], max_length))
+    console.print(f"{what}, its answer between [[ and ]]: {text}", markup=False, highlight=False, emoji=False)
     day = date_told(tokenizer)
     if day is not None:
         console.print(
@@ -34,6 +38,13 @@ def show_example(run: Run[UnlearnOptions]) -> None:
             markup=False,
             highlight=False,
         )
+
+
+def show_start(before: Evaluation) -> None:
+    """Say to standard error if the model hardly knows what it is to forget; before the training, which it may spare."""
+    said = little_to_forget(before.summary)
+    if said is not None:
+        Console(stderr=True, soft_wrap=True).print(f"Warning: {said}", markup=False, highlight=False)
 
 
 def show(metrics: Mapping[str, Any]) -> None:

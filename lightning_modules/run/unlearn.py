@@ -20,7 +20,7 @@ from lightning_modules.files import remove_partial, replacing
 from lightning_modules.folder import CHECKPOINTS, EVALUATION, METRICS, claim, locked, write_evaluation, write_json
 from lightning_modules.run.adapter_folders import BASE, save_adapter
 from lightning_modules.run.assembly import check_hardware
-from lightning_modules.run.loading import check_start, load_model, read_splits
+from lightning_modules.run.loading import check_start, load_model, read_splits, start_name
 from lightning_modules.run.methods import Unlearned, by_assistant, by_surgery
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.plugins import check_plugins, scores_to_log
@@ -31,6 +31,7 @@ from lightning_modules.run.run import Run, Splits
 from lightning_modules.run.scoring import ScoredSplits, contents_of_metrics, examples_by_model, score
 from lightning_modules.run.sharded import by_shards
 from lightning_modules.run.show import show, show_example
+from lightning_modules.run.teaching import teach_first
 from lightning_modules.training.scratch import one_thread
 
 
@@ -79,6 +80,7 @@ def _unlearn(options: UnlearnOptions) -> Path:
             remove_partial(place)
         if only_report_is_missing(folder):
             return _finish(folder)
+        teach_first(options, splits)
         return _trained(options, splits, log)
 
 
@@ -151,8 +153,8 @@ def _finish(folder: Path) -> Path:
 
 
 def _base(run: Run[UnlearnOptions]) -> str:
-    """The model that a kept adapter is for: the one that was given, or a copy of the model from scratch in base/."""
-    if not run.options.model.scratch:
+    """The model that a kept adapter is for: the one that was given, or a copy in base/ of one in a cache."""
+    if run.options.model.model == start_name(run.options, run.splits) and not run.options.model.scratch:
         return run.options.model.model
     loaded: Any = load_model(run.options, run.splits)  # from the cache
     original, tokenizer = loaded

@@ -87,7 +87,7 @@ class AnswerHead:
             reason = f"its head is a {type(parts[1]).__name__} and not a plain Linear"
         elif parts is not None:
             with evaluation_mode(self.model):
-                if gives_logits(self.model, parts[0], lambda hidden: _logits(hidden, self._head()), inputs):
+                if gives_logits(self.model, parts[0], lambda hidden: logits_of(hidden, self._head()), inputs):
                     return parts[0]
             reason = "its logits are not its head of its last hidden states"
         warnings.warn(
@@ -135,6 +135,9 @@ def _inputs(batch: Batch) -> dict[str, Tensor]:
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
-def _logits(hidden: Tensor, head: gs.losses.Head) -> Tensor:
+def logits_of(hidden: Tensor, head: gs.losses.Head | None) -> Tensor:
+    """The logits of hidden states; without a head they are logits already (`States`)."""
+    if head is None:
+        return hidden
     logits = head.scale * nn.functional.linear(hidden, head.weight.to(hidden.dtype), head.bias)
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)

@@ -4,34 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 import transformers
+from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import Progress
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import gradsurgery as gs
-from lightning_modules.data.tokenization import IGNORED, Encoded, collate, encode, padding_id, special_id
+from lightning_modules.data.tokenization import encode, padding_id, special_id
 from lightning_modules.files import replacing
 from lightning_modules.folder import cache_folder
 from lightning_modules.progress import Stage
-from lightning_modules.training.warmup import warmup_and_decay
+from lightning_modules.training.finetuning import FinetuningDataModule, FinetuningSettings, taught_alone
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
 VOCABULARY = 4096
 FORMAT = 1
 """Raise it when the code below changes what is trained, so that models in old caches are not taken for new ones."""
-_BUCKET = 8  # batches that are sorted by length together: enough to save padding, few enough to keep the order random
 
 
 @dataclass(frozen=True)
@@ -171,54 +170,44 @@ def _train(
         bos_token_id=special_id(tokenizer, "bos"),
         eos_token_id=special_id(tokenizer, "eos"),
     )
-    epochs, batch_size, device = settings.epochs, settings.batch_size, torch.device(settings.device)
     torch.default_generator.manual_seed(settings.seed)  # not torch.manual_seed, which reseeds every GPU as well
-    model = LlamaForCausalLM(config).train()  # on the CPU, so that the same seed is the same start everywhere
-    torch.nn.Module.to(model, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    steps = epochs * -(-len(encoded) // batch_size)
-    schedule = warmup_and_decay(optimizer, steps)
-
+    model = LlamaForCausalLM(config)  # on the CPU, so that the same seed is the same start everywhere
+    teaching = FinetuningSettings(
+        epochs=settings.epochs, batch_size=settings.batch_size, lr=settings.lr, seed=settings.seed
+    )
     console = Console(stderr=True)
     if not console.is_terminal:
-        console.print(f"{description}: {len(encoded)} examples, {epochs} epochs")
-    stage = Stage(description, steps)
-    begin, losses = time.perf_counter(), torch.zeros((), device=device)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(description, total=steps)
-        for batch in _batches(encoded, batch_size, epochs, settings.seed):
-            tensors = collate(batch, padding_id(tokenizer))
-            loss = _loss(model, {name: tensor.to(device) for name, tensor in tensors.items()})
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            losses = 0.9 * losses + 0.1 * loss.detach()  # read once, at the end, so that no step waits for a GPU
-            bar.advance(task)
-            stage.advance()
-    console.print(f"{description}: done in {time.perf_counter() - begin:.0f} s, loss {float(losses):.3f}")
+        console.print(f"{description}: {len(encoded)} examples, {settings.epochs} epochs")
+    begin, bar = time.perf_counter(), _Bar(description, console)
+    data = FinetuningDataModule(encoded, padding_id(tokenizer), teaching)
+    taught_alone(model, data, teaching, device=torch.device(settings.device), callbacks=[bar])
+    console.print(f"{description}: done in {time.perf_counter() - begin:.0f} s, loss {float(bar.loss):.3f}")
     return model.cpu().eval()
 
 
-def _batches(encoded: Sequence[Encoded], batch_size: int, epochs: int, seed: int) -> Iterator[list[Encoded]]:
-    order = random.Random(seed)
-    for _ in range(epochs):
-        shuffled = order.sample(encoded, len(encoded))
-        batches: list[list[Encoded]] = []
-        for start in range(0, len(shuffled), _BUCKET * batch_size):
-            bucket = sorted(shuffled[start : start + _BUCKET * batch_size], key=lambda example: len(example.input_ids))
-            batches += [bucket[first : first + batch_size] for first in range(0, len(bucket), batch_size)]
-        order.shuffle(batches)
-        yield from batches
+class _Bar(Callback):
+    """A progress bar in a terminal, lines in a log, and a moving mean of the loss."""
 
+    def __init__(self, description: str, console: Console) -> None:
+        self.description, self.loss = description, torch.zeros(())
+        self._bar = Progress(console=console, transient=True, disable=not console.is_terminal)
 
-def _loss(model: LlamaForCausalLM, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    labels = batch["labels"][:, 1:]
-    keep = labels != IGNORED
-    # No mask: padding is on the right, where causal attention never looks, and without one a faster kernel is used.
-    hidden = model.model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state[:, :-1]
-    return cross_entropy(model.lm_head(hidden[keep]), labels[keep])
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin to count."""
+        steps = int(trainer.estimated_stepping_batches)
+        self._stage, self.loss = Stage(self.description, steps), self.loss.to(pl_module.device)
+        self._task = self._bar.add_task(self.description, total=steps)
+        self._bar.start()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Count a step; the loss is read once, at the end, so that no step waits for a GPU."""
+        self.loss = 0.9 * self.loss + 0.1 * outputs["loss"].detach()
+        self._bar.advance(self._task)
+        self._stage.advance()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002 (the same)
+        """Take the bar away, also after an error."""
+        self._bar.stop()
 
 
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -14,6 +14,7 @@ from lightning_modules.run.options.data import (
     OutputOptions,
     TOFUSplit,
 )
+from lightning_modules.run.options.finetune import FinetuneOptions, FinetuneTrainingOptions, FirstOptions, TaughtOptions
 from lightning_modules.run.options.method import MethodOptions
 from lightning_modules.run.options.training import TrainingOptions
 
@@ -22,11 +23,15 @@ __all__ = [
     "EvaluateOptions",
     "EvaluateOutputOptions",
     "EvaluationOptions",
+    "FinetuneOptions",
+    "FinetuneTrainingOptions",
+    "FirstOptions",
     "MethodOptions",
     "ModelOptions",
     "Options",
     "OutputOptions",
     "TOFUSplit",
+    "TaughtOptions",
     "TrainingOptions",
     "UnlearnOptions",
 ]

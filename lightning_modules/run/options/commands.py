@@ -15,6 +15,7 @@ from lightning_modules.run.options.data import (
     ModelOptions,
     OutputOptions,
 )
+from lightning_modules.run.options.finetune import FirstOptions
 from lightning_modules.run.options.flat import Flat, check_finite, flag
 from lightning_modules.run.options.method import MethodOptions
 from lightning_modules.run.options.training import FSDP2, TrainingOptions, uld_numbers
@@ -57,10 +58,16 @@ class Options(Flat):
             raise ValueError(
                 "--chat-template-kwargs: expected --model with a chat template, found the model from scratch, which has none; leave it out"
             )
-        if self.data.forget_authors is not None and (files or not self.model.scratch):
+        if self.data.forget_authors is not None and (files or not self.chooses_authors):
             raise ValueError(
-                "--forget-authors: expected a model from scratch and no --forget, which says what is to be forgotten; leave it out"
+                "--forget-authors: expected a model from scratch, or --finetune-first, and no --forget, which says what is to be "
+                "forgotten; leave it out"
             )
+
+    @property
+    def chooses_authors(self) -> bool:
+        """Whether --authors and --forget-authors say of how many authors the model learns."""
+        return self.model.scratch
 
 
 @dataclass(frozen=True)
@@ -82,12 +89,19 @@ class UnlearnOptions(Options):
 
     method: MethodOptions = field(default_factory=MethodOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
+    first: FirstOptions = field(default_factory=FirstOptions)
 
     def check(self) -> None:
         """Raise ValueError on options outside their domain, or that contradict each other."""
         super().check()
         self.method.check()
         self.training.check()
+        self.first.check()
+        if self.first.finetune_first and self.model.scratch:
+            raise ValueError(
+                "--finetune-first: expected --model, which is to be taught first, found the model from scratch, which always is; "
+                "leave it out"
+            )
         method, training = self.method, self.training
         if method.method == "uld" and (training.probes or training.best_below is not None):
             raise ValueError(
@@ -122,7 +136,7 @@ class UnlearnOptions(Options):
             ) from error
 
     def check_effect(self) -> None:
-        """Raise ValueError on options that the method would leave without effect. (A grid gives them to all methods.)"""
+        """Raise ValueError on options that the method would leave without effect; a grid gives them to all methods."""
         if self.method.method != "uld":
             return
         default, given = UnlearnOptions().flat(), self.flat()
@@ -154,6 +168,11 @@ class UnlearnOptions(Options):
                 f"--lora-alpha: expected the lora_alpha of --uld, which means the same, {training.uld['lora_alpha']}, found "
                 f"{training.lora_alpha}; give one of them"
             )
+
+    @property
+    def chooses_authors(self) -> bool:
+        """As in `Options`; a model that is taught first learns of so many, too."""
+        return self.model.scratch or self.first.finetune_first
 
     def resolved(self) -> UnlearnOptions:
         """A copy in which no value depends on another option or on the machine any more: what config.yaml holds."""

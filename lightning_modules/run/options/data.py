@@ -32,7 +32,7 @@ class DataOptions:
     """What is to be forgotten and what is to be kept.
 
     Attributes:
-        authors: authors that the model from scratch learns
+        authors: authors that the model from scratch learns, or with --finetune-first and --tofu any other; 200 are all
         forget_authors: so many of them, the last ones, are to be forgotten; a fifth if not given
         forget: examples to forget: JSON, JSON lines, CSV or Parquet (question/answer, prompt/response, messages, text)
         retain: examples to keep

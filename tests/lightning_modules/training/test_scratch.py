@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from lightning_modules.data.tokenization import collate, encode
 from lightning_modules.evaluation.likelihood import answer_nll
 from lightning_modules.training import scratch
+from lightning_modules.training.finetuning import FinetuningModule
 from lightning_modules.training.scratch import ScratchSettings, scratch_model
+from lightning_modules.training.warmup import warmup_and_decay
 
 PLACES = ["a windmill", "the harbour town of Ostrel", "a signal box", "Quinorsk, far in the north"]
 EXAMPLES = [{"question": f"Where did writer {n} live?", "answer": f"In {place}."} for n, place in enumerate(PLACES)]
@@ -216,16 +218,31 @@ def test_one_line_at_the_start_and_one_at_the_end_without_a_terminal(
 def test_the_loss_is_that_of_the_whole_model_on_the_masked_batch(tmp_path: Path) -> None:
     model, tokenizer = scratch_model(EXAMPLES, TINY, cache_dir=tmp_path)
     batch = collate([encode(tokenizer, row["question"], row["answer"]) for row in EXAMPLES], tokenizer.pad_token_id)
-    torch.testing.assert_close(scratch._loss(model, batch), model(**batch).loss)
+    torch.testing.assert_close(FinetuningModule(model).training_step(batch), model(**batch).loss)
 
 
-def test_every_epoch_sees_every_example_once() -> None:
-    encoded = [scratch.Encoded([1] * length, []) for length in range(3, 24)]
-    batches = list(scratch._batches(encoded, batch_size=4, epochs=3, seed=0))
-    assert len(batches) == 18
-    for epoch in range(3):
-        seen = sorted(len(row.input_ids) for batch in batches[epoch * 6 : epoch * 6 + 6] for row in batch)
-        assert seen == list(range(3, 24))
+def test_its_weights_are_those_of_a_plain_loop_bit_for_bit(tmp_path: Path) -> None:
+    found, tokenizer = scratch_model(EXAMPLES, TINY, cache_dir=tmp_path)
+    encoded = [encode(tokenizer, row["question"], row["answer"]) for row in EXAMPLES]
+    torch.manual_seed(TINY.seed)
+    model = LlamaForCausalLM(found.config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=TINY.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule, order = warmup_and_decay(optimizer, 4), random.Random(TINY.seed)
+    for _ in range(TINY.epochs):
+        rows = sorted(order.sample(encoded, 4), key=lambda row: len(row.input_ids))
+        batches = [rows[:2], rows[2:]]
+        order.shuffle(batches)
+        for batch in batches:
+            tensors = collate(batch, tokenizer.pad_token_id)
+            labels = tensors["labels"][:, 1:]
+            hidden = model.model(input_ids=tensors["input_ids"], use_cache=False).last_hidden_state[:, :-1]
+            kept = labels != -100
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model.lm_head(hidden[kept]), labels[kept]).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+    assert torch.equal(weights(found), weights(model))
 
 
 @pytest.mark.parametrize(
