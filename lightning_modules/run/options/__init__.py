@@ -14,18 +14,23 @@ from lightning_modules.run.options.data import (
     OutputOptions,
     TOFUSplit,
 )
+from lightning_modules.run.options.finish import FinishOptions
 from lightning_modules.run.options.method import MethodOptions
+from lightning_modules.run.options.recipes import RECIPES, RecipeOptions
 from lightning_modules.run.options.training import TrainingOptions
 
 __all__ = [
+    "RECIPES",
     "DataOptions",
     "EvaluateOptions",
     "EvaluateOutputOptions",
     "EvaluationOptions",
+    "FinishOptions",
     "MethodOptions",
     "ModelOptions",
     "Options",
     "OutputOptions",
+    "RecipeOptions",
     "TOFUSplit",
     "TrainingOptions",
     "UnlearnOptions",
