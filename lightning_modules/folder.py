@@ -251,7 +251,10 @@ def _check_row(row: Mapping[str, Any], where: str) -> None:
     lacking += [
         f"{key} as {'numbers' if key == 'perturbed_nll' else 'a number'}"
         for key, value in numbers.items()
-        if any(isinstance(entry, (list, dict)) for entry in (value if key == "perturbed_nll" else [value]) or ())
+        if any(
+            isinstance(entry, (list, dict))
+            for entry in (value if isinstance(value, list) and key == "perturbed_nll" else [value])
+        )
     ]
     if lacking:
         raise ValueError(

@@ -27,8 +27,11 @@ ROWS = (
     "GradScaler and autocast",
     "DDP",
     "FSDP2 (`fully_shard`)",
+    "Tensor parallelism",
     "Checkpoints",
     "PEFT",
+    "Rows at moved weights",
+    "The command",
 )
 """What can be supported, in the table's order."""
 

@@ -84,7 +84,7 @@ def read_json(path: str | Path, expected: str) -> Any:
     try:
         return json.loads(text)
     except _BROKEN as error:
-        raise ValueError(f"{path}: expected {expected} as JSON, found something else: {error}") from error
+        raise ValueError(f"{path}: expected JSON with {expected}, found something else: {error}") from error
 
 
 def read_yaml(path: str | Path, expected: str) -> Any:
@@ -99,4 +99,4 @@ def read_yaml(path: str | Path, expected: str) -> Any:
         return yaml.safe_load(text)
     except _BROKEN as error:
         said = " ".join(str(error).split())
-        raise ValueError(f"{path}: expected {expected} as YAML, found something else: {said}") from error
+        raise ValueError(f"{path}: expected YAML with {expected}, found something else: {said}") from error

@@ -44,7 +44,7 @@ def model_identity(name: str) -> object:
         return _folder(Path(name))
     _ = gs.logit_difference.LogitDifferenceModel  # importing it registers its configuration with Transformers
     try:
-        commit = getattr(transformers.AutoConfig.from_pretrained(name), "_commit_hash", None)
+        commit = getattr(transformers.AutoConfig.from_pretrained(name, trust_remote_code=False), "_commit_hash", None)
         adapted = transformers.utils.find_adapter_config_file(name) is not None
     except (OSError, ValueError):  # raised again, with a sentence, when the model is loaded
         return None

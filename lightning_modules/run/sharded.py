@@ -57,7 +57,7 @@ def by_shards(
 
     model = Distributed(load)
     run = Run(options, folder, splits, model.known)
-    if processes.is_first():
+    if processes.is_first() and not training.resume:
         show_example(run)
     started = time.perf_counter()
     shards = model.sharded(mesh)

@@ -92,7 +92,7 @@ def _trained(options: UnlearnOptions, splits: Splits, log: ScoredSplits | None) 
     else:
         model, tokenizer = load_model(options, splits)
         run = Run(options, folder, splits, tokenizer)
-        if will_be_first():
+        if will_be_first() and not options.training.resume:
             show_example(run)
         unlearned = by_assistant(run, model) if options.method.method == "uld" else by_surgery(run, model)
     if unlearned is not None:

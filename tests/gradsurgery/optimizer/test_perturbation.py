@@ -17,6 +17,10 @@ from tests.reference import training
 from tests.reference.perturbation import as_loss, gradient_at_moved_weights
 from tests.tolerances import STEPPED, close
 
+pytestmark = pytest.mark.supports(
+    "Rows at moved weights", "contexts, `join`, closures; accumulation, autocast, a GradScaler"
+)
+
 STEPS = 6
 RADIUS = {"global": 0.3, "tensor": 0.1}
 

@@ -18,7 +18,10 @@ from tests.reference import training
 from tests.reference.perturbation import as_loss, gradient_at_moved_weights
 from tests.tolerances import STEPPED, close
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
+    pytest.mark.supports("Rows at moved weights", "DDP, FSDP2"),
+]
 STEPS, RADIUS = 4, 0.3
 
 

@@ -10,7 +10,13 @@ import torch
 from tests.gradsurgery.optimizer import sharded_workers as workers
 from tests.gradsurgery.optimizer.distributed_workers import run
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
+    pytest.mark.supports("DDP", "on 2 and 4 processes"),
+    pytest.mark.supports("FSDP2 (`fully_shard`)", "on 2 and 4 processes, in one dimension and HSDP"),
+    pytest.mark.supports("Tensor parallelism", "alone, and with FSDP2"),
+    pytest.mark.supports("Checkpoints", "saved by 4 processes and loaded by 2"),
+]
 
 
 def test_divisions_checkpoints_and_refusals_on_four_and_then_two_processes(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from lightning_modules.training.scratch import ScratchSettings, scratch_model
 from lightning_modules.training.uld import train_assistant
 from tests.tolerances import Tolerance, close
 
+pytestmark = pytest.mark.supports("The command", "`--save adapter` or `merged`")
+
 MERGED = Tolerance(2e-6, "W + sigma B A in float32, added up before the product instead of after it")
 ROWS = fictional_authors(2)
 TINY = ScratchSettings(hidden_size=16, num_layers=1, num_heads=2, epochs=2)
@@ -155,7 +157,7 @@ def test_an_interrupted_run_keeps_the_same_adapter(
         (["--lora-alpha", "8"], "expected --lora-rank with --lora-alpha"),
         (["--lora-kind", "dora", "--lora-targets", "q_proj"], "expected --lora-rank with --lora-targets, --lora-kind"),
         (["--lora-rank", "2", "--lora-alpha", "0"], "--lora-alpha > 0, found 0"),
-        (["--lora-rank", "2", "--lora-alpha", ".nan"], "--lora-alpha > 0, found nan"),
+        (["--lora-rank", "2", "--lora-alpha", ".nan"], "--lora-alpha: expected a finite number, found nan"),
         (["--lora-rank", "2", "--lora-dropout", "1"], "--lora-dropout at least 0 and below 1, found 1.0"),
         (["--lora-rank", "2", "--lora-dropout", "-0.1"], "--lora-dropout at least 0 and below 1, found -0.1"),
         (["--lora-rank", "2", "--lora-targets", "[]"], "--lora-targets"),

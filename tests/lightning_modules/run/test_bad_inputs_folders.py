@@ -33,7 +33,7 @@ RESUMED = [
     Row("no folder", lambda _: ["unlearn", "--resume", "--output", "out"], ("--resume: expected a run in out",)),
     laid("nothing in it", {"out/notes": ""}, ["unlearn", "--resume", "--output", "out"], "found no config.yaml"),
     resumed("finished", GOOD, "expected an interrupted run, found a finished one in out", extra="{}"),
-    resumed("torn options", "lr: [1", "out/config.yaml: expected the options", "as YAML, found something else"),
+    resumed("torn options", "lr: [1", "out/config.yaml: expected YAML with the options", "found something else"),
     resumed("no options", "", *SAVED, "found NoneType"),
     resumed("a list", "- 1", *SAVED, "found list"),
     resumed("another program's options", "foo: 1", *SAVED, "found 'foo', which is none"),
@@ -42,7 +42,7 @@ RESUMED = [
     resumed("a list for a number", GOOD | {"epochs": [1]}, *SAVED, "epochs"),
     resumed("a wrong name", GOOD | {"rule": "banana"}, "rule: expected one of", "found 'banana'"),
     resumed("a number outside its domain", GOOD | {"epochs": 0}, "expected --epochs >= 1, found 0"),
-    resumed("code", f"lr: {CODE}", "expected the options", "python/object/apply:os.system"),
+    resumed("code", f"lr: {CODE}", "expected YAML with the options", "python/object/apply:os.system"),
     resumed("binary options", b"\xff\xfe\0", "out/config.yaml", "found UTF-16: save it as UTF-8"),
 ]
 
@@ -91,7 +91,7 @@ def other(name: str, value: Any, *said: str) -> Row:
     return reported(f"{name} is {json.dumps(value)}", METRICS | {name: value}, "expected the metrics.json", *said)
 
 
-JSON = ("run/metrics.json: expected the metrics.json of a run as JSON, found something else",)
+JSON = ("run/metrics.json: expected JSON with the metrics.json of a run, found something else",)
 REPORTS = [
     Row("no folder", lambda _: ["report", "no"], ("report: expected a finished run, found no metrics.json in no",)),
     Row("a file", lambda _: ["report", "forget.json"], ("found no metrics.json in forget.json",)),
@@ -130,10 +130,10 @@ GRIDS = [
     Row("no grid", lambda _: ["ablate"], ("expected --config FILE.yaml with the grid",)),
     Row("a grid that is missing", lambda _: ["ablate", "--config", "no.yaml"], ("expected a YAML file with a grid",)),
     grid("empty", "", *KEYS, "found NoneType"),
-    grid("torn", "methods: [", "grid.yaml: expected a grid as YAML"),
+    grid("torn", "methods: [", "grid.yaml: expected YAML with a grid"),
     grid("binary", b"\xff\xfe\0", "grid.yaml is not UTF-8"),
-    grid("brackets", "[" * 900, "grid.yaml: expected a grid as YAML"),
-    grid("code", f"methods: {CODE}\n{TARGETS}", "grid.yaml: expected a grid as YAML", "python/object"),
+    grid("brackets", "[" * 900, "grid.yaml: expected YAML with a grid"),
+    grid("code", f"methods: {CODE}\n{TARGETS}", "grid.yaml: expected YAML with a grid", "python/object"),
     grid("an unknown key", FINE + "foo: 1", *KEYS, "'foo'"),
     grid("an unknown key of a section", FINE + "data: {foo: 1}", "grid.yaml, data: expected any of", "['foo']"),
     grid("an unknown key of a row", f"methods: [{{name: a, foo: 1}}]\n{TARGETS}", "row 1: expected any of", "'foo'"),
@@ -154,7 +154,7 @@ GRIDS = [
     grid("a model that learns backwards", FINE + "model: {lr: -1}", "grid.yaml: model: expected lr > 0"),
     grid("a file that is missing", FINE + "data: {forget: no.json, retain: no.json}", "no.json, found nothing"),
     *(grid(f"a result of {text!r}", FINE, "a-m0-d0.json", said, runs=text)
-      for text, said in {"": "as JSON", "{": "as JSON", "[]": "without config", "{}": "remove the file",
+      for text, said in {"": "expected JSON", "{": "expected JSON", "[]": "without config", "{}": "remove the file",
                          '{"config": 3, "status": "finished"}': "without its configuration"}.items()),
     laid("scores of nothing", {"grid.yaml": FINE, "out/models/m0.json": "{}"},
          ["ablate", "--config", "grid.yaml", "--output", "out"], "m0.json", "without config, start, reference"),

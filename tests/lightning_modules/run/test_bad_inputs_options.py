@@ -14,7 +14,7 @@ PROOF = "code-was-executed"
 
 def value(flag: str, found: str, *said: str) -> Row:
     """A row with one option that has a wrong value."""
-    return given(f"{flag} {found}", f"--{flag}", found, said=said or (flag.replace("-", "_"),))
+    return given(f"{flag} {found}", f"--{flag}", found, said=said or (f"--{flag}",))
 
 
 def between(flag: str, *values: str) -> list[Row]:

@@ -144,14 +144,14 @@ def test_a_model_on_the_hub_is_known_by_its_commit_only(
     hub = options.but(reference="some/reference")
     commits: list[str | None] = ["a1", "a1", "b2", None]
 
-    def config(_: str) -> Any:
+    def config(_: str, **options: Any) -> Any:
         found = transformers.LlamaConfig()
         found._commit_hash = commits.pop(0)
         return found
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", config)
 
-    def no_tokenizer(_: str) -> Any:
+    def no_tokenizer(_: str, **options: Any) -> Any:
         raise OSError("not there")
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", no_tokenizer)
@@ -165,7 +165,7 @@ def test_a_model_on_the_hub_is_known_by_its_commit_only(
     monkeypatch.setattr(transformers.utils, "find_adapter_config_file", lambda _: "adapter_config.json")
     assert cache_path(hub, SPLITS) is None
 
-    def offline(_: str) -> Any:
+    def offline(_: str, **options: Any) -> Any:
         raise OSError("no network")
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)

@@ -17,7 +17,12 @@ from lightning_modules.run.options import UnlearnOptions
 from tests.gradsurgery.optimizer import distributed_workers
 from tests.lightning_modules.run import sharded_workers
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
+    pytest.mark.supports(
+        "The command", "`--strategy fsdp2`: training, scoring, references, LoRA, probes and `--resume` in shards"
+    ),
+]
 
 # What is asked of the command, beside the tiny model and its data.
 RUNS: dict[str, list[str]] = {

@@ -27,6 +27,8 @@ from lightning_modules.training.packing import keep_differentiable
 from tests.reference.training import Surgery
 from tests.tolerances import STEPPED_FLOAT32, close
 
+pytestmark = pytest.mark.supports("PEFT", "8- and 4-bit bases, where bitsandbytes is")
+
 pytest.importorskip("bitsandbytes", reason="needs bitsandbytes for 8- and 4-bit weights: pip install bitsandbytes")
 
 FORGET = [Encoded([1, 3, 4, 5, 6, 2], [-100, -100, 4, 5, 6, 2]), Encoded([1, 7, 5, 4, 2], [-100, -100, 5, 4, 2])]

@@ -28,6 +28,11 @@ from tests.gradsurgery.optimizer import distributed_workers
 from tests.gradsurgery.optimizer.distributed_workers import gathered, raises_everywhere
 from tests.tolerances import STEPPED_FLOAT32, close
 
+pytestmark = pytest.mark.supports(
+    "FSDP2 (`fully_shard`)",
+    "by Lightning's `ModelParallelStrategy`, in one dimension and HSDP, with accumulation and clipping",
+)
+
 WORLD = 4
 VOCABULARY = 11
 

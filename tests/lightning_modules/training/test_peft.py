@@ -24,6 +24,10 @@ from lightning_modules.training.references import AdapterOff
 from tests.reference.training import Surgery
 from tests.tolerances import STEPPED, close
 
+pytestmark = pytest.mark.supports(
+    "PEFT", "LoRA, DoRA, rsLoRA, several adapters, `modules_to_save`, the start model with adapters switched off"
+)
+
 FORGET = [Encoded([1, 3, 4, 5, 6, 2], [-100, -100, 4, 5, 6, 2]), Encoded([1, 7, 5, 4, 2], [-100, -100, 5, 4, 2])]
 RETAIN = [Encoded([1, 8, 9, 10, 11, 2], [-100, -100, 9, 10, 11, 2]), Encoded([1, 9, 8, 6, 2], [-100, -100, 8, 6, 2])]
 DATA = {"forget": collate(FORGET, 0), "retain": collate(RETAIN, 0)}

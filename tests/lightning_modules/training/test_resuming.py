@@ -21,7 +21,13 @@ from lightning_modules.training.callbacks import Checkpoints, SurgeryLogger, Tra
 from lightning_modules.training.checkpoint_file import CheckpointFile
 from lightning_modules.training.warmup import falling_late
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*computes all its logits.*", "ignore:.*does not have many workers.*")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*computes all its logits.*", "ignore:.*does not have many workers.*"),
+    pytest.mark.supports(
+        "Lightning, automatic optimization",
+        "`UnlearningModule`: resuming within an epoch and within an accumulated step, bit for bit",
+    ),
+]
 
 VOCABULARY, FORGET, RETAIN, EPOCHS = 11, 10, 7, 2
 
