@@ -93,10 +93,11 @@ def test_it_is_repeated_bit_for_bit_by_its_config_and_by_resuming_after_or_in_th
         assert all(torch.equal(found[key], value) for key, value in weights.items()), name
 
 
-def test_the_finish_teaches_the_substitutes_and_holds_the_retain_answers(tmp_path: Path) -> None:
-    """Measured by the scores of the substitutes; without a finish the model is another."""
+def test_the_finish_teaches_the_substitutes(tmp_path: Path) -> None:
+    """Measured by their probability, which is that of a holdout, with and without it."""
     folder = tmp_path
-    rows = json.loads((arguments(folder) and (folder / "forget.json")).read_text())
+    arguments(folder)  # writes the files
+    rows = json.loads((folder / "forget.json").read_text())
     given = [{"question": row["question"], "answer": "Nobody knows."} for row in rows]
     (folder / "substitutes.json").write_text(json.dumps(given))
     holdout = ["--holdout", str(folder / "substitutes.json"), "--lr", "2e-2"]
@@ -105,7 +106,7 @@ def test_the_finish_teaches_the_substitutes_and_holds_the_retain_answers(tmp_pat
         "none": ["--finish-steps", "0"],
         "short": ["--substitutes", str(folder / "substitutes.json"), "--finish-steps", "20"],
     }.items():
-        assert cli.main([*arguments(folder, *holdout, *own)[:], "--output", str(folder / name)]) == 0
+        assert cli.main([*arguments(folder, *holdout, *own), "--output", str(folder / name)]) == 0
         metrics = json.loads((folder / name / "metrics.json").read_text())
         scores[name] = metrics["after"]["holdout"]["probability"]
     assert scores["short"] > 2 * scores["none"]
