@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from lightning_modules.training import callbacks, objectives, references
     from lightning_modules.training.checkpoint_file import CheckpointFile
     from lightning_modules.training.module import UnlearningModule
+    from lightning_modules.training.perturb import PerturbSettings
     from lightning_modules.training.uld import ULDModule
 
 __all__ = [
     "CheckpointFile",
     "ForgetRetainDataModule",
+    "PerturbSettings",
     "TOFUDataModule",
     "ULDModule",
     "UnlearningModule",
@@ -34,6 +36,7 @@ __all__ = [
 _HOMES = {
     "CheckpointFile": "training.checkpoint_file",
     "ForgetRetainDataModule": "data.pairs",
+    "PerturbSettings": "training.perturb",
     "TOFUDataModule": "data.pairs",
     "ULDModule": "training.uld",
     "UnlearningModule": "training.module",

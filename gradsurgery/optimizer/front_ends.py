@@ -73,8 +73,12 @@ class FrontEnds(Adjustable):
             tensor([1., 1.])
         """
         self._options.perturbed = True
-        capture = partial(self._capture, DIRECTION, len(self.objectives) + 1)
-        return Perturbation(self._parameters, capture, self._take_direction, radius=radius, scale=scale)
+        return Perturbation(self._parameters, self._capture_direction, self._take_direction, radius=radius, scale=scale)
+
+    @contextmanager
+    def _capture_direction(self) -> Generator[None]:
+        with self._ranks.reducing(self._parameters()), self._capture(DIRECTION, len(self.objectives) + 1):
+            yield
 
     def _take_direction(self) -> list[Tensor | None] | None:
         return self._window.slots.pop(DIRECTION, None)

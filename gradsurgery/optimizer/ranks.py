@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,6 +71,21 @@ class Ranks:
     def synchronising(self, parameters: Sequence[Tensor]) -> bool:
         """Whether backward passes are reduced over the ranks: False inside DDP's no_sync()."""
         return all(module.require_backward_grad_sync for module in self.ddp_modules(parameters))
+
+    @contextmanager
+    def reducing(self, parameters: Sequence[Tensor]) -> Generator[None]:
+        """Inside, backward passes are reduced over the ranks even where DDP's no_sync() is on.
+
+        A direction has to be the same on all ranks in every micro-batch, because each moves its own copy along it.
+        """
+        waiting = [module for module in self.ddp_modules(parameters) if not module.require_backward_grad_sync]
+        for module in waiting:
+            module.require_backward_grad_sync = True
+        try:
+            yield
+        finally:
+            for module in waiting:
+                module.require_backward_grad_sync = False
 
     def arm_reducer(self, parameters: Sequence[Tensor], loss: Tensor) -> None:
         """Make DDP reduce the coming backward pass: a forward pass arms its reducer for one backward pass only.

@@ -53,7 +53,9 @@ def make_module(
         retain_loss=objectives.by_name(method.retain_loss),
         optimizer=training.base_optimizer(),
         surgery=method.surgery(max_norm=training.max_norm, accumulate=training.accumulates),
-        warmup_steps=training.warmup_steps,
+        warmup_steps=training.warmup_steps if training.lr_schedule == "constant" else 0,
+        schedule=training.schedule(),
+        perturb=method.perturb(),
         reference=reference,
         retain_inside=method.retain_inside,
         dual=gs.losses.DualVariable(**method.dual) if method.dual else None,
@@ -132,7 +134,8 @@ def make_trainer(
     return L.Trainer(
         **trainer_options(
             **_hardware(training),
-            max_epochs=training.epochs,
+            max_epochs=training.epochs if training.steps is None else -1,
+            max_steps=training.steps or -1,
             accumulate_grad_batches=training.accumulate or 1,
             gradient_clip_val=max_norm,
             callbacks=[*callbacks, *make_callbacks(training), bar],
@@ -140,6 +143,19 @@ def make_trainer(
             log_every_n_steps=1,
             enable_checkpointing=True,
             plugins=[] if training.sharded else [CheckpointFile()],  # shards are a folder, which Lightning writes
+            enable_progress_bar=console.is_terminal,
+        )
+    )
+
+
+def make_finishing_trainer(training: TrainingOptions, steps: int, console: Console) -> L.Trainer:
+    """The Trainer of the finish, which leaves no files and starts anew where a run is resumed."""
+    return L.Trainer(
+        **trainer_options(
+            **_hardware(training),
+            max_epochs=-1,
+            max_steps=steps,
+            callbacks=[RichProgressBar() if console.is_terminal else ProgressLines("Finishing")],
             enable_progress_bar=console.is_terminal,
         )
     )

@@ -24,6 +24,7 @@ from lightning_modules.evaluation.evaluate import Evaluation
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import CHECKPOINTS, CURVE, G_EFFECT, LAST_CHECKPOINT, SURGERY, write_config
 from lightning_modules.run.assembly import adapted, make_module, make_trainer, start_model
+from lightning_modules.run.finish import finish, kept_start
 from lightning_modules.run.identity import examples_hash
 from lightning_modules.run.loading import load_reference, make_data
 from lightning_modules.run.options import TrainingOptions, UnlearnOptions
@@ -86,6 +87,7 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
     options, training, first = run.options, run.options.training, will_be_first()
     data = make_data(options, run.tokenizer)
     model = adapted(model, training, data, options.output.seed)
+    start = kept_start(model, options) if options.finish.finish_steps else None
     curve = make_curve(run)
     trainer = watched_trainer(run, curve)
     started = time.perf_counter()
@@ -99,6 +101,10 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
         # Only after everything that a wrong option can break, so that the corrected command finds the folder free.
         write_config(run.folder, "unlearn", options.recorded())
     seconds["train"] = fit(run, trainer, module, data)
+    if start is not None:
+        started = time.perf_counter()
+        finish(run, module.model, start)
+        seconds["train"] += time.perf_counter() - started
     together = processes.several()  # Lightning's processes live on after training, with the same weights
     if not (trainer.is_global_zero or together):
         return None
@@ -233,5 +239,7 @@ def probe_it(run: Run[UnlearnOptions], model: nn.Module, curve: TradeoffCurve) -
 
     common: dict[str, Any] = {"pad_token_id": curve.pad_token_id, "folder": options.output.output}
     QuantizationProbe(curve.encoded, **common).run(model)
-    settings: dict[str, Any] = {"lr": training.lr, "batch_size": training.batch_size, "seed": options.output.seed}
+    # An attack is no stronger because the method took larger steps.
+    usual = UnlearnOptions().resolved().training.lr if options.model.scratch else training.lr
+    settings: dict[str, Any] = {"lr": usual, "batch_size": training.batch_size, "seed": options.output.seed}
     RelearnProbe(curve.encoded["forget"], curve.encoded["retain"], control=control, **common, **settings).run(model)

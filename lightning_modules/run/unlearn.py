@@ -20,6 +20,7 @@ from lightning_modules.files import remove_partial, replacing
 from lightning_modules.folder import CHECKPOINTS, EVALUATION, METRICS, claim, locked, write_evaluation, write_json
 from lightning_modules.run.adapter_folders import BASE, save_adapter
 from lightning_modules.run.assembly import check_hardware
+from lightning_modules.run.finish import substitute_answers
 from lightning_modules.run.loading import check_start, load_model, read_splits, start_name
 from lightning_modules.run.methods import Unlearned, by_assistant, by_surgery
 from lightning_modules.run.options import UnlearnOptions
@@ -67,6 +68,8 @@ def _unlearn(options: UnlearnOptions) -> Path:
     check_start(options, splits)
     if options.method.method == "uld":
         uld_data(splits, perturbed_per_row=options.uld_settings().perturbed_per_row)  # raises where answers are missing
+    if options.finish.finish_steps:
+        substitute_answers(options, splits)  # raises where there are none
     log = rows_of_log(options.evaluation, splits, options.data.chat_template_kwargs)
     if not will_be_first():
         # The first one may have drawn the report meanwhile, and removed the checkpoints.

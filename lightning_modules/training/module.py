@@ -14,17 +14,20 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import gradsurgery as gs
+from gradsurgery.optimizer.perturbation import Perturbation
 from lightning_modules.metrics import AnswerProbability
 from lightning_modules.training.heads import AnswerHead
 from lightning_modules.training.objectives import name_of, needs_reference, needs_refusals, objective
 from lightning_modules.training.packing import keep_differentiable
+from lightning_modules.training.perturb import PerturbSettings
 from lightning_modules.training.probability import add_answers, uncollated
 from lightning_modules.training.references import Reference
 from lightning_modules.training.resuming import Resuming, refuse_other_model
 from lightning_modules.training.sharding import parts
 from lightning_modules.training.soundness import check_batches, check_model, check_numbers, naming_the_batch
 from lightning_modules.training.token_count import mean_token_count
-from lightning_modules.training.warmup import with_warmup
+from lightning_modules.training.trainer import number_of_steps
+from lightning_modules.training.warmup import Schedule, Scheduled, with_warmup
 
 
 class UnlearningModule(L.LightningModule):
@@ -55,6 +58,10 @@ class UnlearningModule(L.LightningModule):
         surgery: Base optimizer -> `GradientSurgery` with the objectives "forget" and "retain". To accumulate several
             batches it must have `accumulate=True`.
         warmup_steps: Steps over which the learning rate rises linearly; then it stays.
+        schedule: Instead of `warmup_steps`: the share of the learning rate at a step, counted from 0, of so many steps
+            of the whole training, such as `lightning_modules.training.warmup.falling_late`.
+        perturb: Take the forget gradient at weights that are moved along a direction, see `PerturbSettings`. The forget
+            loss is then computed in the backward pass, and is no part of the scalar that `training_step` returns.
         reference: The start model (the model before unlearning), for losses that compare with it:
             `references.SecondModel()` (a frozen copy), `AdapterOff()` or `Precomputed(path)`.
         retain_inside: Multiple of the retain loss inside the forget objective, before the rule (the GRU code's
@@ -64,8 +71,9 @@ class UnlearningModule(L.LightningModule):
 
     Raises:
         ValueError: If a number is negative, if `retain_loss` teaches refusals, if a loss compares with a start model
-            and there is no `reference`, if `skip_first` is given to a loss that chooses its own tokens, or if gradients
-            cannot pass the model's 4-bit weights (`packing.keep_differentiable`).
+            and there is no `reference`, if `skip_first` is given to a loss that chooses its own tokens, if gradients
+            cannot pass the model's 4-bit weights (`packing.keep_differentiable`), or if `perturb` is given with
+            `retain_inside`, or `schedule` with `warmup_steps`.
         TypeError: If a loss is not a function, or the model gives no logits.
 
     Example:
@@ -87,6 +95,8 @@ class UnlearningModule(L.LightningModule):
         ),
         surgery: Callable[[torch.optim.Optimizer], gs.GradientSurgery] = gs.GRU,
         warmup_steps: int = 0,
+        schedule: Schedule | None = None,
+        perturb: PerturbSettings | None = None,
         reference: Reference | None = None,
         retain_inside: float = 0.0,
         dual: gs.losses.DualVariable | None = None,
@@ -99,7 +109,10 @@ class UnlearningModule(L.LightningModule):
         self._answer_head = AnswerHead(model)
         self.objectives = {"forget": objective(forget_loss, skip_first), "retain": objective(retain_loss, 0)}
         self.make_optimizer, self.make_surgery = optimizer, surgery
-        self.warmup_steps = warmup_steps
+        self.warmup_steps, self.schedule, self.perturb = warmup_steps, schedule, perturb
+        self._scheduled: Scheduled | None = None
+        self._at: Perturbation | None = None
+        self._steps = 0
         self.reference, self.retain_inside, self.dual = reference, retain_inside, dual
         self.losses: dict[str, Tensor] = {}
         self._retain_losses: list[Tensor] = []
@@ -112,8 +125,19 @@ class UnlearningModule(L.LightningModule):
             raise ValueError(
                 f"retain_loss: expected a loss that keeps answers, found {name_of(retain_loss)}, which teaches refusals"
             )
+        if perturb is not None and retain_inside:
+            raise ValueError(
+                f"retain_inside: expected 0 with perturb, found {retain_inside}: the two losses are computed at different weights; use "
+                "add={'retain': ...} of the surgery"
+            )
+        if schedule is not None and warmup_steps:
+            raise ValueError(
+                f"warmup_steps: expected 0 with a schedule, which says every learning rate, found {warmup_steps}"
+            )
+        self._direction = None if perturb is None else objective(perturb.direction, 0)
+        compared = (forget_loss, retain_loss) if perturb is None else (forget_loss, retain_loss, perturb.direction)
         if reference is None:
-            for loss in (forget_loss, retain_loss):
+            for loss in compared:
                 if needs_reference(loss):
                     raise ValueError(
                         f"{name_of(loss)}: expected a reference to compare with, found none; reference=lm.references.SecondModel() "
@@ -162,7 +186,10 @@ class UnlearningModule(L.LightningModule):
         """Both losses, joined into one scalar whose backward pass does the surgery."""
         check_batches(batch, self.objectives)
         self._indices.update({name: batch[name].get("index") for name in self.objectives})
-        losses = {name: compute(self, batch, name) for name, compute in self.objectives.items()}
+        perturbed = () if self.perturb is None else ("forget",)
+        losses: dict[str, Any] = {
+            name: compute(self, batch, name) for name, compute in self.objectives.items() if name not in perturbed
+        }
         self.losses = {name: loss.detach() for name, loss in losses.items()}
         self.log_dict({f"loss/{name}": loss for name, loss in self.losses.items()}, prog_bar=True)
         if self.retain_inside:
@@ -170,7 +197,28 @@ class UnlearningModule(L.LightningModule):
         if self.dual is not None:
             self._retain_losses.append(self.losses["retain"])
             losses["retain"] = losses["retain"] * self.dual.value
+        losses |= {name: self._perturbed(batch, name) for name in perturbed}
         return self.surgery.join(retain_graph=bool(self.retain_inside), **losses)
+
+    def _perturbed(self, batch: Mapping[str, Mapping[str, Tensor]], name: str) -> gs.Perturbed:
+        """The objective at moved weights; it and its direction are computed in the backward pass."""
+        if self._at is None or self.perturb is None or self._direction is None:
+            raise RuntimeError(
+                "perturb: expected on_train_start of UnlearningModule before the first step; call super()"
+            )
+        self._at.radius = self.perturb.radius(self.trainer.global_step, self._steps)
+
+        def loss() -> Tensor:
+            value = self.objectives[name](self, batch, name)
+            self.losses[name] = value.detach()
+            return value
+
+        return gs.Perturbed(loss=loss, direction=partial(self._direction, self, batch, name), at=self._at)
+
+    def on_after_backward(self) -> None:
+        """Log the loss that only the backward pass knows."""
+        if self.perturb is not None:
+            self.log("loss/forget", self.losses["forget"], prog_bar=True)
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         """Lightning's; then the dual variable moves, before callbacks that save it see the step.
@@ -186,9 +234,14 @@ class UnlearningModule(L.LightningModule):
         self.dual.update(self.trainer.strategy.reduce(mean, reduce_op="mean") if self.trainer.world_size > 1 else mean)
 
     def on_train_start(self) -> None:
-        """Go on from where a resumed run was."""
+        """Go on from where a resumed run was, with the learning rate and the radius of its step."""
         self._retain_losses = []
         self._resuming.train_starts(self)
+        if self._scheduled is not None:
+            self._scheduled.begin(number_of_steps(self.trainer, "schedule"))
+        if self.perturb is not None:
+            self._steps = number_of_steps(self.trainer, "perturb, end") if self.perturb.grows else 0
+            self._at = self.surgery.perturbed(self.perturb.start, scale=self.perturb.scale)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002 (Lightning's signature)
         """Know where a resumed run has to go on."""
@@ -252,7 +305,7 @@ class UnlearningModule(L.LightningModule):
         return mean_token_count(count, self._trainer, self.device)
 
     def configure_optimizers(self) -> Any:
-        """The wrapped base optimizer, and its warm-up."""
+        """The wrapped base optimizer, and its warm-up or schedule."""
         named = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         if not named:
             raise ValueError(
@@ -261,4 +314,10 @@ class UnlearningModule(L.LightningModule):
         optimizer: Any = self.make_surgery(self.make_optimizer(named))
         if not isinstance(optimizer, gs.GradientSurgery):
             raise TypeError(f"expected one GradientSurgery from the surgery argument, found {type(optimizer).__name__}")
-        return with_warmup(optimizer, self.warmup_steps)
+        if self.schedule is None:
+            return with_warmup(optimizer, self.warmup_steps)
+        self._scheduled = Scheduled(optimizer, self.schedule)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self._scheduled.scheduler, "interval": "step"},
+        }

@@ -112,20 +112,25 @@ class AdapterOff:
 
     def __init__(self) -> None:
         self._kept: list[str] = []
+        self._prepared: nn.Module | None = None
 
     def prepare(self, model: nn.Module) -> None:
         """Refuse a model whose adapters, switched off, do not leave the start model.
+
+        It is asked once: a second training of the same model has the same start model.
 
         Raises:
             TypeError: If it has no adapters.
             ValueError: If something is trained that is in no adapter, if starting the adapters changed the base weights
                 (FILA, PiSSA, OLoRA and the like), or if they are merged.
         """
+        if self._prepared is model:
+            return
         if not hasattr(model, "disable_adapter"):
             raise TypeError(
                 f"AdapterOff: expected a PEFT model with adapters, found {type(model).__name__}; use SecondModel() or Precomputed(path)"
             )
-        self._kept = check_switchable(model)
+        self._kept, self._prepared = check_switchable(model), model
 
     def states(self, head: AnswerHead, batch: Batch, *, split: bool) -> States:
         """The base model's states, see `SecondModel.states`."""

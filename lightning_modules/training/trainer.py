@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning as L
+
 
 def trainer_options(**own: Any) -> dict[str, Any]:
     """Arguments of `lightning.Trainer`: no log, no checkpoint, no progress bar and no table, unless told otherwise.
@@ -25,3 +27,21 @@ def trainer_options(**own: Any) -> dict[str, Any]:
         "limit_val_batches": 0,  # the trade-off curve scores a run; `trainer.validate` of one's own Trainer does too
     }
     return common | own
+
+
+def number_of_steps(trainer: L.Trainer, needed_by: str) -> int:
+    """Optimizer steps of the whole training, known where it starts.
+
+    Args:
+        trainer: That trains.
+        needed_by: What depends on the number, for the message.
+
+    Raises:
+        ValueError: If the training has no end.
+    """
+    steps = trainer.estimated_stepping_batches
+    if steps == float("inf"):
+        raise ValueError(
+            f"{needed_by}: expected a Trainer with max_steps or max_epochs, found neither: when does the training end?"
+        )
+    return int(steps)

@@ -15,21 +15,26 @@ from lightning_modules.run.options.data import (
     TOFUSplit,
 )
 from lightning_modules.run.options.finetune import FinetuneOptions, FinetuneTrainingOptions, FirstOptions, TaughtOptions
+from lightning_modules.run.options.finish import FinishOptions
 from lightning_modules.run.options.method import MethodOptions
+from lightning_modules.run.options.recipes import RECIPES, RecipeOptions
 from lightning_modules.run.options.training import TrainingOptions
 
 __all__ = [
+    "RECIPES",
     "DataOptions",
     "EvaluateOptions",
     "EvaluateOutputOptions",
     "EvaluationOptions",
     "FinetuneOptions",
     "FinetuneTrainingOptions",
+    "FinishOptions",
     "FirstOptions",
     "MethodOptions",
     "ModelOptions",
     "Options",
     "OutputOptions",
+    "RecipeOptions",
     "TOFUSplit",
     "TaughtOptions",
     "TrainingOptions",

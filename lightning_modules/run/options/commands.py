@@ -16,8 +16,10 @@ from lightning_modules.run.options.data import (
     OutputOptions,
 )
 from lightning_modules.run.options.finetune import FirstOptions
+from lightning_modules.run.options.finish import FinishOptions
 from lightning_modules.run.options.flat import Flat, check_finite, flag
 from lightning_modules.run.options.method import MethodOptions
+from lightning_modules.run.options.recipes import RecipeOptions, expanded
 from lightning_modules.run.options.training import FSDP2, TrainingOptions, uld_numbers
 
 if TYPE_CHECKING:
@@ -84,19 +86,26 @@ class UnlearnOptions(Options):
     Without arguments: a small model and fictional authors.
 
     The defaults are the papers' (CE-U, GRU). What kept most at equal forgetting in our small experiment (README, "Does
-    it help?"): --ema-decay 0.7 --retain-weight 200 --guard update
+    it help?") is --recipe balanced; what lasts longest when some answers are taught again, --recipe deep.
     """
 
+    recipe: RecipeOptions = field(default_factory=RecipeOptions)
     method: MethodOptions = field(default_factory=MethodOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     first: FirstOptions = field(default_factory=FirstOptions)
+    finish: FinishOptions = field(default_factory=FinishOptions)
+
+    @classmethod
+    def of(cls, **values: Any) -> UnlearnOptions:
+        """As `Flat.of`; what is not given is as its recipe says."""
+        return super().of(**expanded(values))
 
     def check(self) -> None:
         """Raise ValueError on options outside their domain, or that contradict each other."""
         super().check()
-        self.method.check()
-        self.training.check()
-        self.first.check()
+        for group in (self.recipe, self.method, self.training, self.first, self.finish):
+            group.check()
+        self._check_depth()
         if self.first.finetune_first and self.model.scratch:
             raise ValueError(
                 "--finetune-first: expected --model, which is to be taught first, found the model from scratch, which always is; "
@@ -147,6 +156,28 @@ class UnlearnOptions(Options):
                 "process and combines no gradients; leave it out, and use --devices 1"
             )
 
+    def _check_depth(self) -> None:
+        if self.recipe.recipe == "deep" and not self.method.radius:
+            raise ValueError(
+                f"--recipe deep: expected --radius with --model {self.model.model}, found none; the right one differs from model to model: "
+                "about the length of the way that a relearning attack moves the weights, such as '{start: 0.03, end: 0.3}' for a model of "
+                "135 million"
+            )
+        if self.method.method == "uld":
+            given = {
+                "radius": self.method.radius,
+                "finish_steps": self.finish.finish_steps,
+                "lr_schedule": self.training.lr_schedule != "constant",
+                "steps": self.training.steps,
+            }
+            if unused := [flag(name) for name, value in given.items() if value]:
+                raise ValueError(f"{', '.join(unused)}: expected a run with surgery, found --method uld")
+        if self.training.sharded and self.finish.finish_steps:
+            raise ValueError(
+                f"--finish-steps: expected 0 with --strategy {FSDP2}, found {self.finish.finish_steps}: the finish needs the whole model "
+                "before unlearning beside the trained one; leave it out, or train on one device"
+            )
+
     def _check_adapters(self) -> None:
         training, uld = self.training, self.method.method == "uld"
         unused = training.without_effect()
@@ -187,6 +218,8 @@ class UnlearnOptions(Options):
             "probes": scratch and not uld,
             "precision": "bf16-mixed" if torch.cuda.is_available() else "32-true",
         }
+        if self.training.steps is not None:
+            del depends["epochs"]
         always: dict[str, Any] = {}
         if uld:
             from lightning_modules.training.uld import ULDSettings
@@ -198,7 +231,10 @@ class UnlearnOptions(Options):
         elif self.training.lora_rank:
             depends["lora_alpha"] = 2.0 * self.training.lora_rank
         known = {name: value for name, value in depends.items() if getattr(self.training, name) is None} | always
-        return replace(self, training=replace(self.training, **known))
+        training, finish = replace(self.training, **known), self.finish
+        if finish.finish_steps and finish.finish_lr is None and training.lr is not None:
+            finish = replace(finish, finish_lr=training.lr / 2.0)
+        return replace(self, training=training, finish=finish)
 
     def recorded(self) -> dict[str, Any]:
         """What config.yaml holds: every option but --resume, which is no part of what the run is."""

@@ -13,6 +13,7 @@ import torch
 import gradsurgery as gs
 from lightning_modules.run.options.flat import not_negative, one_of
 from lightning_modules.training import objectives
+from lightning_modules.training.perturb import PerturbSettings
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class MethodOptions:
         retain_inside: multiple of the retain loss inside the forget objective, before the rule
         dual: PDU: weigh the retain loss by a dual variable, for example {limit: 0.3, step_size: 5, initial: 100}
         guard: look at the parameter change itself: measure it, or project it
+        radius: take the forget gradient at weights that are moved this far towards remembering the forget answers, so
+            that relearning finds less: {start: 0.2, end: 1}, growing by the step, or {start: 0.5}; by default they are
+            not moved
+        radius_scale: the unit of the radius: global for the length of the whole move, tensor for a multiple of each
+            tensor's own length
         scope: one projection for the model, or one for each tensor
         metric: inner product that conflict is measured in
     """
@@ -53,6 +59,8 @@ class MethodOptions:
     retain_inside: float = 0.0
     dual: dict[str, float] = field(default_factory=dict)
     guard: Literal["none", "measure", "update"] = "none"
+    radius: dict[str, float] = field(default_factory=dict)
+    radius_scale: Literal["global", "tensor"] = "global"
     scope: Literal["global", "tensor"] = "global"
     metric: Literal["euclidean", "optimizer"] = "euclidean"
 
@@ -60,6 +68,11 @@ class MethodOptions:
         """Raise ValueError on a name, number or option that the losses, the rule or the dual variable do not have."""
         gs.rules.by_name(self.rule)
         not_negative(self, "retain_weight", "retain_inside")
+        if self.perturb() is not None and self.retain_inside:
+            raise ValueError(
+                f"--retain-inside: expected 0 with --radius, found {self.retain_inside}: the two losses are computed at different weights; "
+                "use --retain-weight"
+            )
         try:
             _try(self.bound_loss())
             retain = objectives.by_name(self.retain_loss)
@@ -83,6 +96,25 @@ class MethodOptions:
                 f"--start-model precomputed: expected losses that compare log-likelihoods, found {objectives.name_of(rows[0])}, which "
                 "compares all logits; choose copy or adapters_off"
             )
+
+    def perturb(self) -> PerturbSettings | None:
+        """How far the weights are moved; None if they are not.
+
+        Raises:
+            ValueError: If the radius is no positive number or has other entries than start and end.
+        """
+        if not self.radius:
+            if self.radius_scale != "global":
+                raise ValueError(f"expected --radius with --radius-scale {self.radius_scale}, found none")
+            return None
+        if "start" not in self.radius or set(self.radius) - {"start", "end"}:
+            raise ValueError(
+                f"--radius: expected start, and end if it grows, as in {{start: 0.2, end: 1}}, found {', '.join(self.radius)}"
+            )
+        try:
+            return PerturbSettings(**self.radius, scale=self.radius_scale)
+        except ValueError as error:
+            raise ValueError(f"--radius: {error}") from error
 
     def bound_loss(self) -> Any:
         """The forget loss with its options."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lightning_modules.run.options.flat import at_least_one, flag, not_negative
+from lightning_modules.training.warmup import Schedule, falling_late
 
 if TYPE_CHECKING:
     from lightning_modules.training.adapters import AdapterSettings
@@ -33,8 +34,11 @@ class TrainingOptions:
             model from scratch
         weight_decay: of the optimizer
         warmup_steps: steps over which the learning rate rises
+        lr_schedule: after the warm-up the learning rate stays (constant), or falls over the last two thirds of the
+            steps to a twentieth (linear)
         epochs: passes over the forget set; by default 5, or 20 for the model from scratch; with --method uld 10, or 30
             for the model from scratch
+        steps: optimizer steps, instead of epochs
         stop_below: stop training once the mean probability of the forget answers is below this; 0 means never; by
             default never, or 0.05 for the model from scratch
         score_every: optimizer steps between two scores, each on up to 64 examples of each set; by default a 25th of the
@@ -78,7 +82,9 @@ class TrainingOptions:
     lr: float | None = None
     weight_decay: float = 0.01
     warmup_steps: int = 5
+    lr_schedule: Literal["constant", "linear"] = "constant"
     epochs: int | None = None
+    steps: int | None = None
     stop_below: float | None = None
     score_every: int | None = None
     collapse_below: float | None = 0.1
@@ -107,8 +113,12 @@ class TrainingOptions:
     def check(self) -> None:
         """Raise ValueError on options outside their domain, or that contradict each other."""
         self.optimizer_class()
-        at_least_one(self, "batch_size", "accumulate", "epochs", "score_every", "checkpoint_every", "num_nodes")
+        at_least_one(
+            self, "batch_size", "accumulate", "epochs", "steps", "score_every", "checkpoint_every", "num_nodes"
+        )
         not_negative(self, "lora_rank", "warmup_steps", "weight_decay")
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(f"expected --epochs or --steps, found both, {self.epochs} and {self.steps}")
         for name in ("collapse_below", "best_below"):
             value = getattr(self, name)
             if value is not None and not 0.0 < value < 1.0:
@@ -219,6 +229,10 @@ class TrainingOptions:
                 f"--optimizer: expected a class of torch.optim with lr and weight_decay, such as AdamW, found {self.optimizer!r}"
             )
         return kind
+
+    def schedule(self) -> Schedule | None:
+        """The schedule of the learning rate; None where it stays after the warm-up."""
+        return None if self.lr_schedule == "constant" else partial(falling_late, warmup_steps=self.warmup_steps)
 
     def base_optimizer(self) -> Callable[..., torch.optim.Optimizer]:
         """Parameters -> the base optimizer with its learning rate and weight decay."""

@@ -79,7 +79,11 @@ class Hybrid(lm.UnlearningModule):
             fully_shard(part, mesh=mesh)
 
 
-def trained(strategy: Any = "auto", kind: type[lm.UnlearningModule] = lm.UnlearningModule) -> Any:
+# An end of its own, so that the processes have to agree on the number of steps too.
+PERTURBED = partial(lm.UnlearningModule, perturb=lm.PerturbSettings(start=0.1, end=0.4))
+
+
+def trained(strategy: Any = "auto", kind: Any = lm.UnlearningModule) -> Any:
     module = kind(
         llama(),
         optimizer=partial(torch.optim.AdamW, lr=1e-2),
@@ -96,19 +100,24 @@ def trained(strategy: Any = "auto", kind: type[lm.UnlearningModule] = lm.Unlearn
 def four_processes(_: int) -> None:
     os.environ.update(LOCAL_WORLD_SIZE=str(WORLD), GROUP_RANK="0", MASTER_PORT="29500", TORCHELASTIC_RUN_ID="test")
     own: dict[str, Any] = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
-    alone = gathered(trained().model)
+    alone, perturbed = gathered(trained().model), gathered(trained(kind=PERTURBED).model)
     assert not torch.equal(alone, gathered(llama()))
+    assert (perturbed - alone).abs().max() > 1e-3
     model_parallel = partial(ModelParallelStrategy, process_group_backend="gloo")
     cases = {
         "ddp": lambda: trained(DDPStrategy(**own)),
         "ddp, bucket views": lambda: trained(DDPStrategy(**own, gradient_as_bucket_view=True)),
+        "ddp, perturbed": lambda: trained(DDPStrategy(**own), PERTURBED),
         "shards": lambda: trained(model_parallel(data_parallel_size=WORLD, tensor_parallel_size=1)),
+        "shards, perturbed": lambda: trained(
+            model_parallel(data_parallel_size=WORLD, tensor_parallel_size=1), PERTURBED
+        ),
         "copies in shards": lambda: trained(model_parallel(data_parallel_size=WORLD, tensor_parallel_size=1), Hybrid),
     }
     for name, case in cases.items():
         found = gathered(case().model)
         try:
-            close(found, alone, STEPPED_FLOAT32)
+            close(found, perturbed if name.endswith("perturbed") else alone, STEPPED_FLOAT32)
             for rank in range(WORLD):
                 theirs = found.clone()
                 torch.distributed.broadcast(theirs, rank)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -19,6 +19,7 @@ from lightning_modules.data.order import PairDataset
 from lightning_modules.data.tokenization import Encoded
 from lightning_modules.training.callbacks import Checkpoints, SurgeryLogger, TradeoffCurve
 from lightning_modules.training.checkpoint_file import CheckpointFile
+from lightning_modules.training.warmup import falling_late
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*computes all its logits.*", "ignore:.*does not have many workers.*"),
@@ -99,6 +100,7 @@ def fit(
     tables: Path,
     path: Path | None = None,
     watch: Sequence[L.Callback] = (),
+    method: Mapping[str, Any] = MappingProxyType({"warmup_steps": 4}),
     **options: Any,
 ) -> tuple[Tensor, list[Any]]:
     torch.manual_seed(0 if path is None else 77)  # a resumed process has drawn other numbers
@@ -106,8 +108,8 @@ def fit(
         Dropped(),
         optimizer=partial(torch.optim.AdamW, lr=0.1),
         surgery=partial(gs.GRU, accumulate=accumulate > 1),
-        warmup_steps=4,
         dual=gs.losses.DualVariable(limit=1.0),
+        **method,
     )
     data, seen = Data(**options), Seen()
     dataset = data._pairs()
@@ -128,12 +130,20 @@ def fit(
     return module.model.table.detach().clone(), seen.batches
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_a_checkpoint_after_any_batch_goes_on_to_the_uninterrupted_weights(accumulate: int, tmp_path: Path) -> None:
+# The radius and the learning rate depend on the step and on the length of the training.
+SCHEDULED = {"schedule": partial(falling_late, warmup_steps=3), "perturb": lm.PerturbSettings(start=0.1, end=2.0)}
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "method"), [(1, {"warmup_steps": 4}), (3, {"warmup_steps": 4}), (1, SCHEDULED), (3, SCHEDULED)]
+)
+def test_a_checkpoint_after_any_batch_goes_on_to_the_uninterrupted_weights(
+    accumulate: int, method: Mapping[str, Any], tmp_path: Path
+) -> None:
     """In the middle of an epoch and of an accumulation window, at the last batch, and at an epoch's end."""
     again_in = tmp_path / "again"
     again_in.mkdir()
-    weights, batches = fit(accumulate, tmp_path, watch=[Everywhere(tmp_path)])
+    weights, batches = fit(accumulate, tmp_path, watch=[Everywhere(tmp_path)], method=method)
     whole = {path.name: path.read_bytes() for path in tmp_path.glob("*.csv")}
     assert sorted(whole) == ["curve.csv", "surgery.csv"]
     found = sorted(tmp_path.glob("*.ckpt"))
@@ -141,7 +151,7 @@ def test_a_checkpoint_after_any_batch_goes_on_to_the_uninterrupted_weights(accum
     for path in found:
         for name in whole:  # a killed run leaves rows of steps behind its checkpoint
             (again_in / name).write_bytes(whole[name] + b"99,half a li")
-        again, seen = fit(accumulate, again_in, path)
+        again, seen = fit(accumulate, again_in, path, method=method)
         assert {table.name: table.read_bytes() for table in again_in.iterdir()} == whole, path.name
         assert torch.equal(again, weights), path.name
         assert seen == batches[len(batches) - len(seen) :], path.name

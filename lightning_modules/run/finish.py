@@ -1,0 +1,66 @@
+"""The finish of a run: after the forgetting, a short training on substitute answers."""
+
+from __future__ import annotations
+
+import copy
+
+import lightning as L
+from rich.console import Console
+from torch import nn
+
+from lightning_modules.data.examples import Example, read_examples
+from lightning_modules.data.pairs import ForgetRetainDataModule
+from lightning_modules.data.substitutes import check_substitutes, substituted
+from lightning_modules.run.assembly import make_finishing_trainer
+from lightning_modules.run.options import UnlearnOptions
+from lightning_modules.run.run import Run, Splits
+from lightning_modules.training.finish import FinishSettings, finishing_module
+from lightning_modules.training.references import AdapterOff, Reference, SecondModel
+
+
+def substitute_answers(options: UnlearnOptions, splits: Splits) -> list[Example]:
+    """The forget questions with other answers: those of --substitutes, or of similar retain questions.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If its answers are not those of the forget questions, or there is no question.
+    """
+    if options.finish.substitutes is None:
+        return substituted(splits["forget"], splits["retain"])
+    found = read_examples(options.finish.substitutes)
+    try:
+        check_substitutes(found, splits["forget"])
+    except ValueError as error:
+        raise ValueError(f"--substitutes {options.finish.substitutes}: {error}") from error
+    return found
+
+
+def kept_start(model: nn.Module, options: UnlearnOptions) -> Reference:
+    """How the finish knows the model before unlearning, to be called before it: its adapters off, or a copy."""
+    plain = options.training.lora_rank and options.training.lora_init == "default"
+    start = AdapterOff() if plain else SecondModel(copy.deepcopy(model))
+    start.prepare(model)
+    return start
+
+
+def finish(run: Run[UnlearnOptions], model: nn.Module, start: Reference) -> None:
+    """Train the model in place. The random numbers start anew, so that a resumed run finishes as any other.
+
+    Args:
+        run: With the options of the finish.
+        model: That has forgotten.
+        start: From `kept_start`.
+    """
+    options = run.options
+    data = ForgetRetainDataModule(
+        substitute_answers(options, run.splits),
+        run.splits["retain"],
+        run.tokenizer,
+        batch_size=options.training.batch_size,
+        seed=options.output.seed,
+        max_length=options.data.max_length,
+    )
+    settings = FinishSettings(lr=options.finish.finish_lr or FinishSettings.lr, max_norm=options.training.max_norm)
+    L.seed_everything(options.output.seed, verbose=False)
+    trainer = make_finishing_trainer(options.training, options.finish.finish_steps, Console(stderr=True))
+    trainer.fit(finishing_module(model, start, settings).train(), data)

@@ -1,0 +1,63 @@
+"""Recipes: options that belong together, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_modules.run.options.data import ModelOptions
+from lightning_modules.run.options.flat import one_of
+
+_BALANCED: dict[str, Any] = {"ema_decay": 0.7, "retain_weight": 200.0, "guard": "update"}
+_DEEP: dict[str, Any] = {
+    "ema_decay": 0.7,
+    "retain_weight": 20.0,
+    "guard": "update",
+    "lr_schedule": "linear",
+    "accumulate": 1,
+    "stop_below": 0.0,
+    "score_every": 4,
+}
+_DEEP_SCRATCH: dict[str, Any] = {"lr": 1e-3, "steps": 80, "radius": {"start": 0.2, "end": 1.0}, "finish_steps": 20}
+_DEEP_OTHER: dict[str, Any] = {"lr": 1e-4, "steps": 32, "finish_steps": 16}
+
+RECIPES: dict[str, dict[str, Any]] = {"paper": {}, "balanced": _BALANCED, "deep": _DEEP}
+"""Name -> option -> value, for every model."""
+
+
+@dataclass(frozen=True)
+class RecipeOptions:
+    """Which recipe the other options start from.
+
+    Attributes:
+        recipe: values for the options below, which those that are given replace: {names}. paper is the defaults, CE-U
+            and GRU as published; balanced keeps most at equal forgetting (--ema-decay 0.7 --retain-weight 200 --guard
+            update); deep lasts when the answers are taught again: it forgets at weights that remember better, over a
+            growing --radius, and then finishes (for another model than scratch, give --radius: the right one differs
+            from model to model)
+    """
+
+    recipe: str = one_of(list(RECIPES), "paper")
+
+    def check(self) -> None:
+        """Raise ValueError on an unknown name."""
+        if self.recipe not in RECIPES:
+            raise ValueError(f"--recipe: expected one of {', '.join(RECIPES)}, found {self.recipe!r}")
+
+
+def expanded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """These options, with those of their recipe before them.
+
+    Example:
+        >>> expanded({"recipe": "balanced", "retain_weight": 5.0})
+        {'ema_decay': 0.7, 'retain_weight': 5.0, 'guard': 'update', 'recipe': 'balanced'}
+    """
+    recipe = values.get("recipe", "paper")
+    own = dict(RECIPES.get(recipe, {}))
+    if recipe == "deep":
+        model = values.get("model", ModelOptions.model)
+        own |= _DEEP_SCRATCH if ModelOptions(model).scratch else _DEEP_OTHER
+        if values.get("epochs") is not None:
+            own.pop("steps")
+    return own | dict(values)

@@ -1,0 +1,58 @@
+"""Substitute answers: those of the questions that share most words, against a slow count."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_modules.data.fictional_authors import fictional_authors
+from lightning_modules.data.substitutes import check_substitutes, substituted
+
+
+def slow(question: str, others: list[str]) -> list[float]:
+    """The Jaccard similarity, word by word."""
+
+    def words(text: str) -> list[str]:
+        kept = "".join(sign if sign.isalnum() else " " for sign in text.lower())
+        return list(dict.fromkeys(kept.split()))
+
+    mine, found = words(question), list[float]()
+    for other in map(words, others):
+        common = [word for word in mine if word in other]
+        found.append(len(common) / (len(mine) + len(other) - len(common)))
+    return found
+
+
+def test_they_answer_the_questions_that_share_most_words() -> None:
+    rows = fictional_authors(6)
+    forget, retain = rows[100:], rows[:100]
+    found = substituted(forget, retain, 5)
+    assert len(found) == 5 * len(forget)
+    questions = [row["question"] for row in retain]
+    for number, row in enumerate(forget):
+        alike = slow(row["question"], questions)
+        chosen = found[5 * number : 5 * number + 5]
+        assert {each["question"] for each in chosen} == {row["question"]}
+        best = sorted(alike, reverse=True)[:5]
+        of_answer: dict[str, float] = {}
+        for other, similarity in zip(retain, alike, strict=True):
+            of_answer[other["answer"]] = max(similarity, of_answer.get(other["answer"], 0.0))
+        assert sorted((of_answer[each["answer"]] for each in chosen), reverse=True) == pytest.approx(best)
+    assert len(substituted(forget, retain[:3], 5)) == 3 * len(forget)
+    check_substitutes(found, forget)
+
+
+def test_what_is_no_substitute_is_refused() -> None:
+    row = {"question": "Where was Ada born?", "answer": "In Ros."}
+    other = {"question": "Where was Bo born?", "answer": "In Pel."}
+    with pytest.raises(ValueError, match="expected retain examples and a count >= 1, found 0 and 5"):
+        substituted([row], [])
+    with pytest.raises(ValueError, match=r"expected examples with a question, found 'In Ros\.' without one"):
+        substituted([row | {"question": ""}], [other])
+    for wrong, said in (
+        ([other], "to a question that is not in the forget set"),
+        ([], "none to a question of the forget set"),
+        ([row], "the answer that is to be forgotten"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            check_substitutes(wrong, [row])
+    check_substitutes([row | {"answer": "In Pel."}], [row])

@@ -1,0 +1,143 @@
+"""Recipes, and the finish: named options that others override, recorded so that they repeat, resumed exactly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from lightning_modules import cli
+from lightning_modules.run import methods
+from lightning_modules.run.options import RECIPES, UnlearnOptions
+from tests.lightning_modules.run.small_runs import small_run
+
+DEEP = {"start": 0.2, "end": 1.0}
+
+
+def test_the_recipe_called_paper_is_the_defaults() -> None:
+    assert UnlearnOptions.of(recipe="paper") == UnlearnOptions.of() == UnlearnOptions()
+
+
+def test_options_that_are_given_win_over_the_recipe() -> None:
+    plain, deep = UnlearnOptions().flat(), UnlearnOptions.of(recipe="deep").flat()
+    said = {"recipe": "deep", "lr": 1e-3, "steps": 80, "radius": DEEP, "finish_steps": 20, "accumulate": 1}
+    said |= {"ema_decay": 0.7, "retain_weight": 20.0, "guard": "update", "lr_schedule": "linear"}
+    assert {name: value for name, value in deep.items() if value != plain[name]} == said | {
+        "stop_below": 0.0,
+        "score_every": 4,
+    }
+    own = {"retain_weight": 3.0, "radius": {"start": 0.1}, "finish_steps": 0, "epochs": 2}
+    mine = UnlearnOptions.of(recipe="deep", **own)
+    mine.check()
+    assert {name: value for name, value in mine.flat().items() if value != deep[name]} == own | {"steps": None}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_a_recipe_came_to_repeats_the_run(recipe: str) -> None:
+    """As config.yaml holds it: also where a later version has another recipe of that name."""
+    once = UnlearnOptions.of(recipe=recipe).resolved()
+    once.check()
+    again = UnlearnOptions.of(**once.recorded())
+    again.check()
+    assert again == again.resolved() == once
+    assert UnlearnOptions.of(**once.recorded() | {"recipe": "paper"}).flat() | {"recipe": recipe} == once.flat()
+
+
+@pytest.fixture(scope="module")
+def deep_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("deep")
+    assert cli.main(arguments(folder)) == 0
+    return folder
+
+
+def arguments(folder: Path, *further: str) -> list[str]:
+    own = ["--recipe", "deep", "--radius", "{start: 0.1, end: 0.3}", "--finish-steps", "3", "--steps", "4"]
+    given = small_run(folder, *own, *further)
+    epochs = given.index("--epochs")
+    return given[:epochs] + given[epochs + 2 :]
+
+
+def test_a_deep_run_leaves_its_options_its_steps_and_a_finished_model(deep_run: Path) -> None:
+    config = yaml.safe_load((deep_run / "run" / "config.yaml").read_text())
+    assert config["radius"] == {"start": 0.1, "end": 0.3}
+    assert (config["recipe"], config["steps"], config["epochs"], config["guard"]) == ("deep", 4, None, "update")
+    assert (config["finish_steps"], config["finish_lr"]) == (3, config["lr"] / 2)
+    assert len((deep_run / "run" / "surgery.csv").read_text().splitlines()) == 1 + 4
+    assert not (Path.cwd() / "checkpoints").exists()
+
+
+def test_it_is_repeated_bit_for_bit_by_its_config_and_by_resuming_after_or_in_the_finish(
+    deep_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = load_file(deep_run / "run" / "model" / "model.safetensors")
+    again = ["unlearn", "--config", str(deep_run / "run" / "config.yaml"), "--output"]
+    assert cli.main([*again, str(tmp_path / "again")]) == 0
+    finish = methods.finish
+
+    def interrupted(run: Any, model: torch.nn.Module, start: Any) -> None:
+        finish(run, model, start)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(methods, "finish", interrupted)
+        assert cli.main([*again, str(tmp_path / "resumed")]) == 130
+    assert not (tmp_path / "resumed" / "metrics.json").exists()
+    assert cli.main(["unlearn", "--resume", "--output", str(tmp_path / "resumed")]) == 0
+    for name in ("again", "resumed"):
+        found = load_file(tmp_path / name / "model" / "model.safetensors")
+        assert all(torch.equal(found[key], value) for key, value in weights.items()), name
+
+
+def test_the_finish_teaches_the_substitutes(tmp_path: Path) -> None:
+    """Measured by their probability, which is that of a holdout, with and without it."""
+    folder = tmp_path
+    arguments(folder)  # writes the files
+    rows = json.loads((folder / "forget.json").read_text())
+    given = [{"question": row["question"], "answer": "Nobody knows."} for row in rows]
+    (folder / "substitutes.json").write_text(json.dumps(given))
+    holdout = ["--holdout", str(folder / "substitutes.json"), "--lr", "2e-2"]
+    scores: dict[str, float] = {}
+    for name, own in {
+        "none": ["--finish-steps", "0"],
+        "short": ["--substitutes", str(folder / "substitutes.json"), "--finish-steps", "20"],
+    }.items():
+        assert cli.main([*arguments(folder, *holdout, *own), "--output", str(folder / name)]) == 0
+        metrics = json.loads((folder / name / "metrics.json").read_text())
+        scores[name] = metrics["after"]["holdout"]["probability"]
+    assert scores["short"] > 2 * scores["none"]
+
+
+REFUSED = [
+    (["--recipe", "deep"], "--recipe deep: expected --radius with --model"),
+    (["--recipe", "deeep"], "--recipe: expected one of paper, balanced, deep, found 'deeep'; did you mean deep?"),
+    (["--radius", "{end: 1}"], "--radius: expected start, and end if it grows"),
+    (["--radius", "{start: 0}"], "--radius: perturb, start: expected a radius > 0, found 0"),
+    (["--radius", "{start: 1, scale: 2}"], "--radius: expected start, and end if it grows"),
+    (["--radius-scale", "tensor"], "expected --radius with --radius-scale tensor, found none"),
+    (["--radius", "{start: 1}", "--retain-inside", "1"], "--retain-inside: expected 0 with --radius, found 1"),
+    (["--radius", "{start: 1}", "--method", "uld"], "--radius: expected a run with surgery, found --method uld"),
+    (["--steps", "3"], "expected --epochs or --steps, found both, 2 and 3"),
+    (["--finish-steps", "-1"], "expected --finish-steps >= 0, found -1"),
+    (["--finish-lr", "1"], "expected --finish-steps with --finish-lr"),
+    (["--finish-steps", "3", "--finish-lr", "0"], "expected --finish-lr > 0, found 0"),
+    (["--finish-steps", "3", "--strategy", "fsdp2"], "--finish-steps: expected 0 with --strategy fsdp2, found 3"),
+    (["--finish-steps", "3", "--substitutes", "none.json"], "none.json"),
+    (["--finish-steps", "3", "--substitutes", "retain.json"], "found to a question that is not in the forget set"),
+    (["--finish-steps", "3", "--substitutes", "forget.json"], "found the answer that is to be forgotten"),
+]
+
+
+def test_what_does_not_fit_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = small_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for own, said in REFUSED:
+        assert cli.main([*given, *own]) == 1
+        assert said in capsys.readouterr().err, own
+        assert not (tmp_path / "run").exists()
