@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_modules.data.examples import asked, evenly_spaced
+from lightning_modules.data.examples import Example, asked, evenly_spaced
 from lightning_modules.data.pairs import VALIDATION_EXAMPLES, VALIDATION_SPLITS
 from lightning_modules.data.tokenization import encode, padding_id
 from lightning_modules.evaluation import processes
@@ -41,6 +41,7 @@ from lightning_modules.training.callbacks import (
     ProgressLines,
     QuantizationProbe,
     RelearnProbe,
+    RelearnSettings,
     SurgeryLogger,
     TradeoffCurve,
 )
@@ -223,6 +224,22 @@ def make_curve(run: Run[UnlearnOptions]) -> TradeoffCurve:
     )
 
 
+def check_probes(splits: Mapping[str, Sequence[Example]]) -> None:
+    """Refuse a forget set of which no share can be taught again, before the model is trained.
+
+    Raises:
+        ValueError: If it has too few examples.
+    """
+    examples = min(len(splits["forget"]), VALIDATION_EXAMPLES)
+    try:
+        RelearnSettings().check(examples)
+    except ValueError as error:
+        raise ValueError(
+            f"--probes: expected enough answers to forget to teach a part of them again, found {examples}; leave --probes out, or give "
+            "at least 3"
+        ) from error
+
+
 def probe_it(run: Run[UnlearnOptions], model: nn.Module, curve: TradeoffCurve) -> None:
     """Measure how well the forgetting holds, on the curve's examples.
 
@@ -237,7 +254,7 @@ def probe_it(run: Run[UnlearnOptions], model: nn.Module, curve: TradeoffCurve) -
         loaded = load_reference(options, run.splits)
         return loaded[0] if loaded is not None and loaded[1].get_vocab() == run.tokenizer.get_vocab() else None
 
-    common: dict[str, Any] = {"pad_token_id": curve.pad_token_id, "folder": options.output.output}
+    common: dict[str, Any] = {"pad_token_id": curve.pad_token_id, "folder": run.folder}
     QuantizationProbe(curve.encoded, **common).run(model)
     # An attack is no stronger because the method took larger steps.
     usual = UnlearnOptions().resolved().training.lr if options.model.scratch else training.lr

@@ -22,7 +22,7 @@ from lightning_modules.run.adapter_folders import BASE, save_adapter
 from lightning_modules.run.assembly import check_hardware
 from lightning_modules.run.finish import substitute_answers
 from lightning_modules.run.loading import check_start, load_model, read_splits, start_name
-from lightning_modules.run.methods import Unlearned, by_assistant, by_surgery
+from lightning_modules.run.methods import Unlearned, by_assistant, by_surgery, check_probes
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.plugins import check_plugins, scores_to_log
 from lightning_modules.run.reference_log import reference_rows, rows_of_log
@@ -70,6 +70,8 @@ def _unlearn(options: UnlearnOptions) -> Path:
         uld_data(splits, perturbed_per_row=options.uld_settings().perturbed_per_row)  # raises where answers are missing
     if options.finish.finish_steps:
         substitute_answers(options, splits)  # raises where there are none
+    if options.training.probes:
+        check_probes(splits)
     log = rows_of_log(options.evaluation, splits, options.data.chat_template_kwargs)
     if not will_be_first():
         # The first one may have drawn the report meanwhile, and removed the checkpoints.

@@ -110,6 +110,7 @@ PAIRS = [
           said=("found kl_divergence", "choose copy or adapters_off")),
     value("lora-init", "fila", "expected --lora-rank with --lora-init fila"),
     given("probes of ULD", "--method", "uld", "--probes", said=("--probes, --best-below: expected a run with surgery",)),
+    given("probes of two answers", "--probes", said=("--probes: expected enough answers to forget", "found 2")),
     given("surgery of ULD", "--method", "uld", "--rule", "gem", "--optimizer", "SGD", "--devices", "2",
           said=("--rule, --optimizer, --devices: expected a run with surgery, found --method uld",)),
     given("ULD of what has no wrong answers", "--method", "uld", said=("2 of 2 without perturbed_answer",)),
