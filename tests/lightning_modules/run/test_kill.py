@@ -200,6 +200,23 @@ def test_a_checkpoint_that_is_not_the_runs_own_is_one_sentence(
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_data_that_changed_meanwhile_is_one_sentence(
+    world: World, interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, file = tmp_path / "run", world.root / "forget.json"
+    shutil.copytree(interrupted, folder)
+    there = file.read_text()
+    rows = json.loads(there)
+    rows[0]["answer"] = "Nobody knows that."
+    file.write_text(json.dumps(rows))
+    try:
+        assert cli.main(["unlearn", "--resume", "--output", str(folder)]) == 1
+    finally:
+        file.write_text(there)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "expected a checkpoint of this run, found one of another (the examples in these files: " in error
+
+
 def test_without_its_checkpoint_a_run_is_trained_from_the_start(world: World, interrupted: Path) -> None:
     shutil.copytree(interrupted, world.root / "without")
     (world.root / "without" / "checkpoints" / "last.ckpt").unlink()
