@@ -108,7 +108,7 @@ class FrontEnds(Adjustable):
         The gradient that reaches it must be the loss scale (of a GradScaler, else 1) divided by the number of
         micro-batches, as Lightning, Hugging Face and Accelerate divide: rows are then means over the micro-batches so
         far. A loop that does not divide says the loss scale, ``join(..., scale=1.0)``: rows are then sums, as those of
-        contexts. A loss that was not divided is noticed by `step`, and refused.
+        contexts. A loss that was not divided is noticed by `GradientSurgery.step`, and refused.
 
         Args:
             retain_graph: Keep the graphs until the last of the inner backward passes: needed when the losses share one

@@ -32,7 +32,7 @@ class Options:
         guard: Whether the parameter change is projected, or measured.
         add: The multiple of each current row that is added, one for each objective.
         max_norm: Norm to clip to.
-        accumulate: Whether rows stay apart after `combine`.
+        accumulate: Whether rows stay apart after ``combine``.
         perturbed: Whether a row may be taken at moved weights.
     """
 
@@ -154,9 +154,9 @@ class Adjustable(Wrapper):
 
         K - 1 rows while backward passes run, and one average for each protected row with ``ema_decay`` from the first
         step on. One row more with ``accumulate`` or an elementwise rule. One copy of the parameters with ``guard``,
-        but only between `combine` and the end of `step`, when activations are gone; and one once `perturbed` was
+        but only between combining and the end of the step, when activations are gone; and one once ``perturbed`` was
         called, while an objective runs at moved weights. Other activations than those of a plain step are not counted:
-        contexts hold those of one objective at a time, `join` of all.
+        contexts hold those of one objective at a time, ``join`` of all.
         """
         parameters = self._parameters()
         one_more = self._options.accumulate or elementwise.is_elementwise(self.rule)

@@ -20,7 +20,7 @@ class _Order(Protocol):
     num_replicas: int
 
 
-class _ResumableLoader(DataLoader[Item_co]):
+class ResumableLoader(DataLoader[Item_co]):
     """A `DataLoader` whose place in the epoch is kept in checkpoints.
 
     Lightning saves and restores the state of a loader that has `state_dict` and `load_state_dict`. After a restore the
@@ -78,7 +78,7 @@ class _ResumableLoader(DataLoader[Item_co]):
         return f"{kind[key]} {what}, {kind['batch_size']} a batch, in {kind['processes']} processes"
 
 
-class PairLoader(_ResumableLoader[Pair]):
+class PairLoader(ResumableLoader[Pair]):
     """A loader of paired batches, over a `PairSampler`, whose place in the epoch is kept in checkpoints.
 
     Lightning saves and restores the state of a loader that has `state_dict` and `load_state_dict`. After a restore the
@@ -104,7 +104,7 @@ class PairLoader(_ResumableLoader[Pair]):
         return self.sampler
 
 
-class LengthLoader(_ResumableLoader[Encoded]):
+class LengthLoader(ResumableLoader[Encoded]):
     """The same for batches of single examples, over `LengthBatches`."""
 
     def _kind(self) -> dict[str, int]:
