@@ -96,11 +96,12 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
     seconds = {"evaluate": time.perf_counter() - started}
     if before is not None:
         show_start(before)
+    if first and not training.resume:
+        # Only after everything that a wrong option can break, so that the corrected command finds the folder free; and
+        # before any other file, so that a run that is killed can be resumed.
+        write_config(run.folder, "unlearn", options.recorded())
     reference = start_model(run, model, data)
     module = make_module(model, options.method, training, reference).train()
-    if first and not training.resume:
-        # Only after everything that a wrong option can break, so that the corrected command finds the folder free.
-        write_config(run.folder, "unlearn", options.recorded())
     seconds["train"] = fit(run, trainer, module, data)
     if start is not None:
         started = time.perf_counter()
