@@ -15,7 +15,7 @@ from typing import IO, Any
 import yaml
 
 import gradsurgery as gs
-from lightning_modules.files import one_sentence, replacing, write_text
+from lightning_modules.files import one_sentence, remove_partial, replacing, write_text
 
 Log = dict[str, list[dict[str, Any]]]
 """Split -> scored examples, in the order of the file."""
@@ -69,6 +69,28 @@ def claim(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise PermissionError(f"--output: expected a folder that can be written, found {folder}: {error}") from error
+
+
+@contextmanager
+def occupied(folder: Path, *, resume: bool = False) -> Generator[None]:
+    """A run's folder, for this process alone as long as the block runs, without what a killed run left half-written.
+
+    Args:
+        folder: Of the run.
+        resume: Whether the run in it goes on; otherwise a folder that holds one is refused.
+
+    Raises:
+        FileExistsError: If the folder holds files of a run, or another process works there.
+        PermissionError: If the folder cannot be created or written to.
+    """
+    if not resume:
+        claim(folder)
+    with locked(folder):
+        if not resume:
+            claim(folder)  # another process may have filled it meanwhile
+        for place in (folder, folder / CHECKPOINTS):
+            remove_partial(place)
+        yield
 
 
 @contextmanager

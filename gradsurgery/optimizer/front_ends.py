@@ -1,4 +1,4 @@
-"""Front ends: how an optimizer is given the backward passes that its rows come from, by contexts or by one scalar."""
+"""Front ends: how an optimizer is given backward passes, by contexts or by one scalar, and combines their rows."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, overload
 
+import torch
 from torch import Tensor
 
+from gradsurgery.optimizer.average import EMA
+from gradsurgery.optimizer.capture import Phase
 from gradsurgery.optimizer.join import Stages, join
+from gradsurgery.optimizer.metric import metric_of
 from gradsurgery.optimizer.options import Adjustable
 from gradsurgery.optimizer.perturbation import DIRECTION, Perturbation, Perturbed, Scale
 from gradsurgery.optimizer.ranks import Ranks
-from gradsurgery.optimizer.record import Record
+from gradsurgery.optimizer.record import Record, record_of
+from gradsurgery.optimizer.rows import Rows
+from gradsurgery.optimizer.scope import blocks_of_both
+from gradsurgery.optimizer.update import decide
 
 
 class FrontEnds(Adjustable):
-    """What captures rows: `objective` for loops of one's own, `join` for trainers that own the loop."""
+    """What captures and combines rows: `objective` for loops of one's own, `join` for trainers that own the loop."""
 
     _ranks: Ranks
-
-    def combine(self, *, scale: float | Tensor | None = None) -> Record:
-        """Combine the rows; `GradientSurgery` says how."""
-        raise NotImplementedError
+    _ema: EMA
 
     def objective(self, name: str, *, at: Perturbation | None = None) -> AbstractContextManager[None]:
         """Everything that ``backward()`` writes to ``.grad`` inside this context is the row called ``name``.
@@ -145,6 +149,50 @@ class FrontEnds(Adjustable):
         joined.look(parameters)
         stages = Stages(begin, arm, self.objective, finish, end)
         return join(losses, self.objectives, stages, device=parameters[0].device, retain_graph=retain_graph)
+
+    @torch.no_grad()
+    def combine(self, *, scale: float | Tensor | None = None) -> Record:
+        """Combine the rows and write the update to ``.grad``, where clipping and GradScaler read it.
+
+        `GradientSurgery.step` and join's backward call it.
+
+        Args:
+            scale: Loss scale of the rows (``scaler.get_scale()``), so that averages, the record and ``max_norm`` are in
+                unscaled units. With a GradScaler and contexts it must be given, because the scaler cannot be seen from
+                here.
+
+        Returns:
+            The step's record. Calling it again without new rows changes nothing.
+
+        Raises:
+            RuntimeError: If an objective is missing, ``.grad`` holds a gradient that belongs to none, or ranks
+                disagree; nothing is changed. A non-finite Gram matrix does not raise here: it leaves NaN in ``.grad``,
+                where a GradScaler finds it, and `step` raises.
+
+        Cost: reads every row once and writes one, without temporaries (an elementwise rule makes a new row, which is
+        measured by one more pass).
+        """
+        window, parameters, options = self._window, self._parameters(), self._options
+        if window.phase is Phase.COMBINED and window.record is not None:
+            return window.record
+        self._ranks.agree(len(self.objectives), window.problem_combining(self.objectives, parameters), parameters)
+        rows = Rows.captured(
+            window.rows(self.objectives, len(parameters)),
+            parameters,
+            1.0 if scale is None else scale,
+            blocks=blocks_of_both(options.scope, options.record_scope, self.param_groups),
+            metric=metric_of(options.metric, self._base, parameters),
+        )
+        keep, check = options.accumulate, partial(self._ranks.check_gram, parameters)
+        if not keep:  # folding overwrites rows, and those that will grow must stay
+            self._ema.fold(rows, window.candidates, add=options.add)
+        rows = self._ema.stand_in(rows, window.candidates)
+        update, written = decide(rows, options.rule, add=options.add, max_norm=options.max_norm, keep=keep, check=check)
+        window.record, window.scale_known = record_of(self.objectives, rows, update), scale is not None
+        window.hand_to_step(rows, update, written, keep_slots=keep)
+        if not keep and not self._ema.decays and options.guard is None:
+            rows.lists.clear()  # nobody reads the protected rows again: free them before the base's step
+        return window.record
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gradsurgery import rules
 from gradsurgery.optimizer import checkpoint
@@ -17,14 +16,13 @@ from gradsurgery.optimizer.average import EMA
 from gradsurgery.optimizer.capture import Phase, Window, check_objectives
 from gradsurgery.optimizer.front_ends import FrontEnds
 from gradsurgery.optimizer.guard import check_guard, copy_before_step, guard
-from gradsurgery.optimizer.metric import MetricOption, check_metric, metric_of
+from gradsurgery.optimizer.metric import MetricOption, check_metric
 from gradsurgery.optimizer.options import Guard, Options, check_norm, start_of
 from gradsurgery.optimizer.ranks import Ranks, refuse_deepspeed
-from gradsurgery.optimizer.record import Record, record_of
-from gradsurgery.optimizer.rows import Rows
+from gradsurgery.optimizer.record import Record
 from gradsurgery.optimizer.scaler import check_scaler
 from gradsurgery.optimizer.scope import Scope, blocks_of_both
-from gradsurgery.optimizer.update import decide, multiples, resolve_rule
+from gradsurgery.optimizer.update import multiples, resolve_rule
 from gradsurgery.optimizer.wrapper import refuse_maximize
 
 
@@ -137,50 +135,6 @@ class GradientSurgery(FrontEnds):
     def record(self) -> Record | None:
         """The latest `combine`'s record, or None before the first."""
         return self._window.record
-
-    @torch.no_grad()
-    def combine(self, *, scale: float | Tensor | None = None) -> Record:
-        """Combine the rows and write the update to ``.grad``, where clipping and GradScaler read it.
-
-        `step` and join's backward call it.
-
-        Args:
-            scale: Loss scale of the rows (``scaler.get_scale()``), so that averages, the record and ``max_norm`` are in
-                unscaled units. With a GradScaler and contexts it must be given, because the scaler cannot be seen from
-                here.
-
-        Returns:
-            The step's record. Calling it again without new rows changes nothing.
-
-        Raises:
-            RuntimeError: If an objective is missing, ``.grad`` holds a gradient that belongs to none, or ranks
-                disagree; nothing is changed. A non-finite Gram matrix does not raise here: it leaves NaN in ``.grad``,
-                where a GradScaler finds it, and `step` raises.
-
-        Cost: reads every row once and writes one, without temporaries (an elementwise rule makes a new row, which is
-        measured by one more pass).
-        """
-        window, parameters, options = self._window, self._parameters(), self._options
-        if window.phase is Phase.COMBINED and window.record is not None:
-            return window.record
-        self._ranks.agree(len(self.objectives), window.problem_combining(self.objectives, parameters), parameters)
-        rows = Rows.captured(
-            window.rows(self.objectives, len(parameters)),
-            parameters,
-            1.0 if scale is None else scale,
-            blocks=blocks_of_both(options.scope, options.record_scope, self.param_groups),
-            metric=metric_of(options.metric, self._base, parameters),
-        )
-        keep, check = options.accumulate, partial(self._ranks.check_gram, parameters)
-        if not keep:  # folding overwrites rows, and those that will grow must stay
-            self._ema.fold(rows, window.candidates, add=options.add)
-        rows = self._ema.stand_in(rows, window.candidates)
-        update, written = decide(rows, options.rule, add=options.add, max_norm=options.max_norm, keep=keep, check=check)
-        window.record, window.scale_known = record_of(self.objectives, rows, update), scale is not None
-        window.hand_to_step(rows, update, written, keep_slots=keep)
-        if not keep and not self._ema.decays and options.guard is None:
-            rows.lists.clear()  # nobody reads the protected rows again: free them before the base's step
-        return window.record
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Combine what is not combined, step the base, guard the change, and commit the averages.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,7 @@ def read_json(path: str | Path, expected: str) -> Any:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not JSON.
     """
-    text = read_text(path, expected)
-    try:
-        return json.loads(text)
-    except _BROKEN as error:
-        raise ValueError(f"{path}: expected JSON with {expected}, found something else: {error}") from error
+    return _parsed(path, expected, "JSON", json.loads)
 
 
 def read_yaml(path: str | Path, expected: str) -> Any:
@@ -94,9 +91,13 @@ def read_yaml(path: str | Path, expected: str) -> Any:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not YAML.
     """
+    return _parsed(path, expected, "YAML", yaml.safe_load)
+
+
+def _parsed(path: str | Path, expected: str, language: str, parse: Callable[[str], Any]) -> Any:
     text = read_text(path, expected)
     try:
-        return yaml.safe_load(text)
+        return parse(text)
     except _BROKEN as error:
         said = " ".join(str(error).split())
-        raise ValueError(f"{path}: expected YAML with {expected}, found something else: {said}") from error
+        raise ValueError(f"{path}: expected {language} with {expected}, found something else: {said}") from error

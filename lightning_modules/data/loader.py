@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, Protocol, TypeVar
 
@@ -20,7 +21,7 @@ class _Order(Protocol):
     num_replicas: int
 
 
-class ResumableLoader(DataLoader[Item_co]):
+class ResumableLoader(DataLoader[Item_co], ABC):
     """A `DataLoader` whose place in the epoch is kept in checkpoints.
 
     Lightning saves and restores the state of a loader that has `state_dict` and `load_state_dict`. After a restore the
@@ -54,11 +55,13 @@ class ResumableLoader(DataLoader[Item_co]):
         """Go on from there with the next pass over the epoch that was saved."""
         self._restored = dict(state_dict)
 
+    @abstractmethod
     def _order(self) -> _Order:
-        raise NotImplementedError
+        """What decides which entries come in which epoch."""
 
+    @abstractmethod
     def _kind(self) -> dict[str, int]:
-        raise NotImplementedError
+        """Everything by which the batches of an epoch differ from those of another loader."""
 
     def _entries(self) -> int:
         """Entries of the order that make a batch."""
@@ -79,12 +82,7 @@ class ResumableLoader(DataLoader[Item_co]):
 
 
 class PairLoader(ResumableLoader[Pair]):
-    """A loader of paired batches, over a `PairSampler`, whose place in the epoch is kept in checkpoints.
-
-    Lightning saves and restores the state of a loader that has `state_dict` and `load_state_dict`. After a restore the
-    epoch that was under way goes on behind the batches that were given; they are not made again. Every other epoch is
-    whole.
-    """
+    """Paired batches, over a `PairSampler`."""
 
     _unit = ("pairs", "forget examples")
 
@@ -105,7 +103,7 @@ class PairLoader(ResumableLoader[Pair]):
 
 
 class LengthLoader(ResumableLoader[Encoded]):
-    """The same for batches of single examples, over `LengthBatches`."""
+    """Batches of single examples, over `LengthBatches`."""
 
     def _kind(self) -> dict[str, int]:
         order = self._order()

@@ -9,8 +9,7 @@ from pathlib import Path
 import lightning as L
 
 from lightning_modules.evaluation.processes import will_be_first
-from lightning_modules.files import remove_partial
-from lightning_modules.folder import EVALUATION, METRICS, claim, locked, write_evaluation, write_json
+from lightning_modules.folder import EVALUATION, METRICS, occupied, write_evaluation, write_json
 from lightning_modules.run.loading import check_start, load_model, read_splits
 from lightning_modules.run.options import EvaluateOptions
 from lightning_modules.run.reference_log import reference_rows, rows_of_log
@@ -47,10 +46,7 @@ def _evaluate_model(options: EvaluateOptions) -> Path:
     splits = read_splits(options)
     check_start(options, splits)
     log = rows_of_log(options.evaluation, splits, options.data.chat_template_kwargs)
-    claim(folder)
-    with locked(folder):
-        claim(folder)  # another process may have filled it meanwhile
-        remove_partial(folder)
+    with occupied(folder):
         return _scored(options, splits, log)
 
 

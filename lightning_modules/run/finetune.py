@@ -20,14 +20,13 @@ from lightning_modules.data.tofu import ROWS_PER_AUTHOR, tofu_split
 from lightning_modules.data.tokenization import Encoded, padding_id
 from lightning_modules.evaluation.likelihood import on_gpu
 from lightning_modules.evaluation.processes import will_be_first
-from lightning_modules.files import remove_partial, replacing
+from lightning_modules.files import replacing
 from lightning_modules.folder import (
     CHECKPOINTS,
     LAST_CHECKPOINT,
     METRICS,
     MODEL,
-    claim,
-    locked,
+    occupied,
     versions,
     write_config,
     write_json,
@@ -81,13 +80,7 @@ def finetune(options: FinetuneOptions, stated: Collection[str] = ()) -> Path:
     folder = options.output.folder
     if not will_be_first():
         return _taught(options, rows)
-    if not options.training.resume:
-        claim(folder)
-    with locked(folder):
-        if not options.training.resume:
-            claim(folder)  # another process may have filled it meanwhile
-        for place in (folder, folder / CHECKPOINTS):
-            remove_partial(place)
+    with occupied(folder, resume=options.training.resume):
         return _finish(folder) if only_report_is_missing(folder) else _taught(options, rows)
 
 

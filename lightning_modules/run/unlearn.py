@@ -16,8 +16,8 @@ from rich.markup import escape
 from lightning_modules.data.uld import uld_data
 from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.processes import will_be_first
-from lightning_modules.files import remove_partial, replacing
-from lightning_modules.folder import CHECKPOINTS, EVALUATION, METRICS, claim, locked, write_evaluation, write_json
+from lightning_modules.files import replacing
+from lightning_modules.folder import CHECKPOINTS, EVALUATION, METRICS, occupied, write_evaluation, write_json
 from lightning_modules.run.adapter_folders import BASE, save_adapter
 from lightning_modules.run.assembly import check_hardware
 from lightning_modules.run.finish import substitute_answers
@@ -76,13 +76,7 @@ def _unlearn(options: UnlearnOptions) -> Path:
     if not will_be_first():
         # The first one may have drawn the report meanwhile, and removed the checkpoints.
         return folder if (folder / METRICS).exists() else _trained(options, splits, log)
-    if not options.training.resume:
-        claim(folder)
-    with locked(folder):
-        if not options.training.resume:
-            claim(folder)  # another process may have filled it meanwhile
-        for place in (folder, folder / CHECKPOINTS):
-            remove_partial(place)
+    with occupied(folder, resume=options.training.resume):
         if only_report_is_missing(folder):
             return _finish(folder)
         teach_first(options, splits)

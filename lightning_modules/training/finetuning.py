@@ -22,7 +22,7 @@ from lightning_modules.data.lengths import LengthBatches
 from lightning_modules.data.loader import LengthLoader
 from lightning_modules.data.tokenization import Encoded, collate
 from lightning_modules.training.heads import AnswerHead, answer_values, logits_of
-from lightning_modules.training.resuming import Resuming, refuse_other_model
+from lightning_modules.training.resuming import ResumableModule
 from lightning_modules.training.token_count import mean_token_count
 from lightning_modules.training.trainer import trainer_options
 from lightning_modules.training.warmup import warmup_and_decay
@@ -55,7 +55,7 @@ class FinetuningSettings:
     seed: int = 0
 
 
-class FinetuningModule(L.LightningModule):
+class FinetuningModule(ResumableModule):
     r"""Minimises the mean cross-entropy of the answers' tokens, with AdamW.
 
     $$L = -\frac{1}{N} \sum_{t \in \mathrm{answers}} \log p(\mathrm{token}_t \mid \mathrm{tokens\ before})$$
@@ -81,7 +81,6 @@ class FinetuningModule(L.LightningModule):
         self.model = model
         self.settings = settings
         self._head = AnswerHead(model)
-        self._resuming = Resuming()
 
     def training_step(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The mean cross-entropy of the batch's answer tokens, in nats."""
@@ -95,27 +94,6 @@ class FinetuningModule(L.LightningModule):
         if self._trainer is not None:
             self.log("loss", loss.detach(), prog_bar=True)
         return loss
-
-    def on_train_start(self) -> None:
-        """Go on from where a resumed training was."""
-        self._resuming.train_starts(self)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002 (Lightning's signature)
-        """Know where a resumed training has to go on."""
-        self._resuming.batch_starts(self)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what a resumed training needs to be the uninterrupted one, see `resuming.Resuming`."""
-        self._resuming.save(self, checkpoint)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take what `on_save_checkpoint` added.
-
-        Raises:
-            ValueError: If the checkpoint is of another model.
-        """
-        refuse_other_model(self, checkpoint)
-        self._resuming.load(self, checkpoint)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:  # noqa: ARG002 (Lightning's signature)
         """Refuse gradients that are not finite, before a weight changes.

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from lightning_modules.training.packing import keep_differentiable
 from lightning_modules.training.perturb import PerturbSettings
 from lightning_modules.training.probability import add_answers, uncollated
 from lightning_modules.training.references import Reference
-from lightning_modules.training.resuming import Resuming, refuse_other_model
+from lightning_modules.training.resuming import ResumableModule
 from lightning_modules.training.sharding import parts
 from lightning_modules.training.soundness import check_batches, check_model, check_numbers, naming_the_batch
 from lightning_modules.training.token_count import mean_token_count
@@ -30,7 +29,7 @@ from lightning_modules.training.trainer import number_of_steps
 from lightning_modules.training.warmup import Schedule, Scheduled, with_warmup
 
 
-class UnlearningModule(L.LightningModule):
+class UnlearningModule(ResumableModule):
     """Forget one set of answers, keep the others, with gradient surgery between the two.
 
     Every training step takes the batch `{"forget": ..., "retain": ...}` (`ForgetRetainDataModule` makes them), computes
@@ -116,7 +115,6 @@ class UnlearningModule(L.LightningModule):
         self.reference, self.retain_inside, self.dual = reference, retain_inside, dual
         self.losses: dict[str, Tensor] = {}
         self._retain_losses: list[Tensor] = []
-        self._resuming = Resuming()
         self._indices: dict[str, Tensor | None] = {}
         # A dictionary, so that the metrics are no submodules: Lightning would move their float64 states along, also to
         # a device that has no float64.
@@ -236,29 +234,12 @@ class UnlearningModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Go on from where a resumed run was, with the learning rate and the radius of its step."""
         self._retain_losses = []
-        self._resuming.train_starts(self)
+        super().on_train_start()
         if self._scheduled is not None:
             self._scheduled.begin(number_of_steps(self.trainer, "schedule"))
         if self.perturb is not None:
             self._steps = number_of_steps(self.trainer, "perturb, end") if self.perturb.grows else 0
             self._at = self.surgery.perturbed(self.perturb.start, scale=self.perturb.scale)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002 (Lightning's signature)
-        """Know where a resumed run has to go on."""
-        self._resuming.batch_starts(self)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what a resumed run needs to be the uninterrupted one, see `resuming.Resuming`."""
-        self._resuming.save(self, checkpoint)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take what `on_save_checkpoint` added.
-
-        Raises:
-            ValueError: If the checkpoint is of another model.
-        """
-        refuse_other_model(self, checkpoint)
-        self._resuming.load(self, checkpoint)
 
     def on_validation_epoch_start(self) -> None:
         """A fresh metric for each split."""

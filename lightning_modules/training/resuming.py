@@ -84,6 +84,38 @@ class Resuming:
         self._saved = None
 
 
+class ResumableModule(L.LightningModule):
+    """A module whose resumed training is the uninterrupted one bit for bit, see `Resuming`.
+
+    A module with hooks of its own calls those here, by `super()`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._resuming = Resuming()
+
+    def on_train_start(self) -> None:
+        """Go on from where a resumed training was."""
+        self._resuming.train_starts(self)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Know where a resumed training has to go on."""
+        self._resuming.batch_starts(self)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what a resumed training needs."""
+        self._resuming.save(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take what `on_save_checkpoint` added.
+
+        Raises:
+            ValueError: If the checkpoint is of another model.
+        """
+        refuse_other_model(self, checkpoint)
+        self._resuming.load(self, checkpoint)
+
+
 def refuse_other_model(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:
     """Raise ValueError in one sentence where torch would list every tensor of a checkpoint that does not fit."""
     found: Mapping[str, Any] = checkpoint.get("state_dict") or {}

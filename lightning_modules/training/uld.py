@@ -18,7 +18,7 @@ from lightning_modules.data.pairs import ForgetRetainDataModule
 from lightning_modules.data.uld import uld_data
 from lightning_modules.evaluation.likelihood import device_of
 from lightning_modules.training.adapters import ALL_LINEAR, checked_targets, has_adapter
-from lightning_modules.training.resuming import Resuming
+from lightning_modules.training.resuming import ResumableModule
 from lightning_modules.training.token_count import mean_token_count
 from lightning_modules.training.trainer import trainer_options
 from lightning_modules.training.warmup import with_warmup
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class ULDModule(L.LightningModule):
+class ULDModule(ResumableModule):
     r"""Trains an assistant to remember the forget set and to know nothing about the rest.
 
     $$\min_\phi \; \mathrm{mean}_{D'_f} \, [-\log p_\phi(y)] +
@@ -90,7 +90,6 @@ class ULDModule(L.LightningModule):
         self.assistant = assistant
         self.retain_weight, self.all_positions = retain_weight, all_positions
         self.make_optimizer, self.warmup_steps = optimizer, warmup_steps
-        self._resuming = Resuming()
         self.strict_loading = False  # the checkpoint holds a part; on_load_checkpoint is as strict about that part
 
     def training_step(self, batch: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
@@ -122,17 +121,9 @@ class ULDModule(L.LightningModule):
         optimizer = self.make_optimizer([item for item in self.assistant.named_parameters() if item[1].requires_grad])
         return with_warmup(optimizer, self.warmup_steps)
 
-    def on_train_start(self) -> None:
-        """Go on from where a resumed run was."""
-        self._resuming.train_starts(self)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002 (Lightning's signature)
-        """Know where a resumed run has to go on."""
-        self._resuming.batch_starts(self)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen weights out, and add what a resumed run needs."""
-        self._resuming.save(self, checkpoint)
+        super().on_save_checkpoint(checkpoint)
         trained = self._trained()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
 
@@ -144,7 +135,7 @@ class ULDModule(L.LightningModule):
                 f"expected a checkpoint of an assistant with these {len(expected)} trained tensors, found {len(found)}, "
                 f"{len(expected ^ found)} of them in one of the two only: give it the layers and the rank that it was saved with"
             )
-        self._resuming.load(self, checkpoint)
+        super().on_load_checkpoint(checkpoint)
 
     def _trained(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
