@@ -23,6 +23,7 @@ from lightning_modules.evaluation.likelihood import device_of, on_gpu
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import START_MODEL
 from lightning_modules.progress import Stage
+from lightning_modules.run.loading import load_pretrained
 from lightning_modules.run.options import MethodOptions, TrainingOptions, UnlearnOptions
 from lightning_modules.run.plugins import make_callbacks, make_loggers
 from lightning_modules.run.run import Run
@@ -43,13 +44,16 @@ def make_module(
 
     Args:
         model: What is trained.
-        method: Losses, rule and surgery.
+        method: Losses, rule and surgery. Its teacher is loaded.
         training: The base optimizer, its warm-up, clipping and accumulation.
         reference: From `start_model`.
     """
+    forget_loss = method.bound_loss()
+    if method.teacher is not None:
+        forget_loss = objectives.distillation(SecondModel(load_pretrained(method.teacher)[0]))
     return UnlearningModule(
         model,
-        forget_loss=method.bound_loss(),
+        forget_loss=forget_loss,
         retain_loss=objectives.by_name(method.retain_loss),
         optimizer=training.base_optimizer(),
         surgery=method.surgery(max_norm=training.max_norm, accumulate=training.accumulates),
@@ -101,7 +105,8 @@ def _precompute(model: nn.Module, data: ForgetRetainDataModule, path: Path) -> N
 def kind_of_start_model(options: UnlearnOptions) -> str | None:
     """What --start-model says, with "auto" settled; None if neither loss compares with the model before unlearning."""
     method, training = options.method, options.training
-    losses = objectives.by_name(method.forget_loss), objectives.by_name(method.retain_loss)
+    names = [method.retain_loss] if method.teacher is not None else [method.forget_loss, method.retain_loss]
+    losses = [objectives.by_name(name) for name in names]
     if not any(objectives.needs_reference(loss) for loss in losses):
         return None
     if method.start_model != "auto":

@@ -304,9 +304,20 @@ def check_start(options: Options, splits: Mapping[str, Sequence[Example]]) -> No
         identity_to_teach(options.model.model)
     if isinstance(options, UnlearnOptions) and options.method.method != "uld":
         check_rank(known.config, options.training.lora_rank)
+    if isinstance(options, UnlearnOptions) and options.method.teacher is not None:
+        _check_teacher(options.method.teacher, known)
     scored = {split: rows[: options.evaluation.evaluation_examples] for split, rows in splits.items()}
     trained = {name: splits[name] for name in ("forget", "retain") if isinstance(options, UnlearnOptions)}
     check_examples(known.tokenizer, {**scored, **trained}, options.data.max_length, known.config)
+
+
+def _check_teacher(name: str, known: Pretrained) -> None:
+    vocabulary = check_pretrained(name).tokenizer.get_vocab()
+    if vocabulary != known.tokenizer.get_vocab():
+        raise ValueError(
+            f"--teacher: expected a model with the same tokenizer as --model, whose probabilities can be compared token by token, found "
+            f"{len(vocabulary)} other tokens in {name!r}; give the model that it was fine-tuned from"
+        )
 
 
 def check_rank(config: Any, rank: int) -> None:

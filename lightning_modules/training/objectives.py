@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeAlias, cast
 from torch import Tensor
 
 import gradsurgery as gs
-from lightning_modules.training.heads import AnswerHead, answer_values
+from lightning_modules.training.heads import AnswerHead, Batch, answer_values
 from lightning_modules.training.references import Reference, SecondModel, sequence_nll
 
 Batches: TypeAlias = Mapping[str, Mapping[str, Tensor]]
@@ -131,15 +131,54 @@ def rmu(layer: int, direction: Tensor | None = None) -> Objective:
     return steer
 
 
+def distillation(teacher: SecondModel) -> Objective:
+    r"""Distillation: the answers get the probabilities that a model gives them which never learned them.
+
+    $$\mathrm{KL}(q \,\|\, p) = \sum_v q_v \log(q_v / p_v)$$
+
+    with the teacher's distribution $q$ and the model's $p$ at each answer token, as a mean over the answer tokens of
+    all processes, in nats. It is bounded from below by 0, where nothing distinguishes the two on these texts, so that
+    nothing is forgotten further than the teacher would have it: neither fluency nor names, only what was learned since.
+
+    Args:
+        teacher: `references.SecondModel(model)` with the trained model's vocabulary, such as the model before it was
+            fine-tuned on what is to be forgotten. It is no copy of the trained model.
+
+    Raises:
+        ValueError: If the teacher has no model, or, when it is computed, another vocabulary.
+
+    Cost: the teacher's weights, and a forward pass of it.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> before = LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes))
+        >>> forget_loss = distillation(SecondModel(before))
+    """
+    if teacher.model is None:
+        raise ValueError(
+            "distillation: expected a teacher that never learned the forget set, found SecondModel() without a model"
+        )
+
+    @as_objective
+    def distil(context: Context, batches: Batches, name: str) -> Tensor:
+        return _mean(gs.losses.kl_divergence, 0, teacher, context, batches[name])
+
+    return distil
+
+
 def _token_mean(loss: Any, skip: int, with_reference: bool, context: Context, batches: Batches, name: str) -> Tensor:
-    batch = batches[name]
+    return _mean(loss, skip, _reference(context, loss) if with_reference else None, context, batches[name])
+
+
+def _mean(loss: Any, skip: int, reference: Reference | None, context: Context, batch: Batch) -> Tensor:
     states = context.head.states(batch)
     others = None
-    if with_reference:
-        others = _reference(context, loss).states(context.head, batch, split=states.head is not None)
+    if reference is not None:
+        others = reference.states(context.head, batch, split=states.head is not None)
         if (others.head is None) != (states.head is None):
             states = context.head.states(batch, split=False)
-            others = _reference(context, loss).states(context.head, batch, split=False)
+            others = reference.states(context.head, batch, split=False)
     values, tokens = answer_values(loss, states, batch["labels"], skip_first=skip, reference=others)
     return values.sum() / context.mean_count(len(tokens))
 

@@ -29,6 +29,9 @@ class MethodOptions:
         start_model: how a loss that compares with the model before unlearning knows it: a second copy, the model with
             its adapters switched off (auto where there are plain adapters), or log-likelihoods on disk (auto for npo
             and dpo, which need no more)
+        teacher: folder or hub name of a model that never learned the forget answers, such as the one before
+            fine-tuning, for --forget-loss kl_divergence: it brings these answers to the probabilities that the teacher
+            gives them
         refusals: text file with a refusal a line, for dpo and idk; some of our own if not given
         rule: how the two gradients are combined: {names}
         rule_options: options of the rule, for example {alpha: 5}
@@ -51,6 +54,7 @@ class MethodOptions:
     loss_options: dict[str, float] = field(default_factory=dict)
     retain_loss: str = one_of(objectives.NAMES, "cross_entropy")
     start_model: Literal["auto", "copy", "adapters_off", "precomputed"] = "auto"
+    teacher: str | None = None
     refusals: str | None = None
     rule: str = one_of([*gs.rules.RULES, *gs.elementwise.ELEMENTWISE], "gru")
     rule_options: dict[str, float] = field(default_factory=dict)
@@ -85,6 +89,11 @@ class MethodOptions:
         if objectives.needs_refusals(retain):
             raise ValueError(
                 f"--retain-loss: expected a loss that keeps answers, found {self.retain_loss}, which teaches refusals"
+            )
+        if self.teacher is not None and self.forget_loss != "kl_divergence":
+            raise ValueError(
+                f"--teacher: expected --forget-loss kl_divergence, which brings the forget answers to the teacher's probabilities, found "
+                f"{self.forget_loss}"
             )
         losses = objectives.by_name(self.forget_loss), retain
         if self.refusals is not None and not objectives.needs_refusals(losses[0]):
