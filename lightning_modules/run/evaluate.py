@@ -46,7 +46,7 @@ def _evaluate_model(options: EvaluateOptions) -> Path:
     folder = options.output.folder
     splits = read_splits(options)
     check_start(options, splits)
-    log = rows_of_log(options.evaluation, splits, options.data.chat_template_kwargs)
+    log = rows_of_log(options.evaluation, splits, options.data, options.loading)
     claim(folder)
     with locked(folder):
         claim(folder)  # another process may have filled it meanwhile
