@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -58,11 +59,18 @@ def _found(name: str, loading: LoadingOptions) -> object:
     try:
         place, file = place_of(name)
         config = transformers.AutoConfig.from_pretrained(place, **loading.files, **file)
-        commit = getattr(config, "_commit_hash", None)
+        commit = getattr(config, "_commit_hash", None) or _commit(place, file.get("gguf_file", "config.json"), loading)
         adapted = transformers.utils.find_adapter_config_file(place, **loading.at) is not None
     except (OSError, ValueError):  # raised again, with a sentence, when the model is loaded
         return None
     return None if commit is None or adapted else {"hub": name, "commit": commit}
+
+
+def _commit(place: str, file: str, loading: LoadingOptions) -> str | None:
+    """The commit of a file in the cache of the hub, which newer versions of Transformers write nowhere else."""
+    path = transformers.utils.cached_file(place, file, local_files_only=True, **loading.at)
+    found = re.search(r"/snapshots/([0-9a-f]{40})/", Path(path).as_posix()) if path is not None else None
+    return None if found is None else found[1]
 
 
 def _folder(folder: Path) -> object:
