@@ -37,6 +37,7 @@ from lightning_modules.run.adapter_folders import save_adapter
 from lightning_modules.run.assembly import check_hardware, make_trainer
 from lightning_modules.run.models import check_pretrained, check_rank, load_to_train
 from lightning_modules.run.options import FinetuneOptions, TaughtOptions
+from lightning_modules.run.plan import show_memory, show_taught_plan
 from lightning_modules.run.plugins import check_plugins
 from lightning_modules.run.resume import only_report_is_missing, resumed
 from lightning_modules.run.saving import keep_files, save_model, whole
@@ -81,6 +82,10 @@ def finetune(options: FinetuneOptions, stated: Collection[str] = ()) -> Path:
     check_rank(known.config, options.training.lora_rank)
     check_examples(known.tokenizer, {"taught": rows}, taught.max_length, known.config)
     folder = options.output.folder
+    if options.training.dry_run:
+        if will_be_first():
+            show_taught_plan(options, rows, known)
+        return folder
     if not will_be_first():
         return _taught(options, rows)
     if not options.training.resume:
@@ -90,7 +95,11 @@ def finetune(options: FinetuneOptions, stated: Collection[str] = ()) -> Path:
             claim(folder)  # another process may have filled it meanwhile
         for place in (folder, folder / CHECKPOINTS):
             remove_partial(place)
-        return _finish(folder) if only_report_is_missing(folder) else _taught(options, rows)
+        if only_report_is_missing(folder):
+            return _finish(folder)
+        if not options.training.resume:
+            show_memory(options, known)
+        return _taught(options, rows)
 
 
 def _taught(options: FinetuneOptions, rows: list[Example]) -> Path:

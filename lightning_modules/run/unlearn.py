@@ -24,6 +24,7 @@ from lightning_modules.run.finish import substitute_answers
 from lightning_modules.run.loading import check_start, load_model, read_splits, start_name
 from lightning_modules.run.methods import Unlearned, by_assistant, by_surgery, check_probes
 from lightning_modules.run.options import UnlearnOptions
+from lightning_modules.run.plan import show_memory, show_plan
 from lightning_modules.run.plugins import check_plugins, scores_to_log
 from lightning_modules.run.reference_log import reference_rows, rows_of_log
 from lightning_modules.run.report import draw
@@ -66,7 +67,7 @@ def unlearn(options: UnlearnOptions, stated: Collection[str] = ()) -> Path:
 def _unlearn(options: UnlearnOptions) -> Path:
     folder = options.output.folder
     splits = read_splits(options)
-    check_start(options, splits)
+    known = check_start(options, splits)
     if options.method.method == "uld":
         uld_data(splits, perturbed_per_row=options.uld_settings().perturbed_per_row)  # raises where answers are missing
     if options.finish.finish_steps:
@@ -74,6 +75,10 @@ def _unlearn(options: UnlearnOptions) -> Path:
     if options.training.probes:
         check_probes(splits)
     log = rows_of_log(options.evaluation, splits, options.data, options.loading, sharded=options.training.sharded)
+    if options.training.dry_run:
+        if will_be_first():
+            show_plan(options, splits, known)
+        return folder
     if not will_be_first():
         # The first one may have drawn the report meanwhile, and removed the checkpoints.
         return folder if (folder / METRICS).exists() else _trained(options, splits, log)
@@ -86,6 +91,8 @@ def _unlearn(options: UnlearnOptions) -> Path:
             remove_partial(place)
         if only_report_is_missing(folder):
             return _finish(folder)
+        if not options.training.resume:
+            show_memory(options, known)
         teach_first(options, splits)
         return _trained(options, splits, log)
 

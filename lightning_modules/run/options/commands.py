@@ -131,7 +131,8 @@ class UnlearnOptions(Options):
                 "one; use --devices 1"
             )
         self._check_adapters()
-        self.loading.check_training(training)
+        if method.method != "uld":
+            self.loading.check_training(training)
         if method.start_model == "adapters_off" and (not training.lora_rank or training.lora_init == "fila"):
             raise ValueError(
                 "expected --start-model adapters_off with adapters that leave the base as it is (--lora-rank without --lora-init fila), "

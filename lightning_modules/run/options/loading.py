@@ -44,7 +44,11 @@ class LoadingOptions:
                 raise ValueError(f"{flag(name)}: expected a name, found {value!r}; leave it out for the default")
 
     def check_training(self, training: TrainingOptions) -> None:
-        """Raise ValueError where the type of the weights would lose updates, or be turned into another one."""
+        """Raise ValueError where the type of the weights would lose updates, or be turned into another one.
+
+        Args:
+            training: Of the weights of a model; ULD's assistant is always made of adapters.
+        """
         if self.dtype == "float32":
             return
         if not training.lora_rank:
