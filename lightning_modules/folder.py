@@ -44,14 +44,11 @@ LEFT = (
 """Every name that a run may leave in its folder: one of them is enough to tell that the folder is somebody's."""
 
 
-def claim(folder: Path) -> None:
-    """Create the folder, or refuse it if it already holds a run, or a single file of one.
-
-    What an earlier run left would be read as this one's: callbacks add to probes.json, the report draws what is there.
+def check_free(folder: Path) -> None:
+    """Refuse a folder that already holds a run, or a single file of one. Nothing is created.
 
     Raises:
         FileExistsError: If the folder holds files of a run.
-        PermissionError: If the folder cannot be created or written to.
     """
     found = [name for name in LEFT if os.path.lexists(folder / name)]
     if found:
@@ -62,6 +59,18 @@ def claim(folder: Path) -> None:
             f"--output: expected a new or empty folder, found {', '.join(found)} of an earlier run in {folder}; choose another folder, "
             f"{way}"
         )
+
+
+def claim(folder: Path) -> None:
+    """Create the folder, or refuse it if it already holds a run, or a single file of one.
+
+    What an earlier run left would be read as this one's: callbacks add to probes.json, the report draws what is there.
+
+    Raises:
+        FileExistsError: If the folder holds files of a run.
+        PermissionError: If the folder cannot be created or written to.
+    """
+    check_free(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"

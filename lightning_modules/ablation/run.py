@@ -24,7 +24,8 @@ from lightning_modules.data.examples import Example
 from lightning_modules.data.files import read_json
 from lightning_modules.folder import versions, write_json
 from lightning_modules.run.identity import content_versions, examples_hash, model_identity
-from lightning_modules.run.loading import load_model, load_pretrained, make_data, read_splits, tokenizer_texts
+from lightning_modules.run.loading import load_model, make_data, read_splits, tokenizer_texts
+from lightning_modules.run.models import load_pretrained
 from lightning_modules.run.run import Splits
 from lightning_modules.training.scratch import ScratchSettings, scratch_model
 

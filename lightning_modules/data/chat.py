@@ -76,13 +76,18 @@ def set_template_options(tokenizer: PreTrainedTokenizerBase, options: Mapping[st
             "leave them out"
         )
     for name in options:
-        if not re.search(rf"\b{re.escape(name)}\b", _template(tokenizer)):
+        if not reads(tokenizer, name):
             raise ValueError(
                 f"chat_template_kwargs: expected variables that the chat template reads, found {name!r}, which does not occur in it"
             )
     if _TODAY in options:
         _today(options)
     setattr(tokenizer, _OPTIONS, dict(options))
+
+
+def reads(tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
+    """Whether the tokenizer's chat template has a word such as the name of one of its variables."""
+    return re.search(rf"\b{re.escape(name)}\b", _template(tokenizer)) is not None
 
 
 def template_options(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -103,6 +108,15 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
         ValueError: if the template refuses the conversation.
     """
     return _render(tokenizer, messages, invite=True)
+
+
+def conversation_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    """Returns the whole conversation as the template writes it.
+
+    Raises:
+        ValueError: if the template refuses the conversation.
+    """
+    return _render(tokenizer, messages)
 
 
 def spoken(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, every_turn: bool = True) -> Spoken:

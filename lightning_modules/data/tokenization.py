@@ -5,6 +5,7 @@ Training, scoring and generation share one format, so that a model is scored on 
 - a tokenizer with a chat template: the conversation as the template renders it, up to the end of its last turn; the
   labels are what the assistant says, the template's own end of turn included (`lightning_modules.data.chat`);
 - any other tokenizer: `<bos>Q: {question}\nA:`, then ` {answer}` and eos (bos only where the tokenizer has one);
+- a tokenizer that was told a format (`lightning_modules.data.formats`): as that says;
 - an empty question marks plain text: `<bos>{text}<eos>`, where every token after the first is a label.
 
 The boundary between prompt and answer is exact even where a tokenizer would merge across it: then the two are tokenized
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from gradsurgery.losses import IGNORED
 from lightning_modules.data.chat import Message, has_template, prompt_text, spoken
+from lightning_modules.data.formats import PromptFormat, format_of, single_question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,6 +63,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: Question) -> list[i
     bos = [] if bos_id is None else [bos_id]
     if not question:
         return bos
+    form = format_of(tokenizer)
+    if form is not None:
+        prompt = form(tokenizer, single_question(question), None)
+        return _tokens(tokenizer, prompt.whole, special=prompt.special)
     if has_template(tokenizer):
         return _tokens(tokenizer, prompt_text(tokenizer, _turns(question)))
     ids = _tokens(tokenizer, f"Q: {_text(question)}\nA:")
@@ -89,7 +95,10 @@ def encode(
         ValueError: if the tokenizer has no eos token and needs one, if its chat template cannot be used (see
             `chat.spoken`), or if truncation leaves nothing of the answer.
     """
-    if question and has_template(tokenizer):
+    form = format_of(tokenizer)
+    if question and form is not None:
+        example = _formatted(tokenizer, form, single_question(question), answer)
+    elif question and has_template(tokenizer):
         example = _conversation(tokenizer, [*_turns(question), {"role": "assistant", "content": answer}], every_turn)
     else:
         example = _question_and_answer(tokenizer, question, answer)
@@ -189,8 +198,8 @@ def collate(encoded: Sequence[Encoded], pad_token_id: int) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
 def _turns(question: Question) -> Sequence[Message]:
@@ -213,6 +222,18 @@ def _question_and_answer(tokenizer: PreTrainedTokenizerBase, question: Question,
     unlabelled = max(len(prompt), 1)
     input_ids = prompt + target
     return Encoded(input_ids, [IGNORED] * unlabelled + input_ids[unlabelled:])
+
+
+def _formatted(tokenizer: PreTrainedTokenizerBase, form: PromptFormat, question: str, answer: str) -> Encoded:
+    prompt, whole, special = form(tokenizer, question, answer)
+    head, ids = (_tokens(tokenizer, text, special=special) for text in (prompt, whole))
+    if ids[: len(head)] != head:
+        raise ValueError(
+            f"--prompt-format: expected a format whose prompt ends where a token ends, found one across its end in {whole!r:.200}: put "
+            "a line break or a special token between question and answer, or use auto"
+        )
+    ids = ids if ids[-1] == special_id(tokenizer, "eos") else [*ids, _eos(tokenizer)]
+    return Encoded(ids, [IGNORED] * len(head) + ids[len(head) :])
 
 
 def _conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], every_turn: bool) -> Encoded:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
+
+from lightning_modules.run.options.loading import LoadingOptions
+from lightning_modules.run.places import is_gguf
 
 BASE = "base"  # of a run's folder: the model from scratch, if an adapter is kept for it
 
@@ -27,21 +31,38 @@ def save_adapter(model: Any, folder: Path, *, base: str) -> None:
     model.save_pretrained(folder, save_embedding_layers=False)
 
 
-def base_of_adapter(name: str) -> str | None:
+class Base(NamedTuple):
+    """The model that an adapter is for.
+
+    Attributes:
+        name: Folder or hub name.
+        loading: How it is loaded.
+    """
+
+    name: str
+    loading: LoadingOptions
+
+
+def base_of_adapter(name: str, loading: LoadingOptions) -> Base | None:
     """The model that an adapter in a folder or on the hub is for; None if the name is that of a whole model.
+
+    Args:
+        name: Of the adapter, or of the model.
+        loading: How it is loaded: the revision is the adapter's, and of its base the one that the adapter names.
 
     Raises:
         ValueError: If the adapter does not say it.
     """
     from transformers.utils import find_adapter_config_file
 
-    if find_adapter_config_file(name) is None:
+    if is_gguf(name) or find_adapter_config_file(name, **loading.at) is None:
         return None
     if (Path(name) / "config.json").exists():
-        return name  # a whole model with an adapter beside it, which is put on it
+        return Base(name, loading)  # a whole model with an adapter beside it, which is put on it
     from peft import PeftConfig
 
-    base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    config = PeftConfig.from_pretrained(name, **loading.at)
+    base = config.base_model_name_or_path
     if not base:
         raise ValueError(
             "its adapter_config.json names no base_model_name_or_path; write the model that it is for there"
@@ -51,7 +72,7 @@ def base_of_adapter(name: str) -> str | None:
             f"it is an adapter for the model in {base}, where there is no folder; put the model back, or write its place into "
             "adapter_config.json, base_model_name_or_path"
         )
-    return base
+    return Base(base, replace(loading, revision=config.revision))
 
 
 def tokenizer_place(name: str, base: str | None) -> str:
@@ -61,8 +82,13 @@ def tokenizer_place(name: str, base: str | None) -> str:
     return base
 
 
-def with_saved_adapter(model: nn.Module, name: str) -> nn.Module:
+def with_saved_adapter(model: nn.Module, name: str, revision: str | None = None) -> nn.Module:
     """A saved adapter on its model, in evaluation mode and not to be trained.
+
+    Args:
+        model: That the adapter is for.
+        name: Folder or hub name of the adapter.
+        revision: Of it on the hub.
 
     Raises:
         ValueError: If weights of the adapter are missing in its file. (peft gives a warning, and the model as if they
@@ -72,7 +98,7 @@ def with_saved_adapter(model: nn.Module, name: str) -> nn.Module:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        adapted = PeftModel.from_pretrained(model, name)  # pyright: ignore[reportArgumentType]
+        adapted = PeftModel.from_pretrained(model, name, revision=revision)  # pyright: ignore[reportArgumentType]
     for warning in caught:
         if "missing adapter keys" in str(warning.message):
             raise ValueError(f"its adapter is not whole: {warning.message!s:.300}")

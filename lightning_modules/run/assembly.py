@@ -23,7 +23,7 @@ from lightning_modules.evaluation.likelihood import device_of, on_gpu
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import START_MODEL
 from lightning_modules.progress import Stage
-from lightning_modules.run.loading import load_pretrained
+from lightning_modules.run.models import load_pretrained
 from lightning_modules.run.options import MethodOptions, TrainingOptions, UnlearnOptions
 from lightning_modules.run.plugins import make_callbacks, make_loggers
 from lightning_modules.run.run import Run

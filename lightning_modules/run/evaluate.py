@@ -45,7 +45,7 @@ def _evaluate_model(options: EvaluateOptions) -> Path:
     folder = options.output.folder
     splits = read_splits(options)
     check_start(options, splits)
-    log = rows_of_log(options.evaluation, splits, options.data.chat_template_kwargs)
+    log = rows_of_log(options.evaluation, splits, options.data, options.loading)
     with occupied(folder):
         return _scored(options, splits, log)
 

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from torch import nn
 
-from lightning_modules.data.chat import set_template_options
 from lightning_modules.data.examples import Example, evenly_spaced, read_examples
+from lightning_modules.data.formats import set_format
 from lightning_modules.data.pairs import VALIDATION_EXAMPLES, encoded_rows, warn_of_duplicates
 from lightning_modules.data.tofu import ROWS_PER_AUTHOR, tofu_split
 from lightning_modules.data.tokenization import Encoded, padding_id
@@ -34,16 +34,18 @@ from lightning_modules.folder import (
 from lightning_modules.report.findings import MEMORISED
 from lightning_modules.run.adapter_folders import save_adapter
 from lightning_modules.run.assembly import check_hardware, make_trainer
-from lightning_modules.run.loading import check_pretrained, check_rank, load_to_train
+from lightning_modules.run.models import check_pretrained, check_rank, load_to_train
 from lightning_modules.run.options import FinetuneOptions, TaughtOptions
+from lightning_modules.run.plan import show_memory, show_taught_plan
 from lightning_modules.run.plugins import check_plugins
 from lightning_modules.run.resume import only_report_is_missing, resumed
+from lightning_modules.run.saving import keep_files, save_model, whole
 from lightning_modules.run.show import show_row
 from lightning_modules.run.soundness import check_examples
 from lightning_modules.training.adapters import adapt
 from lightning_modules.training.callbacks import Checkpoints
 from lightning_modules.training.finetuning import FinetuningDataModule, FinetuningModule
-from lightning_modules.training.merging import check_mergeable, merged
+from lightning_modules.training.merging import check_mergeable
 from lightning_modules.training.probability import mean_probabilities
 
 
@@ -74,21 +76,30 @@ def finetune(options: FinetuneOptions, stated: Collection[str] = ()) -> Path:
     check_plugins(options.training.as_unlearning())
     rows = read_taught(options.taught)
     taught = options.taught
-    known = check_pretrained(str(taught.model), taught.chat_template_kwargs)
+    known = check_pretrained(str(taught.model), options.loading)
+    set_format(known.tokenizer, taught.chat_template_kwargs, taught.prompt_format)
     check_rank(known.config, options.training.lora_rank)
     check_examples(known.tokenizer, {"taught": rows}, taught.max_length, known.config)
     folder = options.output.folder
+    if options.training.dry_run:
+        if will_be_first():
+            show_taught_plan(options, rows, known)
+        return folder
     if not will_be_first():
         return _taught(options, rows)
     with occupied(folder, resume=options.training.resume):
-        return _finish(folder) if only_report_is_missing(folder) else _taught(options, rows)
+        if only_report_is_missing(folder):
+            return _finish(folder)
+        if not options.training.resume:
+            show_memory(options, known)
+        return _taught(options, rows)
 
 
 def _taught(options: FinetuneOptions, rows: list[Example]) -> Path:
     folder, first, training = options.output.folder, will_be_first(), options.training
     L.seed_everything(options.output.seed, verbose=False)
-    model, tokenizer = load_to_train(str(options.taught.model), training.save)
-    set_template_options(tokenizer, options.taught.chat_template_kwargs)
+    model, tokenizer = load_to_train(str(options.taught.model), training.save, options.loading)
+    set_format(tokenizer, options.taught.chat_template_kwargs, options.taught.prompt_format)
     warn_of_duplicates("taught", rows)
     encoded = encoded_rows(tokenizer, "taught", rows, options.taught.max_length)
     if first:
@@ -110,13 +121,14 @@ def _taught(options: FinetuneOptions, rows: list[Example]) -> Path:
     seconds = time.perf_counter() - started
     if not trainer.is_global_zero:
         return folder
-    taught: Any = module.model if training.save == "adapter" else merged(module.model)
+    taught: Any = module.model if training.save == "adapter" else whole(module.model)
     with replacing(folder / MODEL) as temporary:
         if training.save == "adapter":
             save_adapter(taught, temporary, base=str(options.taught.model))
+            tokenizer.save_pretrained(temporary)
         else:
-            taught.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+            save_model(taught, tokenizer, temporary)
+        keep_files(str(options.taught.model), options.loading, temporary)
     after = _probability(taught, scored, tokenizer)
     found = {"before": before, "after": after, "scored": len(scored), "examples": len(rows)}
     seed = options.output.seed

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from lightning_modules.data.chat import set_template_options
 from lightning_modules.data.examples import Example, asked
+from lightning_modules.data.formats import set_format
 from lightning_modules.data.tokenization import Encoded, encode, padding_id
 from lightning_modules.folder import cache_folder
-from lightning_modules.run.identity import NO_CODE, content_versions, hashed, model_identity
-from lightning_modules.run.options import Options, UnlearnOptions
+from lightning_modules.run.identity import content_versions, hashed, model_identity
+from lightning_modules.run.models import load_tokenizer
+from lightning_modules.run.options import LoadingOptions, Options, UnlearnOptions
 from lightning_modules.training.finetuning import FinetuningSettings
 
 FORMAT = 1
@@ -30,6 +31,7 @@ class Lesson:
 
     Attributes:
         model: Folder or hub name of the model that is taught.
+        loading: How it is loaded: in float32, because all its weights are trained.
         identity: What distinguishes it from every other one, see `identity.model_identity`.
         encoded: The examples.
         pad_token_id: Fills up shorter rows.
@@ -38,6 +40,7 @@ class Lesson:
     """
 
     model: str
+    loading: LoadingOptions
     identity: object
     encoded: list[Encoded]
     pad_token_id: int
@@ -72,30 +75,29 @@ def lesson(options: Options, splits: Mapping[str, Sequence[Example]], part: Part
     Raises:
         ValueError: If the model has nothing that tells it from others, as an adapter.
     """
-    import transformers
-
     if not isinstance(options, UnlearnOptions) or not options.first.finetune_first:
         return None
     if part == "reference" and options.evaluation.reference is not None:
         return None
     name = options.model.model
-    identity = identity_to_teach(name)
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name, **NO_CODE)
-    set_template_options(tokenizer, options.data.chat_template_kwargs)
+    loading = options.loading.in_float32()
+    identity = identity_to_teach(name, loading)
+    tokenizer = load_tokenizer(name, loading)
+    set_format(tokenizer, options.data.chat_template_kwargs, options.data.prompt_format)
     rows = [row for split in SPLITS[part] for row in splits[split]]
     encoded = [encode(tokenizer, asked(row), row["answer"], options.data.max_length) for row in rows]
     precision = options.training.precision or options.resolved().training.precision or "32-true"
     settings = options.first.settings(options.output.seed)
-    return Lesson(name, identity, encoded, padding_id(tokenizer), settings, precision)
+    return Lesson(name, loading, identity, encoded, padding_id(tokenizer), settings, precision)
 
 
-def identity_to_teach(name: str) -> object:
+def identity_to_teach(name: str, loading: LoadingOptions) -> object:
     """What distinguishes a model that is taught first, see `identity.model_identity`.
 
     Raises:
         ValueError: If there is no such thing.
     """
-    identity = model_identity(name)
+    identity = model_identity(name, loading.in_float32())
     if identity is None:
         raise ValueError(
             f"--finetune-first: expected a whole model, by whose files the taught one can be kept, found {name!r}, an adapter; merge it "

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 
 import gradsurgery as gs
+from lightning_modules.run.options.loading import USUAL, LoadingOptions
+from lightning_modules.run.places import is_gguf, place_of
 from lightning_modules.run.run import Splits
-
-NO_CODE: dict[str, Any] = {"trust_remote_code": False}
-"""A model's own Python is never run. Without this, Transformers asks whoever sits at the terminal, and waits."""
 
 
 def content_versions() -> dict[str, str]:
@@ -36,23 +35,42 @@ def hashed(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def model_identity(name: str) -> object:
+def model_identity(name: str, loading: LoadingOptions = USUAL) -> object:
     """What distinguishes a model from every other one, as JSON; None if that is not known.
 
-    - A folder: its path, and the name, size and time of change of every file in it.
+    - A folder, or a GGUF file: its path, and the name, size and time of change of every file in the folder.
     - A model on the hub: its commit.
 
-    An adapter has no identity, because it names a base that may change without it.
+    Where it is loaded in another way than the usual one, that is a part of it. An adapter has no identity, because it
+    names a base that may change without it.
     """
+    found = _found(name, loading)
+    said = {option: getattr(loading, option) for option in loading.stated() if option != "revision"}
+    return found if found is None or not said else {"model": found, "loaded": said}
+
+
+def _found(name: str, loading: LoadingOptions) -> object:
+    if is_gguf(name) and Path(name).is_file():
+        folder = _folder(Path(name).parent)
+        return None if folder is None else {"file": Path(name).name, "in": folder}
     if Path(name).is_dir():
         return _folder(Path(name))
     _ = gs.logit_difference.LogitDifferenceModel  # importing it registers its configuration with Transformers
     try:
-        commit = getattr(transformers.AutoConfig.from_pretrained(name, **NO_CODE), "_commit_hash", None)
-        adapted = transformers.utils.find_adapter_config_file(name) is not None
+        place, file = place_of(name)
+        config = transformers.AutoConfig.from_pretrained(place, **loading.files, **file)
+        commit = getattr(config, "_commit_hash", None) or _commit(place, file.get("gguf_file", "config.json"), loading)
+        adapted = transformers.utils.find_adapter_config_file(place, **loading.at) is not None
     except (OSError, ValueError):  # raised again, with a sentence, when the model is loaded
         return None
     return None if commit is None or adapted else {"hub": name, "commit": commit}
+
+
+def _commit(place: str, file: str, loading: LoadingOptions) -> str | None:
+    """The commit of a file in the cache of the hub, which newer versions of Transformers write nowhere else."""
+    path = transformers.utils.cached_file(place, file, local_files_only=True, **loading.at)
+    found = re.search(r"/snapshots/([0-9a-f]{40})/", Path(path).as_posix()) if path is not None else None
+    return None if found is None else found[1]
 
 
 def _folder(folder: Path) -> object:

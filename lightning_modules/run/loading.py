@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import math
-import os
-import pickle
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
-import gradsurgery as gs
-from lightning_modules.data.chat import set_template_options
 from lightning_modules.data.examples import Example, read_examples
 from lightning_modules.data.fictional_authors import QUESTIONS_PER_AUTHOR, fictional_authors
 from lightning_modules.data.files import read_text
+from lightning_modules.data.formats import set_format
 from lightning_modules.data.pairs import REFUSALS, ForgetRetainDataModule, TOFUDataModule
 from lightning_modules.data.tofu import tofu_examples, tofu_split
 from lightning_modules.evaluation.membership import HOLDOUT
-from lightning_modules.run.adapter_folders import base_of_adapter, tokenizer_place, with_saved_adapter
 from lightning_modules.run.first import identity_to_teach, taught_folder
-from lightning_modules.run.identity import NO_CODE
+from lightning_modules.run.models import Pretrained, check_pretrained, check_rank, load_pretrained, load_to_train
 from lightning_modules.run.options import DataOptions, MethodOptions, Options, UnlearnOptions
 from lightning_modules.run.overlap import check_overlap
-from lightning_modules.run.soundness import check_config, check_examples, check_tokenizer, check_weights
+from lightning_modules.run.soundness import check_examples
 from lightning_modules.training import objectives
-from lightning_modules.training.merging import merged
 from lightning_modules.training.scratch import ScratchSettings, scratch_model
 
 _TOKENIZER_AUTHORS = 100
-_LONGEST = 400  # letters of what Transformers says, which can be a list of all its models
 
 
 def make_data(options: Options, tokenizer: Any) -> ForgetRetainDataModule:
@@ -122,7 +114,7 @@ def load_model(options: Options, splits: Mapping[str, Sequence[Example]]) -> tup
             trained, and is an adapter that cannot be merged.
     """
     loaded = _given(options, start_name(options, splits)) if not options.model.scratch else _small(options, splits)
-    set_template_options(loaded[1], options.data.chat_template_kwargs)
+    set_format(loaded[1], options.data.chat_template_kwargs, options.data.prompt_format)
     return loaded
 
 
@@ -146,35 +138,8 @@ def reference_name(options: Options, splits: Mapping[str, Sequence[Example]]) ->
 
 def _given(options: Options, name: str) -> tuple[nn.Module, Any]:
     if isinstance(options, UnlearnOptions):
-        return load_to_train(name, options.training.save)
-    return load_pretrained(name)
-
-
-def load_to_train(name: str, save: str = "merged") -> tuple[nn.Module, Any]:
-    """As `load_pretrained`, of a model that is to be trained: an adapter is merged into its model.
-
-    Args:
-        name: Folder or hub name.
-        save: What will be saved, "merged" or "adapter".
-
-    Raises:
-        FileNotFoundError: If there is no such model.
-        ValueError: If it is an adapter that cannot be merged, or would be saved as another.
-    """
-    model, tokenizer = load_pretrained(name)
-    if base_of_adapter(name) is not None:
-        if save == "adapter":
-            raise ValueError(
-                f"--save adapter: expected a whole model as --model, found {name!r}, an adapter; merge it into "
-                "its model and save that first, or use --save merged"
-            )
-        model = merged(model)
-        if hasattr(model, "disable_adapter"):
-            raise ValueError(
-                f"--model: expected a model, or an adapter that can be merged into one, such as LoRA, found another kind in {name!r}"
-            )
-        model.requires_grad_(True)  # peft had frozen all of it
-    return model, tokenizer
+        return load_to_train(name, options.training.save, options.loading)
+    return load_pretrained(name, options.loading)
 
 
 def _small(options: Options, splits: Mapping[str, Sequence[Example]]) -> tuple[nn.Module, Any]:
@@ -198,8 +163,8 @@ def load_reference(options: Options, splits: Mapping[str, Sequence[Example]]) ->
     """
     name = reference_name(options, splits)
     if name is not None:
-        loaded = load_pretrained(name)
-        set_template_options(loaded[1], options.data.chat_template_kwargs)
+        loaded = load_pretrained(name, options.loading.of_reference())
+        set_format(loaded[1], options.data.chat_template_kwargs, options.data.prompt_format)
         return loaded
     if not options.model.scratch:
         return None
@@ -228,128 +193,40 @@ def tokenizer_texts(data: DataOptions, splits: Mapping[str, Sequence[Example]]) 
     return [f"Q: {row['question']}\nA: {row['answer']}" for row in rows]
 
 
-def load_pretrained(name: str) -> tuple[nn.Module, Any]:
-    """A causal language model in float32 and its tokenizer, from a folder or the hub. Nothing in them is executed.
-
-    A PEFT adapter is loaded on the model that it names, as a `PeftModel`.
-
-    Raises:
-        FileNotFoundError: If it is neither.
-        ValueError: If it is no causal language model, or weights are missing, of another shape or not finite.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from gradsurgery.logit_difference.model import LogitDifferenceConfig
-
-    config = check_pretrained(name).config
-    # A model of two models loads them itself, and says nothing about it.
-    single = not isinstance(config, LogitDifferenceConfig)
-    reports: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True} if single else {}
-    with _known(name):
-        base = base_of_adapter(name)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(base or name, dtype="float32", **NO_CODE, **reports)
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_place(name, base), **NO_CODE)
-    model, found = loaded if single else (loaded, {})
-    check_weights(name, model, found)
-    if base is not None:
-        with _known(name):
-            model = with_saved_adapter(model, name)
-    return model, tokenizer
-
-
-class Pretrained(NamedTuple):
-    """What is known of a model before its weights are loaded.
-
-    Attributes:
-        config: Its configuration; that of its base for an adapter.
-        tokenizer: Its tokenizer.
-    """
-
-    config: Any
-    tokenizer: Any
-
-
-def check_pretrained(name: str, chat_template_kwargs: Mapping[str, Any] | None = None) -> Pretrained:
-    """Load only a model's configuration and tokenizer, so that most wrong names are refused before any work is done.
-
-    Raises:
-        FileNotFoundError: As `load_pretrained`.
-        ValueError: If it is no causal language model, its tokenizer cannot write an example, or its chat template does
-            not read one of these options.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
-    with _known(name):
-        base = base_of_adapter(name)
-        config = AutoConfig.from_pretrained(base or name, **NO_CODE)
-    check_config(name, config)
-    with _known(name):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_place(name, base), **NO_CODE)
-    check_tokenizer(name, tokenizer)
-    set_template_options(tokenizer, chat_template_kwargs or {})
-    return Pretrained(config, tokenizer)
-
-
-def check_start(options: Options, splits: Mapping[str, Sequence[Example]]) -> None:
+def check_start(options: Options, splits: Mapping[str, Sequence[Example]]) -> Pretrained | None:
     """See that the model that is to forget can read all examples, without loading its weights.
+
+    Returns:
+        What is known of it; None of the small Llama.
 
     Raises:
         FileNotFoundError: If there is no such model.
         ValueError: If it cannot read them; the message names the example.
     """
     if options.model.scratch:
-        return
-    known = check_pretrained(options.model.model, options.data.chat_template_kwargs)
+        return None
+    sharded = isinstance(options, UnlearnOptions) and options.training.sharded
+    known = check_pretrained(options.model.model, options.loading, sharded=sharded)
+    set_format(known.tokenizer, options.data.chat_template_kwargs, options.data.prompt_format)
     if isinstance(options, UnlearnOptions) and options.first.finetune_first:
-        identity_to_teach(options.model.model)
+        identity_to_teach(options.model.model, options.loading)
     if isinstance(options, UnlearnOptions) and options.method.method != "uld":
         check_rank(known.config, options.training.lora_rank)
-    if isinstance(options, UnlearnOptions) and options.method.teacher is not None:
-        _check_teacher(options.method.teacher, known)
+    if isinstance(options, UnlearnOptions):
+        _check_teacher(options, known)
     scored = {split: rows[: options.evaluation.evaluation_examples] for split, rows in splits.items()}
     trained = {name: splits[name] for name in ("forget", "retain") if isinstance(options, UnlearnOptions)}
     check_examples(known.tokenizer, {**scored, **trained}, options.data.max_length, known.config)
+    return known
 
 
-def _check_teacher(name: str, known: Pretrained) -> None:
-    vocabulary = check_pretrained(name).tokenizer.get_vocab()
+def _check_teacher(options: UnlearnOptions, known: Pretrained) -> None:
+    name = options.method.teacher
+    if name is None:
+        return
+    vocabulary = check_pretrained(name, options.loading).tokenizer.get_vocab()
     if vocabulary != known.tokenizer.get_vocab():
         raise ValueError(
             f"--teacher: expected a model with the same tokenizer as --model, whose probabilities can be compared token by token, found "
             f"{len(vocabulary)} other tokens in {name!r}; give the model that it was fine-tuned from"
         )
-
-
-def check_rank(config: Any, rank: int) -> None:
-    """Raise ValueError if adapters of this rank are wider than the model of this configuration."""
-    width = getattr(config.get_text_config(), "hidden_size", None) or math.inf
-    if rank > width:
-        raise ValueError(
-            f"--lora-rank: expected at most the model's width, {width}, found {rank}: such adapters are larger than the weights"
-        )
-
-
-@contextmanager
-def _known(name: str) -> Generator[None]:
-    """Turn what Transformers raises about a model that it cannot load into a FileNotFoundError with the name in it."""
-    _ = gs.logit_difference.LogitDifferenceModel  # importing it registers its configuration with Transformers
-    try:
-        yield
-    # A damaged file can make its reader raise anything; the advice is the same.
-    except Exception as error:
-        said = " ".join(str(error).split())
-        if isinstance(error, pickle.UnpicklingError):
-            said = (
-                "weights in a pickle that is broken or would run code, which is never done; convert them to safetensors"
-            )
-        elif not isinstance(error, (OSError, ValueError)):
-            said = f"{type(error).__name__}: {said}"
-        where = (
-            "is a folder without a loadable model"
-            if os.path.isdir(name)
-            else "is neither a folder nor a model on the hub"
-        )
-        raise FileNotFoundError(
-            f"--model or --reference: {name!r:.200} {where}: expected config.json, safetensors and a tokenizer, found: "
-            f"{said[:_LONGEST]}{'...' if len(said) > _LONGEST else ''}"
-        ) from error

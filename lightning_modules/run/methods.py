@@ -28,8 +28,10 @@ from lightning_modules.run.finish import finish, kept_start
 from lightning_modules.run.identity import examples_hash
 from lightning_modules.run.loading import load_reference, make_data
 from lightning_modules.run.options import TrainingOptions, UnlearnOptions
+from lightning_modules.run.places import is_log
 from lightning_modules.run.plugins import make_callbacks, make_loggers
 from lightning_modules.run.run import Run
+from lightning_modules.run.saving import whole
 from lightning_modules.run.scoring import score
 from lightning_modules.run.show import show_start
 from lightning_modules.training.adapters import checked_targets
@@ -47,7 +49,6 @@ from lightning_modules.training.callbacks import (
 )
 from lightning_modules.training.callbacks.checkpoints import FORMER
 from lightning_modules.training.checkpoint_file import CheckpointFile
-from lightning_modules.training.merging import merged
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
     together = processes.several()  # Lightning's processes live on after training, with the same weights
     if not (trainer.is_global_zero or together):
         return None
-    unlearned = module.model if training.save == "adapter" else merged(module.model)
+    unlearned = module.model if training.save == "adapter" else whole(module.model)
     probe = partial(probe_it, run, unlearned, curve) if training.probes else None
     return Unlearned(
         unlearned,
@@ -250,7 +251,7 @@ def probe_it(run: Run[UnlearnOptions], model: nn.Module, curve: TradeoffCurve) -
 
     def control() -> nn.Module | None:
         reference = options.evaluation.reference
-        if reference is not None and Path(reference).is_file():
+        if reference is not None and is_log(reference):
             return None
         loaded = load_reference(options, run.splits)
         return loaded[0] if loaded is not None and loaded[1].get_vocab() == run.tokenizer.get_vocab() else None

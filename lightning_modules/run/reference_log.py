@@ -8,20 +8,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import transformers
 from rich.console import Console
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_modules.data.chat import set_template_options
 from lightning_modules.data.examples import numbered
+from lightning_modules.data.formats import set_format
 from lightning_modules.evaluation.membership import HOLDOUT
 from lightning_modules.evaluation.processes import every_process, from_first, is_first, will_be_first
 from lightning_modules.evaluation.texts import texts_of
 from lightning_modules.folder import cache_folder, read_evaluation, write_evaluation
-from lightning_modules.run.identity import NO_CODE, content_versions, hashed, model_identity
-from lightning_modules.run.loading import check_pretrained, load_reference, reference_name, tokenizer_texts
-from lightning_modules.run.options import EvaluationOptions, Options
+from lightning_modules.run.identity import content_versions, hashed, model_identity
+from lightning_modules.run.loading import load_reference, reference_name, tokenizer_texts
+from lightning_modules.run.models import check_pretrained, load_tokenizer
+from lightning_modules.run.options import DataOptions, EvaluationOptions, LoadingOptions, Options
+from lightning_modules.run.options.loading import USUAL
+from lightning_modules.run.places import is_log
 from lightning_modules.run.run import Run, Splits
 from lightning_modules.run.scoring import ScoredSplits, score, to_score
 from lightning_modules.training import scratch
@@ -30,10 +32,16 @@ from lightning_modules.training.sharding import Distributed
 _FORMAT = 1  # raise it when what is scored, or how, changes, so that logs in the cache are not used any more
 
 T = TypeVar("T")
+_DATA = DataOptions()
 
 
 def rows_of_log(
-    evaluation: EvaluationOptions, splits: Splits, chat_template_kwargs: Mapping[str, Any] | None = None
+    evaluation: EvaluationOptions,
+    splits: Splits,
+    data: DataOptions = _DATA,
+    loading: LoadingOptions = USUAL,
+    *,
+    sharded: bool = False,
 ) -> ScoredSplits | None:
     """The scores in the log that is given as the reference.
 
@@ -44,7 +52,9 @@ def rows_of_log(
     Args:
         evaluation: Which reference, and how many examples are scored.
         splits: All examples by split.
-        chat_template_kwargs: What the chat template of a model will be told, to see that it reads it.
+        data: How a model's tokenizer writes examples, to see that it can.
+        loading: How a model is loaded.
+        sharded: Whether several devices share its weights.
 
     Returns:
         Split -> rows in the order of the examples that are scored; `None` if the reference is a model, or if there is
@@ -57,8 +67,9 @@ def rows_of_log(
     name = evaluation.reference
     if name is None:
         return None
-    if not Path(name).is_file():
-        check_pretrained(name, chat_template_kwargs)
+    if not is_log(name):
+        known = check_pretrained(name, loading.of_reference(), sharded=sharded)
+        set_format(known.tokenizer, data.chat_template_kwargs, data.prompt_format)
         return None
     model, log = read_evaluation(Path(name))
     rows = matching(log, to_score(evaluation, splits), name)
@@ -92,8 +103,8 @@ def reference_rows(
         RuntimeError: Across processes, if another process failed.
     """
     evaluation = options.evaluation
-    if evaluation.reference is not None and Path(evaluation.reference).is_file():
-        return rows_of_log(evaluation, splits, options.data.chat_template_kwargs)
+    if evaluation.reference is not None and is_log(evaluation.reference):
+        return rows_of_log(evaluation, splits)
 
     def first(work: Callable[[], T]) -> T:
         return from_first(work) if across_processes else work()
@@ -194,7 +205,7 @@ def cache_path(options: Options, splits: Splits) -> Path | None:
     name, evaluation = reference_name(options, splits), options.evaluation
     if name is None and not options.model.scratch:
         return None
-    identity = _from_scratch(options, splits) if name is None else model_identity(name)
+    identity = _from_scratch(options, splits) if name is None else model_identity(name, options.loading.of_reference())
     if identity is None:
         return None
     examples = to_score(evaluation, splits)
@@ -216,10 +227,10 @@ def _tokens(name: str, options: Options, examples: Splits) -> str | None:
     They depend on more than the texts and the tokenizer's files: on the options of its chat template, and on our code.
     """
     try:
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name, **NO_CODE)
+        tokenizer = load_tokenizer(name, options.loading.of_reference())
     except (OSError, ValueError):  # raised again, with a sentence, when the model is loaded
         return None
-    set_template_options(tokenizer, options.data.chat_template_kwargs)
+    set_format(tokenizer, options.data.chat_template_kwargs, options.data.prompt_format)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of texts that are cut; it is said when they are scored
         found = texts_of(

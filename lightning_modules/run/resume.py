@@ -9,6 +9,7 @@ from typing import TypeVar
 from lightning_modules.folder import CHECKPOINTS, CONFIG, METRICS, check_links
 from lightning_modules.run.options import FinetuneOptions, UnlearnOptions
 from lightning_modules.run.options.flat import flag
+from lightning_modules.run.options.training import NO_PART
 from lightning_modules.run.saved import read_options
 
 OptionsT = TypeVar("OptionsT", UnlearnOptions, FinetuneOptions)
@@ -48,7 +49,7 @@ def resumed(given: OptionsT, stated: Collection[str] = ()) -> OptionsT:
     place = {"output": given.output.output}
     saved = kind.of(**values | place)
     before, now, default = saved.flat(), given.flat(), kind.of(**place).flat()
-    said = {name: now[name] for name in names - {"resume"} if name in stated or now[name] != default[name]}
+    said = {name: now[name] for name in names - set(NO_PART) if name in stated or now[name] != default[name]}
     # config.yaml holds what a default such as null came to, so the options given are resolved as the run's were.
     meant = saved.but(**said).resolved().flat()
     changed = [

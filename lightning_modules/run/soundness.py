@@ -25,7 +25,8 @@ def check_config(name: str, config: Any) -> None:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})  # its own code, which was trusted
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own:
         raise ValueError(
             f"expected a causal language model, found {name!r} of the type {config.model_type}, which is none: give a model that "
             "continues a text"

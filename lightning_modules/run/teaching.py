@@ -19,8 +19,9 @@ from lightning_modules.files import replacing
 from lightning_modules.folder import locked
 from lightning_modules.progress import Stage
 from lightning_modules.run.first import SPLITS, Lesson, Part, is_taught, lesson
-from lightning_modules.run.loading import load_to_train
+from lightning_modules.run.models import load_to_train
 from lightning_modules.run.options import UnlearnOptions
+from lightning_modules.run.saving import keep_files, save_model
 from lightning_modules.training.callbacks import Checkpoints, ProgressLines
 from lightning_modules.training.checkpoint_file import CheckpointFile
 from lightning_modules.training.finetuning import FinetuningDataModule, taught_alone
@@ -59,7 +60,7 @@ def _teach(found: Lesson, part: Part, work: Path) -> None:
     )
     started = time.perf_counter()
     L.seed_everything(settings.seed, verbose=False)
-    model, tokenizer = load_to_train(found.model)
+    model, tokenizer = load_to_train(found.model, loading=found.loading)
     last = work / "last.ckpt"
     bar: Callback = RichProgressBar() if console.is_terminal else ProgressLines(f"Teaching the {part}")
     taught_alone(
@@ -75,8 +76,8 @@ def _teach(found: Lesson, part: Part, work: Path) -> None:
         ckpt_path=last if last.exists() else None,
     )
     with replacing(found.folder) as temporary:
-        model.cpu().save_pretrained(temporary)  # pyright: ignore[reportCallIssue]
-        tokenizer.save_pretrained(temporary)
+        save_model(model.cpu(), tokenizer, temporary)
+        keep_files(found.model, found.loading, temporary)
     console.print(f"Teaching the {part}: done in {time.perf_counter() - started:.0f} s", highlight=False)
 
 

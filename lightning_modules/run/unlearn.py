@@ -24,11 +24,13 @@ from lightning_modules.run.finish import substitute_answers
 from lightning_modules.run.loading import check_start, load_model, read_splits, start_name
 from lightning_modules.run.methods import Unlearned, by_assistant, by_surgery, check_probes
 from lightning_modules.run.options import UnlearnOptions
+from lightning_modules.run.plan import show_memory, show_plan
 from lightning_modules.run.plugins import check_plugins, scores_to_log
 from lightning_modules.run.reference_log import reference_rows, rows_of_log
 from lightning_modules.run.report import draw
 from lightning_modules.run.resume import only_report_is_missing, resumed
 from lightning_modules.run.run import Run, Splits
+from lightning_modules.run.saving import keep_files, save_model
 from lightning_modules.run.scoring import ScoredSplits, contents_of_metrics, examples_by_model, score
 from lightning_modules.run.sharded import by_shards
 from lightning_modules.run.show import show, show_example
@@ -65,20 +67,26 @@ def unlearn(options: UnlearnOptions, stated: Collection[str] = ()) -> Path:
 def _unlearn(options: UnlearnOptions) -> Path:
     folder = options.output.folder
     splits = read_splits(options)
-    check_start(options, splits)
+    known = check_start(options, splits)
     if options.method.method == "uld":
         uld_data(splits, perturbed_per_row=options.uld_settings().perturbed_per_row)  # raises where answers are missing
     if options.finish.finish_steps:
         substitute_answers(options, splits)  # raises where there are none
     if options.training.probes:
         check_probes(splits)
-    log = rows_of_log(options.evaluation, splits, options.data.chat_template_kwargs)
+    log = rows_of_log(options.evaluation, splits, options.data, options.loading, sharded=options.training.sharded)
+    if options.training.dry_run:
+        if will_be_first():
+            show_plan(options, splits, known)
+        return folder
     if not will_be_first():
         # The first one may have drawn the report meanwhile, and removed the checkpoints.
         return folder if (folder / METRICS).exists() else _trained(options, splits, log)
     with occupied(folder, resume=options.training.resume):
         if only_report_is_missing(folder):
             return _finish(folder)
+        if not options.training.resume:
+            show_memory(options, known)
         teach_first(options, splits)
         return _trained(options, splits, log)
 
@@ -111,9 +119,11 @@ def _leave(run: Run[UnlearnOptions], unlearned: Unlearned, log: ScoredSplits | N
         with replacing(folder / "model") as temporary:
             if run.options.training.save == "adapter":
                 save_adapter(whole, temporary, base=_base(run))
+                run.tokenizer.save_pretrained(temporary)
             else:
-                whole.save_pretrained(temporary)
-            run.tokenizer.save_pretrained(temporary)
+                save_model(whole, run.tokenizer, temporary)
+            if not run.options.model.scratch:
+                keep_files(start_name(run.options, run.splits), run.options.loading, temporary)
 
     # First of all, so that the training is not lost if anything after it fails.
     if together:
@@ -158,6 +168,7 @@ def _base(run: Run[UnlearnOptions]) -> str:
     loaded: Any = load_model(run.options, run.splits)  # from the cache
     original, tokenizer = loaded
     with replacing(run.folder / BASE) as temporary:
-        original.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        save_model(original, tokenizer, temporary)
+        if not run.options.model.scratch:
+            keep_files(start_name(run.options, run.splits), run.options.loading, temporary)
     return str(run.folder / BASE)

@@ -16,6 +16,7 @@ from lightning_modules.run.options.data import (
 )
 from lightning_modules.run.options.finetune import FinetuneOptions, FinetuneTrainingOptions, FirstOptions, TaughtOptions
 from lightning_modules.run.options.finish import FinishOptions
+from lightning_modules.run.options.loading import LoadingOptions
 from lightning_modules.run.options.method import MethodOptions
 from lightning_modules.run.options.recipes import RECIPES, RecipeOptions
 from lightning_modules.run.options.training import TrainingOptions
@@ -30,6 +31,7 @@ __all__ = [
     "FinetuneTrainingOptions",
     "FinishOptions",
     "FirstOptions",
+    "LoadingOptions",
     "MethodOptions",
     "ModelOptions",
     "Options",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import gradsurgery as gs
+from lightning_modules.data.formats import AUTO
 from lightning_modules.run.options.data import (
     DataOptions,
     EvaluateOutputOptions,
@@ -18,9 +19,10 @@ from lightning_modules.run.options.data import (
 from lightning_modules.run.options.finetune import FirstOptions
 from lightning_modules.run.options.finish import FinishOptions
 from lightning_modules.run.options.flat import Flat, check_finite, flag
+from lightning_modules.run.options.loading import LoadingOptions
 from lightning_modules.run.options.method import MethodOptions
 from lightning_modules.run.options.recipes import RecipeOptions, expanded
-from lightning_modules.run.options.training import FSDP2, TrainingOptions, uld_numbers
+from lightning_modules.run.options.training import FSDP2, NO_PART, TrainingOptions, uld_numbers
 
 if TYPE_CHECKING:
     from lightning_modules.training.uld import ULDSettings
@@ -41,6 +43,7 @@ class Options(Flat):
     """What both commands are told: which model, what it forgets and keeps, how it is scored."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
+    loading: LoadingOptions = field(default_factory=LoadingOptions)
     data: DataOptions = field(default_factory=DataOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
@@ -51,10 +54,16 @@ class Options(Flat):
         self.data.check()
         self.evaluation.check()
         self.output.check()
+        self.loading.check(scratch=self.model.scratch)
         files = self.data.forget is not None
         if not self.model.scratch and not files and self.data.tofu is None:
             raise ValueError(
                 f"expected --forget and --retain, or --tofu, with --model {self.model.model}: which answers is it to forget?"
+            )
+        if self.model.scratch and self.data.prompt_format != AUTO:
+            raise ValueError(
+                f"--prompt-format: expected --model, which was taught so, found {self.data.prompt_format!r:.80} with the model from "
+                "scratch, which learns one format; leave it out"
             )
         if self.model.scratch and self.data.chat_template_kwargs:
             raise ValueError(
@@ -122,6 +131,8 @@ class UnlearnOptions(Options):
                 "one; use --devices 1"
             )
         self._check_adapters()
+        if method.method != "uld":
+            self.loading.check_training(training)
         if method.start_model == "adapters_off" and (not training.lora_rank or training.lora_init == "fila"):
             raise ValueError(
                 "expected --start-model adapters_off with adapters that leave the base as it is (--lora-rank without --lora-init fila), "
@@ -237,8 +248,8 @@ class UnlearnOptions(Options):
         return replace(self, training=training, finish=finish)
 
     def recorded(self) -> dict[str, Any]:
-        """What config.yaml holds: every option but --resume, which is no part of what the run is."""
-        return {name: value for name, value in self.flat().items() if name != "resume"}
+        """What config.yaml holds: every option but --resume and --dry-run, which are no part of what the run is."""
+        return {name: value for name, value in self.flat().items() if name not in NO_PART}
 
     def uld_settings(self) -> ULDSettings:
         """How ULD's assistant is trained; counts are whole numbers, even where a YAML file says 8.0."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_modules.data.formats import AUTO, format_by_name
 from lightning_modules.run.options.flat import at_least_one
 
 TOFUSplit = Literal["forget01", "forget05", "forget10"]
@@ -16,7 +17,8 @@ class ModelOptions:
     """The model that is to forget.
 
     Attributes:
-        model: folder or hub name of a causal language model; 'scratch' trains a small Llama first (and caches it)
+        model: folder, hub name or .gguf file of a causal language model, or of an adapter; 'scratch' trains a small
+            Llama first (and caches it)
     """
 
     model: str = "scratch"
@@ -44,6 +46,9 @@ class DataOptions:
         max_length: tokens an example; longer ones lose their end
         chat_template_kwargs: variables of the tokenizer's chat template, for example {date_string: 1 Jan 2025} or
             {enable_thinking: false}; {strftime_now: 2025-01-01} is what a template is told that asks for today's date
+        prompt_format: how questions and answers are written: auto (the tokenizer's chat template, or Q: and A:), as
+            published checkpoints were taught (tofu-llama2, tofu-phi, open-unlearning), or a text with {question} and,
+            after it, {answer}
     """
 
     authors: int = 10
@@ -55,6 +60,7 @@ class DataOptions:
     holdout: str | None = None
     max_length: int = 512
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    prompt_format: str = AUTO
 
     def check(self) -> None:
         """Raise ValueError on options outside their domain, or that contradict each other."""
@@ -66,6 +72,7 @@ class DataOptions:
         if self.tofu_dir is not None and self.tofu is None:
             raise ValueError("expected --tofu with --tofu-dir, for example --tofu forget10")
         at_least_one(self, "max_length", "authors")
+        format_by_name(self.prompt_format)
         if self.forget_authors is not None and not 1 <= self.forget_authors < self.authors:
             raise ValueError(f"expected 1 <= --forget-authors < --authors, {self.authors}, found {self.forget_authors}")
 

@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 import torch
 
+from lightning_modules.data.formats import AUTO, format_by_name
 from lightning_modules.run.options.data import OutputOptions
 from lightning_modules.run.options.flat import Flat, at_least_one, check_finite, flag
-from lightning_modules.run.options.training import FSDP2, TrainingOptions
+from lightning_modules.run.options.loading import LoadingOptions
+from lightning_modules.run.options.training import FSDP2, NO_PART, TrainingOptions
 from lightning_modules.training.finetuning import FinetuningSettings
 
 TOFUFile = Literal["full", "retain90", "retain95", "retain99", "forget10", "forget05", "forget01"]
@@ -20,13 +22,16 @@ class TaughtOptions:
     """The model, and what it is taught.
 
     Attributes:
-        model: folder or hub name of a causal language model, or of an adapter, which is merged first
+        model: folder, hub name or .gguf file of a causal language model, or of an adapter, which is merged first
         data: examples to teach: JSON, JSON lines, CSV or Parquet (question/answer, prompt/response, messages, text)
         tofu: teach this file of TOFU: full makes the model that is to forget, retain90 the reference of forget10
         tofu_dir: folder with TOFU's files; from the hub if not given
         authors: teach the first so many authors of the file only, 20 questions each
         max_length: tokens an example; longer ones lose their end
         chat_template_kwargs: variables of the tokenizer's chat template, for example {enable_thinking: false}
+        prompt_format: how questions and answers are written: auto (the tokenizer's chat template, or Q: and A:), as
+            published checkpoints were taught (tofu-llama2, tofu-phi, open-unlearning), or a text with {question} and,
+            after it, {answer}
     """
 
     model: str | None = None
@@ -36,6 +41,7 @@ class TaughtOptions:
     authors: int | None = None
     max_length: int = 512
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    prompt_format: str = AUTO
 
     def check(self) -> None:
         """Raise ValueError on options outside their domain, or that contradict each other."""
@@ -50,6 +56,7 @@ class TaughtOptions:
             if getattr(self, name) is not None and self.tofu is None:
                 raise ValueError(f"expected --tofu with {flag(name)}, for example --tofu full, found none")
         at_least_one(self, "authors", "max_length")
+        format_by_name(self.prompt_format)
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ class FinetuneTrainingOptions:
         callbacks: further callbacks of Lightning, best given in the YAML file of --config: a list of {class_path: ...,
             init_args: {...}}
         resume: go on with the interrupted run in --output, with its config.yaml
+        dry_run: say what would be done, and in how much memory, and do nothing
     """
 
     epochs: int = FinetuningSettings.epochs
@@ -103,6 +111,7 @@ class FinetuneTrainingOptions:
     logger: Literal["csv", "tensorboard", "wandb"] | None = None
     callbacks: list[dict[str, Any]] = field(default_factory=list)
     resume: bool = False
+    dry_run: bool = False
 
     def check(self) -> None:
         """Raise ValueError on options outside their domain, or that contradict each other."""
@@ -141,6 +150,7 @@ class FinetuneOptions(Flat):
     """Teach a causal language model a set of examples."""
 
     taught: TaughtOptions = field(default_factory=TaughtOptions)
+    loading: LoadingOptions = field(default_factory=LoadingOptions)
     training: FinetuneTrainingOptions = field(default_factory=FinetuneTrainingOptions)
     output: FinetuneOutputOptions = field(default_factory=FinetuneOutputOptions)
 
@@ -150,6 +160,8 @@ class FinetuneOptions(Flat):
         self.taught.check()
         self.training.check()
         self.output.check()
+        self.loading.check()
+        self.loading.check_training(self.training.as_unlearning())
 
     def resolved(self) -> FinetuneOptions:
         """A copy in which no value depends on another option or on the machine any more: what config.yaml holds."""
@@ -162,8 +174,8 @@ class FinetuneOptions(Flat):
         return self.but(**known)
 
     def recorded(self) -> dict[str, Any]:
-        """What config.yaml holds: every option but --resume, which is no part of what the run is."""
-        return {name: value for name, value in self.flat().items() if name != "resume"}
+        """What config.yaml holds: every option but --resume and --dry-run, which are no part of what the run is."""
+        return {name: value for name, value in self.flat().items() if name not in NO_PART}
 
     def settings(self) -> FinetuningSettings:
         """How the stage is told to train."""

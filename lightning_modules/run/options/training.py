@@ -24,6 +24,10 @@ SHARDED_PRECISIONS = ("32-true", "bf16-mixed")
 """The keys of `lightning_modules.training.sharding.POLICIES`, which takes seconds to import."""
 
 
+NO_PART = ("resume", "dry_run")
+"""Options that are no part of what a run is: they say what is done with it now."""
+
+
 @dataclass(frozen=True)
 class TrainingOptions:
     """How it is trained: steps, batches, weights, and the devices.
@@ -76,6 +80,7 @@ class TrainingOptions:
         callbacks: further callbacks of Lightning, best given in the YAML file of --config: a list of {class_path: ...,
             init_args: {...}}
         resume: go on with the interrupted run in --output, with its config.yaml
+        dry_run: say what would be done, and in how much memory, and do nothing
     """
 
     optimizer: str = "AdamW"
@@ -109,6 +114,7 @@ class TrainingOptions:
     logger: Literal["csv", "tensorboard", "wandb"] | None = None
     callbacks: list[dict[str, Any]] = field(default_factory=list)
     resume: bool = False
+    dry_run: bool = False
 
     def check(self) -> None:
         """Raise ValueError on options outside their domain, or that contradict each other."""
@@ -141,6 +147,14 @@ class TrainingOptions:
                 if value < 0 or (known[name] is int and value != int(value)):
                     kind = "a whole number" if known[name] is int else "a number"
                     raise ValueError(f"--uld, {name}: expected {kind} >= 0, found {value}")
+        if self.resume and self.dry_run:
+            raise ValueError("--dry-run: expected a run that is not begun, found --resume; leave one of them out")
+        if str(self.precision).endswith("-true") and self.precision not in ("32-true", "64-true"):
+            raise ValueError(
+                f"--precision: expected one under which what is trained keeps small updates, found {self.precision}, which turns all "
+                "weights into that type, and an update below a 512th of such a weight is rounded away; use bf16-mixed, or --dtype bfloat16 "
+                "with --lora-rank, which holds only the weights below the adapters so"
+            )
         self._check_adapters()
 
     def _check_adapters(self) -> None:

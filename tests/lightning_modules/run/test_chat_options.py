@@ -77,7 +77,7 @@ def test_options_that_no_template_reads_are_refused_before_the_work(model: str) 
     wrong = ("--chat-template-kwargs", "{date: 1 Jan 2025}")
     options = parsed(*FILES, "--model", model, "--reference", model, *wrong)
     with pytest.raises(ValueError, match="reads, found 'date'"):
-        rows_of_log(options.evaluation, SPLITS, options.data.chat_template_kwargs)
+        rows_of_log(options.evaluation, SPLITS, options.data)
     with pytest.raises(ValueError, match="reads, found 'date'"):
         load_model(options, SPLITS)
     with pytest.raises(ValueError, match=r"--chat-template-kwargs.*from scratch"):

@@ -1,0 +1,164 @@
+"""What a run would do, before it does anything: --dry-run."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from lightning_modules.data.examples import Example, asked
+from lightning_modules.data.tokenization import encode, marked
+from lightning_modules.folder import check_free
+from lightning_modules.run.assembly import kind_of_start_model
+from lightning_modules.run.first import SPLITS, is_taught, lesson
+from lightning_modules.run.held import devices, held_by_teaching, held_by_unlearning, lines
+from lightning_modules.run.models import Pretrained
+from lightning_modules.run.options import FinetuneOptions, TrainingOptions, UnlearnOptions
+from lightning_modules.training.adapters import adapt
+from lightning_modules.training.scratch import ScratchSettings
+
+
+def show_plan(options: UnlearnOptions, splits: Mapping[str, Sequence[Example]], known: Pretrained | None) -> None:
+    """Print what `unlearn` would do with these options, and in how much memory. Nothing is written.
+
+    Args:
+        options: Resolved and checked.
+        splits: All examples.
+        known: Of the model; None of the small Llama.
+
+    Raises:
+        FileExistsError: If the output folder holds a run.
+    """
+    check_free(options.output.folder)
+    training, method = options.training, options.method
+    said = [f"Model: {_model(options.model.model, known, options.loading.dtype)}"]
+    said += [_count(split, rows, options.evaluation.evaluation_examples) for split, rows in splits.items()]
+    if known is not None:
+        said += _example(known.tokenizer, splits["forget"][0], options.data.max_length)
+    said += _first(options, splits)
+    if method.method == "uld":
+        said.append(f"Method: ULD, whose assistant is trained by AdamW with adapters of rank {training.lora_rank}")
+    else:
+        said += _objectives(options)
+        steps = training.steps or _steps(len(splits["forget"]), training) * (training.epochs or 1)
+        said.append(
+            f"Steps: {'' if training.stop_below is None else 'at most '}{steps}, each of {training.accumulate or 1} x "
+            f"{training.batch_size} forget and as many retain examples on each of {devices(training)} devices; {training.optimizer}, lr "
+            f"{training.lr:g}"
+        )
+        if options.finish.finish_steps:
+            said.append(f"Finish: {options.finish.finish_steps} further steps, lr {options.finish.finish_lr:g}")
+    said += _memory(options, known)
+    said.append(f"Output: {options.output.folder}")
+    _print(said, Console(soft_wrap=True))
+
+
+def show_taught_plan(options: FinetuneOptions, rows: Sequence[Example], known: Pretrained) -> None:
+    """As `show_plan`, for `finetune`."""
+    check_free(options.output.folder)
+    training = options.training
+    said = [
+        f"Model: {_model(str(options.taught.model), known, options.loading.dtype)}",
+        _count("taught", rows, None),
+        *_example(known.tokenizer, rows[0], options.taught.max_length),
+        f"Steps: {_steps(len(rows), training.as_unlearning()) * training.epochs}, each of {training.accumulate} x {training.batch_size} "
+        f"examples on each of {devices(training.as_unlearning())} devices; AdamW, highest lr {training.lr:g}",
+    ]
+    said += _memory(options, known)
+    said.append(f"Output: {options.output.folder}")
+    _print(said, Console(soft_wrap=True))
+
+
+def show_memory(options: UnlearnOptions | FinetuneOptions, known: Pretrained | None) -> None:
+    """Say to standard error what the training will hold, in which type, before anything is loaded."""
+    _print(_memory(options, known), Console(stderr=True, soft_wrap=True))
+
+
+def _memory(options: UnlearnOptions | FinetuneOptions, known: Pretrained | None) -> list[str]:
+    """The lines about memory; none of ULD, which trains a small part, nor where a model needs its files to be made."""
+    if known is None or known.empty is None:
+        return []
+    training = options.training
+    if isinstance(options, FinetuneOptions):
+        parts = held_by_teaching(_adapted(known.empty, training.as_unlearning(), options.output.seed))
+    elif options.method.method == "uld":
+        return []
+    else:
+        parts = held_by_unlearning(_adapted(known.empty, training, options.output.seed), options)
+    return [f"Memory of each device, with --precision {training.precision}:", *lines(parts)]
+
+
+def _adapted(empty: nn.Module, training: TrainingOptions, seed: int) -> nn.Module:
+    settings = replace(training.adapters(seed), init="default")  # FILA's adapters are as large, and need numbers
+    return adapt(copy.deepcopy(empty), settings)
+
+
+def _objectives(options: UnlearnOptions) -> list[str]:
+    method = options.method
+    extra = {
+        "--retain-weight": method.retain_weight or None,
+        "--ema-decay": method.ema_decay,
+        "--guard": None if method.guard == "none" else method.guard,
+        "--scope": None if method.scope == "global" else method.scope,
+        "--metric": None if method.metric == "euclidean" else method.metric,
+    }
+    further = "".join(f", {name} {value}" for name, value in extra.items() if value is not None)
+    kind = kind_of_start_model(options)
+    return [
+        f"Objectives: forget by {method.forget_loss}, retain by {method.retain_loss}; the model before unlearning: "
+        f"{'not needed' if kind is None else kind}",
+        f"Rule: {method.rule}{further}",
+    ]
+
+
+def _first(options: UnlearnOptions, splits: Mapping[str, Sequence[Example]]) -> list[str]:
+    """What is trained before."""
+    if options.model.scratch:
+        return [
+            f"First: a small Llama is trained for {ScratchSettings().epochs} epochs on everything, if the cache lacks it"
+        ]
+    said: list[str] = []
+    for part in SPLITS:
+        found = lesson(options, splits, part)
+        if found is not None:
+            done = "in the cache" if is_taught(found.folder) else "to be taught"
+            said.append(
+                f"First: the {part}, {len(found.encoded)} examples, {found.settings.epochs} epochs, {done}: {found.folder}"
+            )
+    return said
+
+
+def _model(name: str, known: Pretrained | None, dtype: str) -> str:
+    if known is None:
+        return "a small Llama from scratch"
+    if known.empty is None:
+        return name
+    numbers = sum(weight.numel() for weight in known.empty.parameters())
+    return f"{name}, {type(known.empty).__name__} of {numbers:,} numbers, held in {dtype}"
+
+
+def _count(split: str, rows: Sequence[Example], scored: int | None) -> str:
+    part = "" if scored is None else f", {min(len(rows), scored)} of them scored"
+    return f"Split {split}: {len(rows)} examples{part}"
+
+
+def _example(tokenizer: Any, row: Example, max_length: int) -> list[str]:
+    encoded = encode(tokenizer, asked(row), row["answer"], max_length)
+    text = marked(tokenizer, encoded)
+    return [f"The first example, {len(encoded.input_ids)} tokens, its answer between [[ and ]]: {text}"]
+
+
+def _steps(examples: int, training: TrainingOptions) -> int:
+    """Optimizer steps of an epoch: the last one may have fewer batches, and the last batch fewer examples."""
+    batches = math.ceil(math.ceil(examples / devices(training)) / training.batch_size)
+    return math.ceil(batches / (training.accumulate or 1))
+
+
+def _print(said: Sequence[str], console: Console) -> None:
+    for line in said:
+        console.print(line, markup=False, highlight=False, emoji=False)
