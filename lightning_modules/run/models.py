@@ -73,8 +73,13 @@ def load_to_train(name: str, save: str = "merged", loading: LoadingOptions = USU
 
     Raises:
         FileNotFoundError: If there is no such model.
-        ValueError: If it is an adapter that cannot be merged, or would be saved as another.
+        ValueError: If it is an adapter that cannot be merged, or would be saved as another; if an adapter of a GGUF
+            file would be saved.
     """
+    if save == "adapter" and is_gguf(name):
+        raise ValueError(
+            f"--save adapter: expected a model that PEFT can load below the adapter, found the GGUF file {name!r}; use --save merged"
+        )
     with _known(name):
         adapter = base_of_adapter(name, loading) is not None
     if not adapter:

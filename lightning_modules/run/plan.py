@@ -19,6 +19,7 @@ from lightning_modules.run.first import SPLITS, is_taught, lesson
 from lightning_modules.run.held import devices, held_by_teaching, held_by_unlearning, lines
 from lightning_modules.run.models import Pretrained
 from lightning_modules.run.options import FinetuneOptions, TrainingOptions, UnlearnOptions
+from lightning_modules.run.show import format_said
 from lightning_modules.training.adapters import adapt
 from lightning_modules.training.scratch import ScratchSettings
 
@@ -150,7 +151,10 @@ def _count(split: str, rows: Sequence[Example], scored: int | None) -> str:
 def _example(tokenizer: Any, row: Example, max_length: int) -> list[str]:
     encoded = encode(tokenizer, asked(row), row["answer"], max_length)
     text = marked(tokenizer, encoded)
-    return [f"The first example, {len(encoded.input_ids)} tokens, its answer between [[ and ]]: {text}"]
+    return [
+        f"The first example, {len(encoded.input_ids)} tokens, its answer between [[ and ]]: {text}",
+        *format_said(tokenizer),
+    ]
 
 
 def _steps(examples: int, training: TrainingOptions) -> int:
