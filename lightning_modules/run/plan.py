@@ -84,12 +84,13 @@ def _memory(options: UnlearnOptions | FinetuneOptions, known: Pretrained | None)
     """The lines about memory; none of ULD, which trains a small part, nor where a model needs its files to be made."""
     if known is None or known.empty is None:
         return []
-    training = options.training
     if isinstance(options, FinetuneOptions):
-        parts = held_by_teaching(_adapted(known.empty, training.as_unlearning(), options.output.seed))
-    elif options.method.method == "uld":
-        return []
+        training = options.training.as_unlearning()
+        parts = held_by_teaching(_adapted(known.empty, training, options.output.seed))
     else:
+        training = options.training
+        if options.method.method == "uld":
+            return []
         parts = held_by_unlearning(_adapted(known.empty, training, options.output.seed), options)
     return [f"Memory of each device, with --precision {training.precision}:", *lines(parts)]
 
