@@ -43,7 +43,8 @@ def free() -> dict[str, int]:
         host = min(host, int(_LIMIT.read_text()))
     found = {"this machine": host}
     if torch.cuda.is_available():
-        found["the GPU"] = int(torch.cuda.mem_get_info()[0])
+        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by torch, for what comes next
+        found["the GPU"] = int(torch.cuda.mem_get_info()[0]) + kept
     return found
 
 

@@ -84,6 +84,7 @@ def _memory(options: UnlearnOptions | FinetuneOptions, known: Pretrained | None)
     """The lines about memory; none of ULD, which trains a small part, nor where a model needs its files to be made."""
     if known is None or known.empty is None:
         return []
+    before: list[str] = []
     if isinstance(options, FinetuneOptions):
         training = options.training.as_unlearning()
         parts = held_by_teaching(_adapted(known.empty, training, options.output.seed))
@@ -92,7 +93,10 @@ def _memory(options: UnlearnOptions | FinetuneOptions, known: Pretrained | None)
         if options.method.method == "uld":
             return []
         parts = held_by_unlearning(_adapted(known.empty, training, options.output.seed), options)
-    return [f"Memory of each device, with --precision {training.precision}:", *lines(parts)]
+        if options.first.finetune_first:
+            taught = held_by_teaching(copy.deepcopy(known.empty).float())
+            before = ["Memory while target and reference are taught first, on one device:", *lines(taught)]
+    return [*before, f"Memory of each device, with --precision {training.precision}:", *lines(parts)]
 
 
 def _adapted(empty: nn.Module, training: TrainingOptions, seed: int) -> nn.Module:
