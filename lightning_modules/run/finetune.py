@@ -40,7 +40,7 @@ from lightning_modules.run.plan import show_memory, show_taught_plan
 from lightning_modules.run.plugins import check_plugins
 from lightning_modules.run.resume import only_report_is_missing, resumed
 from lightning_modules.run.saving import keep_files, save_model, whole
-from lightning_modules.run.show import show_row
+from lightning_modules.run.show import show_format, show_row
 from lightning_modules.run.soundness import check_examples
 from lightning_modules.training.adapters import adapt
 from lightning_modules.training.callbacks import Checkpoints
@@ -104,6 +104,7 @@ def _taught(options: FinetuneOptions, rows: list[Example]) -> Path:
     encoded = encoded_rows(tokenizer, "taught", rows, options.taught.max_length)
     if first:
         show_row(tokenizer, rows[0], options.taught.max_length, "The first example")
+        show_format(tokenizer)
     scored = evenly_spaced(encoded, VALIDATION_EXAMPLES)
     before = _probability(model, scored, tokenizer) if first else 0.0
     model = adapt(model, training.as_unlearning().adapters(options.output.seed))

@@ -30,7 +30,9 @@ def gigabytes(count: float) -> str:
         >>> gigabytes(538_060_032), gigabytes(2048)
         ('0.54 GB', '2.0 kB')
     """
-    unit, size = next(((unit, size) for unit, size in (("GB", 1e9), ("MB", 1e6)) if count >= size / 10), ("kB", 1e3))
+    unit, size = next(
+        ((unit, size) for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if count >= size / 10), ("kB", 1e3)
+    )
     return f"{count / size:.{1 if count >= size else 2}f} {unit}"
 
 
@@ -41,7 +43,8 @@ def free() -> dict[str, int]:
         host = min(host, int(_LIMIT.read_text()))
     found = {"this machine": host}
     if torch.cuda.is_available():
-        found["the GPU"] = int(torch.cuda.mem_get_info()[0])
+        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by torch, for what comes next
+        found["the GPU"] = int(torch.cuda.mem_get_info()[0]) + kept
     return found
 
 

@@ -43,7 +43,7 @@ def load_pretrained(name: str, loading: LoadingOptions = USUAL) -> tuple[nn.Modu
 
     from gradsurgery.logit_difference.model import LogitDifferenceConfig
 
-    config = check_pretrained(name, loading).config
+    config, _ = _described(name, loading)
     # A model of two models loads them itself, and says nothing about it.
     single = not isinstance(config, LogitDifferenceConfig)
     reports: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True} if single else {}
@@ -73,8 +73,13 @@ def load_to_train(name: str, save: str = "merged", loading: LoadingOptions = USU
 
     Raises:
         FileNotFoundError: If there is no such model.
-        ValueError: If it is an adapter that cannot be merged, or would be saved as another.
+        ValueError: If it is an adapter that cannot be merged, or would be saved as another; if an adapter of a GGUF
+            file would be saved.
     """
+    if save == "adapter" and is_gguf(name):
+        raise ValueError(
+            f"--save adapter: expected a model that PEFT can load below the adapter, found the GGUF file {name!r}; use --save merged"
+        )
     with _known(name):
         adapter = base_of_adapter(name, loading) is not None
     if not adapter:
@@ -122,6 +127,15 @@ def check_pretrained(name: str, loading: LoadingOptions = USUAL, *, sharded: boo
         ValueError: If it is no causal language model, its tokenizer cannot write an example, its weights do not fit
             into memory, or the options of `loading` are not for it.
     """
+    config, tokenizer = _described(name, loading)
+    empty = _empty(name, config, loading)
+    if empty is not None:
+        check_fits(name, empty, sharded=sharded)
+    return Pretrained(config, tokenizer, empty)
+
+
+def _described(name: str, loading: LoadingOptions) -> tuple[Any, Any]:
+    """Configuration and tokenizer, checked."""
     from transformers import AutoConfig
 
     loading.check()
@@ -141,10 +155,7 @@ def check_pretrained(name: str, loading: LoadingOptions = USUAL, *, sharded: boo
     with _known(name):
         tokenizer = _tokenizer(name, loading)
     check_tokenizer(name, tokenizer)
-    empty = _empty(name, config, loading)
-    if empty is not None:
-        check_fits(name, empty, sharded=sharded)
-    return Pretrained(config, tokenizer, empty)
+    return config, tokenizer
 
 
 def load_tokenizer(name: str, loading: LoadingOptions = USUAL) -> Any:

@@ -19,6 +19,7 @@ from lightning_modules.run.first import SPLITS, is_taught, lesson
 from lightning_modules.run.held import devices, held_by_teaching, held_by_unlearning, lines
 from lightning_modules.run.models import Pretrained
 from lightning_modules.run.options import FinetuneOptions, TrainingOptions, UnlearnOptions
+from lightning_modules.run.show import format_said
 from lightning_modules.training.adapters import adapt
 from lightning_modules.training.scratch import ScratchSettings
 
@@ -83,14 +84,19 @@ def _memory(options: UnlearnOptions | FinetuneOptions, known: Pretrained | None)
     """The lines about memory; none of ULD, which trains a small part, nor where a model needs its files to be made."""
     if known is None or known.empty is None:
         return []
-    training = options.training
+    before: list[str] = []
     if isinstance(options, FinetuneOptions):
-        parts = held_by_teaching(_adapted(known.empty, training.as_unlearning(), options.output.seed))
-    elif options.method.method == "uld":
-        return []
+        training = options.training.as_unlearning()
+        parts = held_by_teaching(_adapted(known.empty, training, options.output.seed))
     else:
+        training = options.training
+        if options.method.method == "uld":
+            return []
         parts = held_by_unlearning(_adapted(known.empty, training, options.output.seed), options)
-    return [f"Memory of each device, with --precision {training.precision}:", *lines(parts)]
+        if options.first.finetune_first:
+            taught = held_by_teaching(copy.deepcopy(known.empty).float())
+            before = ["Memory while target and reference are taught first, on one device:", *lines(taught)]
+    return [*before, f"Memory of each device, with --precision {training.precision}:", *lines(parts)]
 
 
 def _adapted(empty: nn.Module, training: TrainingOptions, seed: int) -> nn.Module:
@@ -150,7 +156,10 @@ def _count(split: str, rows: Sequence[Example], scored: int | None) -> str:
 def _example(tokenizer: Any, row: Example, max_length: int) -> list[str]:
     encoded = encode(tokenizer, asked(row), row["answer"], max_length)
     text = marked(tokenizer, encoded)
-    return [f"The first example, {len(encoded.input_ids)} tokens, its answer between [[ and ]]: {text}"]
+    return [
+        f"The first example, {len(encoded.input_ids)} tokens, its answer between [[ and ]]: {text}",
+        *format_said(tokenizer),
+    ]
 
 
 def _steps(examples: int, training: TrainingOptions) -> int:

@@ -7,8 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
-from lightning_modules.data.chat import date_told
+from lightning_modules.data.chat import date_told, has_template
 from lightning_modules.data.examples import Example, asked
+from lightning_modules.data.formats import format_of
 from lightning_modules.data.tokenization import encode, marked
 from lightning_modules.evaluation.evaluate import Evaluation
 from lightning_modules.report.findings import little_to_forget
@@ -23,6 +24,14 @@ def show_example(run: Run[UnlearnOptions]) -> None:
     A wrong chat template is seen there, and nowhere else before the scores are odd.
     """
     show_row(run.tokenizer, run.splits["forget"][0], run.options.data.max_length, "The first forget example")
+    if not run.options.model.scratch:
+        show_format(run.tokenizer)
+
+
+def show_format(tokenizer: Any) -> None:
+    """Print what `format_said` says."""
+    for sentence in format_said(tokenizer):
+        Console(stderr=True, soft_wrap=True).print(sentence, markup=False, highlight=False)
 
 
 def show_row(tokenizer: Any, row: Example, max_length: int, what: str) -> None:
@@ -38,6 +47,18 @@ def show_row(tokenizer: Any, row: Example, max_length: int, what: str) -> None:
             markup=False,
             highlight=False,
         )
+
+
+def format_said(tokenizer: Any) -> list[str]:
+    """Sentences about what a model from elsewhere lacks for questions and answers, and what takes its place."""
+    said: list[str] = []
+    if not has_template(tokenizer) and format_of(tokenizer) is None:
+        said.append(
+            "The tokenizer has no chat template: questions and answers are written as Q: and A:, which --prompt-format changes"
+        )
+    if tokenizer.pad_token is None:
+        said.append(f"The tokenizer has no pad token, and needs none: {tokenizer.eos_token} fills up shorter rows")
+    return said
 
 
 def show_start(before: Evaluation) -> None:

@@ -28,7 +28,7 @@ from transformers import (
 
 from lightning_modules.run.loading import load_pretrained
 from lightning_modules.run.soundness import check_weights
-from tests.lightning_modules.run.bad_inputs import FILES, Row, changed, model_folder
+from tests.lightning_modules.run.bad_inputs import FILES, QUESTIONS, Row, changed, given, model_folder, status
 
 FOLDER = ("'model' is a folder without a loadable model: expected config.json, safetensors and a tokenizer, found:",)
 NOWHERE = ("is neither a folder nor a model on the hub: expected config.json", "found:")
@@ -167,6 +167,36 @@ CONFIGURATION = [
     ),
     model("encoder and decoder", instead(T5ForConditionalGeneration, T5), "found 'model' of the type t5"),
 ]
+NO_ROOM = (
+    "expected weights that fit into the memory of",
+    "free, found 6.4 TB in 'model' (1,600,000,000,472 numbers in float32)",
+    "--dtype bfloat16 takes half",
+)
+LOADING = [
+    model("weights that no machine holds", edited("config.json", vocab_size=10**11), *NO_ROOM),
+    given("an unknown attention", "--attn-implementation", "frob",
+          said=("--attn-implementation: expected one that Transformers knows for 'model'", "found 'frob'")),
+    given("no attention", "--attn-implementation", " ", said=("--attn-implementation: expected a name, found ' '",)),
+    given("a revision of a folder", "--revision", "main", said=("--revision: expected a model on the hub", "found 'model'")),
+    given("a type in which updates are lost", "--dtype", "bfloat16",
+          said=("--dtype bfloat16: expected --lora-rank with it, whose adapters are float32, found 0",)),
+    given("a precision in which they are", "--precision", "bf16-true", "--lora-rank", "2",
+          said=("--precision: expected one under which what is trained keeps small updates, found bf16-true",)),
+    given("a type that cannot be split", "--dtype", "bfloat16", "--lora-rank", "2", "--lora-init", "fila",
+          said=("--dtype bfloat16: expected adapters that leave the weights as they are, found --lora-init fila",)),
+    given("shards of two types", "--dtype", "bfloat16", "--lora-rank", "2", "--strategy", "fsdp2",
+          said=("--dtype bfloat16: expected float32 with --strategy fsdp2",)),
+    given("an unknown type", "--dtype", "float8", said=("--dtype",)),
+    given("a format that is none", "--prompt-format", "tofu", said=("--prompt-format: expected auto, tofu-llama2", "found 'tofu'")),
+    given("a format without a template", "--prompt-format", "open-unlearning",
+          said=("--prompt-format open-unlearning: expected a tokenizer with a chat template, found none",)),
+    given("a plan of what has begun", "--dry-run", "--resume", said=("--resume: expected a run in out",)),
+    Row("how nothing is loaded", lambda _: ["unlearn", "--dtype", "bfloat16", "--revision", "main"],
+        ("--dtype, --revision: expected --model, which is loaded so, found the model from scratch",)),
+    Row("taught in a type in which updates are lost",
+        lambda _: ["finetune", "--model", "model", "--data", "forget.json", "--dtype", "bfloat16"],
+        ("--dtype bfloat16: expected --lora-rank with it",)),
+]  # fmt: skip
 TOKENIZER = [
     model("no tokenizer", without("tokenizer.json", "tokenizer_config.json"), *FOLDER, "tokenizer"),
     model("torn tokenizer", cut("tokenizer.json", 30), *FOLDER),
@@ -203,7 +233,7 @@ WEIGHTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("row", [*NAMES, *CONFIGURATION, *TOKENIZER, *WEIGHTS], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [*NAMES, *CONFIGURATION, *LOADING, *TOKENIZER, *WEIGHTS], ids=lambda row: row.name)
 def test_it_is_refused_in_a_sentence(row: Row, refuse: Callable[[Row], None]) -> None:
     refuse(row)
     assert not Path(PROOF).exists()
@@ -226,7 +256,15 @@ def test_a_model_without_numbers_is_refused() -> None:
         check_weights("somewhere", model, {})
 
 
-def test_a_tokenizer_without_pad_will_do(kitchen: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_without_template_and_pad_will_do_and_it_is_said_how(
+    kitchen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = shutil.copytree(kitchen / "model", tmp_path / "model")
     edited("tokenizer_config.json", pad_token=None)(folder)
     assert load_pretrained(str(folder))[1].pad_token is None
+    monkeypatch.chdir(tmp_path)
+    Path("rows.json").write_text(QUESTIONS[0])
+    assert status(["finetune", "--model", "model", "--data", "rows.json", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "The tokenizer has no chat template: questions and answers are written as Q: and A:, which" in said
+    assert "The tokenizer has no pad token, and needs none: <eos> fills up shorter rows" in said

@@ -102,7 +102,19 @@ def test_the_plan_is_what_the_run_does(
 
 def test_the_plan_of_teaching(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     before = state(here)
-    given = ["finetune", "--model", "model", "--data", "retain.json", "--batch-size", "4", "--epochs", "3"]
+    given = [
+        "finetune",
+        "--model",
+        "model",
+        "--data",
+        "retain.json",
+        "--batch-size",
+        "4",
+        "--epochs",
+        "3",
+        "--prompt-format",
+        "tofu-phi",
+    ]
     with monkeypatch.context() as patch:
         forbid_work(patch, loading=True)
         assert cli.main([*given, "--dry-run", "--output", "out"]) == 0
@@ -112,6 +124,7 @@ def test_the_plan_of_teaching(here: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert state(here) == before
     assert "Split taught: 6 examples\n" in said
     assert "Steps: 6, each of 1 x 4 examples" in said
+    assert r"[[ and ]]: Question: Who wrote book 2?\n[[Answer: Author 2 did.<eos>]]" in said
     assert "First: the target, 8 examples, 7 epochs, to be taught: " in said
     assert "First: the reference, 6 examples, 7 epochs, to be taught: " in said
 
