@@ -6,25 +6,29 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_modules.data.tokenization import Encoded, padding_id
-from lightning_modules.evaluation.generation import generate_greedily
-from lightning_modules.evaluation.likelihood import answer_nll
+from lightning_modules.evaluation.drafts import drafted, says_the_likeliest
+from lightning_modules.evaluation.generation import Begun, finished_answers, generation_batches, stop_tokens
 from lightning_modules.evaluation.membership import attack_aucs
-from lightning_modules.evaluation.memorization import answer_token_statistics, memory_scores
+from lightning_modules.evaluation.memorization import answer_tokens, memory_scores, token_statistics
 from lightning_modules.evaluation.processes import dealt, several
-from lightning_modules.evaluation.texts import Item, context_length, texts_of
+from lightning_modules.evaluation.shared import SharedTexts
+from lightning_modules.evaluation.texts import Item, Texts, context_length, texts_of
 from lightning_modules.metrics.functional import answer_probability, has_words, rouge_recall, truth_ratio
 from lightning_modules.progress import Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 Scores = dict[str, float | int | None]
 
@@ -42,6 +46,7 @@ class EvaluationSettings:
         max_length: the longest text, in tokens; longer ones lose their end. The model's own maximum applies too.
         generate: `False` skips generation, and with it ROUGE.
         memorization: `False` skips exact memorization, extraction strength and the membership scores.
+        batch_tokens: tokens in a forward pass over answers, padding counted, in place of `batch_size`.
     """
 
     batch_size: int = 32
@@ -49,6 +54,7 @@ class EvaluationSettings:
     max_length: int | None = None
     generate: bool = True
     memorization: bool = True
+    batch_tokens: int | None = None
 
 
 DEFAULT_SETTINGS = EvaluationSettings()
@@ -100,8 +106,9 @@ def evaluate(
     paraphrase's place, as in TOFU. A plain text (empty question) is generated from its first half and compared with the
     second. Texts that are cut are counted in a warning.
 
-    Cost: memorization makes a few passes over the answers' logits, which are computed anyway. Every other number stays
-    the same to the last bit.
+    Cost: all texts that begin alike are read together, each common beginning once (`shared.SharedTexts`), and only what
+    an answer's score has not shown is generated (`evaluation.drafts`). Memorization makes a few passes over the
+    answers' logits, which are computed anyway. Every other number stays the same to the last bit.
 
     Args:
         model: a causal language model, on any device and in any dtype; its train or eval mode is restored.
@@ -130,31 +137,42 @@ def evaluate(
         context=context_length(model),
         max_new_tokens=settings.max_new_tokens,
     )
-    texts, prompts, items = found.encoded, found.prompts, found.items
+    items = found.items
     console = Console(stderr=True)
     bar = Progress(console=console, transient=True, disable=not (progress and console.is_terminal))
-    deal = partial(dealt, batch_size=settings.batch_size) if across_processes else _alone
+    deal = dealt if across_processes else _alone
+    shared = SharedTexts(
+        model,
+        found.encoded,
+        [range(item.answer, item.perturbed.stop) for item in items],
+        pad_token_id=padding_id(tokenizer),
+        batch_size=settings.batch_size,
+        batch_tokens=settings.batch_tokens,
+    )
+    drafts = settings.generate and says_the_likeliest(model)
+    draft = partial(drafted, stops=stop_tokens(model, tokenizer), max_new_tokens=settings.max_new_tokens)
     with bar:
-        scoring = _task_of(bar, "Scoring answers", len(texts), lines=progress)
+        scoring = _task_of(bar, "Scoring answers", len(found.encoded), lines=progress)
         score = partial(
-            _scored_texts,
-            model,
-            texts,
-            {item.answer: item.spoken for item in items} if settings.memorization else {},
-            pad_token_id=padding_id(tokenizer),
-            batch_size=settings.batch_size,
+            _scored_rows,
+            shared,
+            found,
+            memorization=settings.memorization,
+            draft=draft if drafts else None,
             advance=scoring,
         )
-        scores = deal([len(text.input_ids) for text in texts], work=score)
+        scores = {place: score for row in deal(shared.lengths, shared.batches, score) for place, score in row.items()}
         generations: Sequence[str | None] = [None] * len(items)
         if settings.generate:
-            generating = _task_of(bar, "Generating answers", len(prompts), lines=progress)
+            generating = _task_of(bar, "Generating answers", len(items), lines=progress)
+            begun = [scores[item.answer].begun for item in items]
             generations = deal(
-                [len(prompt) for prompt in prompts],
-                work=lambda places: generate_greedily(
+                [len(answer.prompt) for answer in begun],
+                generation_batches(begun, settings.max_new_tokens, settings.batch_size),
+                lambda batches: finished_answers(
                     model,
                     tokenizer,
-                    [prompts[place] for place in places],
+                    [begun[place] for batch in batches for place in batch],
                     max_new_tokens=settings.max_new_tokens,
                     batch_size=settings.batch_size,
                     advance=generating,
@@ -188,37 +206,62 @@ def _refuse_shards(model: nn.Module) -> None:
         )
 
 
-def _alone(lengths: Sequence[int], *, work: Callable[[list[int]], Sequence[Any]]) -> Sequence[Any]:
-    return work(list(range(len(lengths))))
+def _alone(
+    lengths: Sequence[int], batches: Sequence[Sequence[int]], work: Callable[[list[Sequence[int]]], Sequence[T]]
+) -> list[T]:
+    """`processes.dealt` for a process that scores everything by itself, whether or not there are others."""
+    results = dict(zip((entry for batch in batches for entry in batch), work(list(batches)), strict=True))
+    return [results[entry] for entry in range(len(lengths))]
 
 
-def _scored_texts(
-    model: nn.Module, texts: Sequence[Encoded], answers: Mapping[int, str], places: Sequence[int], **settings: Any
-) -> list[tuple[float, dict[str, float]]]:
-    """The nll of each text in `places`, and with it the memory scores of those texts that are answers.
+class _Score(NamedTuple):
+    """What is known of one text; the last two are of answers only.
 
-    Args:
-        model: the model to score.
-        texts: all texts.
-        answers: place -> answer, of the texts that get memory scores; empty for none.
-        places: the texts to score here.
-        settings: of `likelihood.answer_nll`.
+    Attributes:
+        nll: the mean negative log-likelihood of its labels.
+        memory: `memorization.memory_scores`; empty without memorization.
+        begun: how the greedy answer begins.
     """
-    encoded = [texts[place] for place in places]
-    if not answers:
-        return [(nll, {}) for nll in answer_nll(model, encoded, **settings).tolist()]
-    detailed = [position for position, place in enumerate(places) if place in answers]
-    tokens = answer_token_statistics(model, encoded, detailed=detailed, **settings)
+
+    nll: float
+    memory: Mapping[str, float]
+    begun: Begun
+
+
+def _scored_rows(
+    shared: SharedTexts,
+    found: Texts,
+    batches: Sequence[Sequence[int]],
+    *,
+    memorization: bool,
+    draft: Callable[[Sequence[int], Encoded, Sequence[int]], Begun] | None,
+    advance: Callable[[int], object],
+) -> list[dict[int, _Score]]:
+    """The scores of the texts in some batches, row by row."""
+    answers = {item.answer: (item, prompt) for item, prompt in zip(found.items, found.prompts, strict=True)}
+    detailed = torch.zeros(len(found.encoded), dtype=torch.bool)
+    detailed[list(answers)] = memorization or draft is not None
+
+    def score(place: int, columns: Sequence[Tensor]) -> _Score:
+        text = found.encoded[place]
+        tokens = answer_tokens(text, columns, detailed=bool(detailed[place]))
+        if place not in answers:
+            return _Score(tokens.nll, {}, Begun(()))
+        item, prompt = answers[place]
+        begun = Begun(prompt) if draft is None else draft(prompt, text, tokens.predicted.tolist())
+        return _Score(tokens.nll, memory_scores(tokens, item.spoken) if memorization else {}, begun)
+
+    statistics = token_statistics(detailed, moments=memorization)
     return [
-        (text.nll, memory_scores(text, answers[place]) if place in answers else {})
-        for place, text in zip(places, tokens, strict=True)
+        {place: score(place, columns) for place, columns in row.items()}
+        for row in shared.over(batches, statistics, advance)
     ]
 
 
-def _scored(item: Item, scores: Sequence[tuple[float, Mapping[str, float]]], generation: str | None) -> dict[str, Any]:
-    answer, memory = scores[item.answer]
-    paraphrase = scores[item.paraphrase][0]
-    perturbed = [scores[place][0] for place in item.perturbed]
+def _scored(item: Item, scores: Mapping[int, _Score], generation: str | None) -> dict[str, Any]:
+    answer, memory, _ = scores[item.answer]
+    paraphrase = scores[item.paraphrase].nll
+    perturbed = [scores[place].nll for place in item.perturbed]
     kind = "forget" if item.split == "forget" else "utility"
     ratio = truth_ratio([paraphrase], [perturbed], kind=kind).item() if perturbed else None
     return {

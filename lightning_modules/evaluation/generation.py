@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -31,6 +31,20 @@ _GREEDY = {
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
 }
+
+
+class Begun(NamedTuple):
+    """An answer that may have begun.
+
+    Attributes:
+        prompt: the tokens of the prompt, at least one.
+        said: the first tokens of the greedy answer, as far as they are known.
+        ended: whether these are all.
+    """
+
+    prompt: Sequence[int]
+    said: Sequence[int] = ()
+    ended: bool = False
 
 
 def generate_greedily(
@@ -61,6 +75,22 @@ def generate_greedily(
     Raises:
         ValueError: if the model has no `generate`, or a prompt fills its context.
     """
+    begun = [Begun(prompt) for prompt in prompts]
+    return finished_answers(
+        model, tokenizer, begun, max_new_tokens=max_new_tokens, batch_size=batch_size, advance=advance
+    )
+
+
+def finished_answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    begun: Sequence[Begun],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    advance: Callable[[int], object] = lambda _: None,
+) -> list[str]:
+    """As `generate_greedily`, from answers that have begun; those that have ended cost nothing."""
     generate: Any = getattr(model, "generate", None)
     if generate is None:
         raise ValueError(
@@ -68,25 +98,30 @@ def generate_greedily(
             "causal language model, or evaluate with generate=False"
         )
     pad, device = padding_id(tokenizer), device_of(model)
-    room = _room(model, prompts, max_new_tokens)
+    context, room = context_length(model), _room(model, [answer.prompt for answer in begun], max_new_tokens)
     # Processes with shards of one model run every step together, also where rounding ends an answer earlier in one.
     sharded = several() and any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    stops = _stop_tokens(model, tokenizer)
-    answers = [""] * len(prompts)
-    longest_first = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
+    stops = stop_tokens(model, tokenizer)
+    answers = [list(answer.said[:tokens]) for answer, tokens in zip(begun, room, strict=True)]
+    left = [0 if answer.ended else tokens - len(answer.said) for answer, tokens in zip(begun, room, strict=True)]
     with evaluation_mode(model):
-        for start in range(0, len(prompts), batch_size):
-            batch = longest_first[start : start + batch_size]
-            for new_tokens in sorted({room[index] for index in batch}):
-                # All of them together, unless some would run out of the model's context.
-                indices = [index for index in batch if room[index] == new_tokens]
-                width = len(prompts[indices[0]])
+        for everything in generation_batches(begun, max_new_tokens, batch_size):
+            batch = [index for index in everything if left[index] > 0]
+            longest = max((left[index] for index in batch), default=0)
+            # All of them together, unless some would run out of the model's context.
+            ends = {index: len(begun[index].prompt) + len(answers[index]) + longest for index in batch}
+            steps = {
+                index: longest if context is None or ends[index] <= context + 1 else left[index] for index in batch
+            }
+            for new_tokens in sorted(set(steps.values())):
+                indices = [index for index in batch if steps[index] == new_tokens]
+                prompts = [[*begun[index].prompt, *answers[index]] for index in indices]
+                width = max(map(len, prompts))
                 input_ids = torch.full((len(indices), width), pad)
                 attention_mask = torch.zeros_like(input_ids)
-                for row, index in enumerate(indices):
-                    first = width - len(prompts[index])
-                    input_ids[row, first:] = torch.tensor(prompts[index])
-                    attention_mask[row, first:] = 1
+                for row, prompt in enumerate(prompts):
+                    input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
+                    attention_mask[row, width - len(prompt) :] = 1
                 output = generate(
                     input_ids=input_ids.to(device),
                     attention_mask=attention_mask.to(device),
@@ -98,9 +133,19 @@ def generate_greedily(
                     **_GREEDY,
                 )
                 for index, tokens in zip(indices, output[:, width:].tolist(), strict=True):
-                    answers[index] = str(tokenizer.decode(_until(tokens, stops), skip_special_tokens=True)).strip()
-            advance(len(batch))
-    return answers
+                    answers[index] += tokens[: left[index]]
+            advance(len(everything))
+    return [str(tokenizer.decode(_until(tokens, stops), skip_special_tokens=True)).strip() for tokens in answers]
+
+
+def generation_batches(begun: Sequence[Begun], max_new_tokens: int, batch_size: int) -> list[list[int]]:
+    """The places of answers in batches: first those with most tokens to come, at last those that have ended."""
+    left = [0 if answer.ended else max_new_tokens - len(answer.said) for answer in begun]
+    order = sorted(range(len(begun)), key=lambda index: (left[index], len(begun[index].prompt)), reverse=True)
+    going_on = [index for index in order if left[index] > 0]
+    ended = order[len(going_on) :]
+    batches = [going_on[start : start + batch_size] for start in range(0, len(going_on), batch_size)]
+    return [*batches, ended] if ended else batches
 
 
 def _room(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
@@ -125,7 +170,8 @@ def _room(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: in
     return room
 
 
-def _stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end an answer: eos, the chat template's end of turn, and what the model's configuration adds."""
     # Some chat models (Llama 3, Gemma) end a turn with tokens that only their generation config names.
     configured: int | list[int] | None = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     turn = None

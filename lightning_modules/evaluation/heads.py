@@ -11,6 +11,9 @@ from torch.distributed.tensor import DTensor
 
 _TRIAL_TOKENS = 32
 
+EXACT = (torch.float32, torch.float64)
+"""Types whose rounding is too small to hide a difference that matters."""
+
 
 def backbone_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     """The part of a Hugging Face model that gives hidden states, and its output embeddings.
@@ -51,7 +54,11 @@ def gives_logits(
     expected = model(**trial).logits[0]
     hidden = backbone(**trial, use_cache=False).last_hidden_state[0]
     found = head(hidden)
-    exact = expected.dtype in (torch.float32, torch.float64) and hidden.dtype == expected.dtype
+    return agree(found, expected, exact=expected.dtype in EXACT and hidden.dtype == expected.dtype)
+
+
+def agree(found: Tensor, expected: Tensor, *, exact: bool) -> bool:
+    """Whether two ways to a model's logits give the same up to rounding; `exact` for float32 all the way."""
     # The logits are compared and not a loss of them, because a token that a family rules out may change no loss. The
     # tolerance is relative to their spread, which the size of a model's logits does not change: 1e-4 is far above
     # float32 rounding and far below a cap or a scale that matters, and 2e-2 leaves room for half-precision rounding.

@@ -2,8 +2,9 @@ r"""The mean negative log-likelihood per answer token: the number that probabili
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,23 @@ _HEAD_ROWS = 1024
 # `[rows]` on the CPU -> tensors `[rows]`, one number per token each.
 Summary = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 # A batch -> the logits that predict its labelled tokens, with those labels, some rows at a time.
-_LabelledLogits = Callable[[dict[str, Tensor]], Iterator[tuple[Tensor, Tensor]]]
+LabelledLogits = Callable[["Batch"], Iterator[tuple[Tensor, Tensor]]]
+
+
+class Batch(NamedTuple):
+    """What the model is called with, and where in it the labelled tokens of some examples are predicted.
+
+    Attributes:
+        inputs: of the model, `[B, T]`.
+        labels: the labelled tokens of all examples, one example after the other, `[rows]`.
+        places: where each is predicted, in the batch read row by row, `[rows]`.
+        counts: how many of them each example has.
+    """
+
+    inputs: Mapping[str, Any]
+    labels: Tensor
+    places: Tensor
+    counts: list[int]
 
 
 def answer_nll(
@@ -84,22 +101,26 @@ def over_answer_tokens(
     result: list[tuple[Tensor, ...]] = [()] * len(encoded)
     longest_first = sorted(range(len(encoded)), key=lambda index: len(encoded[index].input_ids), reverse=True)
     with evaluation_mode(model):
-        rows_of = _answer_rows(model, encoded, pad_token_id)
+        rows_of = labelled_logits(model, encoded, pad_token_id)
         for start in range(0, len(encoded), batch_size):
             indices = longest_first[start : start + batch_size]
-            batch = _on_device(model, [encoded[index] for index in indices], pad_token_id)
-            counts = (batch["labels"][:, 1:] != IGNORED).sum(dim=1).cpu()
-            places = torch.tensor(indices).repeat_interleave(counts).split(_HEAD_ROWS)
-            found = (
-                summarize(logits.float(), labels, place)
-                for (logits, labels), place in zip(rows_of(batch), places, strict=True)
-            )
-            columns = (torch.cat(column).cpu() for column in zip(*found, strict=True))
-            examples = zip(*(column.split(counts.tolist()) for column in columns), strict=True)
-            for index, tokens in zip(indices, examples, strict=True):
+            batch = padded(model, [encoded[index] for index in indices], pad_token_id)
+            for index, tokens in zip(indices, summarized(rows_of, batch, indices, summarize), strict=True):
                 result[index] = tokens
             advance(len(indices))
     return result
+
+
+def summarized(
+    rows_of: LabelledLogits, batch: Batch, indices: Sequence[int], summarize: Summary
+) -> list[tuple[Tensor, ...]]:
+    """Runs one batch: for each of its examples, whose places are `indices`, what `summarize` made of its tokens."""
+    owners = torch.tensor(indices).repeat_interleave(torch.tensor(batch.counts)).split(_HEAD_ROWS)
+    found = (
+        summarize(logits.float(), labels, owner) for (logits, labels), owner in zip(rows_of(batch), owners, strict=True)
+    )
+    columns = (torch.cat(column).cpu() for column in zip(*found, strict=True))
+    return list(zip(*(column.split(batch.counts) for column in columns), strict=True))
 
 
 @contextmanager
@@ -136,42 +157,39 @@ def _loss(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits, labels, reduction="none")
 
 
-def _on_device(model: nn.Module, encoded: list[Encoded], pad_token_id: int) -> dict[str, Tensor]:
-    return {name: tensor.to(device_of(model)) for name, tensor in collate(encoded, pad_token_id).items()}
+def padded(model: nn.Module, encoded: Sequence[Encoded], pad_token_id: int) -> Batch:
+    """Examples as a batch on the model's device, one row each."""
+    batch = {name: tensor.to(device_of(model)) for name, tensor in collate(encoded, pad_token_id).items()}
+    labels = batch.pop("labels")[:, 1:]
+    keep = labels != IGNORED
+    places = torch.arange(batch["input_ids"].numel(), device=labels.device).view(batch["input_ids"].shape)[:, :-1]
+    if batch["attention_mask"].all():  # without padding, attention takes its faster path
+        del batch["attention_mask"]
+    return Batch(batch, labels[keep], places[keep], keep.sum(dim=1).tolist())
 
 
-def _answer_rows(model: nn.Module, encoded: Sequence[Encoded], pad_token_id: int) -> _LabelledLogits:
+def labelled_logits(model: nn.Module, encoded: Sequence[Encoded], pad_token_id: int) -> LabelledLogits:
     """Returns a function from a batch to the logits at its answer positions.
 
-    If backbone and head alone are the model, only the answer positions go through the head.
+    If backbone and head alone are the model, only the answer positions go through the head, and each of them once.
     """
 
-    def plain(batch: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        labels = batch["labels"][:, 1:]
-        keep = labels != IGNORED
-        logits = model(**_inputs(batch)).logits[:, :-1][keep]
-        yield from zip(logits.split(_HEAD_ROWS), labels[keep].split(_HEAD_ROWS), strict=True)
+    def plain(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        logits = model(**batch.inputs, use_cache=False).logits.flatten(0, 1)
+        for places, labels in zip(batch.places.split(_HEAD_ROWS), batch.labels.split(_HEAD_ROWS), strict=True):
+            yield logits[places], labels
 
     parts = backbone_and_head(model)
     if parts is None or not encoded:
         return plain
     backbone, head = parts
 
-    def gathered(batch: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        labels = batch["labels"][:, 1:]
-        keep = labels != IGNORED
-        hidden = backbone(**_inputs(batch)).last_hidden_state[:, :-1][keep]
-        for rows, targets in zip(hidden.split(_HEAD_ROWS), labels[keep].split(_HEAD_ROWS), strict=True):
-            yield head(rows), targets
+    def gathered(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        hidden = backbone(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+        for places, labels in zip(batch.places.split(_HEAD_ROWS), batch.labels.split(_HEAD_ROWS), strict=True):
+            once, of = places.unique(return_inverse=True)
+            # Texts that begin alike share the places where they part.
+            yield head(hidden[once])[of] if len(once) < len(places) else head(hidden[places]), labels
 
     shortest = min(encoded, key=lambda example: len(example.input_ids))
-    inputs = _on_device(model, [shortest], pad_token_id)
-    del inputs["labels"]
-    return gathered if gives_logits(model, backbone, head, inputs) else plain
-
-
-def _inputs(batch: dict[str, Tensor]) -> dict[str, object]:
-    inputs: dict[str, object] = {"input_ids": batch["input_ids"], "use_cache": False}
-    if not batch["attention_mask"].all():  # without padding, attention takes its faster path
-        inputs["attention_mask"] = batch["attention_mask"]
-    return inputs
+    return gathered if gives_logits(model, backbone, head, padded(model, [shortest], pad_token_id).inputs) else plain

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.data.tokenization import IGNORED, Encoded
-from lightning_modules.evaluation.likelihood import over_answer_tokens
+from lightning_modules.evaluation.likelihood import Summary, over_answer_tokens
 from lightning_modules.metrics.functional import (
     exact_memorization,
     extraction_strength,
@@ -99,13 +99,29 @@ def answer_token_statistics(
     if detailed is not None:
         whole = torch.zeros_like(whole).index_fill_(0, torch.tensor(list(detailed), dtype=torch.int64), True)
     statistics = over_answer_tokens(
-        model, encoded, partial(_statistics, whole), pad_token_id=pad_token_id, batch_size=batch_size, advance=advance
+        model, encoded, token_statistics(whole), pad_token_id=pad_token_id, batch_size=batch_size, advance=advance
     )
-    found: list[AnswerTokens] = []
-    for example, every, (log_p, *details) in zip(encoded, whole.tolist(), statistics, strict=True):
-        predicted, means, stds = (column if every else column[:0] for column in details)
-        found.append(AnswerTokens(log_p.double(), predicted, _labels(example), means.double(), stds.double()))
-    return found
+    return [
+        answer_tokens(example, columns, detailed=every)
+        for example, every, columns in zip(encoded, whole.tolist(), statistics, strict=True)
+    ]
+
+
+def token_statistics(detailed: Tensor, *, moments: bool = True) -> Summary:
+    """What `answer_token_statistics` computes from logits, as a function for `likelihood.over_answer_tokens`.
+
+    Args:
+        detailed: which of the examples get every number, bool `[n]`; the others get log-probabilities only.
+        moments: `False` leaves out mean and standard deviation, which then are -1.
+    """
+    return partial(_statistics, detailed, moments=moments)
+
+
+def answer_tokens(example: Encoded, columns: Sequence[Tensor], *, detailed: bool) -> AnswerTokens:
+    """What `token_statistics` made of one example, by its names; without the details where there are none."""
+    log_p, *details = columns
+    predicted, means, stds = (column if detailed else column[:0] for column in details)
+    return AnswerTokens(log_p.double(), predicted, _labels(example), means.double(), stds.double())
 
 
 def memory_scores(tokens: AnswerTokens, answer: str) -> dict[str, float]:
@@ -136,7 +152,9 @@ def _labels(example: Encoded) -> Tensor:
     return torch.tensor([label for label in example.labels[1:] if label != IGNORED], dtype=torch.int64)
 
 
-def _statistics(whole: Tensor, logits: Tensor, labels: Tensor, places: Tensor) -> tuple[Tensor, ...]:
+def _statistics(
+    whole: Tensor, logits: Tensor, labels: Tensor, places: Tensor, *, moments: bool = True
+) -> tuple[Tensor, ...]:
     log_p = logits.log_softmax(dim=-1)
     chosen = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     predicted, means, stds = (torch.full_like(column, -1) for column in (labels, chosen, chosen))
@@ -144,8 +162,9 @@ def _statistics(whole: Tensor, logits: Tensor, labels: Tensor, places: Tensor) -
     every = len(rows) == len(labels)
     # argmax would return the NaN
     predicted[rows] = (logits if every else logits[rows]).argmax(dim=-1).masked_fill(chosen[rows].isnan(), -1)
-    log_p = log_p if every else log_p[rows]  # frees what is not needed, before the next buffers
-    means[rows], stds[rows] = _moments(log_p)
+    if moments:
+        log_p = log_p if every else log_p[rows]  # frees what is not needed, before the next buffers
+        means[rows], stds[rows] = _moments(log_p)
     return chosen, predicted, means, stds
 
 

@@ -103,17 +103,17 @@ def from_first(work: Callable[[], T]) -> T:
     return results[0][0]
 
 
-def dealt(lengths: Sequence[int], batch_size: int, work: Callable[[list[int]], Sequence[T]]) -> list[T]:
-    """Divides entries among the processes by whole batches, so that every number is the same as in one process.
+def dealt(
+    lengths: Sequence[int], batches: Sequence[Sequence[int]], work: Callable[[list[Sequence[int]]], Sequence[T]]
+) -> list[T]:
+    """Divides batches among the processes, so that every number is the same as in one process.
 
-    The batches are those of `over_answer_tokens` and `generate_greedily`: the entries are sorted by falling length, and
-    `batch_size` consecutive ones make a batch. Process r of W takes the batches r, r + W, and so on, so that each gets
-    long and short ones.
+    Process r of W takes the batches r, r + W, and so on: sorted by length, each gets long and short ones.
 
     Args:
         lengths: the lengths of n entries, the same in every process.
-        batch_size: entries in a batch.
-        work: takes the indices of some entries and returns one result for each; it makes batches as above.
+        batches: the entries in each batch, every entry in one batch.
+        work: takes some of the batches and returns one result for each of their entries, in their order.
 
     Returns:
         n results in the order of the entries, in every process.
@@ -122,19 +122,16 @@ def dealt(lengths: Sequence[int], batch_size: int, work: Callable[[list[int]], S
         RuntimeError: if the work failed in another process, or if the processes were given different lengths.
 
     Example:
-        >>> dealt([3, 1, 2], 2, lambda indices: [10 * index for index in indices])
+        >>> dealt([3, 1, 2], [[0, 2], [1]], lambda batches: [10 * entry for batch in batches for entry in batch])
         [0, 10, 20]
     """
-    if not several():
-        return list(work(list(range(len(lengths)))))
-    order = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    mine = [index for batch in batches[dist.get_rank() :: dist.get_world_size()] for index in batch]
-    shares = every_process(lambda: (list(lengths), dict(zip(mine, work(mine), strict=True))))
+    share = batches[dist.get_rank() :: dist.get_world_size()] if several() else batches
+    mine = [entry for batch in share for entry in batch]
+    shares = every_process(lambda: (list(lengths), dict(zip(mine, work(list(share)), strict=True))))
     if any(seen != shares[0][0] for seen, _ in shares):
         raise RuntimeError(
             "expected every process to score the same texts, found others in "
             f"{sum(seen != shares[0][0] for seen, _ in shares)} of {len(shares)}: give all of them the same splits"
         )
-    results = {index: result for _, share in shares for index, result in share.items()}
-    return [results[index] for index in range(len(lengths))]
+    results = {entry: result for _, found in shares for entry, result in found.items()}
+    return [results[entry] for entry in range(len(lengths))]

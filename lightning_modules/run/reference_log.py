@@ -29,7 +29,7 @@ from lightning_modules.run.scoring import ScoredSplits, score, to_score
 from lightning_modules.training import scratch
 from lightning_modules.training.sharding import Distributed
 
-_FORMAT = 1  # raise it when what is scored, or how, changes, so that logs in the cache are not used any more
+_FORMAT = 2  # raise it when what is scored, or how, changes, so that logs in the cache are not used any more
 
 T = TypeVar("T")
 _DATA = DataOptions()
@@ -215,7 +215,12 @@ def cache_path(options: Options, splits: Splits) -> Path | None:
         "reference": identity,
         "splits": examples,
         "tokens": None if name is None else _tokens(name, options, examples),
-        "settings": [evaluation.max_new_tokens, options.data.max_length, evaluation.evaluation_batch_size],
+        "settings": [
+            evaluation.max_new_tokens,
+            options.data.max_length,
+            evaluation.evaluation_batch_size,
+            evaluation.evaluation_batch_tokens,
+        ],
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
     return cache_folder("reference") / f"{hashed(determining)[:24]}.jsonl"

@@ -38,7 +38,10 @@ def score(run: Run[Options], model: nn.Module, *, across_processes: bool = False
     """
     evaluation = run.options.evaluation
     settings = EvaluationSettings(
-        evaluation.evaluation_batch_size, evaluation.max_new_tokens, run.options.data.max_length
+        evaluation.evaluation_batch_size,
+        evaluation.max_new_tokens,
+        run.options.data.max_length,
+        batch_tokens=evaluation.evaluation_batch_tokens,
     )
     with on_gpu(model):
         return evaluate(

@@ -84,7 +84,8 @@ class EvaluationOptions:
     Attributes:
         max_new_tokens: tokens a generated answer
         evaluation_examples: examples of each split to score, the first ones
-        evaluation_batch_size: texts a forward pass when scoring
+        evaluation_batch_size: texts a forward pass when scoring, and answers generated together
+        evaluation_batch_tokens: tokens a forward pass when scoring, padding counted, in place of that many texts
         reference: a model that never saw the forget set (folder or hub name), or its evaluation.jsonl; for 'scratch' it
             is trained
         reference_cache: keep the scores of a reference model and use them again; false scores it anew
@@ -93,12 +94,13 @@ class EvaluationOptions:
     max_new_tokens: int = 64
     evaluation_examples: int = 400
     evaluation_batch_size: int = 32
+    evaluation_batch_tokens: int | None = None
     reference: str | None = None
     reference_cache: bool = True
 
     def check(self) -> None:
         """Raise ValueError on options outside their domain."""
-        at_least_one(self, "max_new_tokens", "evaluation_examples", "evaluation_batch_size")
+        at_least_one(self, "max_new_tokens", "evaluation_examples", "evaluation_batch_size", "evaluation_batch_tokens")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ NUMBERS = [
     *(row for flag in ("warmup-steps", "lora-rank", "weight-decay") for row in between(flag, "-1")),
     *(row for flag in ("retain-weight", "retain-inside") for row in between(flag, "-0.5")),
     *between("evaluation-batch-size", "0"),
+    *between("evaluation-batch-tokens", "0"),
     *between("lr", "0", "-1"),
     *between("collapse-below", "0", "1.5"),
     *between("best-below", "1"),

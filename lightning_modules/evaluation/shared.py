@@ -1,0 +1,183 @@
+"""Scores groups of texts that begin alike, such as all answers to one question, reading each beginning once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.data.tokenization import IGNORED, Encoded
+from lightning_modules.evaluation.heads import EXACT, agree
+from lightning_modules.evaluation.likelihood import (
+    Batch,
+    LabelledLogits,
+    Summary,
+    device_of,
+    evaluation_mode,
+    labelled_logits,
+    padded,
+    summarized,
+)
+from lightning_modules.evaluation.trees import Tree, collate_trees, rows_of, tree_of
+
+_WORTH = 0.9  # of the tokens of the texts by themselves: above that share trees save less than their mask costs
+
+
+class SharedTexts:
+    """Texts in groups, the batches in which a model reads them, and what is computed from their answers' logits.
+
+    Groups are read as trees (`evaluation.trees`) where that saves a tenth of the tokens and the model allows it.
+    Whether it does is tried out on the longest text: attention that is no softmax over what a mask shows (a state-space
+    model, a window shorter than the texts, positions that cannot be given) gives other logits there, and then every
+    text is a row of its own. So no list of architectures has to be kept.
+
+    Args:
+        model: a causal language model, on any device and in any dtype.
+        encoded: n examples; the labelled tokens are the answer.
+        groups: the places of the texts of each group, every text in one group.
+        pad_token_id: fills up shorter rows; it is masked.
+        batch_size: texts in a forward pass.
+        batch_tokens: tokens in a forward pass, padding counted, in place of `batch_size`.
+
+    Attributes:
+        rows: the places of the texts in each row: a tree, or one text.
+        batches: the rows of each forward pass, longest first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        encoded: Sequence[Encoded],
+        groups: Sequence[Sequence[int]],
+        *,
+        pad_token_id: int,
+        batch_size: int = 32,
+        batch_tokens: int | None = None,
+    ) -> None:
+        self.model, self.encoded, self.pad_token_id = model, encoded, pad_token_id
+        self.batch_size, self.batch_tokens = batch_size, batch_tokens
+        rows = [
+            [place for group in row for place in groups[group]]
+            for row in rows_of([[encoded[place].input_ids for place in group] for group in groups])
+        ]
+        whole = sum(len(text.input_ids) for text in encoded)
+        self.trees = sum(len(self._tree(row).tokens) for row in rows) <= _WORTH * whole
+        self.rows = rows if self.trees else [[place] for group in groups for place in group]
+        self.lengths = [len(self._tree(row).tokens) for row in self.rows]
+        self.batches = batches_of(self.lengths, [len(row) for row in self.rows], batch_size, batch_tokens)
+
+    def over(
+        self, batches: Sequence[Sequence[int]], summarize: Summary, advance: Callable[[int], object]
+    ) -> list[dict[int, tuple[Tensor, ...]]]:
+        """Runs the model on some of the batches.
+
+        Args:
+            batches: some of `self.batches`.
+            summarize: as in `likelihood.over_answer_tokens`.
+            advance: called with the number of texts done, after every batch.
+
+        Returns:
+            For every row, in the order of the batches: the place of each of its texts -> what `summarize` made of it.
+        """
+        found: list[dict[int, tuple[Tensor, ...]]] = []
+        with evaluation_mode(self.model):
+            for batch in batches:
+                places = [place for row in batch for place in self.rows[row]]
+                if self._as_trees:
+                    parts = [(places, self._tree_batch([self.rows[row] for row in batch]))]
+                else:
+                    parts = [(part, self._texts(part)) for part in self._parts(places)]
+                summaries: dict[int, tuple[Tensor, ...]] = {}
+                for part, prepared in parts:
+                    summaries |= zip(part, summarized(self._logits, prepared, part, summarize), strict=True)
+                found += [{place: summaries[place] for place in self.rows[row]} for row in batch]
+                advance(len(places))
+        return found
+
+    @cached_property
+    def _logits(self) -> LabelledLogits:
+        return labelled_logits(self.model, self.encoded, self.pad_token_id)
+
+    @cached_property
+    def _as_trees(self) -> bool:
+        """Whether trees give the logits that the texts by themselves give, tried on the longest and a second one."""
+        if not self.trees:
+            return False
+        longest = max(self.encoded, key=lambda text: len(text.input_ids))
+        # One that parts early, whether or not they share a row: the more tokens must not be seen, the better the trial.
+        other = min(self.encoded, key=lambda text: (_common(text, longest), len(text.input_ids)))
+        trial = [self.encoded.index(longest), self.encoded.index(other)]
+        try:
+            found = torch.cat([logits for logits, _ in self._logits(self._tree_batch([trial]))])
+        except (TypeError, ValueError, RuntimeError, IndexError):
+            return False  # its forward takes no positions, or no mask of this shape
+        expected = torch.cat([logits for logits, _ in self._logits(self._texts(trial))])
+        return agree(found, expected, exact=found.dtype in EXACT)
+
+    def _parts(self, places: Sequence[int]) -> list[list[int]]:
+        """Texts of a batch of trees, as batches of texts."""
+        lengths = [len(self.encoded[place].input_ids) for place in places]
+        batches = batches_of(lengths, [1] * len(places), self.batch_size, self.batch_tokens)
+        return [[places[index] for index in batch] for batch in batches]
+
+    def _tree(self, row: Sequence[int]) -> Tree:
+        return tree_of([self.encoded[place].input_ids for place in row])
+
+    def _texts(self, places: Sequence[int]) -> Batch:
+        return padded(self.model, [self.encoded[place] for place in places], self.pad_token_id)
+
+    def _tree_batch(self, rows: Sequence[Sequence[int]]) -> Batch:
+        trees = [self._tree(row) for row in rows]
+        weights = (weight.dtype for weight in self.model.parameters() if weight.is_floating_point())
+        dtype = next(weights, torch.float32)
+        device = device_of(self.model)
+        inputs = {name: tensor.to(device) for name, tensor in collate_trees(trees, self.pad_token_id, dtype).items()}
+        width = inputs["input_ids"].shape[1]
+        labels: list[int] = []
+        places: list[int] = []
+        counts: list[int] = []
+        for number, (row, tree) in enumerate(zip(rows, trees, strict=True)):
+            for place, path in zip(row, tree.paths, strict=True):
+                said = [step for step, label in enumerate(self.encoded[place].labels) if step and label != IGNORED]
+                labels += [self.encoded[place].labels[step] for step in said]
+                places += [number * width + path[step - 1] for step in said]
+                counts.append(len(said))
+        return Batch(inputs, torch.tensor(labels, device=device), torch.tensor(places, device=device), counts)
+
+
+def batches_of(
+    lengths: Sequence[int], texts: Sequence[int], batch_size: int, batch_tokens: int | None = None
+) -> list[list[int]]:
+    """Divides rows into batches, longest first.
+
+    Args:
+        lengths: of the rows, in tokens.
+        texts: how many texts each row has.
+        batch_size: texts in a batch; a row of more is a batch by itself.
+        batch_tokens: tokens in a batch, padding counted, in place of `batch_size`.
+
+    Example:
+        >>> batches_of([3, 9, 4], [1, 1, 1], batch_size=2)
+        [[1, 2], [0]]
+        >>> batches_of([3, 9, 4], [1, 1, 1], batch_size=2, batch_tokens=12)
+        [[1], [2, 0]]
+    """
+    batches: list[list[int]] = []
+    held = width = 0
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True):
+        rows = len(batches[-1]) + 1 if batches else 0
+        fits = held + texts[row] <= batch_size if batch_tokens is None else rows * width <= batch_tokens
+        if batches and fits:
+            batches[-1].append(row)
+            held += texts[row]
+        else:
+            batches.append([row])
+            held, width = texts[row], lengths[row]
+    return batches
+
+
+def _common(one: Encoded, other: Encoded) -> int:
+    pairs = zip(one.input_ids, other.input_ids, strict=False)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one.input_ids), len(other.input_ids)))
