@@ -6,8 +6,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TypeVar
 
-from lightning_modules.folder import CHECKPOINTS, CONFIG, METRICS, check_links
-from lightning_modules.run.options import FinetuneOptions, UnlearnOptions
+from lightning_modules.data.files import read_json
+from lightning_modules.folder import CHECKPOINTS, CONFIG, METRICS, TRAINING, check_links
+from lightning_modules.run.options import AUTO, FinetuneOptions, UnlearnOptions
 from lightning_modules.run.options.flat import flag
 from lightning_modules.run.saved import read_options
 
@@ -17,6 +18,15 @@ OptionsT = TypeVar("OptionsT", UnlearnOptions, FinetuneOptions)
 def only_report_is_missing(folder: Path) -> bool:
     """Whether a run has its scores and no report yet: the checkpoints are removed last."""
     return (folder / METRICS).exists() and (folder / CHECKPOINTS).exists()
+
+
+def _settled(folder: Path) -> list[str]:
+    """The options that the run settled itself, see `settling`; what they came to stands in config.yaml."""
+    if not (folder / TRAINING).exists():
+        return []
+    notes = read_json(folder / TRAINING, f"the {TRAINING} of a run")
+    found = {"learning_rate": "lr", "target": "stop_below"}
+    return [option for name, option in found.items() if name in notes]
 
 
 def resumed(given: OptionsT, stated: Collection[str] = ()) -> OptionsT:
@@ -49,6 +59,9 @@ def resumed(given: OptionsT, stated: Collection[str] = ()) -> OptionsT:
     saved = kind.of(**values | place)
     before, now, default = saved.flat(), given.flat(), kind.of(**place).flat()
     said = {name: now[name] for name in names - {"resume"} if name in stated or now[name] != default[name]}
+    for name in _settled(folder):
+        if name in said and said[name] in (None, AUTO):
+            del said[name]  # the run found out what it means
     # config.yaml holds what a default such as null came to, so the options given are resolved as the run's were.
     meant = saved.but(**said).resolved().flat()
     changed = [
