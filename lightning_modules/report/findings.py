@@ -78,10 +78,12 @@ def warnings(run: FinishedRun) -> list[str]:
     said: list[str] = []
     before, target = run.metrics["before"], run.training.get("target", {})
     level = target.get("forget_probability", run.config.get("stop_below"))
-    if (unknown := nothing_to_forget(before, level, target.get("of", "asked")) or little_to_forget(before)) is not None:
-        said.append(unknown)
-    if (missed := not_reached(run.metrics)) is not None:
-        said.append(missed)
+    about_target = (
+        nothing_to_forget(before, level, target.get("of", "asked")),
+        little_to_forget(before),
+        not_reached(run.metrics),
+    )
+    said += [sentence for sentence in about_target if sentence is not None]
     if collapse := run.training.get("collapse"):
         said.append(f"The collapse alarm stopped the run: {collapse['reason']}.")
     broken = sorted(

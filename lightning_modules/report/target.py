@@ -33,7 +33,7 @@ def nothing_to_forget(
     )
     return (
         f"There is nothing to forget: the mean probability of the forget answers is {shown(known)} before unlearning already, and {goal}; "
-        f"{after}. Give the model that has learned them, or teach it first (gradsurgery finetune, or unlearn --finetune-first)."
+        f"{after}."
     )
 
 

@@ -20,8 +20,8 @@ def only_report_is_missing(folder: Path) -> bool:
     return (folder / METRICS).exists() and (folder / CHECKPOINTS).exists()
 
 
-def _settled(folder: Path) -> list[str]:
-    """The options that the run settled itself, see `settling`; what they came to stands in config.yaml."""
+def settled(folder: Path) -> list[str]:
+    """The options that nobody gave and a run settled itself, see `settling`; what they came to is in config.yaml."""
     if not (folder / TRAINING).exists():
         return []
     notes = read_json(folder / TRAINING, f"the {TRAINING} of a run")
@@ -59,7 +59,7 @@ def resumed(given: OptionsT, stated: Collection[str] = ()) -> OptionsT:
     saved = kind.of(**values | place)
     before, now, default = saved.flat(), given.flat(), kind.of(**place).flat()
     said = {name: now[name] for name in names - {"resume"} if name in stated or now[name] != default[name]}
-    for name in _settled(folder):
+    for name in settled(folder):
         if name in said and said[name] in (None, AUTO):
             del said[name]  # the run found out what it means
     # config.yaml holds what a default such as null came to, so the options given are resolved as the run's were.

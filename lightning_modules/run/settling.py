@@ -97,7 +97,7 @@ def settle_rate(
     tried = trial(
         make_module(model, options.method, slow, reference).train(),
         make_data(options, run.tokenizer),
-        {split: evenly_spaced(rows, SCORED) for split, rows in curve.encoded.items()},
+        evenly_spaced(curve.encoded["forget"], SCORED),
         level=level,
         pad_token_id=curve.pad_token_id,
         precision=training.precision,
@@ -113,8 +113,7 @@ def settle_rate(
         rate = USUAL_RATE
         _say(
             f"Warning: --lr auto: expected trial steps that bring the forget probability below {shown(level)}, found "
-            f"{shown(last['forget'])} with a retain probability of {shown(last['retain'])} after the last one ({seconds}); {rate:g} is "
-            "taken, give --lr for another"
+            f"{shown(last['forget'])} after the last one ({seconds}); {rate:g} is taken, give --lr for another"
         )
     else:
         _say(f"--lr auto: {rate:g} reaches a forget probability of {shown(level)} within the {steps} steps ({seconds})")

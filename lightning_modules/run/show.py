@@ -49,9 +49,9 @@ def show_start(before: Evaluation, level: float | None = None, of: str = "asked"
         level: The forget probability at which training ends; None or 0 where there is none.
         of: Whose it is, see `report.target.nothing_to_forget`.
     """
-    said = nothing_to_forget(before.summary, level, of) or little_to_forget(before.summary)
-    if said is not None:
-        Console(stderr=True, soft_wrap=True).print(f"Warning: {said}", markup=False, highlight=False)
+    for said in (nothing_to_forget(before.summary, level, of), little_to_forget(before.summary)):
+        if said is not None:
+            Console(stderr=True, soft_wrap=True).print(f"Warning: {said}", markup=False, highlight=False)
 
 
 def show(metrics: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ probability has hardly moved, and the number of steps at most."""
 MOVED = 0.99
 """It has moved when it is below this share of what it was."""
 SCORED = 16
-"""Examples of each split that are scored after a trial step, evenly spaced."""
+"""Forget examples that are scored after a trial step, evenly spaced."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Trial:
     """What the trial steps did.
 
     Attributes:
-        points: One for the start, with the rate 0, and one after each step: "lr", and the mean probability of "forget"
-            and "retain".
+        points: One for the start, with the rate 0, and one after each step: "lr", and "forget", the mean probability of
+            the forget examples.
         level: The forget probability that was to be reached.
     """
 
@@ -78,7 +78,7 @@ def rate_for(way: float, shares: Sequence[float]) -> float:
 def trial(
     module: L.LightningModule,
     data: L.LightningDataModule,
-    scored: Mapping[str, Sequence[Encoded]],
+    scored: Sequence[Encoded],
     *,
     level: float,
     pad_token_id: int,
@@ -92,12 +92,13 @@ def trial(
     Args:
         module: A module whose `model` is trained; made for this, because its optimizer is.
         data: Its batches.
-        scored: The examples of "forget" and "retain".
+        scored: Forget examples. What is kept is not looked at: it may fall first, because these steps are larger than
+            any of the run.
         level: The trial ends once the mean forget probability is below this.
         pad_token_id: Of the tokenizer.
         trainer: Further arguments of the Trainer: precision, accumulation.
 
-    Cost: about ten optimizer steps and as many scores of up to 32 examples, and a copy of the trained weights in the
+    Cost: about ten optimizer steps and as many scores of up to 16 examples, and a copy of the trained weights in the
     host's memory.
     """
     rising = _Rising(scored, level, pad_token_id)
@@ -149,12 +150,9 @@ def same_random_numbers() -> Generator[None]:
 
 
 class _Rising(Callback):
-    """Raises the learning rate after every step, and stops where enough is forgotten.
+    """Raises the learning rate after every step, and stops where enough is forgotten."""
 
-    The retain probability stops nothing: it may fall first, because these steps are larger than any of the run.
-    """
-
-    def __init__(self, scored: Mapping[str, Sequence[Encoded]], level: float, pad_token_id: int) -> None:
+    def __init__(self, scored: Sequence[Encoded], level: float, pad_token_id: int) -> None:
         self.scored, self.level, self.pad_token_id = scored, level, pad_token_id
         self.points: list[dict[str, float]] = []
         self._rate, self._stage = FIRST, Stage("Trial steps for the learning rate", None)
@@ -176,7 +174,7 @@ class _Rising(Callback):
 
     def _score(self, trainer: L.Trainer, module: L.LightningModule, rate: float) -> None:
         model = module.get_submodule("model")
-        scores = mean_probabilities(model, self.scored, pad_token_id=self.pad_token_id)
+        scores = mean_probabilities(model, {"forget": self.scored}, pad_token_id=self.pad_token_id)
         self.points.append({"lr": rate, **scores})
         if not scores["forget"] >= self.level:  # NaN too
             trainer.should_stop = True
