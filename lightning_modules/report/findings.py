@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from lightning_modules.report.finished import MODELS, FinishedRun, number
 from lightning_modules.report.intervals import Interval, mean_interval
 from lightning_modules.report.samples import degenerate
+from lightning_modules.report.target import not_reached, nothing_to_forget
 from lightning_modules.report.terminal import shown
 
 UNSURE = (
@@ -75,8 +76,14 @@ def little_to_forget(before: Mapping[str, Mapping[str, Any]] | None) -> str | No
 def warnings(run: FinishedRun) -> list[str]:
     """Returns what a reader must know before the numbers: a collapse, NaN, degenerate answers, shallow forgetting."""
     said: list[str] = []
-    if (unknown := little_to_forget(run.metrics["before"])) is not None:
-        said.append(unknown)
+    before, target = run.metrics["before"], run.training.get("target", {})
+    level = target.get("forget_probability", run.config.get("stop_below"))
+    about_target = (
+        nothing_to_forget(before, level, target.get("of", "asked")),
+        little_to_forget(before),
+        not_reached(run.metrics),
+    )
+    said += [sentence for sentence in about_target if sentence is not None]
     if collapse := run.training.get("collapse"):
         said.append(f"The collapse alarm stopped the run: {collapse['reason']}.")
     broken = sorted(
@@ -104,13 +111,19 @@ def warnings(run: FinishedRun) -> list[str]:
 
 def notes(run: FinishedRun) -> list[str]:
     """Returns what a reader would not expect, but which is no problem: whose weights the model has."""
+    said: list[str] = []
+    if searched := run.training.get("learning_rate"):
+        said.append(
+            f"The learning rate, {searched['lr']:g}, was found from {len(searched['points']) - 1} trial steps (`--lr auto`)."
+        )
     best = run.training.get("best")
     if not best:
-        return []
+        return said
     how = "The model is that of" if best["restored"] else "best.ckpt has the weights of"
     return [
+        *said,
         f"{how} step {best['step']:.0f} of {best['last_step']:.0f}, the best trade-off by the examples scored while training: the largest "
-        f"retain probability where the forget probability is below {best['target']:g}, else the least forget probability."
+        f"retain probability where the forget probability is below {best['target']:g}, else the least forget probability.",
     ]
 
 

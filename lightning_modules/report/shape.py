@@ -9,7 +9,7 @@ from typing import Any
 from lightning_modules.folder import METRICS
 
 MODELS = ("before", "after", "reference")
-_OPTIONAL = ("forget_quality", "model_utility")
+_OPTIONAL = ("forget_quality", "model_utility", "target")
 _NESTED = ("membership", "model_utility_inputs")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import nn
 import gradsurgery as gs
 from lightning_modules.data.pairs import ForgetRetainDataModule
 from lightning_modules.data.tokenization import padding_id
+from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.likelihood import device_of, on_gpu
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import START_MODEL
@@ -55,7 +56,7 @@ def make_module(
         model,
         forget_loss=forget_loss,
         retain_loss=objectives.by_name(method.retain_loss),
-        optimizer=training.base_optimizer(),
+        optimizer=_base_optimizer(training),
         surgery=method.surgery(max_norm=training.max_norm, accumulate=training.accumulates),
         warmup_steps=training.warmup_steps if training.lr_schedule == "constant" else 0,
         schedule=training.schedule(),
@@ -64,6 +65,19 @@ def make_module(
         retain_inside=method.retain_inside,
         dual=gs.losses.DualVariable(**method.dual) if method.dual else None,
     )
+
+
+def _base_optimizer(training: TrainingOptions) -> Callable[..., torch.optim.Optimizer]:
+    """Parameters -> the base optimizer; called in every process, with the learning rate of the first.
+
+    One that is found from trial steps is known there alone.
+    """
+
+    def make(named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        rate: Any = processes.from_first(lambda: training.lr)
+        return training.base_optimizer(rate)(named)
+
+    return make
 
 
 def start_model(run: Run[UnlearnOptions], model: nn.Module, data: ForgetRetainDataModule) -> Reference | None:

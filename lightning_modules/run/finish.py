@@ -11,6 +11,7 @@ from torch import nn
 from lightning_modules.data.examples import Example, read_examples
 from lightning_modules.data.pairs import ForgetRetainDataModule
 from lightning_modules.data.substitutes import check_substitutes, substituted
+from lightning_modules.evaluation import processes
 from lightning_modules.run.assembly import make_finishing_trainer
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.run import Run, Splits
@@ -60,7 +61,8 @@ def finish(run: Run[UnlearnOptions], model: nn.Module, start: Reference) -> None
         seed=options.output.seed,
         max_length=options.data.max_length,
     )
-    settings = FinishSettings(lr=options.finish.finish_lr or FinishSettings.lr, max_norm=options.training.max_norm)
+    rate = processes.from_first(lambda: options.finish.finish_lr)  # half of one that it alone may have found
+    settings = FinishSettings(lr=rate or FinishSettings.lr, max_norm=options.training.max_norm)
     L.seed_everything(options.output.seed, verbose=False)
     trainer = make_finishing_trainer(options.training, options.finish.finish_steps, Console(stderr=True))
     trainer.fit(finishing_module(model, start, settings).train(), data)

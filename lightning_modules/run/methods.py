@@ -27,12 +27,13 @@ from lightning_modules.run.assembly import adapted, make_module, make_trainer, s
 from lightning_modules.run.finish import finish, kept_start
 from lightning_modules.run.identity import examples_hash
 from lightning_modules.run.loading import load_reference, make_data
-from lightning_modules.run.options import TrainingOptions, UnlearnOptions
+from lightning_modules.run.options import AUTO, TrainingOptions, UnlearnOptions
 from lightning_modules.run.places import is_log
 from lightning_modules.run.plugins import make_callbacks, make_loggers
 from lightning_modules.run.run import Run
 from lightning_modules.run.saving import whole
-from lightning_modules.run.scoring import score
+from lightning_modules.run.scoring import ScoredSplits, score
+from lightning_modules.run.settling import settle_rate, settle_target
 from lightning_modules.run.show import show_start
 from lightning_modules.training.adapters import checked_targets
 from lightning_modules.training.callbacks import (
@@ -65,6 +66,8 @@ class Unlearned:
         mesh: What `model` is sharded over; None if it is not.
         loggers: Of the training; they are told the scores too.
         steps: Optimizer steps that were taken.
+        reference: The scores of the reference in the first process, if they were needed before the training.
+        target: The forget probability at which the training was to end, and whether it did; None if it had no target.
     """
 
     model: Any
@@ -76,12 +79,19 @@ class Unlearned:
     mesh: DeviceMesh | None = None
     loggers: Sequence[Logger] = ()
     steps: int = 0
+    reference: ScoredSplits | None = None
+    target: Mapping[str, Any] | None = None
 
 
-def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
+def by_surgery(run: Run[UnlearnOptions], model: nn.Module, log: ScoredSplits | None = None) -> Unlearned | None:
     """Train the model by two losses and surgery.
 
     surgery.csv grows by a line for each optimizer step, curve.csv for each score.
+
+    Args:
+        run: Its options may leave the target and the learning rate to be settled, see `settling`.
+        model: That is to forget.
+        log: The scores of a reference whose log was given.
 
     Returns:
         The unlearned model; None in a process whose work is done: any but the first, unless they go on together.
@@ -94,16 +104,24 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
     trainer = watched_trainer(run, curve)
     started = time.perf_counter()
     before = score(run, model) if first else None
-    seconds = {"evaluate": time.perf_counter() - started}
-    if before is not None:
-        show_start(before)
     if first and not training.resume:
         # Only after everything that a wrong option can break, so that the corrected command finds the folder free; and
         # before any other file, so that a run that is killed can be resumed.
         write_config(run.folder, "unlearn", options.recorded())
+    scored: ScoredSplits | None = None
+    if before is not None:
+        run, scored = settle_target(run, before, log)
+        curve.stop_below = run.options.training.stop_below
+    seconds = {"evaluate": time.perf_counter() - started}
+    started = time.perf_counter()
     reference = start_model(run, model, data)
-    module = make_module(model, options.method, training, reference).train()
-    seconds["train"] = fit(run, trainer, module, data)
+    if first:
+        run = settle_rate(run, model, reference, curve)
+        if run.options != options:
+            write_config(run.folder, "unlearn", run.options.recorded())
+    seconds["train"] = time.perf_counter() - started
+    module = make_module(model, options.method, run.options.training, reference).train()
+    seconds["train"] += fit(run, trainer, module, data)
     if start is not None:
         started = time.perf_counter()
         finish(run, module.model, start)
@@ -121,7 +139,23 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
         together,
         loggers=trainer.loggers,
         steps=trainer.global_step,
+        reference=scored,
+        target=ended(run.options.training, trainer, curve),
     )
+
+
+def ended(training: TrainingOptions, trainer: L.Trainer, curve: TradeoffCurve) -> dict[str, Any] | None:
+    """What metrics.json says about the target of a training that is over; None if it had none."""
+    if not training.stop_below or not curve.points:
+        return None
+    found, steps = curve.points[-1]["forget"], trainer.global_step
+    return {
+        "forget_probability": training.stop_below,
+        "found": found,
+        "reached": found < training.stop_below,
+        "steps": steps,
+        "stopped_early": steps < trainer.estimated_stepping_batches,
+    }
 
 
 def watched_trainer(run: Run[UnlearnOptions], curve: TradeoffCurve) -> L.Trainer:
@@ -194,7 +228,11 @@ def watching(training: TrainingOptions, folder: Path, curve: TradeoffCurve) -> l
 
 def _checkpoints(run: Run[UnlearnOptions]) -> Checkpoints:
     """Saves the training, with the options that it is of."""
+    # What is settled only before the training is no number yet; the weights and the optimizer hold what it came to.
     options = {name: value for name, value in run.options.recorded().items() if name != "output"}
+    for name in ("lr", "stop_below", "finish_lr"):
+        if options[name] in (None, AUTO):
+            del options[name]
     options["the examples in these files"] = examples_hash(run.splits)[:12]
     every = run.options.training.checkpoint_every
     return Checkpoints(run.folder / LAST_CHECKPOINT, every_n_steps=every, run=options)

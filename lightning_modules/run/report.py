@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,28 @@ from lightning_modules import report
 from lightning_modules.folder import check_links
 from lightning_modules.report.changed import Defaults
 from lightning_modules.run.options import UnlearnOptions
+from lightning_modules.run.resume import settled
 
 
 def draw(folder: Path, others: Sequence[Path] = ()) -> None:
     """Draw the report of a run of `unlearn`, which names the options that are not the default; see `report.draw`."""
     check_links(folder)
-    report.draw(folder, others, defaults())
+    report.draw(folder, others, defaults(folder))
 
 
-def defaults() -> Defaults:
-    """The defaults of `gradsurgery unlearn`."""
-    return Defaults(UnlearnOptions().flat(), _usual)
+def defaults(folder: Path | None = None) -> Defaults:
+    """The defaults of `gradsurgery unlearn`.
+
+    Args:
+        folder: Of a run: what it settled itself is no option that somebody gave.
+    """
+    return Defaults(UnlearnOptions().flat(), partial(_usual, settled=() if folder is None else settled(folder)))
 
 
-def _usual(config: Mapping[str, Any]) -> dict[str, Any]:
+def _usual(config: Mapping[str, Any], settled: Sequence[str]) -> dict[str, Any]:
     plain = UnlearnOptions().flat()
     kinds: dict[str, Any] = {name: config[name] for name in ("model", "method") if name in config}
     usual = UnlearnOptions.of(**kinds).resolved().flat() | {name: plain[name] for name in kinds}
+    usual |= {name: config[name] for name in settled if name in config}
     # The default precision depends on the machine, and the report may be drawn on another one than the run's.
     return usual | {"precision": "bf16-mixed" if config.get("precision") == "bf16-mixed" else "32-true"}

@@ -6,8 +6,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TypeVar
 
-from lightning_modules.folder import CHECKPOINTS, CONFIG, METRICS, check_links
-from lightning_modules.run.options import FinetuneOptions, UnlearnOptions
+from lightning_modules.data.files import read_json
+from lightning_modules.folder import CHECKPOINTS, CONFIG, METRICS, TRAINING, check_links
+from lightning_modules.run.options import AUTO, FinetuneOptions, UnlearnOptions
 from lightning_modules.run.options.flat import flag
 from lightning_modules.run.options.training import NO_PART
 from lightning_modules.run.saved import read_options
@@ -18,6 +19,15 @@ OptionsT = TypeVar("OptionsT", UnlearnOptions, FinetuneOptions)
 def only_report_is_missing(folder: Path) -> bool:
     """Whether a run has its scores and no report yet: the checkpoints are removed last."""
     return (folder / METRICS).exists() and (folder / CHECKPOINTS).exists()
+
+
+def settled(folder: Path) -> list[str]:
+    """The options that nobody gave and a run settled itself, see `settling`; what they came to is in config.yaml."""
+    if not (folder / TRAINING).exists():
+        return []
+    notes = read_json(folder / TRAINING, f"the {TRAINING} of a run")
+    found = {"learning_rate": "lr", "target": "stop_below"}
+    return [option for name, option in found.items() if name in notes]
 
 
 def resumed(given: OptionsT, stated: Collection[str] = ()) -> OptionsT:
@@ -50,6 +60,9 @@ def resumed(given: OptionsT, stated: Collection[str] = ()) -> OptionsT:
     saved = kind.of(**values | place)
     before, now, default = saved.flat(), given.flat(), kind.of(**place).flat()
     said = {name: now[name] for name in names - set(NO_PART) if name in stated or now[name] != default[name]}
+    for name in settled(folder):
+        if name in said and said[name] in (None, AUTO):
+            del said[name]  # the run found out what it means
     # config.yaml holds what a default such as null came to, so the options given are resolved as the run's were.
     meant = saved.but(**said).resolved().flat()
     changed = [

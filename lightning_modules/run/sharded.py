@@ -21,11 +21,12 @@ from lightning_modules.evaluation import processes
 from lightning_modules.folder import START_MODEL, write_config
 from lightning_modules.run.assembly import fsdp2, kind_of_start_model, make_module
 from lightning_modules.run.loading import load_model, make_data
-from lightning_modules.run.methods import Unlearned, fit, make_curve, probe_it, watched_trainer
+from lightning_modules.run.methods import Unlearned, ended, fit, make_curve, probe_it, watched_trainer
 from lightning_modules.run.options import TrainingOptions, UnlearnOptions
 from lightning_modules.run.run import Run
-from lightning_modules.run.scoring import score
-from lightning_modules.run.show import show_example, show_start
+from lightning_modules.run.scoring import ScoredSplits, score
+from lightning_modules.run.settling import settle_target
+from lightning_modules.run.show import show_example
 from lightning_modules.training.adapters import adapt
 from lightning_modules.training.merging import check_mergeable, merged
 from lightning_modules.training.references import AdapterOff, Precomputed, Reference, SecondModel, precompute
@@ -34,7 +35,10 @@ from lightning_modules.training.trainer import trainer_options
 
 
 def by_shards(
-    options: UnlearnOptions, folder: Path, splits: Mapping[str, Sequence[Example]]
+    options: UnlearnOptions,
+    folder: Path,
+    splits: Mapping[str, Sequence[Example]],
+    log: ScoredSplits | None = None,
 ) -> tuple[Run[UnlearnOptions], Unlearned]:
     """As `methods.by_surgery`, with the model sharded over all processes by FSDP2.
 
@@ -64,10 +68,16 @@ def by_shards(
     started = time.perf_counter()
     shards = model.sharded(mesh)
     before = score(run, shards)
-    if processes.is_first():
-        show_start(before)
+    curve = make_curve(run)
+    trainer = watched_trainer(run, curve)
+    if processes.is_first() and not training.resume:
+        write_config(folder, "unlearn", options.recorded())
+    run, scored = settle_target(run, before, log, mesh)
+    curve.stop_below = run.options.training.stop_below
+    if processes.is_first() and run.options != options:
+        write_config(folder, "unlearn", run.options.recorded())
     seconds = {"evaluate": time.perf_counter() - started}
-    seconds["train"], trainer, probe = _train(run, model, shards, mesh)
+    seconds["train"] = _train(run, model, shards, mesh, trainer)
     del shards
     _free()
     if processes.is_first():
@@ -79,12 +89,14 @@ def by_shards(
         finished,
         before if first else None,
         seconds,
-        partial(probe, model.whole) if training.probes else None,
+        partial(probe_it, run, model.whole, curve) if training.probes else None,
         together=processes.several(),
         whole=model.whole,
         mesh=mesh,
         loggers=trainer.loggers,
         steps=trainer.global_step,
+        reference=scored,
+        target=ended(run.options.training, trainer, curve),
     )
 
 
@@ -102,9 +114,9 @@ def _start_processes(training: TrainingOptions) -> DeviceMesh:
 
 
 def _train(
-    run: Run[UnlearnOptions], model: Distributed, shards: nn.Module, mesh: DeviceMesh
-) -> tuple[float, L.Trainer, Any]:
-    """Train shards of the model and gather them. Returns the seconds, the Trainer, and model -> the probes of it."""
+    run: Run[UnlearnOptions], model: Distributed, shards: nn.Module, mesh: DeviceMesh, trainer: L.Trainer
+) -> float:
+    """Train shards of the model and gather them. Returns the seconds."""
     options, training = run.options, run.options.training
     data = make_data(options, run.tokenizer)
     policy = POLICIES[training.precision or "32-true"]
@@ -112,13 +124,9 @@ def _train(
     if policy is not None:
         shards = model.sharded(mesh, policy)
     module = make_module(shards, options.method, training, reference)
-    curve = make_curve(run)
-    trainer = watched_trainer(run, curve)
-    if processes.is_first() and not training.resume:
-        write_config(run.folder, "unlearn", options.recorded())
     seconds = fit(run, trainer, module.train(), data)
     model.gather(shards)
-    return seconds, trainer, lambda whole: probe_it(run, whole, curve)
+    return seconds
 
 
 def _start_model(

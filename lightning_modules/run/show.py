@@ -13,6 +13,7 @@ from lightning_modules.data.formats import format_of
 from lightning_modules.data.tokenization import encode, marked
 from lightning_modules.evaluation.evaluate import Evaluation
 from lightning_modules.report.findings import little_to_forget
+from lightning_modules.report.target import not_reached, nothing_to_forget
 from lightning_modules.report.terminal import sentences, tables
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.run import Run
@@ -61,11 +62,17 @@ def format_said(tokenizer: Any) -> list[str]:
     return said
 
 
-def show_start(before: Evaluation) -> None:
-    """Say to standard error if the model hardly knows what it is to forget; before the training, which it may spare."""
-    said = little_to_forget(before.summary)
-    if said is not None:
-        Console(stderr=True, soft_wrap=True).print(f"Warning: {said}", markup=False, highlight=False)
+def show_start(before: Evaluation, level: float | None = None, of: str = "asked") -> None:
+    """Say to standard error if the model hardly knows what it is to forget; before the training, which it may spare.
+
+    Args:
+        before: Scores of the model before unlearning.
+        level: The forget probability at which training ends; None or 0 where there is none.
+        of: Whose it is, see `report.target.nothing_to_forget`.
+    """
+    for said in (nothing_to_forget(before.summary, level, of), little_to_forget(before.summary)):
+        if said is not None:
+            Console(stderr=True, soft_wrap=True).print(f"Warning: {said}", markup=False, highlight=False)
 
 
 def show(metrics: Mapping[str, Any]) -> None:
@@ -75,3 +82,5 @@ def show(metrics: Mapping[str, Any]) -> None:
         console.print(table)
     for sentence in sentences(metrics):
         console.print(sentence)
+    if (missed := not_reached(metrics)) is not None:
+        console.print(f"Warning: {missed}", highlight=False)

@@ -23,7 +23,7 @@ from lightning_modules.run.assembly import check_hardware
 from lightning_modules.run.finish import substitute_answers
 from lightning_modules.run.loading import check_start, load_model, read_splits, start_name
 from lightning_modules.run.methods import Unlearned, by_assistant, by_surgery, check_probes
-from lightning_modules.run.options import UnlearnOptions
+from lightning_modules.run.options import UnlearnOptions, fitted
 from lightning_modules.run.plan import show_memory, show_plan
 from lightning_modules.run.plugins import check_plugins, scores_to_log
 from lightning_modules.run.reference_log import reference_rows, rows_of_log
@@ -57,8 +57,7 @@ def unlearn(options: UnlearnOptions, stated: Collection[str] = ()) -> Path:
         options = resumed(options, stated)
     options.check()
     options.check_effect()
-    options = options.resolved()
-    check_hardware(options.training)
+    check_hardware(options.resolved().training)
     check_plugins(options.training)
     with one_thread() if options.model.scratch else nullcontext():
         return _unlearn(options)
@@ -67,6 +66,7 @@ def unlearn(options: UnlearnOptions, stated: Collection[str] = ()) -> Path:
 def _unlearn(options: UnlearnOptions) -> Path:
     folder = options.output.folder
     splits = read_splits(options)
+    options = fitted(options, len(splits["forget"])).resolved()
     known = check_start(options, splits)
     if options.method.method == "uld":
         uld_data(splits, perturbed_per_row=options.uld_settings().perturbed_per_row)  # raises where answers are missing
@@ -95,13 +95,13 @@ def _trained(options: UnlearnOptions, splits: Splits, log: ScoredSplits | None) 
     folder = options.output.folder
     L.seed_everything(options.output.seed, verbose=False)
     if options.training.sharded:
-        run, unlearned = by_shards(options, folder, splits)
+        run, unlearned = by_shards(options, folder, splits, log)
     else:
         model, tokenizer = load_model(options, splits)
         run = Run(options, folder, splits, tokenizer)
         if will_be_first() and not options.training.resume:
             show_example(run)
-        unlearned = by_assistant(run, model) if options.method.method == "uld" else by_surgery(run, model)
+        unlearned = by_assistant(run, model) if options.method.method == "uld" else by_surgery(run, model, log)
     if unlearned is not None:
         _leave(run, unlearned, log)
     return folder
@@ -134,7 +134,9 @@ def _leave(run: Run[UnlearnOptions], unlearned: Unlearned, log: ScoredSplits | N
     mesh = unlearned.mesh
     # Processes with shards of one model run every batch together, so that each scores everything.
     after = score(run, unlearned.model, across_processes=together and mesh is None)
-    reference = log or reference_rows(run.options, run.splits, across_processes=together, mesh=mesh)
+    reference = log or (processes.from_first(lambda: unlearned.reference) if together else unlearned.reference)
+    if reference is None:
+        reference = reference_rows(run.options, run.splits, across_processes=together, mesh=mesh)
     seconds = unlearned.seconds | {"evaluate": unlearned.seconds["evaluate"] + time.perf_counter() - started}
     if together and not processes.is_first():
         return
@@ -142,6 +144,8 @@ def _leave(run: Run[UnlearnOptions], unlearned: Unlearned, log: ScoredSplits | N
         unlearned.probe()
     before = unlearned.before
     found = contents_of_metrics(run.options.output.seed, before, after, reference, seconds)
+    if unlearned.target is not None:
+        found["target"] = dict(unlearned.target)
     write_evaluation(folder / EVALUATION, examples_by_model(before, after, reference))
     write_json(folder / METRICS, found)
     for logger in unlearned.loggers:

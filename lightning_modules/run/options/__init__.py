@@ -16,12 +16,14 @@ from lightning_modules.run.options.data import (
 )
 from lightning_modules.run.options.finetune import FinetuneOptions, FinetuneTrainingOptions, FirstOptions, TaughtOptions
 from lightning_modules.run.options.finish import FinishOptions
+from lightning_modules.run.options.fitted import AUTO, fitted, most_steps
 from lightning_modules.run.options.loading import LoadingOptions
 from lightning_modules.run.options.method import MethodOptions
 from lightning_modules.run.options.recipes import RECIPES, RecipeOptions
 from lightning_modules.run.options.training import TrainingOptions
 
 __all__ = [
+    "AUTO",
     "RECIPES",
     "DataOptions",
     "EvaluateOptions",
@@ -41,4 +43,6 @@ __all__ = [
     "TaughtOptions",
     "TrainingOptions",
     "UnlearnOptions",
+    "fitted",
+    "most_steps",
 ]

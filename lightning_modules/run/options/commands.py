@@ -21,6 +21,7 @@ from lightning_modules.run.options.finish import FinishOptions
 from lightning_modules.run.options.flat import Flat, check_finite, flag
 from lightning_modules.run.options.loading import LoadingOptions
 from lightning_modules.run.options.method import MethodOptions
+from lightning_modules.run.options.precision import default_precision
 from lightning_modules.run.options.recipes import RecipeOptions, expanded
 from lightning_modules.run.options.training import FSDP2, NO_PART, TrainingOptions, uld_numbers
 
@@ -138,6 +139,11 @@ class UnlearnOptions(Options):
                 "expected --start-model adapters_off with adapters that leave the base as it is (--lora-rank without --lora-init fila), "
                 "found none; choose copy or precomputed"
             )
+        if method.method == "uld" and training.lr == "auto":
+            raise ValueError(
+                "--lr auto: expected a run with surgery, found --method uld, which trains no step of the model itself; give a number, or "
+                "leave it out"
+            )
         if training.uld and method.method != "uld":
             raise ValueError(f"--uld: expected --method uld with it, found --method {method.method}")
         try:
@@ -227,7 +233,7 @@ class UnlearnOptions(Options):
             "stop_below": 0.05 if scratch and not uld else None,
             "score_every": 1 if scratch and not uld else None,
             "probes": scratch and not uld,
-            "precision": "bf16-mixed" if torch.cuda.is_available() else "32-true",
+            "precision": default_precision(scratch=scratch),
         }
         if self.training.steps is not None:
             del depends["epochs"]
@@ -243,7 +249,7 @@ class UnlearnOptions(Options):
             depends["lora_alpha"] = 2.0 * self.training.lora_rank
         known = {name: value for name, value in depends.items() if getattr(self.training, name) is None} | always
         training, finish = replace(self.training, **known), self.finish
-        if finish.finish_steps and finish.finish_lr is None and training.lr is not None:
+        if finish.finish_steps and finish.finish_lr is None and isinstance(training.lr, (int, float)):
             finish = replace(finish, finish_lr=training.lr / 2.0)
         return replace(self, training=training, finish=finish)
 
@@ -265,7 +271,7 @@ class UnlearnOptions(Options):
             lora_rank=training.lora_rank or ULDSettings.lora_rank,
             lora_targets=training.lora_targets,
             lora_dropout=training.lora_dropout,
-            lr=training.lr or ULDSettings.lr,
+            lr=training.lr if isinstance(training.lr, (int, float)) else ULDSettings.lr,
             weight_decay=training.weight_decay,
             warmup_steps=training.warmup_steps,
             epochs=training.epochs or ULDSettings.epochs,

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-import torch
-
 from lightning_modules.data.formats import AUTO, format_by_name
 from lightning_modules.run.options.data import OutputOptions
 from lightning_modules.run.options.flat import Flat, at_least_one, check_finite, flag
 from lightning_modules.run.options.loading import LoadingOptions
+from lightning_modules.run.options.precision import default_precision
 from lightning_modules.run.options.training import FSDP2, NO_PART, TrainingOptions
 from lightning_modules.training.finetuning import FinetuningSettings
 
@@ -80,7 +79,8 @@ class FinetuneTrainingOptions:
         lora_dropout: dropout on the adapters' input while training
         lora_kind: plain LoRA, DoRA (a trained length for each row of the weight), or rank-stabilised LoRA
         checkpoint_every: optimizer steps between checkpoints, besides one after every epoch; null for epochs only
-        precision: the precision, by Lightning's name; by default bf16-mixed with a CUDA GPU and 32-true without one
+        precision: the precision, by Lightning's name; by default bf16-mixed with a CUDA GPU or a CPU that computes
+            bfloat16 natively, and 32-true without
         devices: number of devices, or auto
         num_nodes: number of machines that train together; torchrun or srun starts the command on each
         strategy: how devices share the work: auto, ddp or another name of Lightning's under which each holds the model
@@ -168,7 +168,7 @@ class FinetuneOptions(Flat):
         training = self.training
         known: dict[str, Any] = {}
         if training.precision is None:
-            known["precision"] = "bf16-mixed" if torch.cuda.is_available() else "32-true"
+            known["precision"] = default_precision()
         if training.lora_rank and training.lora_alpha is None:
             known["lora_alpha"] = 2.0 * training.lora_rank
         return self.but(**known)

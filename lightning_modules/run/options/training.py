@@ -34,17 +34,19 @@ class TrainingOptions:
 
     Attributes:
         optimizer: class of torch.optim that steps
-        lr: learning rate; by default 1e-5, or 5e-5 for the model from scratch; with --method uld 1e-3, or 3e-3 for the
-            model from scratch
+        lr: learning rate; auto finds one from about ten trial steps, which are taken back: as large as reaches the
+            forget probability of --stop-below within the steps of the run; by default auto, 5e-5 for the model from
+            scratch, or 1e-5 with --strategy fsdp2; with --method uld 1e-3, or 3e-3 for the model from scratch
         weight_decay: of the optimizer
         warmup_steps: steps over which the learning rate rises
         lr_schedule: after the warm-up the learning rate stays (constant), or falls over the last two thirds of the
             steps to a twentieth (linear)
-        epochs: passes over the forget set; by default 5, or 20 for the model from scratch; with --method uld 10, or 30
-            for the model from scratch
+        epochs: passes over the forget set, if the target is not reached before; by default 5, or as many as make 40
+            steps, or 20 for the model from scratch; with --method uld 10, or 30 for the model from scratch
         steps: optimizer steps, instead of epochs
-        stop_below: stop training once the mean probability of the forget answers is below this; 0 means never; by
-            default never, or 0.05 for the model from scratch
+        stop_below: the target: stop training once the mean probability of the forget answers is below this; 0 means
+            never; by default the reference's own mean probability of them if there is a reference, or else 0.05, which
+            it is for the model from scratch too; never with --method uld
         score_every: optimizer steps between two scores, each on up to 64 examples of each set; by default a 25th of the
             run, or 1 for the model from scratch
         collapse_below: stop when the mean retain probability is below this fraction of what it was at the start; null
@@ -54,7 +56,8 @@ class TrainingOptions:
         probes: at the end, teach a float32 copy a quarter of the forget answers again, and round copies to 8 and 4
             bits; by default only for the model from scratch
         batch_size: how many forget examples, and as many retain examples, each process takes into one forward pass
-        accumulate: how many batches make one optimizer step; by default 4, or 1 for the model from scratch
+        accumulate: how many batches make one optimizer step; by default 4, or fewer where that leaves an epoch fewer
+            than 10 steps, or 1 for the model from scratch
         max_norm: clip the combined gradient to this norm; null for no clipping
         save: what is left in model/: the weights with the adapters merged into them, or the adapter alone, as PEFT
             saves it, for the model that --model names (of the model from scratch a copy is left in base/)
@@ -70,7 +73,8 @@ class TrainingOptions:
             the defaults are the paper's, but for the model from scratch num_layers is 1 and weight is 1
         lora_init: how adapters start: at random, or by LoKU's FILA from Fisher information
         checkpoint_every: optimizer steps between checkpoints, besides one after every epoch; null for epochs only
-        precision: the precision, by Lightning's name; by default bf16-mixed with a CUDA GPU and 32-true without one
+        precision: the precision, by Lightning's name; by default bf16-mixed with a CUDA GPU or a CPU that computes
+            bfloat16 natively, and 32-true without, and for the model from scratch
         devices: number of devices, or auto
         num_nodes: number of machines that train together; torchrun or srun starts the command on each
         strategy: how devices share the work: auto, ddp or another name of Lightning's; fsdp2 shards a model that no
@@ -84,7 +88,7 @@ class TrainingOptions:
     """
 
     optimizer: str = "AdamW"
-    lr: float | None = None
+    lr: float | Literal["auto"] | None = None
     weight_decay: float = 0.01
     warmup_steps: int = 5
     lr_schedule: Literal["constant", "linear"] = "constant"
@@ -133,7 +137,7 @@ class TrainingOptions:
             raise ValueError(
                 f"expected --stop-below at least 0, which means never, and below 1, found {self.stop_below}"
             )
-        if self.lr is not None and self.lr <= 0.0:
+        if isinstance(self.lr, (int, float)) and self.lr <= 0.0:
             raise ValueError(f"expected --lr > 0, found {self.lr}")
         if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
             raise ValueError(f"expected --devices to be auto or a number of devices, found {self.devices!r}")
@@ -180,6 +184,11 @@ class TrainingOptions:
             )
 
     def _check_sharded(self) -> None:
+        if self.lr == "auto":
+            raise ValueError(
+                f"--lr auto: expected a model that one device can train for a few steps, found --strategy {FSDP2}, which shards it; give "
+                "a number, such as 1e-5"
+            )
         if self.precision not in (None, *SHARDED_PRECISIONS):
             raise ValueError(
                 f"--strategy {FSDP2}: expected --precision {' or '.join(SHARDED_PRECISIONS)}, found {self.precision!r}, for which sharded "
@@ -248,9 +257,9 @@ class TrainingOptions:
         """The schedule of the learning rate; None where it stays after the warm-up."""
         return None if self.lr_schedule == "constant" else partial(falling_late, warmup_steps=self.warmup_steps)
 
-    def base_optimizer(self) -> Callable[..., torch.optim.Optimizer]:
-        """Parameters -> the base optimizer with its learning rate and weight decay."""
-        return partial(self.optimizer_class(), lr=self.lr, weight_decay=self.weight_decay)
+    def base_optimizer(self, lr: float | None = None) -> Callable[..., torch.optim.Optimizer]:
+        """Parameters -> the base optimizer with its weight decay, and this learning rate or its own."""
+        return partial(self.optimizer_class(), lr=lr or self.lr, weight_decay=self.weight_decay)
 
 
 def uld_numbers() -> dict[str, type]:

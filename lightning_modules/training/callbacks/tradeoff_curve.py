@@ -63,6 +63,7 @@ class TradeoffCurve(Callback):
         if self.every_n_steps is None:
             steps = trainer.estimated_stepping_batches
             self.every_n_steps = max(1, int(steps) // _POINTS) if 0 < steps < float("inf") else 1
+        self.stop_below = trainer.strategy.broadcast(self.stop_below)  # the first process may have found it alone
         self._score(trainer, pl_module)
         self._stop(trainer)
 

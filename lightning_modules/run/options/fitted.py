@@ -1,0 +1,68 @@
+"""Defaults that depend on the data: how many batches a step takes, how many passes are made, and the learning rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from lightning_modules.run.options.commands import UnlearnOptions
+from lightning_modules.run.options.training import TrainingOptions
+
+AUTO = "auto"
+"""The learning rate that is found from trial steps."""
+LEAST_STEPS = 40
+"""Optimizer steps that a run may take at least, if nobody says how many: twice what SmolLM2 needed for 40 answers."""
+LEAST_EPOCHS, LARGEST_ACCUMULATE, STEPS_AN_EPOCH = 5, 4, 10
+
+
+def fitted(options: UnlearnOptions, examples: int) -> UnlearnOptions:
+    """A copy in which the options that nobody gave suit this number of forget examples.
+
+    With TOFU's 400 they are those of the papers: 5 epochs of steps of 4 batches. Few examples would make few such
+    steps, and the last of them, not the target, would end the run. So they make steps of fewer batches, as long as an
+    epoch has fewer than 10 of them, and more epochs, until there are 40 steps.
+
+    | forget examples | batches a step | epochs | steps |
+    |---|---|---|---|
+    | 20 | 1 | 14 | 42 |
+    | 40 | 1 | 8 | 40 |
+    | 200 | 2 | 5 | 65 |
+    | 400 | 4 | 5 | 65 |
+
+    The learning rate becomes "auto", except where the model is sharded: trial steps need the whole of it. The model
+    from scratch and ULD have defaults of their own, which stay (`UnlearnOptions.resolved`).
+
+    Args:
+        options: Not resolved yet.
+        examples: To be forgotten.
+    """
+    training = options.training
+    if options.model.scratch or options.method.method == "uld":
+        return options
+    batches = _batches(training, examples)
+    accumulate = training.accumulate or max(1, min(LARGEST_ACCUMULATE, batches // STEPS_AN_EPOCH))
+    epochs = training.epochs
+    if epochs is None and training.steps is None:
+        epochs = max(LEAST_EPOCHS, math.ceil(LEAST_STEPS / math.ceil(batches / accumulate)))
+    rate = AUTO if training.lr is None and not training.sharded else training.lr
+    return replace(options, training=replace(training, accumulate=accumulate, epochs=epochs, lr=rate))
+
+
+def most_steps(training: TrainingOptions, examples: int) -> int:
+    """The optimizer steps that a run takes where nothing stops it.
+
+    Args:
+        training: Resolved.
+        examples: To be forgotten.
+    """
+    if training.steps is not None:
+        return training.steps
+    return (training.epochs or 1) * math.ceil(_batches(training, examples) / (training.accumulate or 1))
+
+
+def _batches(training: TrainingOptions, examples: int) -> int:
+    """Batches that each process has in an epoch."""
+    devices = max(1, torch.cuda.device_count()) if training.devices == "auto" else int(training.devices)
+    return math.ceil(examples / (training.batch_size * devices * training.num_nodes))

@@ -1,0 +1,139 @@
+"""What a run finds out before it trains: the forget probability at which it ends, and its learning rate."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from rich.console import Console
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_modules.data.examples import evenly_spaced
+from lightning_modules.evaluation.evaluate import Evaluation
+from lightning_modules.evaluation.processes import is_first
+from lightning_modules.folder import TRAINING
+from lightning_modules.report.terminal import shown
+from lightning_modules.run.assembly import make_module
+from lightning_modules.run.loading import make_data
+from lightning_modules.run.options import AUTO, UnlearnOptions, most_steps
+from lightning_modules.run.reference_log import reference_rows
+from lightning_modules.run.run import Run
+from lightning_modules.run.scoring import ScoredSplits
+from lightning_modules.run.show import show_start
+from lightning_modules.training.callbacks import TradeoffCurve
+from lightning_modules.training.callbacks.notes import note
+from lightning_modules.training.learning_rate import SCORED, Trial, rate_for, same_random_numbers, trial
+from lightning_modules.training.references import Reference
+
+USUAL_LEVEL = 0.05
+"""The forget probability at which a run ends where nobody names one and there is no reference."""
+USUAL_RATE = 1e-5
+"""The learning rate where none can be found: that of the papers, for models of 7 billion weights."""
+WHOLE_WAY = 0.75
+"""The share of the steps in which the way of the trial steps is to be gone."""
+
+
+def settle_target(
+    run: Run[UnlearnOptions], before: Evaluation, log: ScoredSplits | None, mesh: DeviceMesh | None = None
+) -> tuple[Run[UnlearnOptions], ScoredSplits | None]:
+    """Say at which forget probability the run ends, if no option does: at the reference's own, or else at 0.05.
+
+    It prints to standard error what it found, and if there is little or nothing to forget. A target that the model is
+    below already would end the run before its first step; one that nobody asked for is then left out.
+
+    Args:
+        run: In the first process, or in all where the model is sharded.
+        before: Scores of the model before unlearning.
+        log: The scores of a reference whose log was given.
+        mesh: Over which the reference is sharded.
+
+    Returns:
+        The run with --stop-below, and the scores of the reference, if they were needed for it.
+    """
+    known, asked = float(before.summary["forget"]["probability"] or 0.0), run.options.training.stop_below
+    if asked is not None:
+        if is_first():
+            show_start(before, asked, "asked")
+        return run, None
+    with same_random_numbers():
+        reference = log or reference_rows(run.options, run.splits, across_processes=mesh is not None, mesh=mesh)
+    found = [row.get("probability") for row in (reference or {}).get("forget", [])]
+    values = [float(value) for value in found if value is not None]
+    level, of = (sum(values) / len(values), "reference") if values else (USUAL_LEVEL, "usual")
+    nothing = known <= level
+    if is_first():
+        note(run.folder / TRAINING, "target", {"forget_probability": level, "of": of})
+        show_start(before, level, of)
+        if not nothing:
+            whose = "the reference's own" if values else "--stop-below names another"
+            _say(
+                f"The run ends once the mean probability of the forget answers, {shown(known)} now, is below {shown(level)} ({whose})"
+            )
+    return replace(run, options=run.options.but(stop_below=0.0 if nothing else level)), reference
+
+
+def settle_rate(
+    run: Run[UnlearnOptions], model: nn.Module, reference: Reference | None, curve: TradeoffCurve
+) -> Run[UnlearnOptions]:
+    """Find the learning rate where it is "auto"; it prints to standard error what it found, and how long it took.
+
+    The trial steps go until the forget probability is below the target, with rates that double. The sum of the rates is
+    about the way that every weight goes. The run is given a rate with which it goes this way in three quarters of its
+    steps; it is usually done earlier, because small steps follow the gradients more closely.
+
+    Args:
+        run: With --stop-below; where it is 0, the way is that to 0.05.
+        model: Adapted already; it is left as it is.
+        reference: How the losses know the model before unlearning.
+        curve: Knows the examples that are scored.
+    """
+    options = run.options
+    if options.training.lr != AUTO:
+        return run
+    started, training = time.perf_counter(), options.training
+    level, steps = training.stop_below or USUAL_LEVEL, most_steps(training, len(run.splits["forget"]))
+    slow = replace(training, lr=USUAL_RATE, warmup_steps=0, lr_schedule="constant")
+    tried = trial(
+        make_module(model, options.method, slow, reference).train(),
+        make_data(options, run.tokenizer),
+        evenly_spaced(curve.encoded["forget"], SCORED),
+        level=level,
+        pad_token_id=curve.pad_token_id,
+        precision=training.precision,
+        accumulate_grad_batches=training.accumulate or 1,
+    )
+    rate = _rate(tried, run, steps)
+    seconds = f"{len(tried.points) - 1} trial steps, {time.perf_counter() - started:.0f} s"
+    last = tried.points[-1]
+    if len(tried.points) == 1:
+        rate = USUAL_RATE
+        _say(f"--lr auto: {rate:g} is taken, because no forget probability can fall to say which is right")
+    elif rate is None:
+        rate = USUAL_RATE
+        _say(
+            f"Warning: --lr auto: expected trial steps that bring the forget probability below {shown(level)}, found "
+            f"{shown(last['forget'])} after the last one ({seconds}); {rate:g} is taken, give --lr for another"
+        )
+    else:
+        _say(f"--lr auto: {rate:g} reaches a forget probability of {shown(level)} within the {steps} steps ({seconds})")
+    points = [dict(point) for point in tried.points]
+    note(run.folder / TRAINING, "learning_rate", {"lr": rate, "level": level, "points": points})
+    return replace(run, options=options.but(lr=rate).resolved())
+
+
+def _rate(tried: Trial, run: Run[UnlearnOptions], steps: int) -> float | None:
+    """None where the trial did not reach its level."""
+    if tried.way is None:
+        return None
+    training = run.options.training
+    schedule, warmup = training.schedule(), training.warmup_steps
+    shares = [
+        schedule(step, steps) if schedule is not None else min(1.0, (step + 1) / max(1, warmup))
+        for step in range(max(1, round(WHOLE_WAY * steps)))
+    ]
+    return rate_for(tried.way, shares)
+
+
+def _say(sentence: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(sentence, markup=False, highlight=False)
