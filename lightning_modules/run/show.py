@@ -11,6 +11,8 @@ from lightning_modules.data.chat import date_told
 from lightning_modules.data.examples import Example, asked
 from lightning_modules.data.tokenization import encode, marked
 from lightning_modules.evaluation.evaluate import Evaluation
+from lightning_modules.report.attacks import attack_table
+from lightning_modules.report.attacks import sentences as attack_sentences
 from lightning_modules.report.findings import little_to_forget
 from lightning_modules.report.terminal import sentences, tables
 from lightning_modules.run.options import UnlearnOptions
@@ -54,3 +56,12 @@ def show(metrics: Mapping[str, Any]) -> None:
         console.print(table)
     for sentence in sentences(metrics):
         console.print(sentence)
+
+
+def show_probes(probes: Mapping[str, Any]) -> None:
+    """Print what probes.json holds: the attacks beside the reference's, and a sentence for each."""
+    console = Console()
+    if table := attack_table(probes):
+        console.print(table)
+    for sentence in attack_sentences(probes):
+        console.print(sentence, markup=False)
