@@ -219,7 +219,8 @@ def _prompting(probes: Mapping[str, Any]) -> Iterator[Attack]:
         return
     ours, theirs = probe["model"]["attacks"], (probe["control"] or {}).get("attacks", {})
     for way, found in ours.items():
-        how, never = _ASKED.get(way, way.replace("_", " ")), theirs.get(way)
+        how: str = _ASKED.get(way) or str(way).replace("_", " ")
+        never = theirs.get(way)
         # Without a reference, what the question alone gets is all that there is to compare with.
         other, whose = (never, "the reference") if never else (ours["question"], "the plain question")
         said: list[str] = []
@@ -238,7 +239,7 @@ def _prompting(probes: Mapping[str, Any]) -> Iterator[Attack]:
         warning = f"The answers leak when {how}: {', '.join(leaks)}." if leaks else None
         for place, (measured, model, control) in enumerate(rows):
             told = "" if place else sentence
-            yield Attack(how, measured, None, model, control, None, told, None if place else warning)
+            yield Attack(how, measured, None, model, control, None, sentence=told, warning=None if place else warning)
 
 
 def _sampling(probes: Mapping[str, Any]) -> Iterator[Attack]:
@@ -281,7 +282,8 @@ def _lens(probes: Mapping[str, Any]) -> Iterator[Attack]:
         f"{shown(mean)} there{beside}, and {shown(says)} at the end."
     )
     leaks = mean - max(says, control.mean if control else 0.0) > SHALLOW
-    warning = f"The answers are still inside: after layer {place} their mean probability is {shown(mean)}{beside}, and {shown(says)} at the end."
+    told = f"their mean probability is {shown(mean)}{beside}, and {shown(says)} at the end"
+    warning = f"The answers are still inside: after layer {place} {told}."
     name = f"read off after layer {place} (logit lens)"
     own = Estimate(mean, _interval(inside["interval"]))
     yield Attack(name, "probability", says, own, control, None, text, warning if leaks else None)

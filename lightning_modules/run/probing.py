@@ -24,7 +24,6 @@ from lightning_modules.probes import (
     relearning_attacks,
     sampling_probe,
 )
-from lightning_modules.progress import Stage
 from lightning_modules.run.loading import load_reference
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.run import Run
@@ -72,15 +71,14 @@ def probe_it(run: Run[UnlearnOptions], model: nn.Module, curve: TradeoffCurve) -
 
     path = run.folder / PROBES
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    wanted = {name: measure for name, measure in _probes(run, curve).items() if name not in known}
-    stage = Stage("Probes", len(wanted))
-    for name, measure in wanted.items():
+    for name, measure in _probes(run, curve).items():
+        if name in known:
+            continue
         found = _with_control(measure, model, control)
         # Runs of earlier versions have the numbers of rounded weights at the top of their entry.
         if name == "quantization" and "model" in found:
             found = found["model"] | {"control": found["control"]}
         note(path, name, found)
-        stage.advance()
 
 
 def _with_control(measure: Measure, model: nn.Module, control: Callable[[], nn.Module | None]) -> dict[str, Any]:
