@@ -32,6 +32,7 @@ FLOORS = (
     "metrics",
     "evaluation",
     "training",
+    "probes",
     "report",
     "run",
     "ablation",

@@ -22,7 +22,7 @@ _PAIRS = (("question", "answer"), ("prompt", "response"))
 _NAMES = ("question", "answer", "prompt", "response", "messages", "text")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHOWN = 12  # columns in a message: a table can have thousands
-_OPTIONAL = ("paraphrased_answer", "perturbed_answer")
+_OPTIONAL = ("paraphrased_answer", "paraphrased_question", "perturbed_answer")
 
 
 def read_examples(path: str | Path) -> list[Example]:
@@ -38,8 +38,8 @@ def read_examples(path: str | Path) -> list[Example]:
               their turns up to the answer as `messages`, for tokenizers with a chat template;
             - or `text`, plain text: an example with an empty question.
 
-            `paraphrased_answer` (a string) and `perturbed_answer` (a list of strings) are kept where they are present;
-            in a CSV file the list is written as JSON. Other columns are dropped.
+            `paraphrased_answer` and `paraphrased_question` (strings) and `perturbed_answer` (a list of strings) are
+            kept where they are present; in a CSV file the list is written as JSON. Other columns are dropped.
 
     Returns:
         One dictionary for each row, in the order of the file: `question`, `answer` and those of the above that it has.
@@ -187,10 +187,11 @@ def as_example(row: object, where: str = "this example") -> Example:
     if question and not plain and _joined(turns) == (question, answer):
         example["messages"] = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
     # A column that only some rows have is null in the others.
-    if row.get("paraphrased_answer") is not None:
-        example["paraphrased_answer"] = _text(row, "paraphrased_answer", where)
-        if not example["paraphrased_answer"].strip():
-            raise ValueError(f"{where}: the paraphrased_answer is empty: expected some text, or leave it out")
+    for name in ("paraphrased_answer", "paraphrased_question"):
+        if row.get(name) is not None:
+            example[name] = _text(row, name, where)
+            if not example[name].strip():
+                raise ValueError(f"{where}: the {name} is empty: expected some text, or leave it out")
     if row.get("perturbed_answer") is not None:
         example["perturbed_answer"] = _texts(row["perturbed_answer"], where)
     return example

@@ -1,9 +1,9 @@
-"""Generates answers greedily, in batches."""
+"""Generates answers in batches, greedily or by sampling."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +31,7 @@ _GREEDY = {
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
 }
+_SAMPLED = _GREEDY | {"do_sample": True, "top_k": 0}
 
 
 class Begun(NamedTuple):
@@ -91,6 +92,48 @@ def finished_answers(
     advance: Callable[[int], object] = lambda _: None,
 ) -> list[str]:
     """As `generate_greedily`, from answers that have begun; those that have ended cost nothing."""
+    return _continued(model, tokenizer, begun, _GREEDY | {"max_new_tokens": max_new_tokens}, batch_size, advance)
+
+
+def generate_samples(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    sampling: Mapping[str, float] | None = None,
+) -> list[str]:
+    """As `generate_greedily`, with every token drawn from the whole distribution.
+
+    Args:
+        model: a causal language model with Hugging Face's `generate`.
+        tokenizer: decodes the answers.
+        prompts: the tokens of each prompt, at least one.
+        max_new_tokens: the longest answer, in tokens.
+        batch_size: prompts in a batch; on it depends which numbers are drawn for which prompt.
+        sampling: `temperature` (1 if not given) and `seed` (0). The global random state is left as it was.
+
+    Raises:
+        ValueError: as `generate_greedily`.
+    """
+    given = dict(sampling or {})
+    decoding = _SAMPLED | {"temperature": given.get("temperature", 1.0), "max_new_tokens": max_new_tokens}
+    device = device_of(model)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int(given.get("seed", 0)))
+        begun = [Begun(prompt) for prompt in prompts]
+        return _continued(model, tokenizer, begun, decoding, batch_size, lambda _: None)
+
+
+def _continued(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    begun: Sequence[Begun],
+    decoding: Mapping[str, Any],
+    batch_size: int,
+    advance: Callable[[int], object],
+) -> list[str]:
     generate: Any = getattr(model, "generate", None)
     if generate is None:
         raise ValueError(
@@ -98,6 +141,7 @@ def finished_answers(
             "causal language model, or evaluate with generate=False"
         )
     pad, device = padding_id(tokenizer), device_of(model)
+    max_new_tokens = decoding["max_new_tokens"]
     context, room = context_length(model), _room(model, [answer.prompt for answer in begun], max_new_tokens)
     # Processes with shards of one model run every step together, also where rounding ends an answer earlier in one.
     sharded = several() and any(isinstance(parameter, DTensor) for parameter in model.parameters())
@@ -125,12 +169,11 @@ def finished_answers(
                 output = generate(
                     input_ids=input_ids.to(device),
                     attention_mask=attention_mask.to(device),
-                    max_new_tokens=new_tokens,
                     pad_token_id=pad,
                     eos_token_id=sorted(stops),
                     use_cache=True,
                     synced_gpus=sharded,
-                    **_GREEDY,
+                    **{**decoding, "max_new_tokens": new_tokens},
                 )
                 for index, tokens in zip(indices, output[:, width:].tolist(), strict=True):
                     answers[index] += tokens[: left[index]]
@@ -165,7 +208,7 @@ def _room(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: in
         warnings.warn(
             f"{short} of {len(prompts)} prompts leave room for fewer than max_new_tokens={max_new_tokens} tokens, the least for "
             f"{min(room)}: the model reads no more than {context}, so these answers are generated that far",
-            stacklevel=3,
+            stacklevel=4,
         )
     return room
 

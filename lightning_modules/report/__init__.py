@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from lightning_modules.evaluation.intervals import Interval, mean_interval
 from lightning_modules.report.drawing import draw
-from lightning_modules.report.intervals import Interval, mean_interval
 from lightning_modules.report.terminal import sentences, table
 
 __all__ = ["Interval", "draw", "mean_interval", "sentences", "table"]

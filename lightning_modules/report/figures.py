@@ -47,7 +47,7 @@ def panels(run: FinishedRun) -> dict[str, tuple[Panel, str]]:
         if any(name.startswith("coefficient_") for name in run.surgery[0]):
             words = "Line chart over optimizer steps: coefficient times norm of each gradient, its part in the update."
             found["parts"] = _parts, words
-    if relearned := run.probes.get("relearn"):
+    if "model" in (relearned := run.probes.get("relearn", {})):
         points = relearned["model"]["points"]
         found["relearning"] = (
             _relearning,

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from lightning_modules.evaluation.intervals import Interval, mean_interval
+from lightning_modules.report import attacks
+from lightning_modules.report.attacks import moved_from
 from lightning_modules.report.finished import MODELS, FinishedRun, number
-from lightning_modules.report.intervals import Interval, mean_interval
 from lightning_modules.report.samples import degenerate
 from lightning_modules.report.target import not_reached, nothing_to_forget
 from lightning_modules.report.terminal import shown
@@ -35,22 +37,13 @@ def summary(run: FinishedRun) -> list[str]:
             continue
         before, goal = (run.value(model, split, "probability") for model in ("before", "reference"))
         answers = f"the {run.metrics['after'][split]['n']} answers {what}"
-        text = f"The mean probability of {answers} {_moved(before, after)}"
+        text = f"The mean probability of {answers} {moved_from(before, after)}"
         if split == "forget" and goal is not None:
             text += f"; a model that never saw them gives {shown(goal)}"
         if split == "retain" and before and after == after:
             text += f", {100.0 * after / before:.0f} % of what it was"
         said.append(text + ".")
     return said
-
-
-def _moved(before: float | None, after: float) -> str:
-    if before is None:
-        return f"is {shown(after)}"
-    if shown(before) == shown(after):
-        return f"stayed at {shown(after)}"
-    verb = "went" if after != after or before != before else "fell" if after < before else "rose"
-    return f"{verb} from {shown(before)} to {shown(after)}"
 
 
 MEMORISED = 0.5
@@ -104,9 +97,7 @@ def warnings(run: FinishedRun) -> list[str]:
                 if split == "forget"
                 else f"{now[0]} of {now[1]} answers to {split} questions are degenerate (empty, or repeating themselves){earlier}."
             )
-    if relearned := relearning(run):
-        said += relearned.warning
-    return said
+    return said + attacks.warnings(run)
 
 
 def notes(run: FinishedRun) -> list[str]:
@@ -195,44 +186,6 @@ def conflict(run: FinishedRun) -> Conflict | None:
 
 def _percent(part: int, whole: int) -> str:
     return f"{100.0 * part / whole:.0f} %"
-
-
-@dataclass(frozen=True)
-class Relearning:
-    """What a copy of the model knew after a part of the forget set was taught again.
-
-    Attributes:
-        sentence: The result.
-        warning: A sentence if the forgetting was shallow, otherwise nothing.
-    """
-
-    sentence: str
-    warning: list[str]
-
-
-def relearning(run: FinishedRun) -> Relearning | None:
-    """Returns the result of the relearning probe in probes.json; None if it was not run."""
-    probe = run.probes.get("relearn")
-    if not probe:
-        return None
-    model, control = probe["model"], probe["control"]
-    start, end = (number(model["points"][index]["rest"]) or 0.0 for index in (0, -1))
-    text = (
-        f"A copy was taught {model['taught']} of the {model['taught'] + model['rest']} scored forget answers again ({model['steps']} steps "
-        f"of AdamW at {model['lr']:g}): the mean probability of the {model['rest']} others {_moved(start, end)}"
-    )
-    rise, beside = end - start, ""
-    if control:
-        never_start, never_end = (number(control["points"][index]["rest"]) or 0.0 for index in (0, -1))
-        text += f"; with the same lessons that of the reference, which never saw them, {_moved(never_start, never_end)}"
-        rise, beside = rise - (never_end - never_start), f" (reference: {shown(never_end)})"
-    else:
-        text += ". There is no reference with the same tokenizer to compare with, so part of a rise may be learning and not remembering"
-    came_back = [
-        f"The forgetting is shallow: teaching {model['taught']} forgotten answers again brought the {model['rest']} others from "
-        f"{shown(start)} to {shown(end)}{beside}."
-    ]
-    return Relearning(text + ".", came_back if rise > 0.1 else [])
 
 
 class Difference(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lightning_modules.report import figures, findings, leakage, over_seeds, svg
+from lightning_modules.report import attacks, figures, findings, leakage, over_seeds, svg
 from lightning_modules.report.finished import MODELS, FinishedRun, columns
 from lightning_modules.report.samples import degenerate, is_degenerate, samples
 from lightning_modules.report.terminal import about_scores, shown
@@ -73,7 +73,11 @@ def page(run: FinishedRun, by_layer: Path | None = None) -> str:
         chosen={split: samples(run, split) for split in ("forget", "retain")},
         degenerates=_degenerates(run),
         is_degenerate=is_degenerate,
-        relearning=findings.relearning(run),
+        attacks_told=attacks.sentences(run.probes),
+        attack_headings=attacks.HEADINGS,
+        attack_rows=[attacks.cells(attack) for attack in attacks.attacks(run.probes)],
+        attack_explained=attacks.EXPLAINED,
+        rounded=attacks.rounded(run.probes),
         differences=findings.differences(run),
         unsure=findings.UNSURE,
         one_seed=findings.ONE_SEED,

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from lightning_modules.folder import SURGERY
-from lightning_modules.report import findings, leakage, over_seeds
+from lightning_modules.report import attacks, findings, leakage, over_seeds
 from lightning_modules.report.finished import MODELS, FinishedRun, columns
 from lightning_modules.report.html import visible
 from lightning_modules.report.samples import samples
@@ -122,16 +122,13 @@ def _generations(run: FinishedRun) -> list[str]:
 
 
 def _probes(run: FinishedRun) -> list[str]:
-    lines: list[str] = []
-    if relearned := findings.relearning(run):
-        lines += ["", relearned.sentence]
-    if quantized := run.probes.get("quantization"):
-        splits = [name for name in quantized["points"][0] if name != "bits"]
-        rows = [
-            (f"{point['bits']} bits" if point["bits"] else "as trained", *(shown(point[split]) for split in splits))
-            for point in quantized["points"]
-        ]
-        lines += ["", *markdown_table(("weights", *splits), rows, text={"weights"})]
+    lines = [line for text in attacks.sentences(run.probes) for line in ("", _prose(text))]
+    if found := attacks.attacks(run.probes):
+        rows = [tuple(map(_escaped, attacks.cells(attack))) for attack in found]
+        lines += ["", *markdown_table(attacks.HEADINGS, rows, text=attacks.TEXT), "", attacks.EXPLAINED]
+    if quantized := attacks.rounded(run.probes):
+        header, *rows = quantized
+        lines += ["", *markdown_table(header, rows, text={"weights"})]
     return ["", "## Does the forgetting hold?", *lines] if lines else []
 
 

@@ -63,7 +63,8 @@ class Parser(ArgumentParser):
             return super().add_argument(*names, **settings)
         options = [name.removeprefix("--") for name in names]  # of a list a second one, NAME+, which appends
         option = options[0]
-        if typing.get_type_hints(self._group)[option] in (bool, bool | None):
+        kind = typing.get_type_hints(self._group)[option]
+        if bool in (kind, *typing.get_args(kind)):
             settings |= {"nargs": "?", "const": True}
         known = next(entry.metadata.get(NAMES) for entry in fields(self._group) if entry.name == option)
         if known is not None:

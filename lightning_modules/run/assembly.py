@@ -225,7 +225,7 @@ def adapted(model: nn.Module, training: TrainingOptions, data: ForgetRetainDataM
         ValueError: If a target is unknown, or the adapters are to be merged at the end and cannot be.
     """
     found = _adapted(model, training, data, seed)
-    if training.save == "merged" or training.probes:
+    if training.save == "merged" or training.probed:
         check_mergeable(found)  # now, and not after hours of training
     return found
 

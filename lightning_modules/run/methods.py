@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_modules.data.examples import Example, asked, evenly_spaced
+from lightning_modules.data.examples import asked, evenly_spaced
 from lightning_modules.data.pairs import VALIDATION_EXAMPLES, VALIDATION_SPLITS
 from lightning_modules.data.tokenization import encode, padding_id
 from lightning_modules.evaluation import processes
@@ -26,10 +26,10 @@ from lightning_modules.folder import CHECKPOINTS, CURVE, G_EFFECT, LAST_CHECKPOI
 from lightning_modules.run.assembly import adapted, make_module, make_trainer, start_model
 from lightning_modules.run.finish import finish, kept_start
 from lightning_modules.run.identity import examples_hash
-from lightning_modules.run.loading import load_reference, make_data
+from lightning_modules.run.loading import make_data
 from lightning_modules.run.options import AUTO, TrainingOptions, UnlearnOptions
-from lightning_modules.run.places import is_log
 from lightning_modules.run.plugins import make_callbacks, make_loggers
+from lightning_modules.run.probing import probe_it
 from lightning_modules.run.run import Run
 from lightning_modules.run.saving import whole
 from lightning_modules.run.scoring import ScoredSplits, score
@@ -42,9 +42,6 @@ from lightning_modules.training.callbacks import (
     CollapseAlarm,
     GEffectLogger,
     ProgressLines,
-    QuantizationProbe,
-    RelearnProbe,
-    RelearnSettings,
     SurgeryLogger,
     TradeoffCurve,
 )
@@ -130,7 +127,7 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module, log: ScoredSplits | N
     if not (trainer.is_global_zero or together):
         return None
     unlearned = module.model if training.save == "adapter" else whole(module.model)
-    probe = partial(probe_it, run, unlearned, curve) if training.probes else None
+    probe = partial(probe_it, run, unlearned, curve) if training.probed else None
     return Unlearned(
         unlearned,
         before,
@@ -262,41 +259,3 @@ def make_curve(run: Run[UnlearnOptions]) -> TradeoffCurve:
         stop_below=training.stop_below,
         path=run.folder / CURVE,
     )
-
-
-def check_probes(splits: Mapping[str, Sequence[Example]]) -> None:
-    """Refuse a forget set of which no share can be taught again, before the model is trained.
-
-    Raises:
-        ValueError: If it has too few examples.
-    """
-    examples = min(len(splits["forget"]), VALIDATION_EXAMPLES)
-    try:
-        RelearnSettings().check(examples)
-    except ValueError as error:
-        raise ValueError(
-            f"--probes: expected enough answers to forget to teach a part of them again, found {examples}; leave --probes out, or give "
-            "at least 3"
-        ) from error
-
-
-def probe_it(run: Run[UnlearnOptions], model: nn.Module, curve: TradeoffCurve) -> None:
-    """Measure how well the forgetting holds, on the curve's examples.
-
-    The reference is the control, if there is one with the same tokenizer.
-    """
-    options, training = run.options, run.options.training
-
-    def control() -> nn.Module | None:
-        reference = options.evaluation.reference
-        if reference is not None and is_log(reference):
-            return None
-        loaded = load_reference(options, run.splits)
-        return loaded[0] if loaded is not None and loaded[1].get_vocab() == run.tokenizer.get_vocab() else None
-
-    common: dict[str, Any] = {"pad_token_id": curve.pad_token_id, "folder": run.folder}
-    QuantizationProbe(curve.encoded, **common).run(model)
-    # An attack is no stronger because the method took larger steps.
-    usual = UnlearnOptions().resolved().training.lr if options.model.scratch else training.lr
-    settings: dict[str, Any] = {"lr": usual, "batch_size": training.batch_size, "seed": options.output.seed}
-    RelearnProbe(curve.encoded["forget"], curve.encoded["retain"], control=control, **common, **settings).run(model)

@@ -34,5 +34,7 @@ def _usual(config: Mapping[str, Any], settled: Sequence[str]) -> dict[str, Any]:
     kinds: dict[str, Any] = {name: config[name] for name in ("model", "method") if name in config}
     usual = UnlearnOptions.of(**kinds).resolved().flat() | {name: plain[name] for name in kinds}
     usual |= {name: config[name] for name in settled if name in config}
+    if isinstance(config.get("probes"), bool):  # as earlier versions wrote it
+        usual["probes"] = usual["probes"] == "quick"
     # The default precision depends on the machine, and the report may be drawn on another one than the run's.
     return usual | {"precision": "bf16-mixed" if config.get("precision") == "bf16-mixed" else "32-true"}

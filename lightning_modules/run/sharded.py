@@ -21,8 +21,9 @@ from lightning_modules.evaluation import processes
 from lightning_modules.folder import START_MODEL, write_config
 from lightning_modules.run.assembly import fsdp2, kind_of_start_model, make_module
 from lightning_modules.run.loading import load_model, make_data
-from lightning_modules.run.methods import Unlearned, ended, fit, make_curve, probe_it, watched_trainer
+from lightning_modules.run.methods import Unlearned, ended, fit, make_curve, watched_trainer
 from lightning_modules.run.options import TrainingOptions, UnlearnOptions
+from lightning_modules.run.probing import probe_it
 from lightning_modules.run.run import Run
 from lightning_modules.run.scoring import ScoredSplits, score
 from lightning_modules.run.settling import settle_target
@@ -89,7 +90,7 @@ def by_shards(
         finished,
         before if first else None,
         seconds,
-        partial(probe_it, run, model.whole, curve) if training.probes else None,
+        partial(probe_it, run, model.whole, curve) if training.probed else None,
         together=processes.several(),
         whole=model.whole,
         mesh=mesh,

@@ -12,6 +12,8 @@ from lightning_modules.data.examples import Example, asked
 from lightning_modules.data.formats import format_of
 from lightning_modules.data.tokenization import encode, marked
 from lightning_modules.evaluation.evaluate import Evaluation
+from lightning_modules.report.attacks import attack_table
+from lightning_modules.report.attacks import sentences as attack_sentences
 from lightning_modules.report.findings import little_to_forget
 from lightning_modules.report.target import not_reached, nothing_to_forget
 from lightning_modules.report.terminal import sentences, tables
@@ -84,3 +86,12 @@ def show(metrics: Mapping[str, Any]) -> None:
         console.print(sentence)
     if (missed := not_reached(metrics)) is not None:
         console.print(f"Warning: {missed}", highlight=False)
+
+
+def show_probes(probes: Mapping[str, Any]) -> None:
+    """Print what probes.json holds: the attacks beside the reference's, and a sentence for each."""
+    console = Console()
+    if table := attack_table(probes):
+        console.print(table)
+    for sentence in attack_sentences(probes):
+        console.print(sentence, markup=False)

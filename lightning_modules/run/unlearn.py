@@ -13,19 +13,21 @@ import lightning as L
 from rich.console import Console
 from rich.markup import escape
 
+from lightning_modules.data.files import read_json
 from lightning_modules.data.uld import uld_data
 from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.files import replacing
-from lightning_modules.folder import CHECKPOINTS, EVALUATION, METRICS, occupied, write_evaluation, write_json
+from lightning_modules.folder import CHECKPOINTS, EVALUATION, METRICS, PROBES, occupied, write_evaluation, write_json
 from lightning_modules.run.adapter_folders import BASE, save_adapter
 from lightning_modules.run.assembly import check_hardware
 from lightning_modules.run.finish import substitute_answers
 from lightning_modules.run.loading import check_start, load_model, read_splits, start_name
-from lightning_modules.run.methods import Unlearned, by_assistant, by_surgery, check_probes
+from lightning_modules.run.methods import Unlearned, by_assistant, by_surgery
 from lightning_modules.run.options import UnlearnOptions, fitted
 from lightning_modules.run.plan import show_memory, show_plan
 from lightning_modules.run.plugins import check_plugins, scores_to_log
+from lightning_modules.run.probing import check_probes
 from lightning_modules.run.reference_log import reference_rows, rows_of_log
 from lightning_modules.run.report import draw
 from lightning_modules.run.resume import only_report_is_missing, resumed
@@ -33,7 +35,7 @@ from lightning_modules.run.run import Run, Splits
 from lightning_modules.run.saving import keep_files, save_model
 from lightning_modules.run.scoring import ScoredSplits, contents_of_metrics, examples_by_model, score
 from lightning_modules.run.sharded import by_shards
-from lightning_modules.run.show import show, show_example
+from lightning_modules.run.show import show, show_example, show_probes
 from lightning_modules.run.teaching import teach_first
 from lightning_modules.training.scratch import one_thread
 
@@ -72,7 +74,7 @@ def _unlearn(options: UnlearnOptions) -> Path:
         uld_data(splits, perturbed_per_row=options.uld_settings().perturbed_per_row)  # raises where answers are missing
     if options.finish.finish_steps:
         substitute_answers(options, splits)  # raises where there are none
-    if options.training.probes:
+    if options.training.probed:
         check_probes(splits)
     log = rows_of_log(options.evaluation, splits, options.data, options.loading, sharded=options.training.sharded)
     if options.training.dry_run:
@@ -153,6 +155,8 @@ def _leave(run: Run[UnlearnOptions], unlearned: Unlearned, log: ScoredSplits | N
         logger.save()
         logger.finalize("success")
     show(found)
+    if (folder / PROBES).exists():
+        show_probes(read_json(folder / PROBES, "the results of probes"))
     _finish(folder)
 
 

@@ -58,6 +58,14 @@ def mean_probabilities(
     return means
 
 
+def answer_probabilities(
+    model: nn.Module, encoded: Sequence[Encoded], *, pad_token_id: int, batch_size: int = 32
+) -> list[float]:
+    r"""$\exp(-\mathrm{nll})$ of every answer, of which `mean_probabilities` gives the mean."""
+    nll = answer_nll(_as_hugging_face(model), encoded, pad_token_id=pad_token_id, batch_size=batch_size)
+    return nll.neg().exp().tolist()
+
+
 def uncollated(batch: Mapping[str, Tensor]) -> list[Encoded]:
     """The examples of a batch without their padding: undoes `lightning_modules.data.tokenization.collate`.
 

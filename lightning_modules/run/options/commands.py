@@ -122,7 +122,7 @@ class UnlearnOptions(Options):
                 "leave it out"
             )
         method, training = self.method, self.training
-        if method.method == "uld" and (training.probes or training.best_below is not None):
+        if method.method == "uld" and (training.probed or training.best_below is not None):
             raise ValueError(
                 "--probes, --best-below: expected a run with surgery, found --method uld, whose model they do not know"
             )
@@ -232,7 +232,7 @@ class UnlearnOptions(Options):
             "accumulate": None if uld else 1 if scratch else 4,
             "stop_below": 0.05 if scratch and not uld else None,
             "score_every": 1 if scratch and not uld else None,
-            "probes": scratch and not uld,
+            "probes": "quick" if scratch and not uld else "none",
             "precision": default_precision(scratch=scratch),
         }
         if self.training.steps is not None:

@@ -53,8 +53,12 @@ class TrainingOptions:
             for never
         best_below: end with the weights of the scored step with the largest retain probability among those with a
             forget probability below this; null for the last weights
-        probes: at the end, teach a float32 copy a quarter of the forget answers again, and round copies to 8 and 4
-            bits; by default only for the model from scratch
+        probes: attack the model at the end, and the reference: quick (or no value) teaches a copy a quarter of the
+            forget answers again, for 20 steps, and rounds copies to 8, 4 and 3 bits; all also teaches them for 100 and
+            200 faster steps and by LoRA, teaches retain answers and general knowledge, asks in other words, after
+            parts of the answer and after examples, samples 32 answers to each question and reads off the layers, which
+            costs 620 training steps and 37 answers to each question; by default none, or quick for the model from
+            scratch
         batch_size: how many forget examples, and as many retain examples, each process takes into one forward pass
         accumulate: how many batches make one optimizer step; by default 4, or fewer where that leaves an epoch fewer
             than 10 steps, or 1 for the model from scratch
@@ -98,7 +102,7 @@ class TrainingOptions:
     score_every: int | None = None
     collapse_below: float | None = 0.1
     best_below: float | None = None
-    probes: bool | None = None
+    probes: Literal["none", "quick", "all"] | bool | None = None
     batch_size: int = 8
     accumulate: int | None = None
     max_norm: float | None = 1.0
@@ -119,6 +123,10 @@ class TrainingOptions:
     callbacks: list[dict[str, Any]] = field(default_factory=list)
     resume: bool = False
     dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.probes, bool):  # as in config.yaml of earlier versions, and the flag without a value
+            object.__setattr__(self, "probes", "quick" if self.probes else "none")
 
     def check(self) -> None:
         """Raise ValueError on options outside their domain, or that contradict each other."""
@@ -239,6 +247,11 @@ class TrainingOptions:
     def accumulates(self) -> bool:
         """Whether an optimizer step takes more than one batch."""
         return (self.accumulate or 1) > 1
+
+    @property
+    def probed(self) -> bool:
+        """Whether there are probes at the end."""
+        return self.probes not in (None, "none")
 
     def optimizer_class(self) -> Callable[..., torch.optim.Optimizer]:
         """The class called `optimizer`.

@@ -88,10 +88,10 @@ def quantization_probe(
     splits: Mapping[str, Sequence[Encoded]],
     *,
     pad_token_id: int,
-    bits: Sequence[int] = (8, 4),
+    bits: Sequence[int] = (8, 4, 3),
     batch_size: int = 32,
 ) -> dict[str, Any]:
-    """Scores copies of a model whose weights are rounded to 8 and 4 bits.
+    """Scores copies of a model whose weights are rounded to 8, 4 and 3 bits.
 
     Rounding undoes a change of the weights that is smaller than a rounding step. Zhang et al., "Catastrophic failure of
     LLM unlearning via quantization" (2410.16454), found that 4 bits undo just the methods that keep utility well.

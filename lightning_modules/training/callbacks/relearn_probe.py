@@ -1,4 +1,4 @@
-"""How fast forgotten answers return when some of them are taught again."""
+"""How fast forgotten answers return when some of them, or something else, is taught."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from torch import nn
 import gradsurgery as gs
 from lightning_modules.data.examples import evenly_spaced
 from lightning_modules.data.tokenization import Encoded, collate
+from lightning_modules.evaluation.intervals import mean_interval
 from lightning_modules.evaluation.likelihood import device_of
 from lightning_modules.progress import Stage
+from lightning_modules.training.adapters import AdapterSettings, adapt
 from lightning_modules.training.callbacks.probe import Probe, plain_copy
+from lightning_modules.training.displacement import Displacement
 from lightning_modules.training.heads import AnswerHead, answer_values
-from lightning_modules.training.probability import mean_probabilities
+from lightning_modules.training.merging import merged
+from lightning_modules.training.probability import answer_probabilities, mean_probabilities
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,9 @@ class RelearnSettings:
         lr: Learning rate.
         batch_size: Examples a step.
         share: Of the forget answers that is taught.
-        seed: Of the order of the batches.
+        seed: Of the order of the batches, and of the adapters.
+        lora_rank: Teach adapters of this rank on every linear layer but the head, with alpha twice the rank; 0 teaches
+            all weights.
     """
 
     steps: int = 20
@@ -40,6 +46,7 @@ class RelearnSettings:
     batch_size: int = 8
     share: float = 0.25
     seed: int = 0
+    lora_rank: int = 0
 
     def check(self, examples: int) -> None:
         """Refuse settings with which nothing can be taught or tested.
@@ -55,6 +62,8 @@ class RelearnSettings:
                 raise ValueError(f"relearn_probe: expected {name} >= 1, found {value}")
         if not (self.lr > 0.0 and math.isfinite(self.lr)):
             raise ValueError(f"relearn_probe: expected a learning rate > 0, found {self.lr}")
+        if self.lora_rank < 0:
+            raise ValueError(f"relearn_probe: expected lora_rank >= 0, found {self.lora_rank}")
         if not 0 < round(self.share * examples) < examples:
             raise ValueError(
                 f"relearn_probe: expected a share that teaches some of the forget answers and leaves some, found share={self.share} of "
@@ -69,12 +78,14 @@ def relearn_probe(
     *,
     pad_token_id: int,
     settings: RelearnSettings = RelearnSettings(),
+    lessons: Sequence[Encoded] | None = None,
 ) -> dict[str, Any]:
-    """Fine-tunes a copy on part of the forget answers, and scores the answers that it was not taught.
+    r"""Fine-tunes a copy on part of the forget answers, and scores the answers that it was not taught.
 
     What was only hidden comes back together with what is taught; what is gone does not. The idea is that of Hu et al.,
     "Jogging the memory of unlearned LLMs" (2406.13356), and of "Do unlearning methods remove information from language
-    model weights?" (2410.08827), which teaches some facts and tests others.
+    model weights?" (2410.08827), which teaches some facts and tests others. With `lessons` something else is taught, as
+    in the "benign" attacks of the first paper and of 2409.18025, and every forget answer is tested.
 
     A result needs the same probe of a reference (a model that never saw the forget set) beside it. The taught answers
     share style and names with the rest, so that some of the rise is learning and not remembering.
@@ -90,35 +101,42 @@ def relearn_probe(
         retain: Examples to score beside them; none if empty.
         pad_token_id: Of the tokenizer.
         settings: Of the teaching.
+        lessons: Taught instead of forget answers.
 
     Returns:
-        `{"steps", "lr", "batch_size", "taught", "rest", "points"}`: the settings, the numbers of taught answers and of
-        the rest, and a point for every score, `{"step", "taught", "rest"}` and "retain" if given, mean probabilities.
+        `{"steps", "lr", "batch_size", "lora_rank", "taught", "rest", "points"}`: the settings, the numbers of taught
+        answers and of the rest, and a point for every score, `{"step", "taught", "rest"}` and "retain" if given, mean
+        probabilities. Then `"interval"`, `[low, high]` of the last mean of the rest, from the `"values"` of its answers
+        (`evaluation.intervals.mean_interval`; None for a single answer), and how far the weights went:
+        `"displacement"` $\|\theta' - \theta\|_2$, and `"relative_displacement"`, that over $\|\theta\|_2$.
 
     Raises:
-        ValueError: If a setting is outside its domain, or the share leaves nothing to teach or nothing to test.
+        ValueError: If a setting is outside its domain, the share leaves nothing to teach or nothing to test, or there
+            are no lessons.
         RuntimeError: If the weights are sharded.
 
-    Cost: a float32 copy of the model with AdamW's two states and gradients (16 bytes a parameter), and
+    Cost: a float32 copy of the model with AdamW's two states, gradients and the start (20 bytes a parameter), and
     `settings.steps` training steps.
     """
     settings.check(len(forget))
-    count = round(settings.share * len(forget))
-    chosen = set(evenly_spaced(range(len(forget)), count, centred=True))
-    taught = [forget[index] for index in sorted(chosen)]
-    splits = {"taught": taught, "rest": [row for index, row in enumerate(forget) if index not in chosen]}
-    splits |= {"retain": list(retain)} if retain else {}
+    taught, rest = _taught_and_rest(forget, settings.share) if lessons is None else (list(lessons), list(forget))
+    if not taught:
+        raise ValueError("relearn_probe: expected lessons to teach, found none")
+    splits = {"taught": taught, "rest": rest} | ({"retain": list(retain)} if retain else {})
 
-    learner = plain_copy(model).float().requires_grad_(True).eval()
+    start = plain_copy(model).float().requires_grad_(True).eval()
+    moved = Displacement(start)
+    learner = adapt(start, AdapterSettings(settings.lora_rank, seed=settings.seed)).eval()
     points = [{"step": 0, **mean_probabilities(learner, splits, pad_token_id=pad_token_id)}]
     head, order, device = AnswerHead(learner), torch.Generator().manual_seed(settings.seed), device_of(learner)
-    optimizer = torch.optim.AdamW(learner.parameters(), lr=settings.lr, weight_decay=0.0)
+    trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0)
     waiting: list[int] = []
     stage = Stage("Teaching the forgotten answers to a copy, steps", settings.steps)
     with torch.enable_grad():
         for step in range(1, settings.steps + 1):
-            if len(waiting) < min(settings.batch_size, count):
-                waiting += torch.randperm(count, generator=order).tolist()
+            if len(waiting) < min(settings.batch_size, len(taught)):
+                waiting += torch.randperm(len(taught), generator=order).tolist()
             rows, waiting = waiting[: settings.batch_size], waiting[settings.batch_size :]
             batch = collate([taught[row] for row in rows], pad_token_id)
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -129,8 +147,24 @@ def relearn_probe(
             stage.advance()
             if step % settings.every == 0 or step == settings.steps:
                 points.append({"step": step, **mean_probabilities(learner, splits, pad_token_id=pad_token_id)})
-    said = {"steps": settings.steps, "lr": settings.lr, "batch_size": settings.batch_size}
-    return {**said, "taught": count, "rest": len(forget) - count, "points": points}
+    values = answer_probabilities(learner, rest, pad_token_id=pad_token_id)
+    interval = mean_interval(values)
+    length, relative = moved.to(merged(learner))
+    return {
+        **{name: getattr(settings, name) for name in ("steps", "lr", "batch_size", "lora_rank")},
+        "taught": len(taught),
+        "rest": len(rest),
+        "points": points,
+        "interval": None if interval is None else [interval.low, interval.high],
+        "displacement": length,
+        "relative_displacement": relative,
+        "values": values,
+    }
+
+
+def _taught_and_rest(forget: Sequence[Encoded], share: float) -> tuple[list[Encoded], list[Encoded]]:
+    chosen = set(evenly_spaced(range(len(forget)), round(share * len(forget)), centred=True))
+    return [forget[place] for place in sorted(chosen)], [row for place, row in enumerate(forget) if place not in chosen]
 
 
 class RelearnProbe(Probe):

@@ -81,9 +81,50 @@ def test_a_bfloat16_model_is_taught_in_float32() -> None:
     assert model.table.dtype == torch.bfloat16
 
 
+def test_what_else_is_taught_leaves_all_forget_answers_to_be_tested() -> None:
+    model, forget, lessons = Bigram(), examples(8, 3), examples(5, 9)
+    before = model.table.detach().clone()
+    settings = RelearnSettings(steps=6, every=6, lr=0.05, batch_size=5)
+    found = relearn_probe(model, forget, pad_token_id=0, settings=settings, lessons=lessons)
+    table = oracle.relearned(before, lessons, 6, 0.05)
+    values = [oracle.probability(table, *row) for row in forget]
+    assert (found["taught"], found["rest"]) == (5, 8)
+    close(torch.tensor(found["values"]), torch.tensor(values), RELEARNED)
+    assert found["interval"][0] < found["points"][-1]["rest"] < found["interval"][1]
+    change = table - before
+    close(torch.tensor(found["displacement"]), change.double().norm().float(), RELEARNED, scale=change.norm())
+    relative = change.double().norm() / before.double().norm()
+    close(torch.tensor(found["relative_displacement"]), relative.float(), RELEARNED, scale=relative)
+    with pytest.raises(ValueError, match="expected lessons to teach, found none"):
+        relearn_probe(model, forget, pad_token_id=0, lessons=[])
+
+
+def test_adapters_are_taught_in_the_place_of_the_weights() -> None:
+    model, forget = llama(), examples(8, 3)
+    before = copy.deepcopy(model.state_dict())
+    settings = RelearnSettings(steps=5, every=5, lr=0.02, batch_size=2, lora_rank=2)
+    found = relearn_probe(model, forget, pad_token_id=0, settings=settings)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    assert found["lora_rank"] == 2
+    assert found["points"][-1]["taught"] > found["points"][0]["taught"]
+    # B is zero at the start and takes five steps of at most .02 a number, A stays small: so far the weights can go.
+    assert 0.0 < found["displacement"] < 20.0
+    assert found == relearn_probe(model, forget, pad_token_id=0, settings=settings)
+
+
 @pytest.mark.parametrize(
     "wrong",
-    [{"steps": 0}, {"every": 0}, {"batch_size": 0}, {"lr": 0.0}, {"lr": math.inf}, {"share": 0.0}, {"share": 1.0}],
+    [
+        {"steps": 0},
+        {"lora_rank": -1},
+        {"every": 0},
+        {"batch_size": 0},
+        {"lr": 0.0},
+        {"lr": math.inf},
+        {"share": 0.0},
+        {"share": 1.0},
+    ],
 )
 def test_a_probe_outside_its_domain_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="relearn_probe: expected"):

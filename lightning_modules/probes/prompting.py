@@ -1,0 +1,206 @@
+"""Leakage by prompting: the forgotten answer is asked for in ways that unlearning did not train on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import nn
+
+from lightning_modules.data.chat import has_template
+from lightning_modules.data.examples import asked, evenly_spaced
+from lightning_modules.data.tokenization import IGNORED, Encoded, encode, padding_id
+from lightning_modules.evaluation.generation import generate_greedily
+from lightning_modules.evaluation.intervals import mean_interval
+from lightning_modules.evaluation.texts import context_length
+from lightning_modules.metrics.functional import has_words, rouge_recall
+from lightning_modules.progress import Stage
+from lightning_modules.training.probability import answer_probabilities
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class PromptingSettings:
+    """How a model is asked.
+
+    Attributes:
+        prefixes: Shares of an answer's tokens that are given, each an attack of its own.
+        shots: Retain questions with their answers in front of the question.
+        max_new_tokens: The longest generated answer, in tokens.
+        batch_size: Texts in a forward pass.
+
+    Raises:
+        ValueError: If a number is outside its domain.
+    """
+
+    prefixes: tuple[float, ...] = (0.25, 0.5)
+    shots: int = 3
+    max_new_tokens: int = 64
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if not all(0.0 < share < 1.0 for share in self.prefixes):
+            raise ValueError(f"prompting_probe, prefixes: expected shares between 0 and 1, found {self.prefixes}")
+        for name in ("shots", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"prompting_probe, {name}: expected at least 1, found {getattr(self, name)}")
+
+
+class Prompt(NamedTuple):
+    """A question asked in one way.
+
+    Attributes:
+        ids: The tokens that the model continues.
+        text: These and the rest of the answer, which alone is labelled.
+    """
+
+    ids: list[int]
+    text: Encoded
+
+
+def prompts(
+    tokenizer: PreTrainedTokenizerBase, forget: Rows, retain: Rows, settings: PromptingSettings = PromptingSettings()
+) -> dict[str, list[Prompt]]:
+    r"""Attack -> the forget questions asked in this way, those that can be.
+
+    | attack | how it is asked |
+    |---|---|
+    | `question` | as in training, to compare with |
+    | `paraphrase` | the row's `paraphrased_question`, where it has one |
+    | `prefix_25`, `prefix_50` | the question, and the first 25 or 50 % of the answer's tokens, at least one |
+    | `few_shot` | retain questions with their answers first, evenly spread over the retain set |
+
+    Plain texts are not asked in other words. Without a chat template, shots have the format of training,
+    `Q: ...\nA: ...`, with an empty line between them; with one they are turns of the conversation.
+    """
+    shots = evenly_spaced([row for row in retain if row["question"]], settings.shots, centred=True)
+    found: dict[str, list[Prompt]] = {"question": []}
+    for row in forget:
+        plain = encode(tokenizer, asked(row), row["answer"], every_turn=False)
+        found["question"].append(_given(plain, 0))
+        if row.get("paraphrased_question"):
+            other = encode(tokenizer, row["paraphrased_question"], row["answer"])
+            found.setdefault("paraphrase", []).append(_given(other, 0))
+        length = sum(label != IGNORED for label in plain.labels)
+        for share in settings.prefixes:
+            if length > 1:
+                given = max(1, min(length - 1, round(share * length)))
+                found.setdefault(f"prefix_{round(100 * share)}", []).append(_given(plain, given))
+        if row["question"] and shots:
+            asked_after = encode(tokenizer, after_shots(tokenizer, shots, row), row["answer"], every_turn=False)
+            found.setdefault("few_shot", []).append(_given(asked_after, 0))
+    return found
+
+
+def after_shots(
+    tokenizer: PreTrainedTokenizerBase, shots: Rows, row: Mapping[str, Any]
+) -> str | list[Mapping[str, Any]]:
+    """The question of a row after other questions with their answers, for `tokenization.encode`."""
+    question = asked(row)
+    if not has_template(tokenizer):
+        text = question if isinstance(question, str) else "\n".join(str(turn["content"]) for turn in question)
+        return "\n\nQ: ".join([*(f"{shot['question']}\nA: {shot['answer']}" for shot in shots), text])
+    turns = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    first = next((place for place, turn in enumerate(turns) if turn["role"] in ("user", "assistant")), 0)
+    told = [
+        {"role": role, "content": text}
+        for shot in shots
+        for role, text in (("user", shot["question"]), ("assistant", shot["answer"]))
+    ]
+    return [*turns[:first], *told, *turns[first:]]  # a system prompt stays in front
+
+
+def _given(example: Encoded, tokens: int) -> Prompt:
+    """The example with so many tokens of its answer given."""
+    places = [place for place, label in enumerate(example.labels) if label != IGNORED]
+    start = places[tokens]
+    return Prompt(
+        example.input_ids[:start], Encoded(example.input_ids, [IGNORED] * start + list(example.labels[start:]))
+    )
+
+
+def prompting_probe(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    forget: Rows,
+    retain: Rows,
+    settings: PromptingSettings = PromptingSettings(),
+) -> dict[str, Any]:
+    r"""Asks for the forgotten answers in other ways: `prompts` lists them.
+
+    Unlearning that only taught the model not to answer one wording, or not to begin the answer, leaks here. Prefixes
+    help a model that never saw the answer too, and so does a format shown by examples: compare with a reference.
+    Sources: worst case over paraphrases and shots, JensUn (2509.02820); prefixes as in extraction strength
+    (Carlini et al., 2012.07805).
+
+    Args:
+        model: A causal language model with Hugging Face's `generate`.
+        tokenizer: Of the model.
+        forget: Examples, with `paraphrased_question` where one is known.
+        retain: Examples that the shots are taken from.
+        settings: How they are asked.
+
+    Returns:
+        `{"attacks": {name: {"n", "left_out", "probability", "probability_interval", "rouge_l_recall",
+        "rouge_interval", "probabilities", "rouge_l_recalls"}}}`: of the part of the answer that was not given, the
+        mean of $\exp(-\mathrm{nll})$ and the mean ROUGE-L recall of the greedy continuation, with intervals
+        (`evaluation.intervals.mean_interval`) and the numbers of every example. `left_out` counts examples that do
+        not fit into the model's context.
+
+    Raises:
+        ValueError: If there is no forget example.
+
+    Cost: for each attack a forward pass over the forget examples and a generation of each.
+    """
+    if not forget:
+        raise ValueError("prompting_probe: expected examples to forget, found none")
+    asked_in = prompts(tokenizer, forget, retain, settings)
+    context = context_length(model)
+    stage = Stage("Asking in other ways, prompts", sum(map(len, asked_in.values())))
+    found: dict[str, Any] = {}
+    for name, every in asked_in.items():
+        fitting = [prompt for prompt in every if context is None or len(prompt.text.input_ids) <= context]
+        if fitting:
+            found[name] = dict(_scores(model, tokenizer, fitting, settings)) | {"left_out": len(every) - len(fitting)}
+        stage.advance(len(every))
+    return {"attacks": found}
+
+
+def _scores(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked_so: Sequence[Prompt], settings: PromptingSettings
+) -> Iterator[tuple[str, Any]]:
+    size = settings.batch_size
+    texts = [prompt.text for prompt in asked_so]
+    probable = answer_probabilities(model, texts, pad_token_id=padding_id(tokenizer), batch_size=size)
+    said = generate_greedily(
+        model,
+        tokenizer,
+        [prompt.ids for prompt in asked_so],
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=size,
+    )
+    recalls = [
+        rouge_recall(generation, target)
+        for generation, target in zip(said, (_target(tokenizer, text) for text in texts), strict=True)
+        if has_words(target)
+    ]
+    yield "n", len(texts)
+    for mean, interval, values, numbers in (
+        ("probability", "probability_interval", "probabilities", probable),
+        ("rouge_l_recall", "rouge_interval", "rouge_l_recalls", recalls),
+    ):
+        between = mean_interval(numbers)
+        yield mean, sum(numbers) / len(numbers) if numbers else None
+        yield interval, None if between is None else [between.low, between.high]
+        yield values, numbers
+
+
+def _target(tokenizer: PreTrainedTokenizerBase, text: Encoded) -> str:
+    """The part of the answer that is labelled."""
+    labelled = [label for label in text.labels if label != IGNORED]
+    return str(tokenizer.decode(labelled, skip_special_tokens=True)).strip()
