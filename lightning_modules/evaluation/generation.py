@@ -42,6 +42,29 @@ def generate_greedily(
     batch_size: int = 32,
     advance: Callable[[int], object] = lambda _: None,
 ) -> list[str]:
+    """Continues each prompt with the most likely tokens, as text; see `generate_tokens`, which takes the same.
+
+    Returns:
+        The answers, in the order given, without special tokens and surrounding white space.
+
+    Raises:
+        ValueError: as `generate_tokens`.
+    """
+    answers = generate_tokens(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, advance=advance
+    )
+    return [str(tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in answers]
+
+
+def generate_tokens(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    advance: Callable[[int], object] = lambda _: None,
+) -> list[list[int]]:
     """Continues each prompt with the most likely token at every step, until eos or the chat template's end of turn.
 
     Prompts are padded on the left under an attention mask and share a key-value cache; padding changes no answer. An
@@ -56,7 +79,7 @@ def generate_greedily(
         advance: called with the number of prompts done, after every batch.
 
     Returns:
-        The answers, in the order given, without special tokens and surrounding white space.
+        The tokens after each prompt, in the order given, without the one that ends them.
 
     Raises:
         ValueError: if the model has no `generate`, or a prompt fills its context.
@@ -72,7 +95,7 @@ def generate_greedily(
     # Processes with shards of one model run every step together, also where rounding ends an answer earlier in one.
     sharded = several() and any(isinstance(parameter, DTensor) for parameter in model.parameters())
     stops = _stop_tokens(model, tokenizer)
-    answers = [""] * len(prompts)
+    answers: list[list[int]] = [[] for _ in prompts]
     longest_first = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     with evaluation_mode(model):
         for start in range(0, len(prompts), batch_size):
@@ -98,7 +121,7 @@ def generate_greedily(
                     **_GREEDY,
                 )
                 for index, tokens in zip(indices, output[:, width:].tolist(), strict=True):
-                    answers[index] = str(tokenizer.decode(_until(tokens, stops), skip_special_tokens=True)).strip()
+                    answers[index] = _until(tokens, stops)
             advance(len(batch))
     return answers
 

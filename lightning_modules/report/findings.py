@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from lightning_modules.report.finished import MODELS, FinishedRun, number
+from lightning_modules.report.finished import MODELS, FinishedRun, number, shown
 from lightning_modules.report.intervals import Interval, mean_interval
 from lightning_modules.report.samples import degenerate
-from lightning_modules.report.terminal import shown
 
 UNSURE = (
     "Intervals are 95 % percentile bootstrap intervals of the mean over the examples of a split (5000 draws, seed 0): how much it would "
@@ -75,7 +74,8 @@ def little_to_forget(before: Mapping[str, Mapping[str, Any]] | None) -> str | No
 def warnings(run: FinishedRun) -> list[str]:
     """Returns what a reader must know before the numbers: a collapse, NaN, degenerate answers, shallow forgetting."""
     said: list[str] = []
-    if (unknown := little_to_forget(run.metrics["before"])) is not None:
+    # A benchmark says itself how much is known before; the probability of long plain texts does not.
+    if not run.metrics.get("benchmarks") and (unknown := little_to_forget(run.metrics["before"])) is not None:
         said.append(unknown)
     if collapse := run.training.get("collapse"):
         said.append(f"The collapse alarm stopped the run: {collapse['reason']}.")

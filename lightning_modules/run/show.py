@@ -9,6 +9,7 @@ from rich.console import Console
 
 from lightning_modules.data.chat import date_told
 from lightning_modules.data.examples import Example, asked
+from lightning_modules.data.tasks import apart
 from lightning_modules.data.tokenization import encode, marked
 from lightning_modules.evaluation.evaluate import Evaluation
 from lightning_modules.report.findings import little_to_forget
@@ -41,8 +42,11 @@ def show_row(tokenizer: Any, row: Example, max_length: int, what: str) -> None:
 
 
 def show_start(before: Evaluation) -> None:
-    """Say to standard error if the model hardly knows what it is to forget; before the training, which it may spare."""
-    said = little_to_forget(before.summary)
+    """Say to standard error if the model hardly knows what it is to forget; before the training, which it may spare.
+
+    With a benchmark it says nothing: that tells itself how much is known, and the probability of long texts does not.
+    """
+    said = None if apart(before.examples)[1] else little_to_forget(before.summary)
     if said is not None:
         Console(stderr=True, soft_wrap=True).print(f"Warning: {said}", markup=False, highlight=False)
 
