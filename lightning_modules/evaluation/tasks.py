@@ -122,8 +122,7 @@ def target_text(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> s
 
 
 def _said(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    # Both flags as MUSE's authors have them.
-    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True))
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _chosen(scoring: _Scoring, rows: Rows) -> Scored:

@@ -43,7 +43,7 @@ def write_muse(folder: Path) -> Path:
     """MUSE's configurations and splits; `raw/forget` in two shards, as a clone of the hub has it."""
     write_shards(folder / "raw/forget", [{"text": article(number, "feast")} for number in range(3)])
     write_json(folder / "raw/retain1.json", [{"text": article(number, "fair")} for number in range(4)])
-    prompts = [article(number, "feast", 8) for number in range(3)]
+    prompts = [article(number, "feast", 4) for number in range(3)]
     gold = [article(number, "feast", 18)[len(prompt) + 1 :] for number, prompt in enumerate(prompts)]
     write_json(folder / "verbmem/forget.json", [{"prompt": p, "gt": g} for p, g in zip(prompts, gold, strict=True)])
     for split, what in (("forget", "feast"), ("retain", "fair")):
@@ -68,13 +68,9 @@ def multiple_choice(subject: str, count: int) -> list[dict[str, Any]]:
 
 def write_wmdp(folder: Path, subject: str = "cyber") -> Path:
     """WMDP's and MMLU's questions, the forget corpus and wikitext."""
-    rows = [
-        {name: value for name, value in row.items() if name != "subject"} for row in multiple_choice("switch", 10)
-    ]
+    rows = [{name: value for name, value in row.items() if name != "subject"} for row in multiple_choice("switch", 10)]
     write_shards(folder / f"wmdp-{subject}/test", rows)
-    write_shards(
-        folder / "mmlu/all/test", [*multiple_choice("high_school_bells", 6), *multiple_choice("virology", 6)]
-    )
+    write_shards(folder / "mmlu/all/test", [*multiple_choice("high_school_bells", 6), *multiple_choice("virology", 6)])
     lines = [json.dumps({"text": article(number, "break-in", 40)}) for number in range(4)]
     (folder / f"{subject}-forget-corpus.jsonl").write_text("\n".join(lines))
     texts = ["", " = A town = \n", *(article(number, "fair", 30) for number in range(5))]

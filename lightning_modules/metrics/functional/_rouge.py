@@ -72,7 +72,9 @@ def rouge_f1(
     r"""ROUGE's F1: the harmonic mean of its recall and its precision, the share of the predicted words in the target.
 
     Source: Lin 2004, as the `rouge-score` package computes it. MUSE (Shi et al. 2024) scores verbatim memorization and
-    knowledge memorization by it, with ROUGE-L and without stems. Words are those of `rouge_recall`.
+    knowledge memorization by it, with ROUGE-L and without stems. Words are those of `rouge_recall`; but where the
+    target is text that `rouge-score` sees all words of, only such words of the prediction count too, so that scores are
+    the published ones where a model says letters of other scripts.
 
     Args:
         prediction: the model's text, or n of them.
@@ -127,7 +129,9 @@ def _rouge(prediction: str | Sequence[str], target: str | Sequence[str], how: _K
 
 def _score(prediction: str, target: str, how: _Kind) -> float:
     words, scorer = _scorer(how.kind, how.use_stemmer, False)
-    if not words.tokenize(target):
+    if how.part == "fmeasure" and 0 < len(words.tokenize(target)) == len(words.stem(target)):
+        scorer = _plain(how.kind, how.use_stemmer)
+    elif not words.tokenize(target):
         _, scorer = _scorer(how.kind, how.use_stemmer, True)
     return float(getattr(scorer.score(target, prediction)[how.kind], how.part))
 
@@ -166,3 +170,10 @@ def _scorer(kind: str, use_stemmer: bool, accents: bool) -> tuple[_Words, RougeS
         raise ImportError("ROUGE needs the rouge-score package: pip install rouge-score") from error
     words = _Words(DefaultTokenizer(use_stemmer).tokenize, accents)
     return words, RougeScorer([kind], tokenizer=words)  # pyright: ignore[reportArgumentType] (any object with tokenize)
+
+
+@lru_cache(maxsize=16)
+def _plain(kind: str, use_stemmer: bool) -> RougeScorer:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer([kind], use_stemmer=use_stemmer)
