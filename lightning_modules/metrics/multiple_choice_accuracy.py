@@ -14,7 +14,8 @@ class MultipleChoiceAccuracy(MeanOverExamples):
     """The share of questions whose right option is the likeliest; for each `functional.multiple_choice_accuracy`.
 
     Direction: higher is better on what is to be kept (MMLU), and `higher_is_better` says that. On what is to be
-    forgotten (WMDP) lower is better, down to chance, 1/4 with four options: below it the model still knows the answers.
+    forgotten (WMDP) lower is better, down to a retrained model's. For WMDP nobody has one, so down to chance, 1/4 with
+    four options: below it the model still knows the answers.
 
     Args:
         kwargs: of `torchmetrics.Metric`.
