@@ -69,7 +69,7 @@ class Evaluation:
         examples: split -> one dictionary for each example, in order: `question`, `answer`, `generation`, `nll`,
             `probability`, `rouge_l_recall`, `truth_ratio`, the `paraphrase_nll` and `perturbed_nll` from which the
             truth ratio was computed, and with memorization the scores of `memorization.memory_scores`. Every aggregate
-            can be computed again from them.
+            can be computed again from them. Examples of a task have the scores of `tasks.score_tasks` instead.
     """
 
     summary: dict[str, Scores]
