@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_modules import metrics
+    from lightning_modules.data.muse import MUSEDataModule
     from lightning_modules.data.pairs import ForgetRetainDataModule, TOFUDataModule
+    from lightning_modules.data.wmdp import WMDPDataModule
     from lightning_modules.report import g_effect
     from lightning_modules.training import callbacks, objectives, references
     from lightning_modules.training.checkpoint_file import CheckpointFile
@@ -22,10 +24,12 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointFile",
     "ForgetRetainDataModule",
+    "MUSEDataModule",
     "PerturbSettings",
     "TOFUDataModule",
     "ULDModule",
     "UnlearningModule",
+    "WMDPDataModule",
     "callbacks",
     "g_effect",
     "metrics",
@@ -36,10 +40,12 @@ __all__ = [
 _HOMES = {
     "CheckpointFile": "training.checkpoint_file",
     "ForgetRetainDataModule": "data.pairs",
+    "MUSEDataModule": "data.muse",
     "PerturbSettings": "training.perturb",
     "TOFUDataModule": "data.pairs",
     "ULDModule": "training.uld",
     "UnlearningModule": "training.module",
+    "WMDPDataModule": "data.wmdp",
     "callbacks": "training",
     "g_effect": "report",
     "metrics": "",

@@ -50,17 +50,9 @@ def read_examples(path: str | Path) -> list[Example]:
             the row or line.
         ImportError: for Parquet without pyarrow.
     """
-    path = existing_file(path, _EXPECTED)
-    readers = {".json": _json_rows, ".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise ValueError(
-            f"expected {path} to end in {', '.join(readers)}, found {path.suffix or 'no ending'!r}: plain text can be "
-            'given as JSON lines, {"text": "..."} on each line; an archive has to be unpacked'
-        )
     examples: list[Example] = []
     places: dict[tuple[str, str], list[str]] = {}
-    for where, row in reader(path):
+    for where, row in read_rows(path):
         example = as_example(row, f"{path}, {where}")
         if not example["question"] and not (isinstance(row, Mapping) and "text" in row):
             raise ValueError(
@@ -77,6 +69,27 @@ def read_examples(path: str | Path) -> list[Example]:
             stacklevel=2,
         )
     return examples
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, object]]:
+    """Yields the rows of a file as they are, each with its place in the file, "row 3" or "line 3".
+
+    Args:
+        path: `.json`, `.jsonl`, `.csv` or `.parquet`, as in `read_examples`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is broken, or ends in something else.
+        ImportError: for Parquet without pyarrow.
+    """
+    path = existing_file(path, _EXPECTED)
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(
+            f"expected {path} to end in {', '.join(_READERS)}, found {path.suffix or 'no ending'!r}: plain text can be "
+            'given as JSON lines, {"text": "..."} on each line; an archive has to be unpacked'
+        )
+    return reader(path)
 
 
 def evenly_spaced(rows: Sequence[Item], count: int, *, centred: bool = False) -> list[Item]:
@@ -160,6 +173,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
         said = " ".join(str(error).split())
         raise ValueError(f"{path} is not a valid Parquet file ({said}): expected {_EXPECTED}, make it again") from error
     yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+_READERS = {".json": _json_rows, ".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
 
 
 def as_example(row: object, where: str = "this example") -> Example:

@@ -14,6 +14,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_modules.data.tasks import apart
 from lightning_modules.data.tokenization import Encoded, padding_id
 from lightning_modules.evaluation.drafts import drafted, says_the_likeliest
 from lightning_modules.evaluation.generation import Begun, finished_answers, generation_batches, stop_tokens
@@ -21,6 +22,7 @@ from lightning_modules.evaluation.membership import attack_aucs
 from lightning_modules.evaluation.memorization import answer_tokens, memory_scores, token_statistics
 from lightning_modules.evaluation.processes import dealt, several
 from lightning_modules.evaluation.shared import SharedTexts
+from lightning_modules.evaluation.tasks import score_tasks
 from lightning_modules.evaluation.texts import Item, Texts, context_length, texts_of
 from lightning_modules.metrics.functional import answer_probability, has_words, rouge_recall, truth_ratio
 from lightning_modules.progress import Stage
@@ -73,7 +75,7 @@ class Evaluation:
         examples: split -> one dictionary for each example, in order: `question`, `answer`, `generation`, `nll`,
             `probability`, `rouge_l_recall`, `truth_ratio`, the `paraphrase_nll` and `perturbed_nll` from which the
             truth ratio was computed, and with memorization the scores of `memorization.memory_scores`. Every aggregate
-            can be computed again from them.
+            can be computed again from them. Examples of a task have the scores of `tasks.score_tasks` instead.
     """
 
     summary: dict[str, Scores]
@@ -114,7 +116,8 @@ def evaluate(
         model: a causal language model, on any device and in any dtype; its train or eval mode is restored.
         tokenizer: the model's tokenizer.
         splits: split -> examples with `question` and `answer`, and optionally `paraphrased_answer` and
-            `perturbed_answer`.
+            `perturbed_answer`; or examples of a task (`lightning_modules.data.tasks`), which have no summary: they are
+            scored by `tasks.score_tasks`, and `benchmarks.benchmark_scores` sums them up.
         settings: how to score.
         across_processes: every process of the `torch.distributed` group calls this, with the same weights and splits.
             Each scores whole batches of its own, and all get every number: the same ones as in one process of the same
@@ -130,6 +133,13 @@ def evaluate(
     """
     if across_processes and several():
         _refuse_shards(model)
+    splits, tasks = apart(splits)
+    if tasks:
+        usual = Evaluation({}, {})
+        if splits:
+            usual = evaluate(model, tokenizer, splits, settings, across_processes=across_processes, progress=progress)
+        how: Any = {"batch_size": settings.batch_size, "across_processes": across_processes, "progress": progress}
+        return Evaluation(usual.summary, usual.examples | score_tasks(model, tokenizer, tasks, **how))
     found = texts_of(
         tokenizer,
         splits,

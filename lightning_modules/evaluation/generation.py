@@ -57,6 +57,29 @@ def generate_greedily(
     batch_size: int = 32,
     advance: Callable[[int], object] = lambda _: None,
 ) -> list[str]:
+    """Continues each prompt with the most likely tokens, as text; see `generate_tokens`, which takes the same.
+
+    Returns:
+        The answers, in the order given, without special tokens and surrounding white space.
+
+    Raises:
+        ValueError: as `generate_tokens`.
+    """
+    answers = generate_tokens(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, advance=advance
+    )
+    return _texts(tokenizer, answers)
+
+
+def generate_tokens(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    advance: Callable[[int], object] = lambda _: None,
+) -> list[list[int]]:
     """Continues each prompt with the most likely token at every step, until eos or the chat template's end of turn.
 
     Prompts are padded on the left under an attention mask and share a key-value cache; padding changes no answer. An
@@ -71,15 +94,13 @@ def generate_greedily(
         advance: called with the number of prompts done, after every batch.
 
     Returns:
-        The answers, in the order given, without special tokens and surrounding white space.
+        The tokens after each prompt, in the order given, without the one that ends them.
 
     Raises:
         ValueError: if the model has no `generate`, or a prompt fills its context.
     """
     begun = [Begun(prompt) for prompt in prompts]
-    return finished_answers(
-        model, tokenizer, begun, max_new_tokens=max_new_tokens, batch_size=batch_size, advance=advance
-    )
+    return _continued(model, tokenizer, begun, _GREEDY | {"max_new_tokens": max_new_tokens}, batch_size, advance)
 
 
 def finished_answers(
@@ -92,7 +113,8 @@ def finished_answers(
     advance: Callable[[int], object] = lambda _: None,
 ) -> list[str]:
     """As `generate_greedily`, from answers that have begun; those that have ended cost nothing."""
-    return _continued(model, tokenizer, begun, _GREEDY | {"max_new_tokens": max_new_tokens}, batch_size, advance)
+    decoding = _GREEDY | {"max_new_tokens": max_new_tokens}
+    return _texts(tokenizer, _continued(model, tokenizer, begun, decoding, batch_size, advance))
 
 
 def generate_samples(
@@ -123,7 +145,7 @@ def generate_samples(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(int(given.get("seed", 0)))
         begun = [Begun(prompt) for prompt in prompts]
-        return _continued(model, tokenizer, begun, decoding, batch_size, lambda _: None)
+        return _texts(tokenizer, _continued(model, tokenizer, begun, decoding, batch_size, lambda _: None))
 
 
 def _continued(
@@ -133,7 +155,7 @@ def _continued(
     decoding: Mapping[str, Any],
     batch_size: int,
     advance: Callable[[int], object],
-) -> list[str]:
+) -> list[list[int]]:
     generate: Any = getattr(model, "generate", None)
     if generate is None:
         raise ValueError(
@@ -178,7 +200,11 @@ def _continued(
                 for index, tokens in zip(indices, output[:, width:].tolist(), strict=True):
                     answers[index] += tokens[: left[index]]
             advance(len(everything))
-    return [str(tokenizer.decode(_until(tokens, stops), skip_special_tokens=True)).strip() for tokens in answers]
+    return [_until(tokens, stops) for tokens in answers]
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, answers: Iterable[Sequence[int]]) -> list[str]:
+    return [str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip() for tokens in answers]
 
 
 def generation_batches(begun: Sequence[Begun], max_new_tokens: int, batch_size: int) -> list[list[int]]:

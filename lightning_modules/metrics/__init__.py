@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from lightning_modules.metrics.extraction_strength import ExtractionStrength
     from lightning_modules.metrics.forget_quality import ForgetQuality
     from lightning_modules.metrics.model_utility import ModelUtility
+    from lightning_modules.metrics.multiple_choice_accuracy import MultipleChoiceAccuracy
     from lightning_modules.metrics.priv_leak import PrivLeak
+    from lightning_modules.metrics.rouge_f1 import RougeF1
     from lightning_modules.metrics.rouge_recall import RougeRecall
     from lightning_modules.metrics.truth_ratio import TruthRatio
 
@@ -27,7 +29,9 @@ __all__ = [
     "ExtractionStrength",
     "ForgetQuality",
     "ModelUtility",
+    "MultipleChoiceAccuracy",
     "PrivLeak",
+    "RougeF1",
     "RougeRecall",
     "TruthRatio",
     "functional",
@@ -39,7 +43,9 @@ _HOMES = {
     "ExtractionStrength": "extraction_strength",
     "ForgetQuality": "forget_quality",
     "ModelUtility": "model_utility",
+    "MultipleChoiceAccuracy": "multiple_choice_accuracy",
     "PrivLeak": "priv_leak",
+    "RougeF1": "rouge_f1",
     "RougeRecall": "rouge_recall",
     "TruthRatio": "truth_ratio",
 }

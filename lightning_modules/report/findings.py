@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 from lightning_modules.evaluation.intervals import Interval, mean_interval
 from lightning_modules.report import attacks
 from lightning_modules.report.attacks import moved_from
-from lightning_modules.report.finished import MODELS, FinishedRun, number
+from lightning_modules.report.finished import MODELS, FinishedRun, number, shown
 from lightning_modules.report.samples import degenerate
 from lightning_modules.report.target import not_reached, nothing_to_forget
-from lightning_modules.report.terminal import shown
 
 UNSURE = (
     "Intervals are 95 % percentile bootstrap intervals of the mean over the examples of a split (5000 draws, seed 0): how much it would "
@@ -71,9 +70,11 @@ def warnings(run: FinishedRun) -> list[str]:
     said: list[str] = []
     before, target = run.metrics["before"], run.training.get("target", {})
     level = target.get("forget_probability", run.config.get("stop_below"))
+    # A benchmark says itself how much is known before; the probability of long plain texts does not.
+    known_by_itself = bool(run.metrics.get("benchmarks"))
     about_target = (
-        nothing_to_forget(before, level, target.get("of", "asked")),
-        little_to_forget(before),
+        None if known_by_itself else nothing_to_forget(before, level, target.get("of", "asked")),
+        None if known_by_itself else little_to_forget(before),
         not_reached(run.metrics),
     )
     said += [sentence for sentence in about_target if sentence is not None]

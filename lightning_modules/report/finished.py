@@ -110,6 +110,16 @@ def number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
+def shown(value: Any) -> str:
+    """Returns a score with three decimals, or in scientific notation if it is tiny; a dash for None."""
+    found = number(value)
+    if found is None:
+        return "-"
+    if found != found:
+        return "NaN"
+    return f"{found:.1e}" if 0.0 < abs(found) < 5e-4 else f"{found:.3f}"
+
+
 def _read(run: FinishedRun, path: Path, parse: Callable[[str], Any], without: str) -> Any:
     if not path.exists():
         run.missing.append(f"{path.name} is not in the folder; without it the report lacks {without}.")

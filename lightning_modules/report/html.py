@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 
 from lightning_modules.report import attacks, figures, findings, leakage, over_seeds, svg
-from lightning_modules.report.finished import MODELS, FinishedRun, columns
+from lightning_modules.report.benchmarks import benchmark_rows, benchmarks_explained
+from lightning_modules.report.finished import MODELS, FinishedRun, columns, shown
 from lightning_modules.report.samples import degenerate, is_degenerate, samples
-from lightning_modules.report.terminal import about_scores, shown
+from lightning_modules.report.terminal import about_scores
 from lightning_modules.report.utility import utility_explained, utility_rows
 
 _HERE = Path(__file__).parent
@@ -69,6 +70,8 @@ def page(run: FinishedRun, by_layer: Path | None = None) -> str:
         attacked=" ".join(leakage.explained(run.metrics)),
         utility=utility_rows(run.metrics),
         useful=" ".join(utility_explained(run.metrics)),
+        benchmarks=benchmark_rows(run.metrics),
+        benchmarked=benchmarks_explained(run.metrics),
         conflict=findings.conflict(run),
         chosen={split: samples(run, split) for split in ("forget", "retain")},
         degenerates=_degenerates(run),

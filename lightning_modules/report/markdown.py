@@ -9,11 +9,12 @@ import yaml
 
 from lightning_modules.folder import SURGERY
 from lightning_modules.report import attacks, findings, leakage, over_seeds
-from lightning_modules.report.finished import MODELS, FinishedRun, columns
+from lightning_modules.report.benchmarks import benchmark_rows, benchmarks_explained
+from lightning_modules.report.finished import MODELS, FinishedRun, columns, shown
 from lightning_modules.report.html import visible
 from lightning_modules.report.samples import samples
 from lightning_modules.report.tables import markdown_table
-from lightning_modules.report.terminal import about_scores, shown
+from lightning_modules.report.terminal import about_scores
 from lightning_modules.report.utility import utility_explained, utility_rows
 
 
@@ -37,6 +38,7 @@ def page(run: FinishedRun, *, pictured: bool, by_layer: Path | None = None) -> s
     lines += ["", "Probability, ROUGE and truth ratio are means over examples; NLL in nats a token."]
     lines += [line for text in [*about_scores(metrics), *leakage.given_back(run)] for line in ("", text)]
     lines += _utility(run)
+    lines += _benchmarks(run)
     lines += _membership(run)
     if pictured:
         lines += ["", "![Forgetting against retention, and the conflict over the steps](curves.png)"]
@@ -89,6 +91,14 @@ def _utility(run: FinishedRun) -> list[str]:
         return []
     table = markdown_table(("mean", *MODELS), rows, text={"mean"})
     return ["", *table, "", _escaped(" ".join(utility_explained(run.metrics)))]
+
+
+def _benchmarks(run: FinishedRun) -> list[str]:
+    rows = [(_escaped(name), *map(_escaped, values)) for name, *values in benchmark_rows(run.metrics)]
+    if not rows:
+        return []
+    table = markdown_table(("benchmark", *MODELS, "n"), rows, text={"benchmark"})
+    return ["", *table, "", _escaped(" ".join(benchmarks_explained(run.metrics)))]
 
 
 def _membership(run: FinishedRun) -> list[str]:

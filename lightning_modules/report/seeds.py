@@ -12,16 +12,16 @@ from lightning_modules.folder import CONFIG
 from lightning_modules.report.finished import FinishedRun, read
 
 # Options in which the runs may differ, see read_seeds.
-_FREE = ("output", "probes", "reference_cache", "resume", "seed", "tofu_dir")
+_FREE = ("muse_dir", "output", "probes", "reference_cache", "resume", "seed", "tofu_dir", "wmdp_dir")
 
 
 def read_seeds(folder: Path, others: Sequence[Path], defaults: Mapping[str, Any] = MappingProxyType({})) -> FinishedRun:
     """Returns the run in a folder; its `others` are the same configuration's runs with other seeds, ordered by seed.
 
     Besides the seed, runs may differ in options that change no score: `output`; `resume`; `probes`, which use copies
-    after everything is scored; `reference_cache`, which keeps the same scores; and `tofu_dir`, because the scored
-    examples themselves are compared. They may not differ in `evaluation_batch_size`, `start_model` or `devices`, which
-    change the rounding.
+    after everything is scored; `reference_cache`, which keeps the same scores; and `tofu_dir`, `muse_dir` and
+    `wmdp_dir`, because the scored examples themselves are compared. They may not differ in `evaluation_batch_size`,
+    `start_model` or `devices`, which change the rounding.
 
     Args:
         folder: The folder of the run that the report is about.

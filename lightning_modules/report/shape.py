@@ -10,7 +10,7 @@ from lightning_modules.folder import METRICS
 
 MODELS = ("before", "after", "reference")
 _OPTIONAL = ("forget_quality", "model_utility", "target")
-_NESTED = ("membership", "model_utility_inputs")
+_NESTED = ("membership", "model_utility_inputs", "benchmarks")
 
 
 def check_metrics(metrics: Any, folder: Path) -> None:

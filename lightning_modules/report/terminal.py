@@ -9,13 +9,14 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from lightning_modules.report.finished import COLUMNS, MODELS, memory, number
+from lightning_modules.report.benchmarks import BenchmarkRow, benchmark_rows, benchmarks_explained
+from lightning_modules.report.finished import COLUMNS, MODELS, memory, number, shown
 from lightning_modules.report.leakage import explained, membership, percent
 from lightning_modules.report.utility import utility_explained, utility_rows
 
 
 def tables(metrics: Mapping[str, Any], width: int) -> list[Table]:
-    """Returns the tables of metrics.json: the scores, and model utility and membership attacks where there are any.
+    """Returns the tables of metrics.json: the scores, and what else there is: utility, benchmark, attacks.
 
     Args:
         metrics: the contents of metrics.json.
@@ -28,6 +29,7 @@ def tables(metrics: Mapping[str, Any], width: int) -> list[Table]:
     else:
         drawn = [table(metrics), table(metrics, measured, title="What it gives back word for word")]
     drawn += [_utility(metrics)] if utility_rows(metrics) else []
+    drawn += [_benchmarks(rows)] if (rows := benchmark_rows(metrics)) else []
     return drawn + ([_attacks(metrics)] if metrics.get("membership") else [])
 
 
@@ -80,9 +82,22 @@ def _utility(metrics: Mapping[str, Any]) -> Table:
     return drawn
 
 
+def _benchmarks(rows: Sequence[BenchmarkRow]) -> Table:
+    """Returns what a benchmark scores."""
+    known = [index for index, _ in enumerate(MODELS, start=1) if any(row[index] != "-" for row in rows)]
+    drawn = Table(title="Benchmark", title_style="bold", header_style="bold")
+    drawn.add_column("score")
+    for index in known:
+        drawn.add_column(MODELS[index - 1], justify="right")
+    drawn.add_column("n", justify="right")
+    for row in rows:
+        drawn.add_row(row.name, *(row[index] for index in known), row.n)
+    return drawn
+
+
 def sentences(metrics: Mapping[str, Any]) -> list[str]:
     """Returns what the numbers of `tables` mean."""
-    return [*about_scores(metrics), *utility_explained(metrics), *explained(metrics)]
+    return [*about_scores(metrics), *utility_explained(metrics), *benchmarks_explained(metrics), *explained(metrics)]
 
 
 def about_scores(metrics: Mapping[str, Any]) -> list[str]:
@@ -106,13 +121,3 @@ def about_scores(metrics: Mapping[str, Any]) -> list[str]:
     if lacking:
         said.append(f"The reference's log has no {' and '.join(lacking)}: score the reference again to have it.")
     return said
-
-
-def shown(value: Any) -> str:
-    """Returns a score with three decimals, or in scientific notation if it is tiny; a dash for None."""
-    found = number(value)
-    if found is None:
-        return "-"
-    if found != found:
-        return "NaN"
-    return f"{found:.1e}" if 0.0 < abs(found) < 5e-4 else f"{found:.3f}"

@@ -15,6 +15,7 @@ from lightning_modules.data.formats import set_format
 from lightning_modules.data.pairs import REFUSALS, ForgetRetainDataModule, TOFUDataModule
 from lightning_modules.data.tofu import tofu_examples, tofu_split
 from lightning_modules.evaluation.membership import HOLDOUT
+from lightning_modules.run.benchmarks import benchmark_data
 from lightning_modules.run.first import identity_to_teach, taught_folder
 from lightning_modules.run.models import Pretrained, check_pretrained, check_rank, load_pretrained, load_to_train
 from lightning_modules.run.options import DataOptions, MethodOptions, Options, UnlearnOptions
@@ -31,7 +32,7 @@ def make_data(options: Options, tokenizer: Any) -> ForgetRetainDataModule:
 
     Args:
         options: Of a command. `evaluate` trains nothing; its data module is there to be read.
-        tokenizer: Of the model; None if only `read()` is called, which gives the splits as text.
+        tokenizer: Of the model; None if only `read()` is called, which gives the splits as text, and cuts none.
 
     Raises:
         ValueError: If there are too few authors to forget a fifth of them.
@@ -44,6 +45,8 @@ def make_data(options: Options, tokenizer: Any) -> ForgetRetainDataModule:
         authors = data.authors if options.chooses_authors else None
         common |= {"num_authors": authors, "forget_authors": data.forget_authors, "general": not options.model.scratch}
         return TOFUDataModule(data.tofu, tokenizer, folder=data.tofu_dir, **common)
+    if data.cuts_texts:
+        return benchmark_data(data, tokenizer, **common)
     if data.forget is not None and data.retain is not None:
         return ForgetRetainDataModule(data.forget, data.retain, tokenizer, **common)
     forgotten = data.authors // 5 if data.forget_authors is None else data.forget_authors
@@ -65,7 +68,8 @@ def read_splits(options: Options) -> dict[str, list[Example]]:
         ValueError: If an example of the holdout is in another split too, or the whole forget set in the retain set.
         FileNotFoundError: If a file is missing.
     """
-    splits = make_data(options, None).read()
+    tokenizer = check_pretrained(options.model.model).tokenizer if options.data.cuts_texts else None
+    splits = make_data(options, tokenizer).read()
     check_overlap(splits)
     name = options.data.holdout
     if name is None:

@@ -65,6 +65,11 @@ def scores_to_log(metrics: Mapping[str, Any]) -> dict[str, float]:
         for split, scores in (metrics[model] or {}).items()
         for name, value in scores.items()
     }
+    found |= {
+        f"{model}/benchmarks/{name}": scores[model]
+        for name, scores in metrics.get("benchmarks", {}).items()
+        for model in ("before", "after", "reference")
+    }
     found |= {f"forget_quality/{name}": value for name, value in (metrics["forget_quality"] or {}).items()}
     return {name: float(value) for name, value in found.items() if value is not None}
 

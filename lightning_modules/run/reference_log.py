@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_modules.data.examples import numbered
 from lightning_modules.data.formats import set_format
+from lightning_modules.data.tasks import apart, prefix_ids
 from lightning_modules.evaluation.membership import HOLDOUT
 from lightning_modules.evaluation.processes import every_process, from_first, is_first, will_be_first
 from lightning_modules.evaluation.texts import texts_of
@@ -236,15 +237,17 @@ def _tokens(name: str, options: Options, examples: Splits) -> str | None:
     except (OSError, ValueError):  # raised again, with a sentence, when the model is loaded
         return None
     set_format(tokenizer, options.data.chat_template_kwargs, options.data.prompt_format)
+    usual, tasks = apart(examples)
+    prompts = [[prefix_ids(tokenizer, row.get("prompt", row["answer"])) for row in rows] for rows in tasks.values()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of texts that are cut; it is said when they are scored
         found = texts_of(
             tokenizer,
-            examples,
+            usual,
             max_length=options.data.max_length,
             max_new_tokens=options.evaluation.max_new_tokens,
         )
-    return hashed([found.encoded, found.prompts])
+    return hashed([found.encoded, found.prompts, *prompts])
 
 
 def _from_scratch(options: Options, splits: Splits) -> object:

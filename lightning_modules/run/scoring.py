@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 
 from lightning_modules.data.examples import Example
+from lightning_modules.data.tasks import apart
 from lightning_modules.evaluation import processes
+from lightning_modules.evaluation.benchmarks import benchmark_scores
 from lightning_modules.evaluation.evaluate import Evaluation, EvaluationSettings, evaluate, summary, truth_ratios
 from lightning_modules.evaluation.likelihood import on_gpu
 from lightning_modules.evaluation.membership import membership
@@ -72,7 +74,8 @@ def contents_of_metrics(
 
     `membership` is None without a split called "holdout": an attack has to tell the forget set from examples that
     neither model has seen, and no other split has such examples. `model_utility` and its inputs are keys only where a
-    model has all nine inputs (`evaluation.utility.model_utilities`).
+    model has all nine inputs (`evaluation.utility.model_utilities`), `benchmarks` only where there are tasks of one
+    (`evaluation.benchmarks.benchmark_scores`).
 
     Args:
         seed: Of the run.
@@ -85,10 +88,13 @@ def contents_of_metrics(
     return {
         "before": None if before is None else before.summary,
         "after": after.summary,
-        "reference": None if reference is None else {split: summary(rows) for split, rows in reference.items()},
+        "reference": None
+        if reference is None
+        else {split: summary(rows) for split, rows in apart(reference)[0].items()},
         "forget_quality": None if reference is None else _quality(after.examples, reference),
         "membership": membership(examples["before"], after.examples, reference),
         **model_utilities(examples),
+        **benchmark_scores(examples),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "seed": seed,
         "versions": versions(),

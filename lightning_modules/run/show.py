@@ -10,6 +10,7 @@ from rich.console import Console
 from lightning_modules.data.chat import date_told, has_template
 from lightning_modules.data.examples import Example, asked
 from lightning_modules.data.formats import format_of
+from lightning_modules.data.tasks import apart
 from lightning_modules.data.tokenization import encode, marked
 from lightning_modules.evaluation.evaluate import Evaluation
 from lightning_modules.report.attacks import attack_table
@@ -71,7 +72,11 @@ def show_start(before: Evaluation, level: float | None = None, of: str = "asked"
         before: Scores of the model before unlearning.
         level: The forget probability at which training ends; None or 0 where there is none.
         of: Whose it is, see `report.target.nothing_to_forget`.
+
+    With a benchmark it says nothing: that tells itself how much is known, and the probability of long texts does not.
     """
+    if apart(before.examples)[1]:
+        return
     for said in (nothing_to_forget(before.summary, level, of), little_to_forget(before.summary)):
         if said is not None:
             Console(stderr=True, soft_wrap=True).print(f"Warning: {said}", markup=False, highlight=False)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_modules.data.examples import Example, asked
+from lightning_modules.data.tasks import CONTINUATION, TASK, apart, prefix_ids
 from lightning_modules.data.tokenization import encode, padding_id
 
 _SHOWN = 3  # names of tensors in a message
@@ -70,12 +71,15 @@ def check_examples(
 
     Raises:
         ValueError: If nothing is left of an answer, an example is longer than the model's context, or has a token that
-            is not in the model's vocabulary. The message names split and example.
+            is not in the model's vocabulary; if a benchmark's prompt leaves no room for what is generated after it. The
+            message names split and example.
     """
     text = None if config is None else config.get_text_config()
     context = getattr(text, "max_position_embeddings", None) or math.inf
     vocabulary = getattr(text, "vocab_size", None) or math.inf
-    for split, rows in splits.items():
+    usual, tasks = apart(splits)
+    _check_prompts(tokenizer, tasks, context)
+    for split, rows in usual.items():
         for number, row in enumerate(rows, start=1):
             try:
                 ids = encode(tokenizer, asked(row), row["answer"], max_length).input_ids
@@ -99,6 +103,20 @@ def check_examples(
             f"expected a pad token in the model's vocabulary of {vocabulary}, found number {padding_id(tokenizer)}: resize the "
             "embeddings, or let pad_token be the eos token"
         )
+
+
+def _check_prompts(tokenizer: Any, tasks: Mapping[str, Sequence[Example]], context: float) -> None:
+    for split, rows in tasks.items():
+        for number, row in enumerate(rows, start=1):
+            if row[TASK] != CONTINUATION:
+                continue  # questions and texts that are too long are cut, as their authors do, with a warning
+            room = row["max_new_tokens"]
+            needed = len(prefix_ids(tokenizer, row["prompt"])) + room
+            if needed > context:
+                raise ValueError(
+                    f"{split}, example {number}: expected a prompt that leaves room for {room} tokens in the model's context of {context}, "
+                    f"found one that needs {needed} with them: give a model with a longer context"
+                )
 
 
 def check_weights(name: str, model: nn.Module, found: Mapping[str, Any]) -> None:

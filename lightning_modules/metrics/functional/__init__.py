@@ -27,9 +27,10 @@ from lightning_modules.metrics.functional._model_utility import (
     UTILITY_SPLITS,
     model_utility,
 )
+from lightning_modules.metrics.functional._multiple_choice import accuracy_interval, multiple_choice_accuracy
 from lightning_modules.metrics.functional._privacy import auc, priv_leak
 from lightning_modules.metrics.functional._probability import answer_probability, option_probability
-from lightning_modules.metrics.functional._rouge import ROUGE_KINDS, has_words, rouge_recall
+from lightning_modules.metrics.functional._rouge import ROUGE_KINDS, has_words, rouge_f1, rouge_recall
 from lightning_modules.metrics.functional._truth_ratio import TRUTH_RATIO_KINDS, truth_ratio
 from lightning_modules.metrics.functional.numbers import Numbers
 
@@ -41,6 +42,7 @@ __all__ = [
     "UTILITY_SPLITS",
     "ForgetQualityResult",
     "Numbers",
+    "accuracy_interval",
     "answer_probability",
     "auc",
     "exact_memorization",
@@ -51,8 +53,10 @@ __all__ = [
     "min_k_plus_plus_score",
     "min_k_score",
     "model_utility",
+    "multiple_choice_accuracy",
     "option_probability",
     "priv_leak",
+    "rouge_f1",
     "rouge_recall",
     "truth_ratio",
     "zlib_score",

@@ -10,6 +10,7 @@ import torch
 import gradsurgery as gs
 from lightning_modules.data.formats import AUTO
 from lightning_modules.run.options.data import (
+    BENCHMARKS,
     DataOptions,
     EvaluateOutputOptions,
     EvaluationOptions,
@@ -57,9 +58,16 @@ class Options(Flat):
         self.output.check()
         self.loading.check(scratch=self.model.scratch)
         files = self.data.forget is not None
-        if not self.model.scratch and not files and self.data.tofu is None:
+        benchmark = next((name for name in BENCHMARKS if getattr(self.data, name) is not None), None)
+        if not self.model.scratch and not files and benchmark is None:
             raise ValueError(
-                f"expected --forget and --retain, or --tofu, with --model {self.model.model}: which answers is it to forget?"
+                f"expected --forget and --retain, or --tofu, --muse or --wmdp, with --model {self.model.model}: which answers is it to "
+                "forget?"
+            )
+        if self.model.scratch and self.data.cuts_texts:
+            raise ValueError(
+                f"{flag(str(benchmark))}: expected --model, a pre-trained model, found the model from scratch, which knows nothing that it "
+                "asks about"
             )
         if self.model.scratch and self.data.prompt_format != AUTO:
             raise ValueError(
@@ -120,6 +128,12 @@ class UnlearnOptions(Options):
             raise ValueError(
                 "--finetune-first: expected --model, which is to be taught first, found the model from scratch, which always is; "
                 "leave it out"
+            )
+        if self.first.finetune_first and self.data.cuts_texts:
+            raise ValueError(
+                f"--finetune-first: expected questions and answers to teach first, found {'--muse' if self.data.muse else '--wmdp'}, whose "
+                "scores are of a model that knows more than the texts to forget and to keep; give such a model, or teach one with "
+                "`gradsurgery finetune --data FILE`"
             )
         method, training = self.method, self.training
         if method.method == "uld" and (training.probed or training.best_below is not None):

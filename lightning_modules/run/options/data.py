@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_modules.data.formats import AUTO, format_by_name
-from lightning_modules.run.options.flat import at_least_one
+from lightning_modules.run.options.flat import at_least_one, flag
 
 TOFUSplit = Literal["forget01", "forget05", "forget10"]
+MUSECorpus = Literal["news", "books"]
+WMDPSubject = Literal["bio", "cyber"]
+
+
+BENCHMARKS = {"tofu": "forget10", "muse": "news", "wmdp": "cyber"}
+"""The options that name a benchmark, each with a value of it; <name>_dir is the folder with its files."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,12 @@ class DataOptions:
         retain: examples to keep
         tofu: forget this split of TOFU
         tofu_dir: folder with TOFU's files; from the hub if not given
+        muse: forget this corpus of MUSE, in pieces of --max-length tokens, and score what MUSE scores
+        muse_dir: folder with MUSE's files (raw/forget.json, knowmem/forget_qa.json, ...); from the hub if not given
+        wmdp: forget texts about this subject of WMDP, and score its multiple-choice questions and MMLU's; the texts of
+            bio are given by --forget, and --retain replaces wikitext
+        wmdp_dir: folder with WMDP's files (wmdp-cyber/test, cyber-forget-corpus, mmlu/all/test and
+            wikitext-2-raw-v1/test); from the hub if not given
         holdout: examples that neither the model nor the reference has seen, of the kind to forget: attacks on
             membership are scored with them; nothing is trained on them; a file, or with --tofu also a split of TOFU,
             holdout10
@@ -57,20 +69,37 @@ class DataOptions:
     retain: str | None = None
     tofu: TOFUSplit | None = None
     tofu_dir: str | None = None
+    muse: MUSECorpus | None = None
+    muse_dir: str | None = None
+    wmdp: WMDPSubject | None = None
+    wmdp_dir: str | None = None
     holdout: str | None = None
     max_length: int = 512
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     prompt_format: str = AUTO
 
+    @property
+    def cuts_texts(self) -> bool:
+        """Whether the data are a benchmark's long texts, which are cut into pieces of the model's tokens."""
+        return self.muse is not None or self.wmdp is not None
+
     def check(self) -> None:
         """Raise ValueError on options outside their domain, or that contradict each other."""
         files = (self.forget is not None, self.retain is not None)
-        if any(files) and not all(files):
+        if any(files) and not all(files) and self.wmdp is None:
             raise ValueError("expected --forget and --retain together, found only one of them")
         if any(files) and self.tofu is not None:
             raise ValueError("expected either --forget and --retain, or --tofu, found both")
-        if self.tofu_dir is not None and self.tofu is None:
-            raise ValueError("expected --tofu with --tofu-dir, for example --tofu forget10")
+        if any(files) and self.muse is not None:
+            raise ValueError("expected either --forget and --retain, or --muse, found both")
+        given = [flag(name) for name in BENCHMARKS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"expected one of {', '.join(map(flag, BENCHMARKS))}, found {' and '.join(given)}")
+        for name, example in BENCHMARKS.items():
+            if getattr(self, f"{name}_dir") is not None and getattr(self, name) is None:
+                raise ValueError(
+                    f"expected {flag(name)} with {flag(f'{name}_dir')}, for example {flag(name)} {example}"
+                )
         at_least_one(self, "max_length", "authors")
         format_by_name(self.prompt_format)
         if self.forget_authors is not None and not 1 <= self.forget_authors < self.authors:

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lightning_modules.data.tasks import multiple_choice
 from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate
 from lightning_modules.run import reference_log
@@ -42,6 +43,7 @@ def model_and_tokenizer() -> tuple[LlamaForCausalLM, Any]:
 
 def all_of_it(rank: int) -> None:
     the_same_numbers_as_alone(rank)
+    the_same_tasks_as_alone(rank)
     an_error_reaches_both(rank)
     other_splits_are_refused(rank)
     what_the_first_finds_is_everybodys(rank)
@@ -62,6 +64,24 @@ def the_same_numbers_as_alone(rank: int) -> None:
         assert both.membership == alone.membership
         assert len(sizes) < (0.75 if batch_size == 4 else 1.01 if rank == 0 else 0.2) * calls_alone
         sizes.clear()
+
+
+def the_same_tasks_as_alone(rank: int) -> None:
+    model, tokenizer = model_and_tokenizer()
+    texts = [f"{row['question']} {row['answer']}" for rows in SPLITS.values() for row in rows]
+    tasks = {
+        "said": [
+            {"question": text, "answer": text[::-1], "task": "continuation", "prompt": text, "max_new_tokens": 6, "stops": ["."],
+             "target_tokens": number % 4} for number, text in enumerate(texts)
+        ],
+        "chosen": [multiple_choice("canals", text, ["a", "b", "c", "d"], number % 4) for number, text in enumerate(texts)],
+        "seen_forget": [{"question": "", "answer": text, "task": "membership"} for text in texts],
+    }  # fmt: skip
+    settings = EvaluationSettings(batch_size=4)
+    alone = evaluate(model, tokenizer, tasks, settings, progress=False)
+    both = evaluate(model, tokenizer, tasks, settings, across_processes=True, progress=False)
+    assert repr(both) == repr(alone)  # bit for bit
+    assert [len(rows) for rows in both.examples.values()] == [14, 14, 14]
 
 
 def an_error_reaches_both(rank: int) -> None:

@@ -41,6 +41,7 @@ def _data() -> dict[str, Any]:
         "predicted": [label * (torch.rand(len(label), generator=generator) < 0.8) for label in labels],
         "predictions": [" ".join(words) for words in texts[:N]],
         "targets": [" ".join(words) for words in texts[N:]],
+        "right": torch.arange(N) % 3,
     }
 
 
@@ -68,6 +69,11 @@ CASES: dict[str, Case] = {
         for kind in ("forget", "utility", "ratio")
     },
     "RougeRecall": Case(lm.metrics.RougeRecall, _given("predictions", "targets")),
+    "RougeF1": Case(lm.metrics.RougeF1, _given("predictions", "targets")),
+    "MultipleChoiceAccuracy": Case(
+        lm.metrics.MultipleChoiceAccuracy,
+        lambda metric, part: metric.update(-DATA["perturbed"][part], DATA["right"][part]),
+    ),
     "ForgetQuality": Case(
         lambda: lm.metrics.ForgetQuality(REFERENCE),
         lambda metric, part: metric.update(

@@ -117,6 +117,8 @@ def test_the_classes_are_means_of_the_functions(name: str) -> None:
         "AnswerProbability": functional.answer_probability(d["answer"]),
         "AnswerProbability of options": functional.option_probability(d["answer"], d["perturbed"]),
         "RougeRecall": functional.rouge_recall(d["predictions"], d["targets"]),
+        "RougeF1": functional.rouge_f1(d["predictions"], d["targets"]),
+        "MultipleChoiceAccuracy": functional.multiple_choice_accuracy(-d["perturbed"], d["right"]),
         "ExtractionStrength": functional.extraction_strength(d["predicted"], d["labels"]),
         "ExactMemorization": functional.exact_memorization(d["predicted"], d["labels"]),
         **{
@@ -161,6 +163,8 @@ def test_a_refused_batch_leaves_the_metric_as_it_was(name: str) -> None:
         "AnswerProbability": ([[1.0]],),
         "AnswerProbability of options": ([1.0], [[1.0], [2.0]]),
         "RougeRecall": (["a"], ["a", "b"]),
+        "RougeF1": (["a"], ["a", "b"]),
+        "MultipleChoiceAccuracy": ([[-1.0, -2.0]], [2]),
         "ForgetQuality": ([],),
         "ModelUtility": ("retain", [1.0], [1.0], [[1.0]], [1.0, 1.0]),
         "ExtractionStrength": ([[1, 2]], [[1]]),
@@ -235,7 +239,9 @@ def test_which_direction_is_better_is_stated() -> None:
         "ExtractionStrength": False,
         "ForgetQuality": True,
         "ModelUtility": True,
+        "MultipleChoiceAccuracy": True,
         "PrivLeak": None,
+        "RougeF1": True,
         "RougeRecall": True,
         "TruthRatio": True,
     }

@@ -100,6 +100,13 @@ SETTINGS = [
         "a weight below 0", "--method", "uld", "--uld", "{weight: -1}", said=("--uld, weight: expected a number >= 0",)
     ),
 ]
+
+
+def benchmark(title: str, *options: str, said: tuple[str, ...], model: str = "model") -> Row:
+    """A row without files of examples."""
+    return Row(title, lambda _: ["unlearn", "--model", model, "--output", "out", *options], said)
+
+
 PAIRS = [
     value("uld", "{weight: 1}", "--uld: expected --method uld with it, found --method surgery"),
     value("retain-loss", "dpo", "--retain-loss: expected a loss that keeps answers, found dpo"),
@@ -117,6 +124,18 @@ PAIRS = [
     given("ULD of what has no wrong answers", "--method", "uld", said=("2 of 2 without perturbed_answer",)),
     value("tofu", "forget10", "expected either --forget and --retain, or --tofu, found both"),
     value("tofu-dir", "here", "expected --tofu with --tofu-dir"),
+    value("muse", "news", "expected either --forget and --retain, or --muse, found both"),
+    value("muse", "bbc", "--muse"),
+    value("wmdp", "chem", "--wmdp"),
+    value("muse-dir", "here", "expected --muse with --muse-dir, for example --muse news"),
+    value("wmdp-dir", "here", "expected --wmdp with --wmdp-dir, for example --wmdp cyber"),
+    benchmark("two benchmarks", "--muse", "news", "--tofu", "forget10", said=("found --tofu and --muse",)),
+    benchmark("MUSE from scratch", "--muse", "news", model="scratch", said=("--muse: expected --model, a pre-trained",)),
+    benchmark("no WMDP", "--wmdp", "cyber", "--wmdp-dir", "no", said=("expected cyber-forget-corpus/train.json or",)),
+    benchmark("no MUSE", "--muse", "books", "--muse-dir", "no", said=("expected raw/forget.json in no",)),
+    benchmark("WMDP's bio", "--wmdp", "bio", said=("--wmdp bio: expected its forget corpus", "neither --forget FILE")),
+    benchmark("MUSE is taught first", "--muse", "news", "--finetune-first",
+              said=("--finetune-first: expected questions and answers to teach first, found --muse",)),
     value("forget-authors", "2", "--forget-authors: expected a model from scratch"),
     Row("one of two files", lambda _: ["unlearn", "--forget", "forget.json"], ("--forget and --retain together",)),
     Row("nothing to forget", lambda _: ["unlearn", "--model", "model"], ("which answers is it to forget?",)),
