@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_modules.data.examples import Example, as_example, asked, evenly_spaced, numbered, read_examples
+from lightning_modules.data.heldout import RETAIN_HELDOUT
 from lightning_modules.data.loader import PairLoader
 from lightning_modules.data.order import Pair, PairDataset, PairSampler, collate_pairs, permutation
 from lightning_modules.data.tofu import tofu_examples
@@ -65,6 +66,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         max_length: int | None = None,
         num_workers: int = 0,
         refusals: Sequence[str] | None = None,
+        retain_heldout: str | Path | Sequence[Mapping[str, object]] | None = None,
     ) -> None:
         """Keeps the settings; files are read in `setup`.
 
@@ -78,13 +80,17 @@ class ForgetRetainDataModule(L.LightningDataModule):
                 everything.
             num_workers: of the `DataLoader`. Everything is tokenized beforehand, so 0 is seldom slower.
             refusals: answers such as "I do not know."; `REFUSALS` are some.
+            retain_heldout: examples that are to be kept and never trained on, a split of their own to be scored; `None`
+                for none.
 
         Raises:
             ValueError: if `batch_size` is below 1, `refusals` is an empty list or one of blanks, or a source is neither
                 a file nor a list.
         """
         super().__init__()
-        for name, source in (("forget", forget), ("retain", retain)):
+        sources = {"forget": forget, "retain": retain}
+        sources |= {} if retain_heldout is None else {RETAIN_HELDOUT: retain_heldout}
+        for name, source in sources.items():
             if isinstance(source, Mapping) or not isinstance(source, (str, Path, Iterable)):
                 raise ValueError(f"{name}: expected a file or a list of examples, found {type(source).__name__}")
         if refusals is not None and not refusals:
@@ -93,7 +99,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
             raise ValueError(f"refusals: expected a list of answers with text, found {refusals!r:.80}")
         if batch_size < 1:
             raise ValueError(f"expected batch_size to be at least 1, found {batch_size}")
-        self.sources = {"forget": forget, "retain": retain}
+        self.sources = sources
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.seed = seed
@@ -235,6 +241,7 @@ class TOFUDataModule(ForgetRetainDataModule):
         max_length: int | None = None,
         num_workers: int = 0,
         refusals: Sequence[str] | None = None,
+        heldout_authors: int = 0,
     ) -> None:
         """Keeps the settings.
 
@@ -250,6 +257,7 @@ class TOFUDataModule(ForgetRetainDataModule):
             max_length: the longest example, in tokens.
             num_workers: of the `DataLoader`.
             refusals: answers such as "I do not know.".
+            heldout_authors: so many of the kept authors are never trained on, see `tofu_examples`.
         """
         super().__init__(
             (),
@@ -266,7 +274,15 @@ class TOFUDataModule(ForgetRetainDataModule):
         self.num_authors = num_authors
         self.forget_authors = forget_authors
         self.general = general
+        self.heldout_authors = heldout_authors
 
     def read(self) -> dict[str, list[Example]]:
         """Returns the forget and retain examples, and without `num_authors` also `real_authors` and `world_facts`."""
-        return tofu_examples(self.split, self.folder, self.num_authors, self.forget_authors, general=self.general)
+        return tofu_examples(
+            self.split,
+            self.folder,
+            self.num_authors,
+            self.forget_authors,
+            general=self.general,
+            heldout_authors=self.heldout_authors,
+        )

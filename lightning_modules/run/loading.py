@@ -17,6 +17,7 @@ from lightning_modules.data.chat import set_template_options
 from lightning_modules.data.examples import Example, read_examples
 from lightning_modules.data.fictional_authors import QUESTIONS_PER_AUTHOR, fictional_authors
 from lightning_modules.data.files import read_text
+from lightning_modules.data.heldout import held_out, to_keep
 from lightning_modules.data.pairs import REFUSALS, ForgetRetainDataModule, TOFUDataModule
 from lightning_modules.data.tofu import tofu_examples, tofu_split
 from lightning_modules.evaluation.membership import HOLDOUT
@@ -24,7 +25,7 @@ from lightning_modules.run.adapter_folders import base_of_adapter, tokenizer_pla
 from lightning_modules.run.first import identity_to_teach, taught_folder
 from lightning_modules.run.identity import NO_CODE
 from lightning_modules.run.options import DataOptions, MethodOptions, Options, UnlearnOptions
-from lightning_modules.run.overlap import check_overlap
+from lightning_modules.run.overlap import check_heldout, check_overlap
 from lightning_modules.run.soundness import check_config, check_examples, check_tokenizer, check_weights
 from lightning_modules.training import objectives
 from lightning_modules.training.merging import merged
@@ -51,9 +52,10 @@ def make_data(options: Options, tokenizer: Any) -> ForgetRetainDataModule:
     if data.tofu is not None:
         authors = data.authors if options.chooses_authors else None
         common |= {"num_authors": authors, "forget_authors": data.forget_authors, "general": not options.model.scratch}
+        common["heldout_authors"] = data.heldout_authors
         return TOFUDataModule(data.tofu, tokenizer, folder=data.tofu_dir, **common)
     if data.forget is not None and data.retain is not None:
-        return ForgetRetainDataModule(data.forget, data.retain, tokenizer, **common)
+        return ForgetRetainDataModule(data.forget, data.retain, tokenizer, retain_heldout=data.retain_heldout, **common)
     forgotten = data.authors // 5 if data.forget_authors is None else data.forget_authors
     if not forgotten:
         raise ValueError(
@@ -61,7 +63,8 @@ def make_data(options: Options, tokenizer: Any) -> ForgetRetainDataModule:
         )
     rows = fictional_authors(data.authors)
     kept = (data.authors - forgotten) * QUESTIONS_PER_AUTHOR
-    return ForgetRetainDataModule(rows[kept:], rows[:kept], tokenizer, **common)
+    chosen = held_out(rows[:kept], data.heldout_authors, QUESTIONS_PER_AUTHOR)
+    return ForgetRetainDataModule(rows[kept:], tokenizer=tokenizer, **chosen, **common)
 
 
 def read_splits(options: Options) -> dict[str, list[Example]]:
@@ -70,11 +73,13 @@ def read_splits(options: Options) -> dict[str, list[Example]]:
     It warns about rows that are in the forget and in the retain set.
 
     Raises:
-        ValueError: If an example of the holdout is in another split too, or the whole forget set in the retain set.
+        ValueError: If an example of the holdout is in another split too, a held-out one in the forget or retain set,
+            or the whole forget set in the retain set.
         FileNotFoundError: If a file is missing.
     """
     splits = make_data(options, None).read()
     check_overlap(splits)
+    check_heldout(splits)
     name = options.data.holdout
     if name is None:
         return splits
@@ -179,7 +184,7 @@ def load_to_train(name: str, save: str = "merged") -> tuple[nn.Module, Any]:
 
 def _small(options: Options, splits: Mapping[str, Sequence[Example]]) -> tuple[nn.Module, Any]:
     return scratch_model(
-        [*splits["retain"], *splits["forget"]],
+        [*to_keep(splits), *splits["forget"]],
         ScratchSettings(seed=options.output.seed),
         tokenizer_texts=tokenizer_texts(options.data, splits),
         description="Training a small Llama on everything",
@@ -204,7 +209,7 @@ def load_reference(options: Options, splits: Mapping[str, Sequence[Example]]) ->
     if not options.model.scratch:
         return None
     return scratch_model(
-        splits["retain"],
+        to_keep(splits),
         ScratchSettings(seed=options.output.seed),
         tokenizer_texts=tokenizer_texts(options.data, splits),
         description="Training the reference, which never sees the forget set",
@@ -222,7 +227,7 @@ def tokenizer_texts(data: DataOptions, splits: Mapping[str, Sequence[Example]]) 
         everything = tofu_examples(data.tofu, data.tofu_dir)
         rows = [*everything["retain"], *everything["forget"]]
     elif data.forget is not None:
-        rows = [*splits["retain"], *splits["forget"]]
+        rows = [*to_keep(splits), *splits["forget"]]
     else:
         rows = fictional_authors(_TOKENIZER_AUTHORS)
     return [f"Q: {row['question']}\nA: {row['answer']}" for row in rows]
