@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,11 @@ from lightning_modules.training.trainer import trainer_options
 
 
 def make_module(
-    model: nn.Module, method: MethodOptions, training: TrainingOptions, reference: Reference | None
+    model: nn.Module,
+    method: MethodOptions,
+    training: TrainingOptions,
+    reference: Reference | None,
+    kind: Callable[..., UnlearningModule] = UnlearningModule,
 ) -> UnlearningModule:
     """The module that trains a model by a method.
 
@@ -46,8 +50,9 @@ def make_module(
         method: Losses, rule and surgery.
         training: The base optimizer, its warm-up, clipping and accumulation.
         reference: From `start_model`.
+        kind: The class, or what makes it, with the arguments of `UnlearningModule`.
     """
-    return UnlearningModule(
+    return kind(
         model,
         forget_loss=method.bound_loss(),
         retain_loss=objectives.by_name(method.retain_loss),

@@ -18,7 +18,7 @@ from lightning_modules.data.examples import Example, read_examples
 from lightning_modules.data.fictional_authors import QUESTIONS_PER_AUTHOR, fictional_authors
 from lightning_modules.data.files import read_text
 from lightning_modules.data.heldout import held_out, to_keep
-from lightning_modules.data.pairs import REFUSALS, ForgetRetainDataModule, TOFUDataModule
+from lightning_modules.data.pairs import REFUSALS, TARGET, ForgetRetainDataModule, TOFUDataModule
 from lightning_modules.data.tofu import tofu_examples, tofu_split
 from lightning_modules.evaluation.membership import HOLDOUT
 from lightning_modules.run.adapter_folders import base_of_adapter, tokenizer_place, with_saved_adapter
@@ -49,6 +49,7 @@ def make_data(options: Options, tokenizer: Any) -> ForgetRetainDataModule:
     common: dict[str, Any] = {"seed": options.output.seed, "max_length": data.max_length}
     if isinstance(options, UnlearnOptions):
         common |= {"batch_size": options.training.batch_size, "refusals": _refusals(options.method)}
+        common["target"] = TARGET if objectives.needs_target(objectives.by_name(options.method.forget_loss)) else None
     if data.tofu is not None:
         authors = data.authors if options.chooses_authors else None
         common |= {"num_authors": authors, "forget_authors": data.forget_authors, "general": not options.model.scratch}
