@@ -25,7 +25,8 @@ class MethodOptions:
         forget_loss: loss on the forget batch: {names}
         loss_options: options of the forget loss, for example {beta: 0.5}
         retain_loss: loss on the retain batch: any name that forget_loss takes except dpo, idk and jensun, which teach
-            other answers; usually cross_entropy, or kl_divergence, which keeps the outputs of the model before unlearning
+            other answers; usually cross_entropy, or kl_divergence, which keeps the outputs of the model before
+            unlearning
         start_model: how a loss that compares with the model before unlearning knows it: a second copy, the model with
             its adapters switched off (auto where there are plain adapters), or log-likelihoods on disk (auto for npo
             and dpo, which need no more)
