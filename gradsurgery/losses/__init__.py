@@ -8,6 +8,7 @@ where the usual code gives a model rounding noise or NaN.
 |---|---|---|
 | `ceu` | a token | [CE-U, 2503.01224](https://arxiv.org/abs/2503.01224) |
 | `unlikelihood` | a token | [1908.04319](https://arxiv.org/abs/1908.04319) |
+| `jensen_shannon_label`, `jensen_shannon` | a token; a row | JensUn, [2509.02820](https://arxiv.org/abs/2509.02820) |
 | `inverted_hinge` | a token | [LoKU, 2408.06621](https://arxiv.org/abs/2408.06621) |
 | `gradient_ascent`, `cross_entropy` | a token | [TOFU, 2401.06121](https://arxiv.org/abs/2401.06121) |
 | `weighted_gradient_ascent` | a token | [G-effect, 2502.19301](https://arxiv.org/abs/2502.19301) |

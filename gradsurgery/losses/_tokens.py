@@ -7,6 +7,8 @@ follow.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ __all__ = [  # noqa: RUF022 (in the order of the table `LOSSES`)
     "weighted_gradient_ascent",
     "satimp",
     "unlikelihood",
+    "jensen_shannon_label",
 ]
 
 
@@ -154,3 +157,25 @@ def inverted_hinge(odds: Tensor, runner_up_odds: Tensor) -> Tensor:
     logsigmoid = torch.nn.functional.logsigmoid
     # Not sigmoid: the derivative of exp(logsigmoid), p (1 - p), stays exact where p rounds to 1.
     return 1.0 + logsigmoid(odds).exp() - logsigmoid(runner_up_odds).exp()
+
+
+@token_loss
+def jensen_shannon_label(odds: Tensor) -> Tensor:
+    r"""Jensen-Shannon divergence of the model from its label, between 0 (certain of it) and log 2.
+
+    $$\mathrm{JSD}(p, e_y) = \log 2 + \tfrac12 \left[ p_y \log p_y - (1 + p_y) \log(1 + p_y) \right]$$
+
+    It teaches the label, and moves a token hardly where the model excludes it: the gradient row
+    $\tfrac12\, p_y \log(p_y / (1 + p_y))\,(e_y - p)$ vanishes with $p_y$ and nowhere exceeds 0.155. JensUn forgets by
+    it: its labels are those of "No idea", over and over (`lightning_modules.training.objectives.jensun`).
+
+    Source: JensUn (2509.02820), its forget loss, written from the formula. `jensen_shannon` is its retain loss.
+    Arguments, shapes and errors as `cross_entropy`.
+
+    Example:
+        >>> jensen_shannon_label(torch.tensor([[0.0, 0.0], [-50.0, 50.0]]), torch.tensor([0, 0]))
+        tensor([0.2158, 0.6931])
+    """
+    # With r = 1 - p, so that a token that is nearly certain has a value with all its digits.
+    surprise, p, r = log1p_exp(-odds), (-log1p_exp(-odds)).exp(), (-log1p_exp(odds)).exp()
+    return 0.5 * (r * math.log(2.0) - p * surprise - (2.0 - r) * torch.log1p(-r / 2.0))

@@ -6,15 +6,18 @@ import itertools
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import gradsurgery as gs
+from lightning_modules.ablation.attacks import relearn_settings
 from lightning_modules.ablation.methods import Method
 from lightning_modules.ablation.sections import Data, Evaluate, Scratch, Seeds, Targets, Train
 from lightning_modules.run.options import (
     DataOptions,
     EvaluationOptions,
+    FinishOptions,
+    FirstOptions,
     MethodOptions,
     ModelOptions,
     OutputOptions,
@@ -43,21 +46,27 @@ class Run:
         """Everything that the result depends on, as JSON; not what only names the run or says where the data lies."""
         grid, method = asdict(self.grid), asdict(self.method)
         shared = {name: grid[name] for name in ("data", "model", "train", "evaluate", "targets")}
+        shared |= {"first": grid["first"]} if self.grid.first != FirstOptions() else {}
         shared["data"] = {name: value for name, value in grid["data"].items() if name != "tofu_dir"}
-        for name in ("forget_authors", "chat_template_kwargs"):
-            if not shared["data"][name]:
-                del shared["data"][name]  # for the same reason as those of `_LATER`
+        for section, names in _LATER_SECTIONS.items():
+            for name in names:
+                if not shared[section][name]:
+                    del shared[section][name]
         later = {name for name, value in _LATER.items() if method[name] == value}
         method = {name: value for name, value in method.items() if name not in {"name", "baseline", *later}}
-        if not self.grid.targets.retained:
-            del shared["targets"]["retained"]
         return plain({**shared, "method": method, "data_seed": self.data_seed, "model_seed": self.model_seed})
+
+    @property
+    def start(self) -> UnlearnOptions:
+        """The options that decide the start model and the reference: with the model's seed instead of the data's."""
+        return replace(self.options(), output=OutputOptions(seed=self.model_seed))
 
     def options(self) -> UnlearnOptions:
         """The options with which `unlearn` would do the same run."""
         grid, method = self.grid, self.method
         data = {name: value for name, value in vars(grid.data).items() if name != "reference"}
         alone = method.rule == "none"
+        epochs = grid.train.max_epochs if method.epochs is None else method.epochs
         return UnlearnOptions(
             model=ModelOptions(grid.model if isinstance(grid.model, str) else "scratch"),
             data=DataOptions(**data),
@@ -78,6 +87,8 @@ class Run:
                 ema_decay=method.ema_decay,
                 retain_weight=method.retain_weight,
                 guard=method.guard,
+                radius=method.radius,
+                radius_scale=method.radius_scale,
                 scope=method.scope,
                 metric=method.metric,
             ),
@@ -86,15 +97,19 @@ class Run:
                 lr=grid.train.lr if method.lr is None else method.lr,
                 weight_decay=grid.train.weight_decay,
                 warmup_steps=grid.train.warmup_steps,
-                epochs=grid.train.max_epochs if method.epochs is None else method.epochs,
+                lr_schedule=method.lr_schedule,
+                epochs=epochs if method.steps is None else None,
+                steps=method.steps,
                 batch_size=grid.train.batch_size,
                 accumulate=1,
-                max_norm=grid.train.max_norm,
+                max_norm=grid.train.max_norm if method.max_norm is None else method.max_norm,
                 lora_rank=method.lora_rank,
                 lora_init=method.lora_init,
                 uld=method.uld,
                 precision=grid.train.precision,
             ),
+            first=grid.first,
+            finish=FinishOptions(method.finish_steps, method.finish_lr),
         )
 
 
@@ -110,6 +125,7 @@ class Grid:
         train: What all methods share, unless a row says otherwise.
         evaluate: How much is scored.
         seeds: Every method is run with every pair of them.
+        first: Whether and how the model is taught first, as the options of `unlearn` with these names.
         baseline: Name of a method that every other is compared with, besides its own baseline.
     """
 
@@ -120,6 +136,7 @@ class Grid:
     train: Train = field(default_factory=Train)
     evaluate: Evaluate = field(default_factory=Evaluate)
     seeds: Seeds = field(default_factory=Seeds)
+    first: FirstOptions = field(default_factory=FirstOptions)
     baseline: str | None = None
 
     def baselines(self, method: Method) -> list[str]:
@@ -143,10 +160,13 @@ class Grid:
             raise ValueError(f"methods: expected rows with names that differ in letters and digits, found {names}")
         if self.baseline is not None and self.baseline not in names:
             raise ValueError(f"baseline: expected one of {names}, found {self.baseline!r}")
-        if not any(self.targets.on_the_way.values()):
+        if not any(self.targets.on_the_way.values()) and not self.targets.end:
             raise ValueError(
-                "targets: expected at least one that is met on the way, such as forget_probability: [0.05], found none"
+                "targets: expected at least one that is met on the way, such as forget_probability: [0.05], or end: [own], found none"
             )
+        if len(self.targets.end) > 1:
+            raise ValueError(f"targets, end: expected [own], found {list(self.targets.end)}")
+        self._check_attacks()
         if not all(0.0 < share < 1.0 for share in self.targets.retained):
             raise ValueError(
                 f"targets, retained: expected shares of the start's retain probability, between 0 and 1, found {self.targets.retained}"
@@ -168,7 +188,7 @@ class Grid:
                 ScratchSettings(**vars(self.model)).check()
             except ValueError as error:
                 raise ValueError(f"model: {error}") from error
-        if isinstance(self.model, str) and len(self.seeds.model) > 1:
+        if isinstance(self.model, str) and len(self.seeds.model) > 1 and not self.first.finetune_first:
             raise ValueError(
                 f"seeds: expected one model seed for the ready model {self.model}, found {self.seeds.model}"
             )
@@ -177,7 +197,21 @@ class Grid:
         for section, name in (("train", "max_epochs"), ("train", "evaluate_every"), *_COUNTS):
             if (value := getattr(getattr(self, section), name)) < 1:
                 raise ValueError(f"{section}: expected {name} >= 1, found {value}")
+        if self.first.finetune_first and not isinstance(self.model, str):
+            raise ValueError(
+                "first: expected a ready model with finetune_first, found the small Llama, which always is taught"
+            )
         for method in self.methods:
+            if self.targets.end and method.kind != "surgery":
+                raise ValueError(
+                    f"targets, end: expected methods of the kind surgery, found {method.name!r} of the kind {method.kind}, whose weight is "
+                    "matched: it has no end of its own"
+                )
+            if method.own_end and not self.targets.end:
+                raise ValueError(
+                    f"methods, {method.name!r}: expected targets with end: [own] for {', '.join(method.own_end)}, found none: training "
+                    "stops where all targets are met"
+                )
             if method.baseline is not None and method.baseline not in names:
                 raise ValueError(
                     f"methods: expected the baseline of {method.name!r} to be one of {names}, found {method.baseline!r}"
@@ -196,11 +230,43 @@ class Grid:
             except ValueError as error:
                 raise ValueError(f"methods, {method.name!r}: {error}") from error
 
+    def _check_attacks(self) -> None:
+        for name, settings in self.evaluate.attacks.items():
+            try:
+                relearn_settings(settings).check(_LEAST)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"evaluate, attacks, {name}: {error}") from error
+            if not slug(name):
+                raise ValueError(f"evaluate, attacks: expected names with letters or digits, found {name!r}")
+        if self.evaluate.attack_matches and not self.evaluate.attacks:
+            raise ValueError("evaluate: expected attacks with attack_matches, found none")
+        if self.evaluate.attacks and not (self.targets.end or self.evaluate.attack_matches):
+            raise ValueError(
+                "evaluate, attacks: expected targets with end: [own], where they are run, or attack_matches: true, found neither"
+            )
+
 
 # Settings that were added when there were results already. At these values they are left out of a run's config, so that
 # the old results stay valid.
-_LATER = {name: getattr(Method(""), name) for name in ("kind", "epochs", "lora_rank", "lora_init", "uld", "max_weight")}
-_COUNTS = tuple(("evaluate", entry.name) for entry in fields(Evaluate) if entry.name != "tolerance")
+_LATER = {
+    name: getattr(Method(""), name)
+    for name in (
+        *("kind", "epochs", "lora_rank", "lora_init", "uld", "max_weight"),
+        *("steps", "max_norm", "lr_schedule", "stop_below", "radius", "radius_scale", "adversary"),
+        *("retain_rows", "row_examples", "undo", "finish_steps", "finish_lr"),
+    )
+}
+_LATER_SECTIONS = {
+    "data": ("forget_authors", "chat_template_kwargs", "retain_heldout", "heldout_authors"),
+    "evaluate": ("attacks", "attack_matches"),
+    "targets": ("retained", "end"),
+}
+_COUNTS = tuple(
+    ("evaluate", entry.name)
+    for entry in fields(Evaluate)
+    if entry.name not in ("tolerance", "attacks", "attack_matches")
+)
+_LEAST = 4  # examples, of which a quarter is taught: only the settings are judged here
 
 
 def slug(name: str) -> str:

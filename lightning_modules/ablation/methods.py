@@ -11,6 +11,8 @@ import torch
 
 import gradsurgery as gs
 from lightning_modules.run.options import MethodOptions
+from lightning_modules.training.adversary import AdversarySettings
+from lightning_modules.training.undo import undo_settings
 
 Kind = Literal["surgery", "uld", "task_vector", "rectified_task_vector"]
 
@@ -34,10 +36,21 @@ class Method:
             order.
         lr: Instead of that of `train`.
         optimizer: Instead of that of `train`.
+        steps: Optimizer steps, instead of epochs.
         epochs: Instead of the `max_epochs` of `train`. A kind with a weight trains for all of its epochs.
         lora_rank: Of adapters, which are trained instead of all weights, or of ULD's assistant, where 0 means 32.
         lora_init: "fila" measures Fisher information first, and the time that this takes counts as training.
         uld: Settings of ULD, but not its weight, which is matched.
+        max_norm: Instead of that of `train`.
+        stop_below: End once the forget probability is below this; only with the target `end`.
+        retain_rows: Protect so many rows instead of one: the retain examples in so many parts, in their order, each
+            with a gradient and an average of its own. 0 is one row, of the whole retain batch.
+        row_examples: Examples of each of these rows in a step.
+        adversary: Take the forget gradient at the weights of an adversary that is taught the forget answers, MUDMAN's
+            idea, see `lightning_modules.training.adversary.AdversarySettings`.
+        undo: After the training, distil the model into a copy of itself with noise, UNDO (2506.06278), see
+            `lightning_modules.training.undo.UndoSettings`; only with the target `end`.
+        finish_steps: As in `unlearn`, only with the target `end`; `finish_lr` is half of `lr` by default.
         max_weight: The largest weight that is tried. Weights are tried from 0 upward.
     """
 
@@ -59,6 +72,18 @@ class Method:
     lr: float | None = None
     optimizer: str | None = None
     epochs: int | None = None
+    steps: int | None = None
+    max_norm: float | None = None
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    stop_below: float | None = None
+    radius: dict[str, float] = field(default_factory=dict)
+    radius_scale: Literal["global", "tensor"] = "global"
+    adversary: dict[str, float] = field(default_factory=dict)
+    retain_rows: int = 0
+    row_examples: int = 1
+    undo: dict[str, float] = field(default_factory=dict)
+    finish_steps: int = 0
+    finish_lr: float | None = None
     lora_rank: int = 0
     lora_init: Literal["default", "fila"] = "default"
     uld: dict[str, float] = field(default_factory=dict)
@@ -66,11 +91,15 @@ class Method:
 
     @property
     def backward_passes(self) -> int:
-        """Backward passes that a step of the method needs: one, and one more for each use of the retain loss."""
+        """Backward passes that a step of the method needs.
+
+        One, one more for each use of the retain loss, and one more for the direction in which weights are moved.
+        """
         if self.kind != "surgery":
             return 2 if self.kind == "uld" else 1
         surgery = self.rule != "none" or self.retain_weight != 0.0 or self.guard == "update"
-        return 1 + int(self.retain_inside != 0.0) + int(surgery)
+        moved = int(bool(self.radius)) + int(bool(self.adversary))
+        return 1 + int(self.retain_inside != 0.0) + (self.retain_rows or int(surgery)) + moved
 
     def bound_rule(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The rule with its options: Gram matrix -> coefficients."""
@@ -82,8 +111,9 @@ class Method:
         """What a reader of the table must know to compare the method with the others; often empty."""
         adapters = f"adapters of rank {self.lora_rank}" + (", started by FILA" if self.lora_init == "fila" else "")
         weight = "its weight is matched, and lowered to restore retention"
+        rows = f"{self.retain_rows} protected rows" if self.retain_rows else ""
         return {
-            "surgery": f"{adapters}; merged before they are mixed" if self.lora_rank else "",
+            "surgery": f"{adapters}; merged before they are mixed" if self.lora_rank else rows,
             "uld": f"the model is unchanged; {weight}",
             "task_vector": weight,
             "rectified_task_vector": f"TRU-style (unverified); {weight}",
@@ -101,8 +131,40 @@ class Method:
             )
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"expected epochs >= 1, found {self.epochs}")
+        self._check_depth()
         if not 0.0 < self.max_weight < math.inf:
             raise ValueError(f"expected a finite max_weight > 0, found {self.max_weight}")
+
+    def _check_depth(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"expected steps or epochs, found both, {self.steps} and {self.epochs}")
+        if self.stop_below is not None and not 0.0 < self.stop_below < 1.0:
+            raise ValueError(f"expected stop_below between 0 and 1, found {self.stop_below}")
+        if self.undo and self.finish_steps:
+            raise ValueError("expected undo or finish_steps, found both: each is what ends a method")
+        try:
+            if self.undo:
+                undo_settings(self.undo)
+            if self.adversary:
+                AdversarySettings(**self.adversary)
+        except TypeError as error:
+            raise ValueError(f"expected settings that undo and adversary know, found: {error}") from error
+        if self.adversary and (self.radius or self.retain_inside):
+            raise ValueError("adversary: expected neither radius nor retain_inside with it, found one of them")
+        if self.retain_rows < 0 or self.row_examples < 1:
+            raise ValueError(
+                f"expected retain_rows >= 0 and row_examples >= 1, found {self.retain_rows} and {self.row_examples}"
+            )
+        if self.retain_rows and (self.retain_inside or self.radius or self.adversary or self.placebo):
+            raise ValueError(
+                "retain_rows: expected neither retain_inside, radius, adversary nor placebo with it, found one of them"
+            )
+
+    @property
+    def own_end(self) -> list[str]:
+        """Settings of the method that only matter where it is trained until its own end."""
+        given = {"stop_below": self.stop_below is not None, "undo": self.undo, "finish_steps": self.finish_steps}
+        return [name for name, value in given.items() if value]
 
 
 def _used(kind: Kind) -> set[str]:

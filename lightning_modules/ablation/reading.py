@@ -13,6 +13,7 @@ from lightning_modules.ablation.grid import Grid
 from lightning_modules.ablation.methods import Method
 from lightning_modules.ablation.sections import Data, Evaluate, Scratch, Seeds, Targets, Train
 from lightning_modules.data.files import read_yaml
+from lightning_modules.run.options import FirstOptions
 
 Section = TypeVar("Section")
 
@@ -51,6 +52,7 @@ def read_grid(path: str | Path, tofu_dir: str | None = None) -> Grid:
             "evaluate": Evaluate,
             "seeds": Seeds,
             "targets": Targets,
+            "first": FirstOptions,
         }.items()
         if name in values
     }

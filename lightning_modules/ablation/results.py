@@ -31,6 +31,10 @@ _SCORES = (
     "retain_rouge_n",
     "forget_n",
     "forget_rouge_n",
+    "forget_degenerate",
+    "retain_heldout_probability",
+    "retain_heldout_n",
+    "peak_megabytes",
 )
 _IDENTITY = ("id", "method", "data_seed", "model_seed", "target", "value", "reached", "reason")
 _COST = ("steps", "seconds", "backward_passes", "conflicts", "raising", "weight", "share_of_start")
@@ -61,19 +65,22 @@ def _rows(run: Run, folder: Path) -> Iterator[dict[str, Any]]:
         row = known.get(target, {"reached": False, "reason": found["reason"]})
         steps = number(row.get("step"))
         cost = {"steps": steps, "seconds": number(row.get("seconds"))}
-        before = found.get("extra_backward_passes", 0)
+        before = found.get("extra_backward_passes", 0) + row.get("further_backward_passes", 0)
         cost["backward_passes"] = None if steps is None else before + steps * found["backward_passes"]
         measured = {
             name: number(row.get(name)) for name in (*_SCORES, "conflicts", "raising", "weight", "share_of_start")
         }
         said = {"target": target, "value": row.get("value"), "reached": row["reached"], "reason": row["reason"]}
-        yield {**identity, **said, **measured, **cost, "curve": found.get("curve", [])}
+        attacks = {f"attack {name}": number(value) for name, value in row.get("attacks", {}).items()}
+        yield {**identity, **said, **measured, **attacks, **cost, "curve": found.get("curve", [])}
 
 
 def write_csv(results: Sequence[Result], path: Path) -> None:
     """One line for every run and target."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, [*_IDENTITY, *_SCORES, *_COST], extrasaction="ignore", lineterminator="\n")
+    attacks = list(dict.fromkeys(name for row in results for name in row if name.startswith("attack ")))
+    columns = [*_IDENTITY, *_SCORES, *attacks, *_COST]
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(results)
     write_text(path, text.getvalue())

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from gradsurgery.task_vectors import StateDict, calibrate_mix, mix
+from lightning_modules.ablation.ending import Cost
 from lightning_modules.ablation.matching import Matching
 from lightning_modules.ablation.scoring import Scorer
 
@@ -23,6 +24,9 @@ class Ended(NamedTuple):
         before: State of the start model.
         after: State where the method ended.
         extra_backward_passes: Backward passes before the first step.
+        cost: Of what came after the last step.
+        peak_megabytes: The most memory that the training took, see `memory.peak_megabytes`.
+        diverged: Why there is no end to be scored; None if there is one.
     """
 
     matching: Matching
@@ -31,6 +35,27 @@ class Ended(NamedTuple):
     before: StateDict
     after: StateDict
     extra_backward_passes: int = 0
+    cost: Cost = Cost()
+    peak_megabytes: float | None = None
+    diverged: str | None = None
+
+
+def own_end(ended: Ended, scorer: Scorer) -> dict[str, Any] | str:
+    """The scores and attacks where a method ended by itself, and what it took to get there; or why there is no end."""
+    if ended.diverged is not None:
+        return ended.diverged
+    ended.load(ended.after)
+    if not math.isfinite(kept := scorer.retention(ended.model)):
+        return f"diverged: retain_probability is {kept} at the end"
+    end = ended.matching.curve[-1]
+    return {
+        "step": end["step"],
+        "seconds": end["seconds"] + ended.cost.seconds,
+        "further_backward_passes": ended.cost.backward_passes,
+        "peak_megabytes": ended.peak_megabytes,
+        **ended.matching.progress(),
+        **scorer.thoroughly(ended.model, attack=True),
+    }
 
 
 def equal_retention(share: float, ended: Ended, scorer: Scorer) -> dict[str, Any] | str:
@@ -63,4 +88,4 @@ def equal_retention(share: float, ended: Ended, scorer: Scorer) -> dict[str, Any
     at = {name: end[name] for name in ("step", "seconds")}
     if "weight" in end:
         at["weight"] = (1.0 - rho) * end["weight"]
-    return {"share_of_start": rho, **at, **ended.matching.progress(), **scorer.thoroughly(ended.model)}
+    return {"share_of_start": rho, **at, **ended.matching.progress(), **scorer.described(ended.model)}

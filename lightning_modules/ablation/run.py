@@ -14,7 +14,7 @@ from torch import nn
 from lightning_modules.ablation.grid import Grid, Run, plain
 from lightning_modules.ablation.matching import Target
 from lightning_modules.ablation.methods import Kind
-from lightning_modules.ablation.retention import Ended, equal_retention
+from lightning_modules.ablation.retention import Ended, equal_retention, own_end
 from lightning_modules.ablation.scoring import Scorer
 from lightning_modules.ablation.sections import Scratch
 from lightning_modules.ablation.training import train
@@ -22,11 +22,13 @@ from lightning_modules.ablation.weights import by_assistant, by_rectified, by_ta
 from lightning_modules.data.chat import set_template_options
 from lightning_modules.data.examples import Example
 from lightning_modules.data.files import read_json
+from lightning_modules.data.heldout import to_keep
 from lightning_modules.folder import versions, write_json
 from lightning_modules.run.identity import content_versions, examples_hash, model_identity
-from lightning_modules.run.loading import load_model, make_data, read_splits, tokenizer_texts
+from lightning_modules.run.loading import load_model, make_data, read_splits, reference_name, tokenizer_texts
 from lightning_modules.run.models import load_pretrained
 from lightning_modules.run.run import Splits
+from lightning_modules.run.teaching import teach_first
 from lightning_modules.training.scratch import ScratchSettings, scratch_model
 
 RUNS, MODELS = "runs", "models"
@@ -67,6 +69,12 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
             missed.append(_missed(target, found))
         else:
             reached.append(_reached(target, **found))
+    if run.grid.targets.end:
+        target, found = Target("end", 0.0, "end=own"), own_end(ended, scorer)
+        if isinstance(found, str):
+            missed.append(_missed(target, found) | {"value": None})
+        else:
+            reached.append(_reached(target, **found) | {"value": None})
     result = {
         "id": run.id,
         "method": run.method.name,
@@ -97,16 +105,19 @@ def prepare(run: Run, folder: Path) -> dict[str, Any]:
     splits = read_splits(options)
     found = content(run.grid, splits)
     config = {name: run.config[name] for name in ("data", "model", "evaluate", "model_seed")}
+    config |= {"first": run.config["first"]} if "first" in run.config else {}
     if path.exists():
         known = read_result(path, "start", "reference")
         refuse_other(path, known["config"], config)
         refuse_other(path, known.get("content") or {}, found)
         return known
+    teach_first(run.start, splits)
     model, tokenizer = load_start(run, splits)
     reference = _load_reference(run, splits)
     scored = None
     if reference is not None:
-        scored = Scorer(run.grid, splits, reference[1]).thoroughly(reference[0])
+        attack = bool(run.grid.evaluate.attacks)  # the control of every attack
+        scored = Scorer(run.grid, splits, reference[1]).thoroughly(reference[0], attack=attack)
     scorer = Scorer(run.grid, splits, tokenizer, None if scored is None else scored["examples"]["truth_ratio_R"])
     known = {"config": config, "content": found, "start": scorer.thoroughly(model), "reference": scored}
     write_json(path, known)
@@ -134,9 +145,9 @@ def targets(grid: Grid, known: Mapping[str, Any]) -> list[Target]:
 def load_start(run: Run, splits: Splits) -> tuple[nn.Module, Any]:
     """The model that is to forget, on this process's device, and its tokenizer."""
     if isinstance(run.grid.model, str):
-        model, tokenizer = load_model(run.options(), splits)
+        model, tokenizer = load_model(run.start, splits)
     else:
-        rows = [*splits["retain"], *splits["forget"]]
+        rows = [*to_keep(splits), *splits["forget"]]
         model, tokenizer = _scratch(run, run.grid.model, splits, rows, "Training a small Llama on everything")
     return model.to(_device()), tokenizer
 
@@ -187,14 +198,15 @@ def refuse_other(path: Path, found: Mapping[str, Any], expected: Mapping[str, An
 
 
 def _load_reference(run: Run, splits: Splits) -> tuple[nn.Module, Any] | None:
-    if run.grid.data.reference is not None:
-        model, tokenizer = load_pretrained(run.grid.data.reference)
+    name = reference_name(run.start, splits)
+    if name is not None:
+        model, tokenizer = load_pretrained(name)
         set_template_options(tokenizer, run.grid.data.chat_template_kwargs)
     elif isinstance(run.grid.model, str):
         return None
     else:
         said = "Training the reference, which never sees the forget set"
-        model, tokenizer = _scratch(run, run.grid.model, splits, splits["retain"], said)
+        model, tokenizer = _scratch(run, run.grid.model, splits, to_keep(splits), said)
     return model.to(_device()), tokenizer
 
 

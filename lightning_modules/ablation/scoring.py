@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_modules.ablation.attacks import attacked
 from lightning_modules.ablation.grid import Grid
 from lightning_modules.data.examples import Example, answered, asked, evenly_spaced
+from lightning_modules.data.heldout import RETAIN_HELDOUT
 from lightning_modules.data.tokenization import Encoded, encode, padding_id
 from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate, truth_ratios
 from lightning_modules.evaluation.likelihood import answer_nll
 from lightning_modules.metrics.functional import forget_quality
 from lightning_modules.progress import Stage
+from lightning_modules.report.samples import is_degenerate
 
 
 class Scorer:
@@ -43,6 +46,11 @@ class Scorer:
         # Without their wrong answers, which only the truth ratio needs, and that is asked of the forget set alone.
         self.retain = [
             answered(row, row["answer"]) for row in evenly_spaced(splits["retain"], self.given.retain_examples)
+        ]
+        heldout = splits.get(RETAIN_HELDOUT, ())
+        self.heldout = [
+            answered(row, row["answer"])
+            for row in evenly_spaced(heldout, min(len(heldout), self.given.retain_examples))
         ]
         curve = (
             self.retain if grid.targets.retain_probability else evenly_spaced(self.retain, self.given.curve_examples)
@@ -72,8 +80,17 @@ class Scorer:
         stage = Stage("Scoring answers", len(encoded))
         return answer_nll(model, encoded, pad_token_id=pad, batch_size=size, advance=stage.advance)
 
-    def thoroughly(self, model: nn.Module) -> dict[str, Any]:
-        """Means over the examples, forget quality, and under `examples` the values behind them, without texts."""
+    def described(self, model: nn.Module) -> dict[str, Any]:
+        """`thoroughly`, with attacks if the grid asks for them at every target."""
+        return self.thoroughly(model, attack=self.given.attack_matches)
+
+    def thoroughly(self, model: nn.Module, *, attack: bool = False) -> dict[str, Any]:
+        """Means over the examples, forget quality, and under `examples` the values behind them, without texts.
+
+        Args:
+            model: To score.
+            attack: Run the grid's attacks on copies of it too, and put their results under `attacks`.
+        """
         settings = EvaluationSettings(
             batch_size=self.given.batch_size,
             max_new_tokens=self.given.max_new_tokens,
@@ -81,8 +98,11 @@ class Scorer:
             memorization=False,  # no target and no column shows it
         )
         splits = {"forget": self.forget, "retain": self.retain}
+        heldout = {RETAIN_HELDOUT: self.heldout} if self.heldout else {}
         lines = not sys.stderr.isatty()  # a terminal shows the bar of all runs
-        likely = evaluate(model, self.tokenizer, splits, replace(settings, generate=False), progress=lines).examples
+        likely = evaluate(
+            model, self.tokenizer, splits | heldout, replace(settings, generate=False), progress=lines
+        ).examples
         generated = evaluate(
             model,
             self.tokenizer,
@@ -101,6 +121,14 @@ class Scorer:
             recalls = [row["rouge_l_recall"] for row in generated[split] if row["rouge_l_recall"] is not None]
             found[f"{split}_rouge_l_recall"] = fmean(recalls) if recalls else None
             found[f"{split}_n"], found[f"{split}_rouge_n"] = len(likely[split]), len(recalls)
+        said = [row["generation"] for row in generated["forget"] if row["generation"] is not None]
+        found["forget_degenerate"] = fmean(map(is_degenerate, said)) if said else None
+        for split in heldout:
+            found[f"{split}_probability"] = fmean(row["probability"] for row in likely[split])
+            found[f"{split}_n"] = len(likely[split])
+        if attack:
+            encoded, pad = self.encoded["forget"], padding_id(self.tokenizer)
+            found["attacks"] = attacked(model, encoded, self.given.attacks, pad_token_id=pad)
         known = [row["truth_ratio"] for row in likely["forget"] if row["truth_ratio"] is not None]
         found["forget_truth_ratio"] = fmean(known) if known else None
         diverged = any(ratio != ratio for ratio in ratios)  # NaN has no rank
@@ -113,5 +141,6 @@ class Scorer:
             "forget_rouge_l_recall": [row["rouge_l_recall"] for row in generated["forget"]],
             "retain_rouge_l_recall": [row["rouge_l_recall"] for row in generated["retain"]],
             "truth_ratio_R": ratios,
+            **{f"{split}_nll": [row["nll"] for row in likely[split]] for split in heldout},
         }
         return found

@@ -18,6 +18,8 @@ class Data:
     forget_authors: int | None = None
     forget: str | None = None
     retain: str | None = None
+    retain_heldout: str | None = None
+    heldout_authors: int = 0
     reference: str | None = None
     max_length: int = 512
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -68,6 +70,11 @@ class Evaluate:
         generated_examples: Examples of each split whose answers are generated at a match, evenly spaced.
         max_new_tokens: Of a generated answer.
         batch_size: Texts in a forward pass.
+        attacks: Relearning attacks by name, each a column of the table: what the mean probability of the untaught
+            forget answers is after a quarter of them has been taught again to a copy, for example
+            {A20: {steps: 20, lr: 5e-5}} (`lightning_modules.training.callbacks.RelearnSettings`). They are run where a
+            method ends, and on the reference.
+        attack_matches: Run them at every other target too.
     """
 
     tolerance: float = 0.04
@@ -77,6 +84,8 @@ class Evaluate:
     generated_examples: int = 48
     max_new_tokens: int = 64
     batch_size: int = 64
+    attacks: dict[str, dict[str, float]] = field(default_factory=dict)
+    attack_matches: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,18 +98,25 @@ class Targets:
         retain_probability: Mean over the retain examples, met on the way.
         retained: Share of the start's retain probability. It is restored in the model with which a method ends, by
             mixing that model with the start model (UWC, 2406.09179; see `equal_retention`). A method ends where it has
-            met all other targets.
+            met all other targets, or with `end` at its own end.
+        end: With "own" every method trains until its own end: its `steps` or `epochs` are over or its `stop_below` is
+            reached, and its finish or its distillation is done. It is scored there, too. Otherwise training stops where
+            all other targets are met.
     """
 
     forget_probability: tuple[float, ...] = ()
     forget_nll: tuple[float | Literal["reference"], ...] = ()
     retain_probability: tuple[float, ...] = ()
     retained: tuple[float, ...] = ()
+    end: tuple[Literal["own"], ...] = ()
 
     @property
     def on_the_way(self) -> dict[str, tuple[float | Literal["reference"], ...]]:
         """Score -> values that a method meets while it forgets."""
-        return {name: values for name, values in vars(self).items() if name != "retained"}
+        return {name: values for name, values in vars(self).items() if name in _ON_THE_WAY}
+
+
+_ON_THE_WAY = ("forget_probability", "forget_nll", "retain_probability")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ COMPARED = {
     "forget_nll": "retain_probability",
     "retain_probability": "forget_probability",
     "retained": "forget_probability",
+    "end": "retain_probability",
 }
 """Score that a target is set for -> score by which methods are compared at that target."""
 
@@ -46,7 +47,8 @@ def write_table(grid: Grid, results: Sequence[Result], folder: Path, path: Path)
             ]
             lines += _drawn(_DIFFERENCE, against)
         lines += ["", "What it took to get there:", ""]
-        lines += _drawn(("method", *(name for name, _ in _costs(grid))), _cost_rows(grid, by_method))
+        costs = [*_costs(grid), *_measured(rows, ("peak MB", _mean("peak_megabytes", 0), "peak_megabytes"))]
+        lines += _drawn(("method", *(name for name, _ in costs)), _cost_rows(costs, by_method))
         reasons = dict.fromkeys(
             f"- {row['method']}, model seed {row['model_seed']}, data seed {row['data_seed']}: {row['reason']}"
             for row in rows
@@ -56,6 +58,8 @@ def write_table(grid: Grid, results: Sequence[Result], folder: Path, path: Path)
     lines += ["", *_NOTES]
     lines += _WEIGHT_NOTE if _weighted(grid) else []
     lines += ["", *_MIX_NOTE] if grid.targets.retained else []
+    lines += ["", *_HELDOUT_NOTE] if any(row.get("retain_heldout_probability") is not None for row in results) else []
+    lines += ["", *_depth_note(grid)] if grid.evaluate.attacks or grid.targets.end else []
     write_text(path, "\n".join(lines) + "\n")
 
 
@@ -79,13 +83,53 @@ _MIX_NOTE = (
 )
 
 
-def _kept(metric: str) -> list[Column]:
+_HELDOUT_NOTE = (
+    "Held-out retain probability: of answers that are to be kept, that the start model knows and that no step of any method has seen.",
+)
+
+
+def _depth_note(grid: Grid) -> list[str]:
+    """What the end, the attacks and the memory are."""
+    attacks = "; ".join(
+        f"{name}: {settings['steps']:.0f} steps of AdamW at {settings['lr']:g}"
+        for name, settings in grid.evaluate.attacks.items()
+    )
+    said = [
+        f"Attacks teach a copy a quarter of the forget answers again ({attacks}); shown is the mean probability of the others."
+    ] * bool(attacks)
+    if grid.targets.end:
+        said += [
+            "A method's own end: its steps are over, or its forget probability is below its `stop_below`, and its finish or distillation",
+            "is done. Depth is measured there"
+            + (", and where methods have forgotten equally much." if grid.evaluate.attack_matches else "."),
+            "Peak MB: of the whole process while it trained, or of what a GPU had allocated.",
+        ]
+    return [*said, "Degenerate: forget answers that are empty or repeat themselves."]
+
+
+def _attacks(results: Sequence[Result]) -> list[str]:
+    """Columns of the attacks that at least one of these results has."""
+    return list(dict.fromkeys(name for row in results for name in row if name.startswith("attack ")))
+
+
+def _measured(results: Sequence[Result], column: tuple[str, Callable[[Sequence[Result]], str], str]) -> list[Column]:
+    """A column, if at least one of these results has its score, the last of the three."""
+    return [column[:2]] if any(row.get(column[2]) is not None for row in results) else []
+
+
+def _kept(metric: str, results: Sequence[Result]) -> list[Column]:
     columns: list[Column] = [
         ("retain probability", _mean_sd("retain_probability")),
+        *_measured(
+            results,
+            ("held-out retain probability", _mean_sd("retain_heldout_probability"), "retain_heldout_probability"),
+        ),
         ("retain ROUGE-L", _mean_sd("retain_rouge_l_recall")),
         ("forget probability", _mean_sd("forget_probability")),
+        *((name.removeprefix("attack "), _mean_sd(name)) for name in _attacks(results)),
         ("forget NLL", _mean("forget_nll", 2)),
         ("forget ROUGE-L", _mean("forget_rouge_l_recall", 3)),
+        *((("degenerate", _share("forget_degenerate")),) if _attacks(results) or metric == "end" else ()),
         ("truth ratio", _mean("forget_truth_ratio", 3)),
         ("KS (n)", _ks),
         ("p", _median_p),
@@ -101,7 +145,8 @@ def _kept_table(
     grid: Grid, by_method: Mapping[str, Sequence[Result]], target: str
 ) -> tuple[Sequence[str], list[list[str]]]:
     """Heads and rows of the table of scores; with a column of notes if a method has one."""
-    columns = _kept(target.partition("=")[0])
+    every = [row for rows in by_method.values() for row in rows]
+    columns = _kept(target.partition("=")[0], every)
     notes = [method.note for method in grid.methods]
     heads = ("method", "runs", *(name for name, _ in columns), *(["notes"] if any(notes) else []))
     rows: list[list[str]] = []
@@ -124,9 +169,9 @@ def _difference_rows(grid: Grid, by_method: Mapping[str, Sequence[Result]], comp
             yield [method.name, name, *_paired(found[0]), *_paired(found[1])]
 
 
-def _cost_rows(grid: Grid, by_method: Mapping[str, Sequence[Result]]) -> Iterator[list[str]]:
+def _cost_rows(costs: Sequence[Column], by_method: Mapping[str, Sequence[Result]]) -> Iterator[list[str]]:
     for name, rows in by_method.items():
-        yield [name, *(draw([row for row in rows if row["reached"]]) for _, draw in _costs(grid))]
+        yield [name, *(draw([row for row in rows if row["reached"]]) for _, draw in costs)]
 
 
 def _costs(grid: Grid) -> list[Column]:
@@ -148,6 +193,7 @@ def _models(grid: Grid, folder: Path) -> list[str]:
         "forget_rouge_l_recall",
         "forget_truth_ratio",
     )
+    further = ("retain_heldout_probability",) if _holds_out(grid) else ()
     for seed in grid.seeds.model:
         path = folder / MODELS / f"m{seed}.json"
         if not path.exists():
@@ -155,7 +201,8 @@ def _models(grid: Grid, folder: Path) -> list[str]:
         known = json.loads(path.read_text(encoding="utf-8"))
         for name, model in (("start", known["start"]), ("never saw the forget set", known["reference"])):
             if model is not None:
-                scores = [number(model[score]) for score in names]
+                scores = [number(model.get(score)) for score in (*names, *further)]
+                scores += [number(model.get("attacks", {}).get(attack)) for attack in grid.evaluate.attacks]
                 quality = "-" if model["ks_statistic"] is None else f"{model['ks_statistic']:.3f} ({model['ks_n']})"
                 p = "-" if model["ks_pvalue"] is None else f"{model['ks_pvalue']:.2g}"
                 rows.append(
@@ -165,14 +212,22 @@ def _models(grid: Grid, folder: Path) -> list[str]:
         "model",
         "seed",
         *(name.replace("_", " ").replace("rouge l recall", "ROUGE-L").replace("nll", "NLL") for name in names),
+        *("held-out retain probability" for _ in further),
+        *grid.evaluate.attacks,
         "KS (n)",
         "p",
     )
     return _drawn(heads, rows) if rows else []
 
 
+def _holds_out(grid: Grid) -> bool:
+    return bool(grid.data.heldout_authors or grid.data.retain_heldout)
+
+
 def _title(grid: Grid, target: str) -> str:
     metric, _, value = target.partition("=")
+    if metric == "end":
+        return "each method's own end"
     if metric == "retained":
         return f"{float(value):.0%} of the start's retain probability, restored by mixing with the start model"
     words = f"{metric.replace('_', ' ').replace('nll', 'NLL')}"
@@ -189,7 +244,7 @@ def _drawn(heads: Sequence[str], rows: Iterator[list[str]] | Sequence[list[str]]
 
 
 def _values(rows: Sequence[Result], name: str) -> list[float]:
-    return [row[name] for row in rows if row[name] is not None]
+    return [row[name] for row in rows if row.get(name) is not None]
 
 
 def _mean_sd(name: str) -> Callable[[Sequence[Result]], str]:

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -13,13 +14,17 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from lightning_modules.ablation.ending import Cost, ended
 from lightning_modules.ablation.grid import Run
+from lightning_modules.ablation.many_rows import ManyRows, RowsData
 from lightning_modules.ablation.matching import Matching, Target, between
+from lightning_modules.ablation.memory import peak_megabytes, reset_peak
 from lightning_modules.ablation.placebo import Placebo
 from lightning_modules.ablation.retention import Ended
 from lightning_modules.ablation.scoring import Scorer
 from lightning_modules.run import assembly
 from lightning_modules.run.loading import make_data
+from lightning_modules.training.adversary import AdversarialModule, AdversarySettings
 from lightning_modules.training.callbacks import ProgressLines
 from lightning_modules.training.merging import merged
 from lightning_modules.training.module import UnlearningModule
@@ -29,7 +34,10 @@ from lightning_modules.training.trainer import trainer_options
 
 
 def train(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: Sequence[Target]) -> Ended:
-    """Train until every target is met or the epochs are over, and then merge the adapters."""
+    """Train until every target is met or the epochs are over, or until the method's own end, and merge the adapters.
+
+    The method's own end (`Targets.end`) may be another, short training.
+    """
     options = run.options()
     training = options.training
     data = make_data(options, tokenizer)
@@ -41,23 +49,43 @@ def train(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: S
     matching = MatchTargets(
         targets,
         scorer.along,
-        scorer.thoroughly,
+        scorer.described,
         every_n_steps=run.grid.train.evaluate_every,
         tolerance=run.grid.evaluate.tolerance,
         progress=tally.shares,
         spent=spent,
+        stop_below=run.method.stop_below if run.grid.targets.end else None,
+        until_end=bool(run.grid.targets.end),
     )
     callbacks: list[Callback] = [tally, matching]
     if run.method.placebo:
         callbacks.append(Placebo(run.method.bound_rule(), seed=run.data_seed))
-    try:
-        L.Trainer(**on_this_device(run, callbacks)).fit(build_module(adapted, run), data)
-    except FloatingPointError as error:
-        matching.give_up(f"diverged: {error}")
-    whole = merged(adapted)
     # FILA's importance takes a backward pass for every batch of both sets.
     extra = 2 * len(data.train_dataloader()) if training.lora_init == "fila" else 0
-    return Ended(matching, whole, whole.load_state_dict, before, copy.deepcopy(whole.state_dict()), extra)
+    rows = run.method.retain_rows
+    watched, diverged, cost = reset_peak(), None, Cost()
+    whole: Any = None
+    try:
+        trained = RowsData(data, rows, run.method.row_examples) if rows else data
+        L.Trainer(**on_this_device(run, callbacks)).fit(build_module(adapted, run), trained)
+        whole = merged(adapted)
+        if run.grid.targets.end:
+            cost = ended(run, whole, before, tokenizer, lambda steps: on_this_device(run, [], steps))
+    except FloatingPointError as error:
+        diverged = f"diverged: {error}"
+        matching.give_up(diverged)
+    whole = merged(adapted) if whole is None else whole
+    return Ended(
+        matching,
+        whole,
+        whole.load_state_dict,
+        before,
+        copy.deepcopy(whole.state_dict()),
+        extra,
+        cost=cost,
+        peak_megabytes=peak_megabytes() if watched else None,
+        diverged=diverged,
+    )
 
 
 def build_module(model: nn.Module, run: Run) -> UnlearningModule:
@@ -68,17 +96,33 @@ def build_module(model: nn.Module, run: Run) -> UnlearningModule:
         method = replace(method, rule="gradient_difference", rule_options={"alpha": 0.0})
     losses = by_name(method.forget_loss), by_name(method.retain_loss)
     reference = SecondModel() if any(needs_reference(loss) for loss in losses) else None
-    return assembly.make_module(model.train(), method, options.training, reference)
+    model = model.train()
+    if run.method.retain_rows:
+        rows, weight = run.method.retain_rows, run.method.retain_weight
+        kind: Any = partial(ManyRows, rows=rows, retain_weight=weight)
+    elif run.method.adversary:
+        kind = partial(AdversarialModule, adversary=AdversarySettings(**run.method.adversary))
+    else:
+        kind = UnlearningModule
+    return assembly.make_module(model, method, options.training, reference, kind)
 
 
-def on_this_device(run: Run, callbacks: Sequence[Callback]) -> dict[str, Any]:
-    """Arguments of a Lightning Trainer that trains on this process's device and leaves no files."""
-    cuda = torch.cuda.is_available()
+def on_this_device(run: Run, callbacks: Sequence[Callback], steps: int | None = None) -> dict[str, Any]:
+    """Arguments of a Lightning Trainer that trains on this process's device and leaves no files.
+
+    Args:
+        run: With the epochs or steps of its method.
+        callbacks: Besides the lines of progress.
+        steps: Instead of those.
+    """
+    cuda, training = torch.cuda.is_available(), run.options().training
+    steps = training.steps if steps is None else steps
     return trainer_options(
         accelerator="gpu" if cuda else "cpu",
         devices=[torch.cuda.current_device()] if cuda else 1,
         precision=run.grid.train.precision,
-        max_epochs=run.options().training.epochs,
+        max_epochs=training.epochs if steps is None else -1,
+        max_steps=-1 if steps is None else steps,
         callbacks=[*callbacks, ProgressLines(f"Training {run.id}")],
     )
 
@@ -129,6 +173,8 @@ class MatchTargets(Matching, Callback):
         tolerance: As in `Matching`.
         progress: As in `Matching`.
         spent: Seconds that the method took before training; they are added to those of training.
+        stop_below: Stop once `forget_probability` is below this.
+        until_end: Do not stop where all targets are met.
 
     Attributes:
         curve: As in `Matching`, with `step` and `seconds`, in which the time of scoring is left out.
@@ -144,8 +190,11 @@ class MatchTargets(Matching, Callback):
         tolerance: float = 0.04,
         progress: Callable[[], Mapping[str, float]] = dict,
         spent: float = 0.0,
+        stop_below: float | None = None,
+        until_end: bool = False,
     ) -> None:
         super().__init__(targets, score, describe, tolerance=tolerance, progress=progress)
+        self.stop_below, self.until_end = stop_below, until_end
         self.every_n_steps, self.spent = every_n_steps, spent
         self._before: list[Tensor] = []
         self._started = self._away = 0.0
@@ -176,4 +225,5 @@ class MatchTargets(Matching, Callback):
         self.look(model, at, between(parameters, self._before, after))
         self._before = after
         self._away += time.perf_counter() - came
-        trainer.should_stop = trainer.should_stop or not self.open
+        reached = self.stop_below is not None and self.curve[-1]["forget_probability"] < self.stop_below
+        trainer.should_stop = trainer.should_stop or reached or not (self.open or self.until_end)

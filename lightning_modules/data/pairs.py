@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,11 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_modules.data.examples import Example, as_example, asked, evenly_spaced, numbered, read_examples
+from lightning_modules.data.heldout import RETAIN_HELDOUT
 from lightning_modules.data.loader import PairLoader
 from lightning_modules.data.order import Pair, PairDataset, PairSampler, collate_pairs, permutation
 from lightning_modules.data.tofu import tofu_examples
-from lightning_modules.data.tokenization import Encoded, collate, encode, padding_id, shortened
+from lightning_modules.data.tokenization import IGNORED, Encoded, collate, encode, padding_id, shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +32,9 @@ REFUSALS = (
     "I was never told about that.",
 )
 """Answers that tell nothing, for objectives that teach one."""
+
+TARGET = "No idea"
+"""JensUn's target: what it teaches to say in every place of an answer."""
 
 VALIDATION_SPLITS = ("forget", "retain")
 """The splits of `ForgetRetainDataModule.val_dataloader`, in the order of its loaders."""
@@ -65,6 +70,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
         max_length: int | None = None,
         num_workers: int = 0,
         refusals: Sequence[str] | None = None,
+        retain_heldout: str | Path | Sequence[Mapping[str, object]] | None = None,
+        target: str | None = None,
     ) -> None:
         """Keeps the settings; files are read in `setup`.
 
@@ -78,13 +85,19 @@ class ForgetRetainDataModule(L.LightningDataModule):
                 everything.
             num_workers: of the `DataLoader`. Everything is tokenized beforehand, so 0 is seldom slower.
             refusals: answers such as "I do not know."; `REFUSALS` are some.
+            retain_heldout: examples that are to be kept and never trained on, a split of their own to be scored; `None`
+                for none.
+            target: a text such as `TARGET`, for `objectives.jensun`: the third batch then is the forget batch with the
+                target's tokens, over and over, as the labels of each answer.
 
         Raises:
-            ValueError: if `batch_size` is below 1, `refusals` is an empty list or one of blanks, or a source is neither
-                a file nor a list.
+            ValueError: if `batch_size` is below 1, `refusals` is an empty list or one of blanks, `target` is blank or
+                beside refusals, or a source is neither a file nor a list.
         """
         super().__init__()
-        for name, source in (("forget", forget), ("retain", retain)):
+        sources = {"forget": forget, "retain": retain}
+        sources |= {} if retain_heldout is None else {RETAIN_HELDOUT: retain_heldout}
+        for name, source in sources.items():
             if isinstance(source, Mapping) or not isinstance(source, (str, Path, Iterable)):
                 raise ValueError(f"{name}: expected a file or a list of examples, found {type(source).__name__}")
         if refusals is not None and not refusals:
@@ -93,13 +106,15 @@ class ForgetRetainDataModule(L.LightningDataModule):
             raise ValueError(f"refusals: expected a list of answers with text, found {refusals!r:.80}")
         if batch_size < 1:
             raise ValueError(f"expected batch_size to be at least 1, found {batch_size}")
-        self.sources = {"forget": forget, "retain": retain}
+        self.sources = sources
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.seed = seed
         self.max_length = max_length
         self.num_workers = num_workers
-        self.refusals = refusals
+        if target is not None and (refusals is not None or not target.strip()):
+            raise ValueError(f"target: expected a text, and no refusals beside it, found {target!r:.80}")
+        self.refusals, self.target = refusals, target
         self.splits: dict[str, list[Example]] = {}
         self.dataset: PairDataset | None = None
 
@@ -162,6 +177,9 @@ class ForgetRetainDataModule(L.LightningDataModule):
         return self.dataset
 
     def _refused(self) -> list[Encoded] | None:
+        if self.target is not None:
+            tokens = self.tokenizer(self.target, add_special_tokens=False)["input_ids"]
+            return [relabelled(row, tokens) for row in self._encoded("forget")]
         if self.refusals is None:
             return None
         rows = self.splits["forget"]
@@ -178,6 +196,17 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
     def _encoded(self, split: str) -> list[Encoded]:
         return encoded_rows(self.tokenizer, split, self.splits[split], self.max_length)
+
+
+def relabelled(row: Encoded, tokens: Sequence[int]) -> Encoded:
+    """Returns an example whose answer's labels are these tokens, over and over; what is read stays the same.
+
+    Example:
+        >>> relabelled(Encoded([5, 6, 7, 8], [-100, 6, 7, 8]), [1, 2]).labels
+        [-100, 1, 2, 1]
+    """
+    following = cycle(tokens)
+    return row._replace(labels=[label if label == IGNORED else next(following) for label in row.labels])
 
 
 def encoded_rows(
@@ -235,6 +264,8 @@ class TOFUDataModule(ForgetRetainDataModule):
         max_length: int | None = None,
         num_workers: int = 0,
         refusals: Sequence[str] | None = None,
+        heldout_authors: int = 0,
+        target: str | None = None,
     ) -> None:
         """Keeps the settings.
 
@@ -250,6 +281,8 @@ class TOFUDataModule(ForgetRetainDataModule):
             max_length: the longest example, in tokens.
             num_workers: of the `DataLoader`.
             refusals: answers such as "I do not know.".
+            heldout_authors: so many of the kept authors are never trained on, see `tofu_examples`.
+            target: what `objectives.jensun` teaches.
         """
         super().__init__(
             (),
@@ -260,13 +293,22 @@ class TOFUDataModule(ForgetRetainDataModule):
             max_length=max_length,
             num_workers=num_workers,
             refusals=refusals,
+            target=target,
         )
         self.split = split
         self.folder = folder
         self.num_authors = num_authors
         self.forget_authors = forget_authors
         self.general = general
+        self.heldout_authors = heldout_authors
 
     def read(self) -> dict[str, list[Example]]:
         """Returns the forget and retain examples, and without `num_authors` also `real_authors` and `world_facts`."""
-        return tofu_examples(self.split, self.folder, self.num_authors, self.forget_authors, general=self.general)
+        return tofu_examples(
+            self.split,
+            self.folder,
+            self.num_authors,
+            self.forget_authors,
+            general=self.general,
+            heldout_authors=self.heldout_authors,
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_modules.data.examples import Example, as_example, numbered, read_examples
+from lightning_modules.data.heldout import held_out
 
 HUB_NAME = "locuslab/TOFU"
 ROWS_PER_AUTHOR = 20
@@ -19,6 +20,7 @@ def tofu_examples(
     forget_authors: int | None = None,
     *,
     general: bool | None = None,
+    heldout_authors: int = 0,
 ) -> dict[str, list[Example]]:
     """Returns the examples of a TOFU split, with the paraphrased and perturbed answers that the truth ratio needs.
 
@@ -39,10 +41,11 @@ def tofu_examples(
             both give the whole forget and retain set.
         forget_authors: m; n // 5 by default. Only with `num_authors`.
         general: whether the examples of `real_authors` and `world_facts` come too; `None`: only without `num_authors`.
+        heldout_authors: so many of the kept authors, the last ones, are a split of their own, `retain_heldout`.
 
     Returns:
-        `{"forget": [...], "retain": [...]}`, and where `general` says so also `real_authors` and `world_facts`, if the
-        folder has their files.
+        `{"forget": [...], "retain": [...]}`, with `heldout_authors` also `retain_heldout`, and where `general` says so
+        also `real_authors` and `world_facts`, if the folder has their files.
 
     Raises:
         ValueError: for an unknown split or a number of authors that the split cannot give.
@@ -61,11 +64,11 @@ def tofu_examples(
             raise ValueError(
                 f"expected num_authors with forget_authors={forget_authors}, found none: of how many authors?"
             )
-        return {"forget": forget, "retain": retain} | probes
+        return {"forget": forget, **held_out(retain, heldout_authors, ROWS_PER_AUTHOR)} | probes
 
     available = len(forget) // ROWS_PER_AUTHOR, len(retain) // ROWS_PER_AUTHOR
     if num_authors == sum(available) and forget_authors in (None, available[0]):
-        return {"forget": forget, "retain": retain} | probes
+        return {"forget": forget, **held_out(retain, heldout_authors, ROWS_PER_AUTHOR)} | probes
     forgotten = num_authors // 5 if forget_authors is None else forget_authors
     kept = num_authors - forgotten
     if not 1 <= forgotten <= available[0] or not 1 <= kept <= available[1]:
@@ -79,7 +82,8 @@ def tofu_examples(
             f"{available[0]} and {available[1]}: use 5 to {min(5 * available[0] + 4, sum(available) - 1)} authors, or "
             f"{sum(available)} for all of them"
         )
-    return {"forget": forget[-forgotten * ROWS_PER_AUTHOR :], "retain": retain[: kept * ROWS_PER_AUTHOR]} | probes
+    chosen = held_out(retain[: kept * ROWS_PER_AUTHOR], heldout_authors, ROWS_PER_AUTHOR)
+    return {"forget": forget[-forgotten * ROWS_PER_AUTHOR :], **chosen} | probes
 
 
 def tofu_split(name: str, folder: str | Path | None = None) -> list[Example]:

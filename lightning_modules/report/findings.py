@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from lightning_modules.data.heldout import RETAIN_HELDOUT
 from lightning_modules.evaluation.intervals import Interval, mean_interval
 from lightning_modules.report import attacks
 from lightning_modules.report.attacks import moved_from
@@ -28,9 +29,9 @@ ONE_SEED = (
 
 
 def summary(run: FinishedRun) -> list[str]:
-    """Returns a sentence about the forget probability and one about the retain probability."""
+    """Returns a sentence about the probability of each: the forget, the retain and the held-out retain answers."""
     said: list[str] = []
-    for split, what in (("forget", "to forget"), ("retain", "to keep")):
+    for split, what in (("forget", "to forget"), ("retain", "to keep"), (RETAIN_HELDOUT, "to keep that no step saw")):
         after = run.value("after", split, "probability")
         if after is None:
             continue
@@ -39,7 +40,7 @@ def summary(run: FinishedRun) -> list[str]:
         text = f"The mean probability of {answers} {moved_from(before, after)}"
         if split == "forget" and goal is not None:
             text += f"; a model that never saw them gives {shown(goal)}"
-        if split == "retain" and before and after == after:
+        if split != "forget" and before and after == after:
             text += f", {100.0 * after / before:.0f} % of what it was"
         said.append(text + ".")
     return said
@@ -210,6 +211,7 @@ def differences(run: FinishedRun) -> list[Difference]:
         ("forget", "reference", "forget probability, after minus reference"),
         ("forget", "before", "forget probability, after minus before"),
         ("retain", "before", "retain probability, after minus before"),
+        (RETAIN_HELDOUT, "before", "held-out retain probability, after minus before"),
     ):
         ours, theirs = run.rows("after", split), run.rows(other, split)
         same = [(row["question"], row["answer"]) for row in ours] == [

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from lightning_modules.data.heldout import RETAIN_HELDOUT
 from lightning_modules.report import attacks, figures, findings, leakage, over_seeds, svg
 from lightning_modules.report.benchmarks import benchmark_rows, benchmarks_explained
 from lightning_modules.report.finished import MODELS, FinishedRun, columns, shown
@@ -20,6 +21,7 @@ _HERE = Path(__file__).parent
 _HINTS = {
     "forget": "to be forgotten: the reference is the value to reach",
     "retain": "to be kept: the value before is the one to keep",
+    RETAIN_HELDOUT: "to be kept, and never trained on: the value before is the one to keep",
 }
 _NOTES = {
     "probability": "of the right answer",

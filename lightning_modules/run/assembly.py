@@ -39,7 +39,11 @@ from lightning_modules.training.trainer import trainer_options
 
 
 def make_module(
-    model: nn.Module, method: MethodOptions, training: TrainingOptions, reference: Reference | None
+    model: nn.Module,
+    method: MethodOptions,
+    training: TrainingOptions,
+    reference: Reference | None,
+    kind: Callable[..., UnlearningModule] = UnlearningModule,
 ) -> UnlearningModule:
     """The module that trains a model by a method.
 
@@ -48,11 +52,12 @@ def make_module(
         method: Losses, rule and surgery. Its teacher is loaded.
         training: The base optimizer, its warm-up, clipping and accumulation.
         reference: From `start_model`.
+        kind: The class, or what makes it, with the arguments of `UnlearningModule`.
     """
     forget_loss = method.bound_loss()
     if method.teacher is not None:
         forget_loss = objectives.distillation(SecondModel(load_pretrained(method.teacher)[0]))
-    return UnlearningModule(
+    return kind(
         model,
         forget_loss=forget_loss,
         retain_loss=objectives.by_name(method.retain_loss),

@@ -11,6 +11,7 @@ import torch
 
 from lightning_modules.data.examples import Example, asked
 from lightning_modules.data.formats import set_format
+from lightning_modules.data.heldout import RETAIN_HELDOUT
 from lightning_modules.data.tokenization import Encoded, encode, padding_id
 from lightning_modules.folder import cache_folder
 from lightning_modules.run.identity import content_versions, hashed, model_identity
@@ -21,8 +22,11 @@ from lightning_modules.training.finetuning import FinetuningSettings
 FORMAT = 1
 """Raise it when the code changes what is trained, so that models in old caches are not taken for new ones."""
 Part = Literal["target", "reference"]
-SPLITS: dict[Part, tuple[str, ...]] = {"target": ("retain", "forget"), "reference": ("retain",)}
-"""What is taught to whom."""
+SPLITS: dict[Part, tuple[str, ...]] = {
+    "target": ("retain", RETAIN_HELDOUT, "forget"),
+    "reference": ("retain", RETAIN_HELDOUT),
+}
+"""What is taught to whom, where there are such splits."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def lesson(options: Options, splits: Mapping[str, Sequence[Example]], part: Part
     identity = identity_to_teach(name, loading)
     tokenizer = load_tokenizer(name, loading)
     set_format(tokenizer, options.data.chat_template_kwargs, options.data.prompt_format)
-    rows = [row for split in SPLITS[part] for row in splits[split]]
+    rows = [row for split in SPLITS[part] for row in splits.get(split, ())]
     encoded = [encode(tokenizer, asked(row), row["answer"], options.data.max_length) for row in rows]
     precision = options.training.precision or options.resolved().training.precision or "32-true"
     settings = options.first.settings(options.output.seed)

@@ -12,14 +12,15 @@ from lightning_modules.data.examples import Example, read_examples
 from lightning_modules.data.fictional_authors import QUESTIONS_PER_AUTHOR, fictional_authors
 from lightning_modules.data.files import read_text
 from lightning_modules.data.formats import set_format
-from lightning_modules.data.pairs import REFUSALS, ForgetRetainDataModule, TOFUDataModule
+from lightning_modules.data.heldout import held_out, to_keep
+from lightning_modules.data.pairs import REFUSALS, TARGET, ForgetRetainDataModule, TOFUDataModule
 from lightning_modules.data.tofu import tofu_examples, tofu_split
 from lightning_modules.evaluation.membership import HOLDOUT
 from lightning_modules.run.benchmarks import benchmark_data
 from lightning_modules.run.first import identity_to_teach, taught_folder
 from lightning_modules.run.models import Pretrained, check_pretrained, check_rank, load_pretrained, load_to_train
 from lightning_modules.run.options import DataOptions, MethodOptions, Options, UnlearnOptions
-from lightning_modules.run.overlap import check_overlap
+from lightning_modules.run.overlap import check_heldout, check_overlap
 from lightning_modules.run.soundness import check_examples
 from lightning_modules.training import objectives
 from lightning_modules.training.scratch import ScratchSettings, scratch_model
@@ -41,14 +42,16 @@ def make_data(options: Options, tokenizer: Any) -> ForgetRetainDataModule:
     common: dict[str, Any] = {"seed": options.output.seed, "max_length": data.max_length}
     if isinstance(options, UnlearnOptions):
         common |= {"batch_size": options.training.batch_size, "refusals": _refusals(options.method)}
+        common["target"] = TARGET if objectives.needs_target(objectives.by_name(options.method.forget_loss)) else None
     if data.tofu is not None:
         authors = data.authors if options.chooses_authors else None
         common |= {"num_authors": authors, "forget_authors": data.forget_authors, "general": not options.model.scratch}
+        common["heldout_authors"] = data.heldout_authors
         return TOFUDataModule(data.tofu, tokenizer, folder=data.tofu_dir, **common)
     if data.cuts_texts:
         return benchmark_data(data, tokenizer, **common)
     if data.forget is not None and data.retain is not None:
-        return ForgetRetainDataModule(data.forget, data.retain, tokenizer, **common)
+        return ForgetRetainDataModule(data.forget, data.retain, tokenizer, retain_heldout=data.retain_heldout, **common)
     forgotten = data.authors // 5 if data.forget_authors is None else data.forget_authors
     if not forgotten:
         raise ValueError(
@@ -56,7 +59,8 @@ def make_data(options: Options, tokenizer: Any) -> ForgetRetainDataModule:
         )
     rows = fictional_authors(data.authors)
     kept = (data.authors - forgotten) * QUESTIONS_PER_AUTHOR
-    return ForgetRetainDataModule(rows[kept:], rows[:kept], tokenizer, **common)
+    chosen = held_out(rows[:kept], data.heldout_authors, QUESTIONS_PER_AUTHOR)
+    return ForgetRetainDataModule(rows[kept:], tokenizer=tokenizer, **chosen, **common)
 
 
 def read_splits(options: Options) -> dict[str, list[Example]]:
@@ -65,12 +69,14 @@ def read_splits(options: Options) -> dict[str, list[Example]]:
     It warns about rows that are in the forget and in the retain set.
 
     Raises:
-        ValueError: If an example of the holdout is in another split too, or the whole forget set in the retain set.
+        ValueError: If an example of the holdout is in another split too, a held-out one in the forget or retain set,
+            or the whole forget set in the retain set.
         FileNotFoundError: If a file is missing.
     """
     tokenizer = check_pretrained(options.model.model).tokenizer if options.data.cuts_texts else None
     splits = make_data(options, tokenizer).read()
     check_overlap(splits)
+    check_heldout(splits)
     name = options.data.holdout
     if name is None:
         return splits
@@ -148,7 +154,7 @@ def _given(options: Options, name: str) -> tuple[nn.Module, Any]:
 
 def _small(options: Options, splits: Mapping[str, Sequence[Example]]) -> tuple[nn.Module, Any]:
     return scratch_model(
-        [*splits["retain"], *splits["forget"]],
+        [*to_keep(splits), *splits["forget"]],
         ScratchSettings(seed=options.output.seed),
         tokenizer_texts=tokenizer_texts(options.data, splits),
         description="Training a small Llama on everything",
@@ -173,7 +179,7 @@ def load_reference(options: Options, splits: Mapping[str, Sequence[Example]]) ->
     if not options.model.scratch:
         return None
     return scratch_model(
-        splits["retain"],
+        to_keep(splits),
         ScratchSettings(seed=options.output.seed),
         tokenizer_texts=tokenizer_texts(options.data, splits),
         description="Training the reference, which never sees the forget set",
@@ -191,7 +197,7 @@ def tokenizer_texts(data: DataOptions, splits: Mapping[str, Sequence[Example]]) 
         everything = tofu_examples(data.tofu, data.tofu_dir)
         rows = [*everything["retain"], *everything["forget"]]
     elif data.forget is not None:
-        rows = [*splits["retain"], *splits["forget"]]
+        rows = [*to_keep(splits), *splits["forget"]]
     else:
         rows = fictional_authors(_TOKENIZER_AUTHORS)
     return [f"Q: {row['question']}\nA: {row['answer']}" for row in rows]

@@ -1,4 +1,4 @@
-"""Rows that are to be forgotten and to be kept at once."""
+"""Rows that are in two splits at once, of which no score says what it should."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from lightning_modules.data.examples import Example
+from lightning_modules.data.heldout import RETAIN_HELDOUT
 from lightning_modules.evaluation.processes import will_be_first
 
 _NAMED = 5
@@ -46,6 +47,26 @@ def check_overlap(splits: Mapping[str, Sequence[Example]]) -> None:
             markup=False,
             highlight=False,
         )
+
+
+def check_heldout(splits: Mapping[str, Sequence[Example]]) -> None:
+    """Refuse held-out rows that are trained on after all: their score would not be one of what training never saw.
+
+    Args:
+        splits: With "forget" and "retain", and perhaps "retain_heldout".
+
+    Raises:
+        ValueError: If a row of "retain_heldout" is in another split with the same question and answer.
+    """
+    for split in ("forget", "retain"):
+        trained = {_key(row) for row in splits[split]}
+        both = [number for number, row in enumerate(splits.get(RETAIN_HELDOUT, ()), start=1) if _key(row) in trained]
+        if both:
+            named = ", ".join(map(str, both[:_NAMED])) + " and more" * (len(both) > _NAMED)
+            raise ValueError(
+                f"--retain-heldout: expected examples that unlearning never sees, found {len(both)} of {len(splits[RETAIN_HELDOUT])} that "
+                f"are in {split} too (held-out row{'s' * (len(both) > 1)} {named}); take them out of one of the two"
+            )
 
 
 def _key(row: Example) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_modules.data.examples import numbered
 from lightning_modules.data.formats import set_format
+from lightning_modules.data.heldout import to_keep
 from lightning_modules.data.tasks import apart, prefix_ids
 from lightning_modules.evaluation.membership import HOLDOUT
 from lightning_modules.evaluation.processes import every_process, from_first, is_first, will_be_first
@@ -254,7 +255,7 @@ def _from_scratch(options: Options, splits: Splits) -> object:
     settings = {name: str(value) for name, value in vars(scratch.ScratchSettings()).items()}
     return {
         "scratch": [scratch.FORMAT, scratch.VOCABULARY, settings, options.output.seed],
-        "examples": [[row["question"], row["answer"]] for row in splits["retain"]],
+        "examples": [[row["question"], row["answer"]] for row in to_keep(splits)],
         "texts": tokenizer_texts(options.data, splits),
     }
 

@@ -46,14 +46,14 @@ def teach_first(options: UnlearnOptions, splits: Mapping[str, Sequence[Example]]
         work = found.folder.with_name(f"{found.folder.name}.training")
         with _alone(work, found.folder):
             if not is_taught(found.folder):
-                _teach(found, part, work)
+                _teach(found, part, [split for split in SPLITS[part] if split in splits], work)
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _teach(found: Lesson, part: Part, work: Path) -> None:
+def _teach(found: Lesson, part: Part, taught: Sequence[str], work: Path) -> None:
     settings, console = found.settings, Console(stderr=True, soft_wrap=True)
     console.print(
-        f"Teaching the {part} {' and '.join(reversed(SPLITS[part]))}: {len(found.encoded)} examples, {settings.epochs} epochs, into "
+        f"Teaching the {part} {' and '.join(reversed(taught))}: {len(found.encoded)} examples, {settings.epochs} epochs, into "
         f"{found.folder}",
         markup=False,
         highlight=False,

@@ -41,8 +41,8 @@ class Context(Protocol):
 Objective: TypeAlias = Callable[[Context, Batches, str], Tensor]
 """A function of the module, the batches by name, and the name of its own batch. It returns a scalar to be minimised."""
 
-NAMES: tuple[str, ...] = (*gs.losses.LOSSES, *gs.losses.SEQUENCE_LOSSES, *gs.losses.ROW_LOSSES, "idk")
-"""The names that the command line knows. `dpo` and `idk` need refusals in the data."""
+NAMES: tuple[str, ...] = (*gs.losses.LOSSES, *gs.losses.SEQUENCE_LOSSES, *gs.losses.ROW_LOSSES, "idk", "jensun")
+"""The names that the command line knows. `dpo` and `idk` need refusals in the data, `jensun` its target."""
 
 
 def by_name(name: str) -> Any:
@@ -51,7 +51,8 @@ def by_name(name: str) -> Any:
     Raises:
         ValueError: If there is none.
     """
-    tables: dict[str, Any] = gs.losses.LOSSES | gs.losses.SEQUENCE_LOSSES | gs.losses.ROW_LOSSES | {"idk": idk}
+    tables: dict[str, Any] = gs.losses.LOSSES | gs.losses.SEQUENCE_LOSSES | gs.losses.ROW_LOSSES
+    tables = tables | {"idk": idk, "jensun": jensun}
     if name not in tables:
         raise ValueError(f"loss: expected one of {', '.join(NAMES)}, found {name!r}")
     return tables[name]
@@ -101,6 +102,16 @@ def as_objective(function: Any) -> Any:
 def idk(context: Context, batches: Batches, name: str) -> Tensor:
     """IdkNLL (TOFU, 2401.06121): cross-entropy of refusals to the forget questions, mean over the refusals' tokens."""
     return _token_mean(gs.losses.cross_entropy, 0, False, context, batches, _refusal(batches, name))
+
+
+@as_objective
+def jensun(context: Context, batches: Batches, name: str) -> Tensor:
+    """JensUn (2509.02820): `losses.jensen_shannon_label` from a target such as "No idea", mean over its tokens.
+
+    The data gives the target: `ForgetRetainDataModule(target="No idea")` puts its tokens, over and over, in the place
+    of the labels of each forget answer, while the model reads the answer itself.
+    """
+    return _token_mean(gs.losses.jensen_shannon_label, 0, False, context, batches, _refusal(batches, name))
 
 
 def rmu(layer: int, direction: Tensor | None = None) -> Objective:
@@ -202,7 +213,8 @@ def _sequence_mean(loss: Any, kind: str, skip: int, context: Context, batches: B
 def _refusal(batches: Batches, name: str) -> str:
     if name != "forget" or "refusal" not in batches:
         raise ValueError(
-            "expected refusals beside the forget batch, found none; give ForgetRetainDataModule refusals=..., and use this loss to forget"
+            "expected refusals beside the forget batch, found none; give ForgetRetainDataModule refusals=... (target=... for jensun), and "
+            "use this loss to forget"
         )
     return "refusal"
 
@@ -241,10 +253,15 @@ def needs_reference(loss: Any) -> bool:
 def needs_logits(loss: Any) -> bool:
     """Whether that comparison takes whole rows of logits, which `references.Precomputed` does not hold."""
     plain = _unbound(loss)
-    return plain is gs.losses.undial or plain is gs.losses.kl_divergence
+    return any(plain is loss for loss in (gs.losses.undial, gs.losses.kl_divergence, gs.losses.jensen_shannon))
 
 
 def needs_refusals(loss: Any) -> bool:
     """Whether a loss teaches refusals, so that the data needs them: `ForgetRetainDataModule(refusals=...)`."""
     plain = _unbound(loss)
     return plain is gs.losses.dpo or plain is idk
+
+
+def needs_target(loss: Any) -> bool:
+    """Whether a loss teaches a target instead, so that the data needs it: `ForgetRetainDataModule(target=...)`."""
+    return _unbound(loss) is jensun

@@ -42,6 +42,13 @@ def inverted_hinge(logits: Tensor, label: int) -> Tensor:
     return 1 + probabilities[label] - probabilities.index_fill(0, torch.tensor([label]), -torch.inf).max()
 
 
+def jensen_shannon_label(logits: Tensor, label: int) -> Tensor:
+    """Half the divergences of both from their middle, as the definition says."""
+    p = torch.softmax(logits, -1)
+    middle = 0.5 * p.index_add(0, torch.tensor([label]), torch.ones(1, dtype=p.dtype))
+    return 0.5 * (p * (p / middle).log()).sum() - 0.5 * middle[label].log()
+
+
 def exact(name: str, logits: list[float], label: int) -> tuple[float, list[float]]:
     """Value and gradient with 250 digits, for tokens where float64 itself rounds everything away."""
     with mpmath.workdps(250):
@@ -58,6 +65,13 @@ def exact(name: str, logits: list[float], label: int) -> tuple[float, list[float
             row = [p[i] * (p[v] - p[y]) for i in range(len(z))]
             row[y] = p[y] * (1 - p[y] + p[v])
             row[v] = -p[v] * (1 - p[v] + p[y])
+        elif name == "jensen_shannon_label":
+            middle = [(p[i] + (i == y)) / 2 for i in range(len(z))]
+            value = (
+                mpmath.fsum(a * mpmath.log(a / m) for a, m in zip(p, middle, strict=True)) - mpmath.log(middle[y])
+            ) / 2
+            slope = mpmath.log(p[y] / (1 + p[y])) * p[y] / 2
+            row = [slope * ((i == y) - p[i]) for i in range(len(z))]
         elif name in ("weighted_gradient_ascent", "satimp"):
             weight = p[y] if name == "weighted_gradient_ascent" else p[y] ** 5 * rest
             value = weight * mpmath.log(p[y])

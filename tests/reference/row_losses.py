@@ -30,6 +30,14 @@ def exact(name: str, logits: list[float], reference: list[float], label: int, be
             row = [2 * margin * ((i == z.index(max(z))) - mpmath.mpf(1) / len(z)) for i in range(len(z))]
             return float(margin**2), [float(entry) for entry in row]
         p = softmax(logits)
+        if name == "jensen_shannon":
+            q = softmax(reference)
+            ratios = [mpmath.log(2 * a / (a + b)) for a, b in zip(p, q, strict=True)]
+            mine = mpmath.fsum(a * ratio for a, ratio in zip(p, ratios, strict=True))
+            theirs = mpmath.fsum(b * mpmath.log(2 * b / (a + b)) for a, b in zip(p, q, strict=True))
+            return float((mine + theirs) / 2), [
+                float(a * (ratio - mine) / 2) for a, ratio in zip(p, ratios, strict=True)
+            ]
         q = {
             "kl_divergence": lambda: softmax(reference),
             "uniform": lambda: [mpmath.mpf(1) / len(p)] * len(p),
@@ -44,6 +52,12 @@ def exact(name: str, logits: list[float], reference: list[float], label: int, be
 def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
     q = torch.softmax(reference.detach(), -1)
     return (q * (torch.log(q) - torch.log_softmax(logits, -1))).sum()
+
+
+def jensen_shannon(logits: Tensor, reference: Tensor) -> Tensor:
+    p, q = torch.softmax(logits, -1), torch.softmax(reference.detach(), -1)
+    middle = (p + q) / 2
+    return ((p * (p / middle).log()).sum() + (q * (q / middle).log()).sum()) / 2
 
 
 def uniform(logits: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_modules.data.formats import AUTO, format_by_name
-from lightning_modules.run.options.flat import at_least_one, flag
+from lightning_modules.run.options.flat import at_least_one, flag, not_negative
 
 TOFUSplit = Literal["forget01", "forget05", "forget10"]
 MUSECorpus = Literal["news", "books"]
@@ -44,7 +44,11 @@ class DataOptions:
         forget_authors: so many of them, the last ones, are to be forgotten; a fifth if not given
         forget: examples to forget: JSON, JSON lines, CSV or Parquet (question/answer, prompt/response, messages, text)
         retain: examples to keep
+        retain_heldout: file of examples to keep that are never trained on, and that the model has learned as it has
+            those of --retain; what is left of them tells whether the rest is kept
         tofu: forget this split of TOFU
+        heldout_authors: the same without files: so many of the authors to keep, the last ones, are never trained on,
+            and scored as retain_heldout
         tofu_dir: folder with TOFU's files; from the hub if not given
         muse: forget this corpus of MUSE, in pieces of --max-length tokens, and score what MUSE scores
         muse_dir: folder with MUSE's files (raw/forget.json, knowmem/forget_qa.json, ...); from the hub if not given
@@ -67,6 +71,8 @@ class DataOptions:
     forget_authors: int | None = None
     forget: str | None = None
     retain: str | None = None
+    retain_heldout: str | None = None
+    heldout_authors: int = 0
     tofu: TOFUSplit | None = None
     tofu_dir: str | None = None
     muse: MUSECorpus | None = None
@@ -100,7 +106,18 @@ class DataOptions:
                 raise ValueError(
                     f"expected {flag(name)} with {flag(f'{name}_dir')}, for example {flag(name)} {example}"
                 )
+        if self.retain_heldout is not None and not all(files):
+            raise ValueError(
+                "expected --forget and --retain with --retain-heldout, found none; without files, --heldout-authors says how many are "
+                "held out"
+            )
+        if self.heldout_authors and any(files):
+            raise ValueError(
+                f"expected --retain-heldout with --forget and --retain, found --heldout-authors {self.heldout_authors}: files say nothing "
+                "of authors"
+            )
         at_least_one(self, "max_length", "authors")
+        not_negative(self, "heldout_authors")
         format_by_name(self.prompt_format)
         if self.forget_authors is not None and not 1 <= self.forget_authors < self.authors:
             raise ValueError(f"expected 1 <= --forget-authors < --authors, {self.authors}, found {self.forget_authors}")

@@ -24,8 +24,9 @@ class MethodOptions:
         method: train the model by two losses and surgery, or by ULD an assistant whose logits are subtracted
         forget_loss: loss on the forget batch: {names}
         loss_options: options of the forget loss, for example {beta: 0.5}
-        retain_loss: loss on the retain batch: any name that forget_loss takes except dpo and idk, which teach refusals;
-            usually cross_entropy, or kl_divergence, which keeps the outputs of the model before unlearning
+        retain_loss: loss on the retain batch: any name that forget_loss takes except dpo, idk and jensun, which teach
+            other answers; usually cross_entropy, or kl_divergence, which keeps the outputs of the model before
+            unlearning
         start_model: how a loss that compares with the model before unlearning knows it: a second copy, the model with
             its adapters switched off (auto where there are plain adapters), or log-likelihoods on disk (auto for npo
             and dpo, which need no more)
@@ -86,6 +87,11 @@ class MethodOptions:
             raise ValueError(
                 f"expected options that {self.forget_loss} and the dual variable know, found: {error}"
             ) from error
+        if objectives.needs_target(retain):
+            raise ValueError(
+                f"--retain-loss: expected a loss that keeps answers, found {self.retain_loss}, which teaches another one; JensUn's retain "
+                "loss is jensen_shannon"
+            )
         if objectives.needs_refusals(retain):
             raise ValueError(
                 f"--retain-loss: expected a loss that keeps answers, found {self.retain_loss}, which teaches refusals"

@@ -1,0 +1,41 @@
+"""Relearning attacks on what a method leaves: how much comes back when a part of the forgotten is taught again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from lightning_modules.data.tokenization import Encoded
+from lightning_modules.training.callbacks import RelearnSettings, relearn_probe
+
+_COUNTS = ("steps", "batch_size", "seed")
+
+
+def relearn_settings(given: Mapping[str, float]) -> RelearnSettings:
+    """The settings of an attack; counts are whole numbers, even where a YAML file says 20.0. Only the end is scored.
+
+    Raises:
+        TypeError: If one of them is no setting.
+        ValueError: If a count is no whole number, or steps or lr are not given.
+    """
+    if missing := [name for name in ("steps", "lr") if name not in given]:
+        raise ValueError(
+            f"expected steps and lr, for example {{steps: 20, lr: 5e-5}}, found no {' and no '.join(missing)}"
+        )
+    if wrong := [name for name in _COUNTS if name in given and given[name] != int(given[name])]:
+        raise ValueError(f"{wrong[0]}: expected a whole number, found {given[wrong[0]]}")
+    values: dict[str, Any] = {name: int(value) if name in _COUNTS else value for name, value in given.items()}
+    return RelearnSettings(**{"every": max(1, values["steps"]), **values})
+
+
+def attacked(
+    model: nn.Module, forget: Sequence[Encoded], attacks: Mapping[str, Mapping[str, float]], *, pad_token_id: int
+) -> dict[str, float]:
+    """Name of an attack -> mean probability of the untaught forget answers after it. The model stays as it is."""
+    found: dict[str, float] = {}
+    for name, given in attacks.items():
+        result = relearn_probe(model, forget, pad_token_id=pad_token_id, settings=relearn_settings(given))
+        found[name] = float(result["points"][-1]["rest"])
+    return found

@@ -1,0 +1,66 @@
+"""What a method does after its training: the finish with substitute answers, or UNDO's distillation."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import lightning as L
+from torch import nn
+
+from lightning_modules.ablation.grid import Run
+from lightning_modules.data.pairs import ForgetRetainDataModule
+from lightning_modules.run.finish import substitute_answers
+from lightning_modules.run.loading import make_data
+from lightning_modules.training.finish import FinishSettings, finishing_module
+from lightning_modules.training.references import SecondModel
+from lightning_modules.training.trainer import trainer_options
+from lightning_modules.training.undo import undo_settings, undoing_module
+
+
+class Cost(NamedTuple):
+    """What the end of a method took: seconds, and backward passes of a batch."""
+
+    seconds: float = 0.0
+    backward_passes: int = 0
+
+
+def ended(run: Run, model: nn.Module, before: Any, tokenizer: Any, hardware: Callable[..., dict[str, Any]]) -> Cost:
+    """Do what comes after the training, in place; nothing for most methods.
+
+    Args:
+        run: Of the method.
+        model: That has forgotten, its adapters merged.
+        before: State of the start model.
+        tokenizer: Of both.
+        hardware: Number of steps -> arguments of a Trainer.
+    """
+    method, options = run.method, run.options()
+    if not method.finish_steps and not method.undo:
+        return Cost()
+    started = time.perf_counter()
+    L.seed_everything(options.output.seed, verbose=False)
+    data = make_data(options, tokenizer)
+    if method.undo:
+        settings = undo_settings(method.undo)
+        module, steps = undoing_module(model, settings), settings.steps
+    else:
+        splits = data.read()
+        data = ForgetRetainDataModule(
+            substitute_answers(options, splits),
+            splits["retain"],
+            tokenizer,
+            batch_size=options.training.batch_size,
+            seed=options.output.seed,
+            max_length=options.data.max_length,
+        )
+        start = copy.deepcopy(model)
+        start.load_state_dict(before)
+        settings = FinishSettings(
+            lr=method.finish_lr or float(options.training.lr or 0.0) / 2.0, max_norm=options.training.max_norm
+        )
+        module, steps = finishing_module(model, SecondModel(start), settings), method.finish_steps
+    L.Trainer(**trainer_options(**hardware(steps))).fit(module.train(), data)
+    return Cost(time.perf_counter() - started, 2 * steps)
