@@ -35,7 +35,7 @@ def held_by_unlearning(model: nn.Module, options: UnlearnOptions) -> list[Held]:
     """
     training, method = options.training, options.method
     trained = _shapes(model)
-    base = training.base_optimizer()(trained)
+    base = training.base_optimizer(1.0)(trained)  # a learning rate takes no memory, and may not be known yet
     surgery = method.surgery(max_norm=training.max_norm, accumulate=training.accumulates)(base)
     parts = _of_training(model, trained, base, training.optimizer)
     parts.append(
@@ -47,6 +47,8 @@ def held_by_unlearning(model: nn.Module, options: UnlearnOptions) -> list[Held]:
     plain = training.lora_rank and training.lora_init == "default"
     if copies or (options.finish.finish_steps and not plain):
         parts.append(Held("a copy of the model before unlearning, with which the losses compare", bytes_of(model)))
+    if method.teacher is not None:
+        parts.append(Held("the teacher", bytes_of(model)))
     return [Held(what, None if count is None else count // _shards(training)) for what, count in parts]
 
 
