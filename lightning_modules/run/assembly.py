@@ -55,8 +55,8 @@ def make_module(
         kind: The class, or what makes it, with the arguments of `UnlearningModule`.
     """
     forget_loss = method.bound_loss()
-    if method.teacher is not None:
-        forget_loss = objectives.distillation(SecondModel(load_pretrained(method.teacher)[0]))
+    if method.imitates:
+        forget_loss = objectives.distillation(teacher(method))
     return kind(
         model,
         forget_loss=forget_loss,
@@ -70,6 +70,11 @@ def make_module(
         retain_inside=method.retain_inside,
         dual=gs.losses.DualVariable(**method.dual) if method.dual else None,
     )
+
+
+def teacher(method: MethodOptions) -> SecondModel:
+    """The teacher, in memory of its own. It is loaded by the type and files that its folder says."""
+    return SecondModel(load_pretrained(str(method.teacher))[0])
 
 
 def _base_optimizer(training: TrainingOptions) -> Callable[..., torch.optim.Optimizer]:
@@ -124,7 +129,7 @@ def _precompute(model: nn.Module, data: ForgetRetainDataModule, path: Path) -> N
 def kind_of_start_model(options: UnlearnOptions) -> str | None:
     """What --start-model says, with "auto" settled; None if neither loss compares with the model before unlearning."""
     method, training = options.method, options.training
-    names = [method.retain_loss] if method.teacher is not None else [method.forget_loss, method.retain_loss]
+    names = [method.retain_loss] if method.imitates else [method.forget_loss, method.retain_loss]
     losses = [objectives.by_name(name) for name in names]
     if not any(objectives.needs_reference(loss) for loss in losses):
         return None

@@ -12,7 +12,7 @@ from lightning_modules.data.examples import Example, read_examples
 from lightning_modules.data.pairs import ForgetRetainDataModule
 from lightning_modules.data.substitutes import check_substitutes, substituted
 from lightning_modules.evaluation import processes
-from lightning_modules.run.assembly import make_finishing_trainer
+from lightning_modules.run.assembly import make_finishing_trainer, teacher
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.run import Run, Splits
 from lightning_modules.training.finish import FinishSettings, finishing_module
@@ -53,8 +53,9 @@ def finish(run: Run[UnlearnOptions], model: nn.Module, start: Reference) -> None
         start: From `kept_start`.
     """
     options = run.options
+    taught = options.method.teacher is not None
     data = ForgetRetainDataModule(
-        substitute_answers(options, run.splits),
+        run.splits["forget"] if taught else substitute_answers(options, run.splits),
         run.splits["retain"],
         run.tokenizer,
         batch_size=options.training.batch_size,
@@ -65,4 +66,5 @@ def finish(run: Run[UnlearnOptions], model: nn.Module, start: Reference) -> None
     settings = FinishSettings(lr=rate or FinishSettings.lr, max_norm=options.training.max_norm)
     L.seed_everything(options.output.seed, verbose=False)
     trainer = make_finishing_trainer(options.training, options.finish.finish_steps, Console(stderr=True))
-    trainer.fit(finishing_module(model, start, settings).train(), data)
+    module = finishing_module(model, start, settings, teacher=teacher(options.method) if taught else None)
+    trainer.fit(module.train(), data)

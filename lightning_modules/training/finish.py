@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import gradsurgery as gs
+from lightning_modules.training import objectives
 from lightning_modules.training.module import UnlearningModule
-from lightning_modules.training.references import Reference
+from lightning_modules.training.references import Reference, SecondModel
 from lightning_modules.training.warmup import rising_and_falling
 
 
@@ -38,7 +39,11 @@ class FinishSettings:
 
 
 def finishing_module(
-    model: nn.Module, reference: Reference, settings: FinishSettings = FinishSettings()
+    model: nn.Module,
+    reference: Reference,
+    settings: FinishSettings = FinishSettings(),
+    *,
+    teacher: SecondModel | None = None,
 ) -> UnlearningModule:
     """The module that gives a model that has forgotten deeply its fluent answers back.
 
@@ -47,10 +52,15 @@ def finishing_module(
     model on the retain answers. Train it for some twenty steps on batches whose forget examples are the questions with
     substitutes (`lightning_modules.data.substitutes.substituted`). Before the deepening it brings the answers back.
 
+    With a teacher, the first loss is the divergence from it on the forget answers (`objectives.distillation`), and the
+    batches are those of the forget and the retain set. The answers are then as the teacher would give them, which knows
+    the names in the questions and nothing else.
+
     Args:
         model: That has forgotten.
         reference: The model before unlearning: `SecondModel(copy)`, or `AdapterOff()`.
         settings: Of the training.
+        teacher: A model that never learned the forget answers, if there is one.
 
     Raises:
         ValueError, TypeError: As `UnlearningModule`.
@@ -59,7 +69,7 @@ def finishing_module(
     """
     return UnlearningModule(
         model,
-        forget_loss=gs.losses.cross_entropy,
+        forget_loss=gs.losses.cross_entropy if teacher is None else objectives.distillation(teacher),
         retain_loss=gs.losses.kl_divergence,
         optimizer=partial(torch.optim.AdamW, lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.01),
         surgery=partial(gs.GradientSurgery, rule="sum", max_norm=settings.max_norm),

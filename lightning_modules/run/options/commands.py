@@ -203,6 +203,20 @@ class UnlearnOptions(Options):
             }
             if unused := [flag(name) for name, value in given.items() if value]:
                 raise ValueError(f"{', '.join(unused)}: expected a run with surgery, found --method uld")
+        if self.method.teacher is not None and not (self.method.imitates or self.finish.finish_steps):
+            raise ValueError(
+                f"--teacher: expected --forget-loss kl_divergence or --finish-steps, which bring the forget answers to the teacher's "
+                f"probabilities, found --forget-loss {self.method.forget_loss} and no finish"
+            )
+        if self.method.teacher is not None and self.training.sharded:
+            raise ValueError(
+                f"--teacher: expected a teacher that each device can hold beside the model, found --strategy {FSDP2}; train on one device, "
+                "or by ddp"
+            )
+        if self.method.teacher is not None and self.finish.substitutes is not None:
+            raise ValueError(
+                "--substitutes: expected no --teacher with it, found both: whose answers is the finish to teach?"
+            )
         if self.training.sharded and self.finish.finish_steps:
             raise ValueError(
                 f"--finish-steps: expected 0 with --strategy {FSDP2}, found {self.finish.finish_steps}: the finish needs the whole model "

@@ -13,7 +13,7 @@ class FinishOptions:
 
     Attributes:
         finish_steps: optimizer steps of a training after the forgetting that teaches other answers to the forget
-            questions and holds the retain answers to the model before; 0 for none
+            questions, those of --teacher or --substitutes, and holds the retain answers to the model before; 0 for none
         finish_lr: its learning rate; by default half of --lr
         substitutes: file of other answers to the forget questions, one or more for each, for the finish; by default
             those to the 5 retain questions that share most words with it

@@ -31,8 +31,8 @@ class MethodOptions:
             its adapters switched off (auto where there are plain adapters), or log-likelihoods on disk (auto for npo
             and dpo, which need no more)
         teacher: folder or hub name of a model that never learned the forget answers, such as the one before
-            fine-tuning, for --forget-loss kl_divergence: it brings these answers to the probabilities that the teacher
-            gives them
+            fine-tuning; --forget-loss kl_divergence brings these answers to the probabilities that the teacher gives
+            them, and so does the finish
         refusals: text file with a refusal a line, for dpo and idk; some of our own if not given
         rule: how the two gradients are combined: {names}
         rule_options: options of the rule, for example {alpha: 5}
@@ -96,11 +96,6 @@ class MethodOptions:
             raise ValueError(
                 f"--retain-loss: expected a loss that keeps answers, found {self.retain_loss}, which teaches refusals"
             )
-        if self.teacher is not None and self.forget_loss != "kl_divergence":
-            raise ValueError(
-                f"--teacher: expected --forget-loss kl_divergence, which brings the forget answers to the teacher's probabilities, found "
-                f"{self.forget_loss}"
-            )
         losses = objectives.by_name(self.forget_loss), retain
         if self.refusals is not None and not objectives.needs_refusals(losses[0]):
             raise ValueError(
@@ -111,6 +106,11 @@ class MethodOptions:
                 f"--start-model precomputed: expected losses that compare log-likelihoods, found {objectives.name_of(rows[0])}, which "
                 "compares all logits; choose copy or adapters_off"
             )
+
+    @property
+    def imitates(self) -> bool:
+        """Whether the forget loss is the divergence from the teacher."""
+        return self.teacher is not None and self.forget_loss == "kl_divergence"
 
     def perturb(self) -> PerturbSettings | None:
         """How far the weights are moved; None if they are not.

@@ -10,7 +10,10 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 import lightning_modules as lm
+from lightning_modules.run.assembly import kind_of_start_model
+from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.training import objectives
+from lightning_modules.training.finish import finishing_module
 from tests.lightning_modules.training.test_objectives import FAMILIES, batches, gradients, logits_of, make
 from tests.tolerances import LINEAR, close
 
@@ -54,3 +57,31 @@ def test_a_teacher_without_a_model_or_of_another_vocabulary_is_refused() -> None
     module = lm.UnlearningModule(model, forget_loss=objectives.distillation(lm.references.SecondModel(model)))
     with pytest.raises(ValueError, match="another model"):
         module.objectives["forget"](module, data, "forget")
+
+
+def test_the_finish_brings_the_answers_to_the_teacher() -> None:
+    model, teacher, data = make("Llama"), make("Llama", 1), batches()
+    start = lm.references.SecondModel(make("Llama", 2))
+    module = finishing_module(model, start, teacher=lm.references.SecondModel(teacher))
+    found = module.objectives["forget"](module, data, "forget")
+    wanted = divergence(model, teacher, data["forget"])
+    assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=LINEAR[torch.float64].relative)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"forget_loss": "ceu"}, "--teacher: expected --forget-loss kl_divergence or --finish-steps"),
+        ({"finish_steps": 2, "substitutes": "answers.json"}, "--substitutes: expected no --teacher"),
+        ({"finish_steps": 2, "strategy": "fsdp2"}, "--teacher: expected a teacher that each device can hold"),
+    ],
+)
+def test_a_teacher_without_effect_or_place_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        UnlearnOptions.of(model="model", tofu="forget10", teacher="base", **options).check()
+
+
+def test_the_start_model_is_not_needed_for_a_loss_that_compares_with_the_teacher() -> None:
+    with_teacher = UnlearnOptions.of(model="m", tofu="forget10", teacher="base", forget_loss="kl_divergence").resolved()
+    assert kind_of_start_model(with_teacher) is None
+    assert kind_of_start_model(with_teacher.but(teacher=None)) == "copy"
