@@ -37,7 +37,7 @@ def test_the_way_is_the_first_place_on_the_line_through_the_points_that_is_at_th
     at, here, paces = 0.0, 1.0, 1000
     for rate, there in points:
         for pace in range(1, paces + 1):
-            if here + (there - here) * pace / paces < level:
+            if (there if pace == paces else here + (there - here) * pace / paces) < level:
                 assert found is not None
                 assert abs(found - (at + rate * pace / paces)) <= 2 * rate / paces + 1e-12
                 return
