@@ -105,7 +105,7 @@ def test_whatever_decides_a_taught_model_makes_another_one(world: Path) -> None:
         folder(options(), part="reference"),
         folder(options(), {**splits, "forget": splits["forget"][:-1]}),
         folder(options(seed=1)),
-        folder(options(precision="bf16-mixed")),
+        folder(options(precision="bf16-true")),
         folder(options(max_length=40)),
         *(folder(options(finetune={"epochs": 2, "lr": 0.01, "batch_size": 2} | one)) for one in (
             {"epochs": 3}, {"lr": 0.1}, {"batch_size": 3}, {"accumulate": 2}, {"weight_decay": 0.0}, {"max_norm": 2.0}
