@@ -65,6 +65,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         max_length: int | None = None,
         num_workers: int = 0,
         refusals: Sequence[str] | None = None,
+        group_by_length: bool = False,
     ) -> None:
         """Keeps the settings; files are read in `setup`.
 
@@ -78,6 +79,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
                 everything.
             num_workers: of the `DataLoader`. Everything is tokenized beforehand, so 0 is seldom slower.
             refusals: answers such as "I do not know."; `REFUSALS` are some.
+            group_by_length: whether the examples of a batch are of similar length, see `PairSampler`.
 
         Raises:
             ValueError: if `batch_size` is below 1, `refusals` is an empty list or one of blanks, or a source is neither
@@ -100,6 +102,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         self.max_length = max_length
         self.num_workers = num_workers
         self.refusals = refusals
+        self.group_by_length = group_by_length
         self.splits: dict[str, list[Example]] = {}
         self.dataset: PairDataset | None = None
 
@@ -124,7 +127,9 @@ class ForgetRetainDataModule(L.LightningDataModule):
         return PairLoader(
             dataset,
             batch_size=self.batch_size,
-            sampler=PairSampler(dataset, seed=self.seed, **replicas),
+            sampler=PairSampler(
+                dataset, seed=self.seed, group_by_length=self.batch_size if self.group_by_length else None, **replicas
+            ),
             num_workers=self.num_workers,
             collate_fn=partial(collate_pairs, pad_token_id=padding_id(self.tokenizer)),
         )
@@ -235,6 +240,7 @@ class TOFUDataModule(ForgetRetainDataModule):
         max_length: int | None = None,
         num_workers: int = 0,
         refusals: Sequence[str] | None = None,
+        group_by_length: bool = False,
     ) -> None:
         """Keeps the settings.
 
@@ -250,6 +256,7 @@ class TOFUDataModule(ForgetRetainDataModule):
             max_length: the longest example, in tokens.
             num_workers: of the `DataLoader`.
             refusals: answers such as "I do not know.".
+            group_by_length: whether the examples of a batch are of similar length.
         """
         super().__init__(
             (),
@@ -260,6 +267,7 @@ class TOFUDataModule(ForgetRetainDataModule):
             max_length=max_length,
             num_workers=num_workers,
             refusals=refusals,
+            group_by_length=group_by_length,
         )
         self.split = split
         self.folder = folder

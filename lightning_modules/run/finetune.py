@@ -46,6 +46,7 @@ from lightning_modules.training.callbacks import Checkpoints
 from lightning_modules.training.finetuning import FinetuningDataModule, FinetuningModule
 from lightning_modules.training.merging import check_mergeable, merged
 from lightning_modules.training.probability import mean_probabilities
+from lightning_modules.training.recomputing import recompute_activations
 
 
 def finetune(options: FinetuneOptions, stated: Collection[str] = ()) -> Path:
@@ -103,6 +104,8 @@ def _taught(options: FinetuneOptions, rows: list[Example]) -> Path:
     scored = evenly_spaced(encoded, VALIDATION_EXAMPLES)
     before = _probability(model, scored, tokenizer) if first else 0.0
     model = adapt(model, training.as_unlearning().adapters(options.output.seed))
+    if training.gradient_checkpointing:
+        recompute_activations(model)
     if training.save == "merged":
         check_mergeable(model)  # now, and not after hours of training
     module = FinetuningModule(model, options.settings()).train()

@@ -47,7 +47,9 @@ def make_data(options: Options, tokenizer: Any) -> ForgetRetainDataModule:
     data = options.data
     common: dict[str, Any] = {"seed": options.output.seed, "max_length": data.max_length}
     if isinstance(options, UnlearnOptions):
-        common |= {"batch_size": options.training.batch_size, "refusals": _refusals(options.method)}
+        training = options.training
+        common |= {"batch_size": training.batch_size, "group_by_length": training.group_by_length}
+        common |= {"refusals": _refusals(options.method)}
     if data.tofu is not None:
         authors = data.authors if options.chooses_authors else None
         common |= {"num_authors": authors, "forget_authors": data.forget_authors, "general": not options.model.scratch}

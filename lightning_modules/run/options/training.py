@@ -50,6 +50,8 @@ class TrainingOptions:
         probes: at the end, teach a float32 copy a quarter of the forget answers again, and round copies to 8 and 4
             bits; by default only for the model from scratch
         batch_size: how many forget examples, and as many retain examples, each process takes into one forward pass
+        group_by_length: sort the examples of eight batches by length, so that less is padding; the forget and retain
+            sets are passed through in the same way, in another order
         accumulate: how many batches make one optimizer step; by default 4, or 1 for the model from scratch
         max_norm: clip the combined gradient to this norm; null for no clipping
         save: what is left in model/: the weights with the adapters merged into them, or the adapter alone, as PEFT
@@ -66,6 +68,8 @@ class TrainingOptions:
             the defaults are the paper's, but for the model from scratch num_layers is 1 and weight is 1
         lora_init: how adapters start: at random, or by LoKU's FILA from Fisher information
         checkpoint_every: optimizer steps between checkpoints, besides one after every epoch; null for epochs only
+        gradient_checkpointing: keep the input of every layer alone for the backward pass, which computes the rest
+            again: the same steps with less memory, a third more time
         precision: the precision, by Lightning's name; by default bf16-mixed with a CUDA GPU and 32-true without one
         devices: number of devices, or auto
         num_nodes: number of machines that train together; torchrun or srun starts the command on each
@@ -91,6 +95,7 @@ class TrainingOptions:
     best_below: float | None = None
     probes: bool | None = None
     batch_size: int = 8
+    group_by_length: bool = False
     accumulate: int | None = None
     max_norm: float | None = 1.0
     save: Literal["merged", "adapter"] = "merged"
@@ -102,6 +107,7 @@ class TrainingOptions:
     uld: dict[str, float] = field(default_factory=dict)
     lora_init: Literal["default", "fila"] = "default"
     checkpoint_every: int | None = None
+    gradient_checkpointing: bool = False
     precision: str | None = None
     devices: str = "auto"
     num_nodes: int = 1
