@@ -28,7 +28,6 @@ from lightning_modules.run.scoring import score
 from lightning_modules.run.show import show_example, show_start
 from lightning_modules.training.adapters import adapt
 from lightning_modules.training.merging import check_mergeable, merged
-from lightning_modules.training.recomputing import recompute_activations
 from lightning_modules.training.references import AdapterOff, Precomputed, Reference, SecondModel, precompute
 from lightning_modules.training.sharding import POLICIES, Distributed
 from lightning_modules.training.trainer import trainer_options
@@ -55,8 +54,6 @@ def by_shards(
     def load() -> tuple[nn.Module, Any]:
         model, tokenizer = load_model(options, splits)
         adapted = adapt(model, training.adapters(options.output.seed))
-        if training.gradient_checkpointing:
-            recompute_activations(adapted)
         check_mergeable(adapted)  # now, and not after hours of training
         return adapted, tokenizer
 

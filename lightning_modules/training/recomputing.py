@@ -32,4 +32,8 @@ def recompute_activations(model: nn.Module) -> None:
             f"--gradient-checkpointing: expected a model of Transformers that supports it, found {type(core).__name__}, which does not; "
             "leave it out, and use a smaller --batch-size with --accumulate to save memory"
         )
-    core.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    without = {"use_reentrant": False}
+    if hasattr(core, "activation_checkpointing_enable"):  # its name in Transformers 5.x, whose older one warns
+        core.activation_checkpointing_enable(activation_checkpointing_kwargs=without)
+    else:
+        core.gradient_checkpointing_enable(gradient_checkpointing_kwargs=without)

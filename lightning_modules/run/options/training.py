@@ -177,6 +177,11 @@ class TrainingOptions:
                 f"--strategy {FSDP2}: expected --precision {' or '.join(SHARDED_PRECISIONS)}, found {self.precision!r}, for which sharded "
                 "gradients have no loss scale and checkpoints no float32 weights"
             )
+        if self.gradient_checkpointing:
+            raise ValueError(
+                f"--strategy {FSDP2}: expected no --gradient-checkpointing, found it: that shards gather the same weights for a layer that "
+                "is run again has not been tested; leave it out, and use more devices or a smaller --batch-size"
+            )
         if self.lora_init == "fila":
             raise ValueError(
                 f"--strategy {FSDP2}: expected adapters that start at random, found --lora-init fila, whose Fisher information needs the "
