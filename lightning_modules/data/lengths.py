@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
-_BUCKET = 8  # batches that are sorted by length together: enough to save padding, few enough to keep the order random
+BUCKET = 8
+"""Batches that are sorted by length together: enough to save padding, few enough to keep the order random."""
 
 
 class LengthBatches:
@@ -66,8 +67,8 @@ class LengthBatches:
         shuffled = order.sample(range(len(self.lengths)), len(self.lengths))
         size = self.batch_size * self.num_replicas
         batches: list[list[int]] = []
-        for start in range(0, len(shuffled), _BUCKET * size):
-            bucket = sorted(shuffled[start : start + _BUCKET * size], key=lambda place: self.lengths[place])
+        for start in range(0, len(shuffled), BUCKET * size):
+            bucket = sorted(shuffled[start : start + BUCKET * size], key=lambda place: self.lengths[place])
             batches += [bucket[first : first + size] for first in range(0, len(bucket), size)]
         order.shuffle(batches)
         return batches

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
+from lightning_modules.data.lengths import BUCKET
 from lightning_modules.data.tokenization import Encoded, collate
 
 
@@ -79,12 +80,24 @@ class PairSampler(DistributedSampler):
 
     It is a `DistributedSampler` even for one process, because Lightning replaces every other sampler by its own.
 
+    With `group_by_length` every run of eight steps' pairs is sorted by length, the forget and the retain examples each
+    by themselves, and the steps are shuffled; a step's examples are then of similar length, and the sentences above
+    hold for runs of eight steps.
+
     Attributes:
         start: so many pairs of this process are left out of the next pass, for training that goes on in the middle of
             an epoch.
     """
 
-    def __init__(self, dataset: PairDataset, *, seed: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
+    def __init__(
+        self,
+        dataset: PairDataset,
+        *,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+        group_by_length: int | None = None,
+    ) -> None:
         """Prepares the order of one process.
 
         Args:
@@ -92,10 +105,12 @@ class PairSampler(DistributedSampler):
             seed: of both orders.
             num_replicas: the number of processes, W.
             rank: this process, below W.
+            group_by_length: the batch size B of one process, if the examples of a batch are to be of similar length.
         """
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed)
         self.sizes = len(dataset.forget), len(dataset.retain)
-        self.start = 0
+        self.start, self.grouped = 0, group_by_length
+        self._lengths = [[len(text.input_ids) for text in texts] for texts in (dataset.forget, dataset.retain)]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """The pairs of this process in the current epoch, see `set_epoch`; those before `start` are left out, once."""
@@ -109,8 +124,25 @@ class PairSampler(DistributedSampler):
         }
         retain = [walks[step // num_retain][step % num_retain] for step in range(first, first + num_forget)]
         pairs = list(zip(forget, retain, strict=True))
+        if self.grouped is not None:
+            pairs = self._grouped(pairs, self.grouped * self.num_replicas)
         positions = range(self.rank, self.total_size, self.num_replicas)[start:]
         return iter([pairs[position % num_forget] for position in positions])
+
+    def _grouped(self, pairs: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:
+        """The pairs in steps of similar length, the last and smaller step at the end."""
+        steps: list[list[tuple[int, int]]] = []
+        for start in range(0, len(pairs), BUCKET * size):
+            columns = zip(*pairs[start : start + BUCKET * size], strict=True)
+            forget, retain = (
+                sorted(column, key=lambda place, lengths=lengths: lengths[place])
+                for column, lengths in zip(columns, self._lengths, strict=True)
+            )
+            bucket = list(zip(forget, retain, strict=True))
+            steps += [bucket[first : first + size] for first in range(0, len(bucket), size)]
+        whole = len(pairs) // size
+        order = [*permutation(whole, self.seed, "steps", self.epoch), *range(whole, len(steps))]
+        return [pair for step in order for pair in steps[step]]
 
 
 def permutation(n: int, seed: int, stream: str, number: int) -> list[int]:

@@ -72,6 +72,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         refusals: Sequence[str] | None = None,
         retain_heldout: str | Path | Sequence[Mapping[str, object]] | None = None,
         target: str | None = None,
+        group_by_length: bool = False,
     ) -> None:
         """Keeps the settings; files are read in `setup`.
 
@@ -89,6 +90,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
                 for none.
             target: a text such as `TARGET`, for `objectives.jensun`: the third batch then is the forget batch with the
                 target's tokens, over and over, as the labels of each answer.
+            group_by_length: whether the examples of a batch are of similar length, see `PairSampler`.
 
         Raises:
             ValueError: if `batch_size` is below 1, `refusals` is an empty list or one of blanks, `target` is blank or
@@ -115,6 +117,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         if target is not None and (refusals is not None or not target.strip()):
             raise ValueError(f"target: expected a text, and no refusals beside it, found {target!r:.80}")
         self.refusals, self.target = refusals, target
+        self.group_by_length = group_by_length
         self.splits: dict[str, list[Example]] = {}
         self.dataset: PairDataset | None = None
 
@@ -139,7 +142,9 @@ class ForgetRetainDataModule(L.LightningDataModule):
         return PairLoader(
             dataset,
             batch_size=self.batch_size,
-            sampler=PairSampler(dataset, seed=self.seed, **replicas),
+            sampler=PairSampler(
+                dataset, seed=self.seed, group_by_length=self.batch_size if self.group_by_length else None, **replicas
+            ),
             num_workers=self.num_workers,
             collate_fn=partial(collate_pairs, pad_token_id=padding_id(self.tokenizer)),
         )
@@ -266,6 +271,7 @@ class TOFUDataModule(ForgetRetainDataModule):
         refusals: Sequence[str] | None = None,
         heldout_authors: int = 0,
         target: str | None = None,
+        group_by_length: bool = False,
     ) -> None:
         """Keeps the settings.
 
@@ -283,6 +289,7 @@ class TOFUDataModule(ForgetRetainDataModule):
             refusals: answers such as "I do not know.".
             heldout_authors: so many of the kept authors are never trained on, see `tofu_examples`.
             target: what `objectives.jensun` teaches.
+            group_by_length: whether the examples of a batch are of similar length.
         """
         super().__init__(
             (),
@@ -294,6 +301,7 @@ class TOFUDataModule(ForgetRetainDataModule):
             num_workers=num_workers,
             refusals=refusals,
             target=target,
+            group_by_length=group_by_length,
         )
         self.split = split
         self.folder = folder

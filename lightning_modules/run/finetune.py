@@ -47,6 +47,7 @@ from lightning_modules.training.callbacks import Checkpoints
 from lightning_modules.training.finetuning import FinetuningDataModule, FinetuningModule
 from lightning_modules.training.merging import check_mergeable
 from lightning_modules.training.probability import mean_probabilities
+from lightning_modules.training.recomputing import recompute_activations
 
 
 def finetune(options: FinetuneOptions, stated: Collection[str] = ()) -> Path:
@@ -108,6 +109,8 @@ def _taught(options: FinetuneOptions, rows: list[Example]) -> Path:
     scored = evenly_spaced(encoded, VALIDATION_EXAMPLES)
     before = _probability(model, scored, tokenizer) if first else 0.0
     model = adapt(model, training.as_unlearning().adapters(options.output.seed))
+    if training.gradient_checkpointing:
+        recompute_activations(model)
     if training.save == "merged":
         check_mergeable(model)  # now, and not after hours of training
     module = FinetuningModule(model, options.settings()).train()

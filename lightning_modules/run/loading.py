@@ -41,7 +41,9 @@ def make_data(options: Options, tokenizer: Any) -> ForgetRetainDataModule:
     data = options.data
     common: dict[str, Any] = {"seed": options.output.seed, "max_length": data.max_length}
     if isinstance(options, UnlearnOptions):
-        common |= {"batch_size": options.training.batch_size, "refusals": _refusals(options.method)}
+        training = options.training
+        common |= {"batch_size": training.batch_size, "group_by_length": training.group_by_length}
+        common |= {"refusals": _refusals(options.method)}
         common["target"] = TARGET if objectives.needs_target(objectives.by_name(options.method.forget_loss)) else None
     if data.tofu is not None:
         authors = data.authors if options.chooses_authors else None

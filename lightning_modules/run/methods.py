@@ -47,6 +47,7 @@ from lightning_modules.training.callbacks import (
 )
 from lightning_modules.training.callbacks.checkpoints import FORMER
 from lightning_modules.training.checkpoint_file import CheckpointFile
+from lightning_modules.training.recomputing import recompute_activations
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module, log: ScoredSplits | N
     options, training, first = run.options, run.options.training, will_be_first()
     data = make_data(options, run.tokenizer)
     model = adapted(model, training, data, options.output.seed)
+    if training.gradient_checkpointing:
+        recompute_activations(model)
     start = kept_start(model, options) if options.finish.finish_steps else None
     curve = make_curve(run)
     trainer = watched_trainer(run, curve)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 OF_SURGERY = (
     *(option.name for option in fields(MethodOptions) if option.name != "method"),
     *("optimizer", "accumulate", "max_norm", "stop_below", "score_every", "collapse_below"),
+    *("group_by_length", "gradient_checkpointing"),
     *("strategy", "devices", "num_nodes"),
 )
 """Options without effect under --method uld: they are about losses, rules, steps of surgery or processes."""

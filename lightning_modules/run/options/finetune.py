@@ -79,6 +79,8 @@ class FinetuneTrainingOptions:
         lora_dropout: dropout on the adapters' input while training
         lora_kind: plain LoRA, DoRA (a trained length for each row of the weight), or rank-stabilised LoRA
         checkpoint_every: optimizer steps between checkpoints, besides one after every epoch; null for epochs only
+        gradient_checkpointing: keep the input of every layer alone for the backward pass, which computes the rest
+            again: the same steps with less memory, a third more time
         precision: the precision, by Lightning's name; by default bf16-mixed with a CUDA GPU or a CPU that computes
             bfloat16 natively, and 32-true without
         devices: number of devices, or auto
@@ -104,6 +106,7 @@ class FinetuneTrainingOptions:
     lora_dropout: float = 0.0
     lora_kind: Literal["lora", "dora", "rslora"] = "lora"
     checkpoint_every: int | None = None
+    gradient_checkpointing: bool = False
     precision: str | None = None
     devices: str = "auto"
     num_nodes: int = 1

@@ -60,6 +60,8 @@ class TrainingOptions:
             costs 620 training steps and 37 answers to each question; by default none, or quick for the model from
             scratch
         batch_size: how many forget examples, and as many retain examples, each process takes into one forward pass
+        group_by_length: sort the examples of eight batches by length, so that less is padding; the forget and retain
+            sets are passed through in the same way, in another order
         accumulate: how many batches make one optimizer step; by default 4, or fewer where that leaves an epoch fewer
             than 10 steps, or 1 for the model from scratch
         max_norm: clip the combined gradient to this norm; null for no clipping
@@ -77,6 +79,8 @@ class TrainingOptions:
             the defaults are the paper's, but for the model from scratch num_layers is 1 and weight is 1
         lora_init: how adapters start: at random, or by LoKU's FILA from Fisher information
         checkpoint_every: optimizer steps between checkpoints, besides one after every epoch; null for epochs only
+        gradient_checkpointing: keep the input of every layer alone for the backward pass, which computes the rest
+            again: the same steps with less memory, a third more time
         precision: the precision, by Lightning's name; by default bf16-mixed with a CUDA GPU or a CPU that computes
             bfloat16 natively, and 32-true without, and for the model from scratch
         devices: number of devices, or auto
@@ -104,6 +108,7 @@ class TrainingOptions:
     best_below: float | None = None
     probes: Literal["none", "quick", "all"] | bool | None = None
     batch_size: int = 8
+    group_by_length: bool = False
     accumulate: int | None = None
     max_norm: float | None = 1.0
     save: Literal["merged", "adapter"] = "merged"
@@ -115,6 +120,7 @@ class TrainingOptions:
     uld: dict[str, float] = field(default_factory=dict)
     lora_init: Literal["default", "fila"] = "default"
     checkpoint_every: int | None = None
+    gradient_checkpointing: bool = False
     precision: str | None = None
     devices: str = "auto"
     num_nodes: int = 1
@@ -201,6 +207,11 @@ class TrainingOptions:
             raise ValueError(
                 f"--strategy {FSDP2}: expected --precision {' or '.join(SHARDED_PRECISIONS)}, found {self.precision!r}, for which sharded "
                 "gradients have no loss scale and checkpoints no float32 weights"
+            )
+        if self.gradient_checkpointing:
+            raise ValueError(
+                f"--strategy {FSDP2}: expected no --gradient-checkpointing, found it: that shards gather the same weights for a layer that "
+                "is run again has not been tested; leave it out, and use more devices or a smaller --batch-size"
             )
         if self.lora_init == "fila":
             raise ValueError(

@@ -1,0 +1,145 @@
+"""What the real job costs: tokens a second, the share of surgery in a step, and the share of scoring in a run.
+
+Run it: python tests/benchmarks/end_to_end.py [--model FOLDER] [--threads 2] [--steps 40] [--questions 24] [--rounds 3]
+
+Without a model it is the command's small Llama, which learns its fictional authors for an epoch; with one, such as
+SmolLM2's folder, that model. Both learn nothing here that they could forget, so that generation has to say everything
+itself: a model that knows its answers is scored in less.
+
+A step is `gs.GRU` over AdamW with a forget and a retain batch, CE-U and cross-entropy at the answers' tokens. The share of
+surgery is what a step takes longer than the same two backward passes summed into one gradient and AdamW's step. Times are
+medians of interleaved rounds in one process; only ratios mean something on a machine that does other work too, and its
+load is printed with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import gradsurgery as gs
+from lightning_modules.data.examples import asked
+from lightning_modules.data.fictional_authors import fictional_authors
+from lightning_modules.data.tokenization import collate, encode, padding_id
+from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate
+from lightning_modules.training.heads import AnswerHead, answer_values
+from lightning_modules.training.scratch import ScratchSettings, scratch_model
+
+Batches = Mapping[str, Mapping[str, Tensor]]
+
+
+def loss(head: AnswerHead, batch: Mapping[str, Tensor], kind: Any) -> Tensor:
+    values, tokens = answer_values(kind, head.states(batch), batch["labels"])
+    return gs.losses.token_mean(values, tokens)
+
+
+def surgery_step(model: nn.Module, batches: Batches) -> Callable[[], None]:
+    head = AnswerHead(model)
+    optimizer = gs.GRU(torch.optim.AdamW(model.parameters(), lr=0.0))
+
+    def step() -> None:
+        with optimizer.objective("retain"):
+            loss(head, batches["retain"], gs.losses.cross_entropy).backward()
+        with optimizer.objective("forget"):
+            loss(head, batches["forget"], gs.losses.ceu).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def summed_step(model: nn.Module, batches: Batches) -> Callable[[], None]:
+    head = AnswerHead(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+
+    def step() -> None:
+        loss(head, batches["retain"], gs.losses.cross_entropy).backward()
+        loss(head, batches["forget"], gs.losses.ceu).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder of a causal language model; the command's small Llama if not given")
+    defaults = {"threads": torch.get_num_threads(), "steps": 40, "questions": 24, "batch-size": 8, "rounds": 3}
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = fictional_authors(10)
+    if arguments.model is None:
+        with tempfile.TemporaryDirectory() as folder:
+            model, tokenizer = scratch_model(rows, ScratchSettings(epochs=1), cache_dir=Path(folder))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    device = next(model.parameters()).device
+    model.train()
+    size = arguments.batch_size
+    encoded = [encode(tokenizer, asked(row), row["answer"]) for row in rows[: 2 * size]]
+    batches = {
+        name: {key: value.to(device) for key, value in collate(part, padding_id(tokenizer)).items()}
+        for name, part in (("forget", encoded[:size]), ("retain", encoded[size:]))
+    }
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches.values())
+    steps = {"surgery": surgery_step(model, batches), "summed": summed_step(model, batches)}
+    half = arguments.questions // 2
+    splits = {"forget": rows[:half], "retain": rows[half : arguments.questions]}
+    scoring = {
+        "likelihoods": EvaluationSettings(generate=False),
+        "likelihoods and answers": EvaluationSettings(),
+    }
+    works: dict[str, Callable[[], object]] = dict(steps) | {
+        name: lambda settings=settings: evaluate(model, tokenizer, splits, settings, progress=False)
+        for name, settings in scoring.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for step in steps.values():
+        timed(step)
+    for _ in range(arguments.rounds):
+        for name, work in works.items():
+            times[name].append(timed(work))
+    step, summed, likelihoods, everything = (median(found) for found in times.values())
+    share = median(1 - plain / whole for whole, plain in zip(times["surgery"], times["summed"], strict=True))
+    training, evaluation = arguments.steps * step, 2 * everything
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"torch {torch.__version__}, {device.type}, {arguments.threads} threads, load {os.getloadavg()[0]:.1f}: "
+        f"{weights / 1e6:.1f}M parameters, batches of 2 x {size}, {tokens} tokens a step"
+    )
+    print(f"  a step            {step:8.2f} s, {tokens / step:8.1f} trained tokens a second")
+    print(f"  of it surgery     {share:8.1%} (summed gradients: {summed:.2f} s)")
+    print(
+        f"  scoring           {everything / arguments.questions:8.2f} s a question, of it {1 - likelihoods / everything:.0%} generation"
+    )
+    print(
+        f"  a run of {arguments.steps} steps, {arguments.questions} questions scored before and after: scoring is "
+        f"{evaluation / (evaluation + training):.1%} of it, {evaluation / training:.2f} x the training"
+    )
+
+
+if __name__ == "__main__":
+    main()
