@@ -30,10 +30,12 @@ from lightning_modules.run.loading import make_data
 from lightning_modules.run.options import TrainingOptions, UnlearnOptions
 from lightning_modules.run.plugins import make_callbacks, make_loggers
 from lightning_modules.run.probing import probe_it
+from lightning_modules.run.radius import with_radius, write_radius
 from lightning_modules.run.run import Run
 from lightning_modules.run.scoring import score
 from lightning_modules.run.show import show_start
 from lightning_modules.training.adapters import checked_targets
+from lightning_modules.training.auto_radius import SameRadius
 from lightning_modules.training.callbacks import (
     BestTradeoff,
     Checkpoints,
@@ -86,6 +88,8 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
     options, training, first = run.options, run.options.training, will_be_first()
     data = make_data(options, run.tokenizer)
     model = adapted(model, training, data, options.output.seed)
+    started_as, run = run, with_radius(run, model)
+    options = run.options
     start = kept_start(model, options) if options.finish.finish_steps else None
     curve = make_curve(run)
     trainer = watched_trainer(run, curve)
@@ -98,6 +102,7 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned | None:
         # Only after everything that a wrong option can break, so that the corrected command finds the folder free; and
         # before any other file, so that a run that is killed can be resumed.
         write_config(run.folder, "unlearn", options.recorded())
+        write_radius(started_as, run)
     reference = start_model(run, model, data)
     module = make_module(model, options.method, training, reference).train()
     seconds["train"] = fit(run, trainer, module, data)
@@ -125,7 +130,7 @@ def watched_trainer(run: Run[UnlearnOptions], curve: TradeoffCurve) -> L.Trainer
     """The Trainer of a run with surgery, with every callback that writes into its folder or may stop it."""
     folder, training = run.folder, run.options.training
     logs = [SurgeryLogger(folder / SURGERY), GEffectLogger(folder / G_EFFECT)]
-    callbacks = [*logs, curve, *watching(training, folder, curve), _checkpoints(run)]
+    callbacks = [SameRadius(), *logs, curve, *watching(training, folder, curve), _checkpoints(run)]
     return make_trainer(folder, training, callbacks, Console(stderr=True))
 
 

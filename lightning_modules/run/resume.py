@@ -6,9 +6,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TypeVar
 
-from lightning_modules.folder import CHECKPOINTS, CONFIG, METRICS, check_links
+from lightning_modules.data.files import read_json
+from lightning_modules.folder import CHECKPOINTS, CONFIG, METRICS, TRAINING, check_links
 from lightning_modules.run.options import FinetuneOptions, UnlearnOptions
 from lightning_modules.run.options.flat import flag
+from lightning_modules.run.options.method import AUTO
 from lightning_modules.run.saved import read_options
 
 OptionsT = TypeVar("OptionsT", UnlearnOptions, FinetuneOptions)
@@ -49,6 +51,8 @@ def resumed(given: OptionsT, stated: Collection[str] = ()) -> OptionsT:
     saved = kind.of(**values | place)
     before, now, default = saved.flat(), given.flat(), kind.of(**place).flat()
     said = {name: now[name] for name in names - {"resume"} if name in stated or now[name] != default[name]}
+    if said.get("radius") == AUTO and _measured(folder):
+        del said["radius"]
     # config.yaml holds what a default such as null came to, so the options given are resolved as the run's were.
     meant = saved.but(**said).resolved().flat()
     changed = [
@@ -61,3 +65,9 @@ def resumed(given: OptionsT, stated: Collection[str] = ()) -> OptionsT:
             f"--resume: expected the options of {config}, found {', '.join(changed)}; leave them out, or start a new run"
         )
     return saved.but(resume=True)
+
+
+def _measured(folder: Path) -> bool:
+    """Whether the radius in config.yaml was measured."""
+    path = folder / TRAINING
+    return path.exists() and "radius" in read_json(path, "what callbacks of the run wrote")

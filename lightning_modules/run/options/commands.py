@@ -18,7 +18,7 @@ from lightning_modules.run.options.data import (
 from lightning_modules.run.options.finetune import FirstOptions
 from lightning_modules.run.options.finish import FinishOptions
 from lightning_modules.run.options.flat import Flat, check_finite, flag
-from lightning_modules.run.options.method import MethodOptions
+from lightning_modules.run.options.method import AUTO, MethodOptions
 from lightning_modules.run.options.recipes import RecipeOptions, expanded
 from lightning_modules.run.options.training import FSDP2, TrainingOptions, uld_numbers
 
@@ -160,8 +160,7 @@ class UnlearnOptions(Options):
         if self.recipe.recipe == "deep" and not self.method.radius:
             raise ValueError(
                 f"--recipe deep: expected --radius with --model {self.model.model}, found none; the right one differs from model to model: "
-                "about the length of the way that a relearning attack moves the weights, such as '{start: 0.03, end: 0.3}' for a model of "
-                "135 million"
+                "auto measures it, and '{start: 0.03, end: 0.3}' is good for a model of 135 million"
             )
         if self.method.method == "uld":
             given = {
@@ -172,6 +171,11 @@ class UnlearnOptions(Options):
             }
             if unused := [flag(name) for name, value in given.items() if value]:
                 raise ValueError(f"{', '.join(unused)}: expected a run with surgery, found --method uld")
+        if self.training.sharded and self.method.radius == AUTO:
+            raise ValueError(
+                f"--radius auto: expected numbers with --strategy {FSDP2}, found auto, which needs the whole model on one device; measure "
+                "it there, and give what config.yaml then has, such as '{start: 0.03, end: 0.15}'"
+            )
         if self.training.sharded and self.finish.finish_steps:
             raise ValueError(
                 f"--finish-steps: expected 0 with --strategy {FSDP2}, found {self.finish.finish_steps}: the finish needs the whole model "
