@@ -30,12 +30,14 @@ from lightning_modules.run.loading import make_data
 from lightning_modules.run.options import AUTO, TrainingOptions, UnlearnOptions
 from lightning_modules.run.plugins import make_callbacks, make_loggers
 from lightning_modules.run.probing import probe_it
+from lightning_modules.run.radius import with_radius, write_radius
 from lightning_modules.run.run import Run
 from lightning_modules.run.saving import whole
 from lightning_modules.run.scoring import ScoredSplits, score
 from lightning_modules.run.settling import settle_rate, settle_target
 from lightning_modules.run.show import show_start
 from lightning_modules.training.adapters import checked_targets
+from lightning_modules.training.auto_radius import SameRadius
 from lightning_modules.training.callbacks import (
     BestTradeoff,
     Checkpoints,
@@ -99,6 +101,8 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module, log: ScoredSplits | N
     model = adapted(model, training, data, options.output.seed)
     if training.gradient_checkpointing:
         recompute_activations(model)
+    started_as, run = run, with_radius(run, model)
+    options = run.options
     start = kept_start(model, options) if options.finish.finish_steps else None
     curve = make_curve(run)
     trainer = watched_trainer(run, curve)
@@ -108,6 +112,7 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module, log: ScoredSplits | N
         # Only after everything that a wrong option can break, so that the corrected command finds the folder free; and
         # before any other file, so that a run that is killed can be resumed.
         write_config(run.folder, "unlearn", options.recorded())
+        write_radius(started_as, run)
     scored: ScoredSplits | None = None
     if before is not None:
         run, scored = settle_target(run, before, log)
@@ -162,7 +167,7 @@ def watched_trainer(run: Run[UnlearnOptions], curve: TradeoffCurve) -> L.Trainer
     """The Trainer of a run with surgery, with every callback that writes into its folder or may stop it."""
     folder, training = run.folder, run.options.training
     logs = [SurgeryLogger(folder / SURGERY), GEffectLogger(folder / G_EFFECT)]
-    callbacks = [*logs, curve, *watching(training, folder, curve), _checkpoints(run)]
+    callbacks = [SameRadius(), *logs, curve, *watching(training, folder, curve), _checkpoints(run)]
     return make_trainer(folder, training, callbacks, Console(stderr=True))
 
 

@@ -26,7 +26,7 @@ def settled(folder: Path) -> list[str]:
     if not (folder / TRAINING).exists():
         return []
     notes = read_json(folder / TRAINING, f"the {TRAINING} of a run")
-    found = {"learning_rate": "lr", "target": "stop_below"}
+    found = {"learning_rate": "lr", "target": "stop_below", "radius": "radius"}
     return [option for name, option in found.items() if name in notes]
 
 

@@ -16,7 +16,8 @@ from lightning_modules.run.options.data import (
 )
 from lightning_modules.run.options.finetune import FinetuneOptions, FinetuneTrainingOptions, FirstOptions, TaughtOptions
 from lightning_modules.run.options.finish import FinishOptions
-from lightning_modules.run.options.fitted import AUTO, fitted, most_steps
+from lightning_modules.run.options.fitted import fitted, most_steps
+from lightning_modules.run.options.flat import AUTO
 from lightning_modules.run.options.loading import LoadingOptions
 from lightning_modules.run.options.method import MethodOptions
 from lightning_modules.run.options.recipes import RECIPES, RecipeOptions

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import gradsurgery as gs
-from lightning_modules.data.formats import AUTO
+from lightning_modules.data.formats import AUTO as AUTO_FORMAT
 from lightning_modules.run.options.data import (
     BENCHMARKS,
     DataOptions,
@@ -19,7 +19,7 @@ from lightning_modules.run.options.data import (
 )
 from lightning_modules.run.options.finetune import FirstOptions
 from lightning_modules.run.options.finish import FinishOptions
-from lightning_modules.run.options.flat import Flat, check_finite, flag
+from lightning_modules.run.options.flat import AUTO, Flat, check_finite, flag
 from lightning_modules.run.options.loading import LoadingOptions
 from lightning_modules.run.options.method import MethodOptions
 from lightning_modules.run.options.precision import default_precision
@@ -70,7 +70,7 @@ class Options(Flat):
                 f"{flag(str(benchmark))}: expected --model, a pre-trained model, found the model from scratch, which knows nothing that it "
                 "asks about"
             )
-        if self.model.scratch and self.data.prompt_format != AUTO:
+        if self.model.scratch and self.data.prompt_format != AUTO_FORMAT:
             raise ValueError(
                 f"--prompt-format: expected --model, which was taught so, found {self.data.prompt_format!r:.80} with the model from "
                 "scratch, which learns one format; leave it out"
@@ -192,8 +192,7 @@ class UnlearnOptions(Options):
         if self.recipe.recipe == "deep" and not self.method.radius:
             raise ValueError(
                 f"--recipe deep: expected --radius with --model {self.model.model}, found none; the right one differs from model to model: "
-                "about the length of the way that a relearning attack moves the weights, such as '{start: 0.03, end: 0.3}' for a model of "
-                "135 million"
+                "auto measures it, and '{start: 0.03, end: 0.3}' is good for a model of 135 million"
             )
         if self.method.method == "uld":
             given = {
@@ -217,6 +216,11 @@ class UnlearnOptions(Options):
         if self.method.teacher is not None and self.finish.substitutes is not None:
             raise ValueError(
                 "--substitutes: expected no --teacher with it, found both: whose answers is the finish to teach?"
+            )
+        if self.training.sharded and self.method.radius == AUTO:
+            raise ValueError(
+                f"--radius auto: expected numbers with --strategy {FSDP2}, found auto, which needs the whole model on one device; measure "
+                "it there, and give what config.yaml then has, such as '{start: 0.03, end: 0.15}'"
             )
         if self.training.sharded and self.finish.finish_steps:
             raise ValueError(

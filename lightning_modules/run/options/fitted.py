@@ -8,10 +8,9 @@ from dataclasses import replace
 import torch
 
 from lightning_modules.run.options.commands import UnlearnOptions
+from lightning_modules.run.options.flat import AUTO
 from lightning_modules.run.options.training import TrainingOptions
 
-AUTO = "auto"
-"""The learning rate that is found from trial steps."""
 LEAST_STEPS = 40
 """Optimizer steps that a run may take at least, if nobody says how many: twice what SmolLM2 needed for 40 answers."""
 LEAST_EPOCHS, LARGEST_ACCUMULATE, STEPS_AN_EPOCH = 5, 4, 10

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, field, fields, replace
 from typing import Any, Self
 
+AUTO = "auto"
+"""The value of an option that the run finds out itself: a learning rate or a radius."""
 NAMES = "names"
 """Key in a field's metadata: the values that the option can have, where they are the keys of a table in the code.
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 import gradsurgery as gs
-from lightning_modules.run.options.flat import not_negative, one_of
+from lightning_modules.run.options.flat import AUTO, not_negative, one_of
 from lightning_modules.training import objectives
 from lightning_modules.training.perturb import PerturbSettings
 
@@ -42,8 +42,9 @@ class MethodOptions:
         dual: PDU: weigh the retain loss by a dual variable, for example {limit: 0.3, step_size: 5, initial: 100}
         guard: look at the parameter change itself: measure it, or project it
         radius: take the forget gradient at weights that are moved this far towards remembering the forget answers, so
-            that relearning finds less: {start: 0.2, end: 1}, growing by the step, or {start: 0.5}; by default they are
-            not moved
+            that relearning finds less: {start: 0.2, end: 1}, growing by the step, or {start: 0.5}; auto measures it
+            on the model before training, where the loss of the forget answers is lowest, and config.yaml has what was
+            found; by default they are not moved
         radius_scale: the unit of the radius: global for the length of the whole move, tensor for a multiple of each
             tensor's own length
         scope: one projection for the model, or one for each tensor
@@ -64,7 +65,7 @@ class MethodOptions:
     retain_inside: float = 0.0
     dual: dict[str, float] = field(default_factory=dict)
     guard: Literal["none", "measure", "update"] = "none"
-    radius: dict[str, float] = field(default_factory=dict)
+    radius: dict[str, float] | Literal["auto"] = field(default_factory=dict)
     radius_scale: Literal["global", "tensor"] = "global"
     scope: Literal["global", "tensor"] = "global"
     metric: Literal["euclidean", "optimizer"] = "euclidean"
@@ -73,7 +74,7 @@ class MethodOptions:
         """Raise ValueError on a name, number or option that the losses, the rule or the dual variable do not have."""
         gs.rules.by_name(self.rule)
         not_negative(self, "retain_weight", "retain_inside")
-        if self.perturb() is not None and self.retain_inside:
+        if (self.radius == AUTO or self.perturb() is not None) and self.retain_inside:
             raise ValueError(
                 f"--retain-inside: expected 0 with --radius, found {self.retain_inside}: the two losses are computed at different weights; "
                 "use --retain-weight"
@@ -117,7 +118,12 @@ class MethodOptions:
 
         Raises:
             ValueError: If the radius is no positive number or has other entries than start and end.
+            RuntimeError: If it is "auto" and not measured yet.
         """
+        if self.radius == AUTO:
+            raise RuntimeError(
+                "--radius auto: expected the measured radius in its place before the training is assembled"
+            )
         if not self.radius:
             if self.radius_scale != "global":
                 raise ValueError(f"expected --radius with --radius-scale {self.radius_scale}, found none")

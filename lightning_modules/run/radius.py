@@ -1,0 +1,53 @@
+"""--radius auto: the radius is measured once, before the run's config.yaml is written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rich.console import Console
+from torch import nn
+
+from lightning_modules.data.examples import asked
+from lightning_modules.data.tokenization import encode, padding_id
+from lightning_modules.evaluation.likelihood import on_gpu
+from lightning_modules.folder import TRAINING
+from lightning_modules.run.options import AUTO, UnlearnOptions
+from lightning_modules.run.run import Run
+from lightning_modules.training.auto_radius import RadiusSearch, measured_radius
+from lightning_modules.training.callbacks.notes import note
+
+
+def with_radius(run: Run[UnlearnOptions], model: nn.Module) -> Run[UnlearnOptions]:
+    """The run with the measured radius in the place of "auto"; any other run as it is.
+
+    Args:
+        run: Its config.yaml is not written yet. One that is resumed reads the measured radius there.
+        model: Before unlearning, with the adapters that are trained.
+
+    Raises:
+        ValueError: If it cannot be measured, see `measured_radius`.
+    """
+    options = run.options
+    if options.method.radius != AUTO:
+        return run
+    length, tokenizer = options.data.max_length, run.tokenizer
+    encoded = [encode(tokenizer, asked(row), row["answer"], length) for row in run.splits["forget"]]
+    search = RadiusSearch(batch_size=options.training.batch_size, scale=options.method.radius_scale)
+    with on_gpu(model):
+        found = measured_radius(model, encoded, pad_token_id=padding_id(tokenizer), settings=search)
+    Console(stderr=True, soft_wrap=True).print(
+        f"--radius auto: measured {found['start']:g}, growing to {found['end']:g}", markup=False, highlight=False
+    )
+    return replace(run, options=options.but(radius=found))
+
+
+def write_radius(run: Run[UnlearnOptions], measured: Run[UnlearnOptions]) -> None:
+    """Write into training.json that the radius was measured, so that `--resume --radius auto` means this one.
+
+    Args:
+        run: As it was started.
+        measured: From `with_radius`.
+    """
+    found = measured.options.method.radius
+    if run.options.method.radius == AUTO and not isinstance(found, str):
+        note(run.folder / TRAINING, "radius", found)
