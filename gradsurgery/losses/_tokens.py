@@ -167,7 +167,7 @@ def jensen_shannon_label(odds: Tensor) -> Tensor:
 
     It teaches the label, and moves a token hardly where the model excludes it: the gradient row
     $\tfrac12\, p_y \log(p_y / (1 + p_y))\,(e_y - p)$ vanishes with $p_y$ and nowhere exceeds 0.155. JensUn forgets by
-    it: its labels are those of "No idea", over and over (`lightning_modules.training.objectives.jensun`).
+    it: its labels are those of "No idea", over and over.
 
     Source: JensUn (2509.02820), its forget loss, written from the formula. `jensen_shannon` is its retain loss.
     Arguments, shapes and errors as `cross_entropy`.

@@ -88,4 +88,4 @@ def equal_retention(share: float, ended: Ended, scorer: Scorer) -> dict[str, Any
     at = {name: end[name] for name in ("step", "seconds")}
     if "weight" in end:
         at["weight"] = (1.0 - rho) * end["weight"]
-    return {"share_of_start": rho, **at, **ended.matching.progress(), **scorer.described(ended.model)}
+    return {"share_of_start": rho, **at, **ended.matching.progress(), **scorer.thoroughly(ended.model)}

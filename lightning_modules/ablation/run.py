@@ -119,7 +119,7 @@ def prepare(run: Run, folder: Path) -> dict[str, Any]:
         attack = bool(run.grid.evaluate.attacks)  # the control of every attack
         scored = Scorer(run.grid, splits, reference[1]).thoroughly(reference[0], attack=attack)
     scorer = Scorer(run.grid, splits, tokenizer, None if scored is None else scored["examples"]["truth_ratio_R"])
-    known = {"config": config, "content": found, "start": scorer.thoroughly(model), "reference": scored}
+    known = {"config": config, "content": found, "start": scorer.thoroughly(model, attack=False), "reference": scored}
     write_json(path, known)
     return known
 

@@ -80,16 +80,13 @@ class Scorer:
         stage = Stage("Scoring answers", len(encoded))
         return answer_nll(model, encoded, pad_token_id=pad, batch_size=size, advance=stage.advance)
 
-    def described(self, model: nn.Module) -> dict[str, Any]:
-        """`thoroughly`, with attacks if the grid asks for them at every target."""
-        return self.thoroughly(model, attack=self.given.attack_matches)
-
-    def thoroughly(self, model: nn.Module, *, attack: bool = False) -> dict[str, Any]:
+    def thoroughly(self, model: nn.Module, *, attack: bool | None = None) -> dict[str, Any]:
         """Means over the examples, forget quality, and under `examples` the values behind them, without texts.
 
         Args:
             model: To score.
-            attack: Run the grid's attacks on copies of it too, and put their results under `attacks`.
+            attack: Run the grid's attacks on copies of it too, and put their results under `attacks`; by default if the
+                grid asks for them at every target.
         """
         settings = EvaluationSettings(
             batch_size=self.given.batch_size,
@@ -126,7 +123,7 @@ class Scorer:
         for split in heldout:
             found[f"{split}_probability"] = fmean(row["probability"] for row in likely[split])
             found[f"{split}_n"] = len(likely[split])
-        if attack:
+        if self.given.attack_matches if attack is None else attack:
             encoded, pad = self.encoded["forget"], padding_id(self.tokenizer)
             found["attacks"] = attacked(model, encoded, self.given.attacks, pad_token_id=pad)
         known = [row["truth_ratio"] for row in likely["forget"] if row["truth_ratio"] is not None]

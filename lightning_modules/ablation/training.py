@@ -49,7 +49,7 @@ def train(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: S
     matching = MatchTargets(
         targets,
         scorer.along,
-        scorer.described,
+        scorer.thoroughly,
         every_n_steps=run.grid.train.evaluate_every,
         tolerance=run.grid.evaluate.tolerance,
         progress=tally.shares,

@@ -95,7 +95,7 @@ class Weighted(NamedTuple):
 
 def _walk(run: Run, line: Weighted, clock: _Clock, scorer: Scorer, targets: Sequence[Target]) -> Ended:
     """Raise the weight from 0 until every target is met, or the largest weight is reached."""
-    matching = Matching(targets, scorer.along, scorer.described, tolerance=run.grid.evaluate.tolerance)
+    matching = Matching(targets, scorer.along, scorer.thoroughly, tolerance=run.grid.evaluate.tolerance)
     last = weight = 0.0
     for number in range(_STATES + 1):
         last, weight = weight, run.method.max_weight * number / _STATES

@@ -111,6 +111,7 @@ PAIRS = [
     value("uld", "{weight: 1}", "--uld: expected --method uld with it, found --method surgery"),
     value("retain-loss", "dpo", "--retain-loss: expected a loss that keeps answers, found dpo"),
     value("retain-loss", "idk", "--retain-loss: expected a loss that keeps answers, found idk"),
+    value("retain-loss", "jensun", "--retain-loss: expected a loss that keeps answers, found jensun", "jensen_shannon"),
     value("start-model", "adapters_off", "expected --start-model adapters_off with adapters", "choose copy"),
     given("logits on disk", "--start-model", "precomputed", "--forget-loss", "undial",
           said=("--start-model precomputed: expected losses that compare log-likelihoods, found undial",)),

@@ -115,8 +115,13 @@ def expected(name: str, model: nn.Module, before: nn.Module, data: dict[str, dic
         return -(20 * torch.nn.functional.logsigmoid(0.1 * (rejected - chosen))).mean()
     if name == "idk":
         return nlls(model, data["refusal"]).sum() / (data["refusal"]["labels"][:, 1:] != -100).sum()
+    if name == "jensun":
+        refusal = data["refusal"]
+        return gs.losses.jensen_shannon_label(
+            *gs.losses.answer_tokens(logits_of(model, refusal), refusal["labels"])
+        ).mean()
     logits, tokens = gs.losses.answer_tokens(logits_of(model, forget), forget["labels"], skip_first=int(name == "ceu"))
-    if name in ("undial", "kl_divergence"):
+    if name in ("undial", "kl_divergence", "jensen_shannon"):
         with torch.no_grad():
             target, _ = gs.losses.answer_tokens(logits_of(before, forget), forget["labels"])
         return gs.losses.as_row_loss(objectives.by_name(name))(logits, tokens, target).mean()
