@@ -13,7 +13,7 @@ import yaml
 
 import gradsurgery as gs
 from lightning_modules import cli
-from lightning_modules.data.tokenization import Encoded
+from lightning_modules.data.tokenization import Encoded, collate
 from lightning_modules.run import methods, radius
 from lightning_modules.training.adapters import with_adapters
 from lightning_modules.training.auto_radius import GROWTH, RadiusSearch, measured_radius
@@ -22,12 +22,12 @@ from tests.lightning_modules.training.test_callbacks import examples
 from tests.lightning_modules.training.test_probes import llama
 
 
-def knowing(steps: int = 150) -> tuple[Any, list[Encoded]]:
+def knowing(steps: int = 80) -> tuple[Any, list[Encoded]]:
     """A small model that has learned its examples, so that the loss rises again soon on the way down."""
     model, rows = llama(), examples(8, 1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.03)
+    optimizer, batch = torch.optim.AdamW(model.parameters(), lr=0.03), collate(rows, 0)
     for _ in range(steps):
-        summed(model, rows).backward()
+        model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return model.eval(), rows
