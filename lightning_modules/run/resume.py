@@ -58,7 +58,8 @@ def resumed(given: OptionsT, stated: Collection[str] = ()) -> OptionsT:
     names = set(kind.names())
     place = {"output": given.output.output}
     saved = kind.of(**values | place)
-    before, now, default = saved.flat(), given.flat(), kind.of(**place).flat()
+    usual = kind.of(**place | ({"model": given.model.model} if isinstance(given, UnlearnOptions) else {}))
+    before, now, default = saved.flat(), given.flat(), usual.flat()
     said = {name: now[name] for name in names - set(NO_PART) if name in stated or now[name] != default[name]}
     for name in settled(folder):
         if name in said and said[name] in (None, AUTO):

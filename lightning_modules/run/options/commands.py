@@ -104,8 +104,8 @@ class UnlearnOptions(Options):
 
     Without arguments: a small model and fictional authors.
 
-    The defaults are the papers' (CE-U, GRU). What kept most at equal forgetting in our small experiment (README, "Does
-    it help?") is --recipe balanced; what lasts longest when some answers are taught again, --recipe deep.
+    The defaults of the model from scratch are the papers' (CE-U, GRU), with --model what kept most at equal forgetting
+    (--recipe balanced). What lasts longest when some answers are taught again is --recipe deep.
     """
 
     recipe: RecipeOptions = field(default_factory=RecipeOptions)

@@ -13,6 +13,8 @@ from lightning_modules.run.options.training import TrainingOptions
 
 LEAST_STEPS = 40
 """Optimizer steps that a run may take at least, if nobody says how many: twice what SmolLM2 needed for 40 answers."""
+LEAST_BETWEEN, POINTS = 4, 25
+"""Optimizer steps between two scores at least, and about how many scores a run has."""
 LEAST_EPOCHS, LARGEST_ACCUMULATE, STEPS_AN_EPOCH = 5, 4, 10
 
 
@@ -46,7 +48,10 @@ def fitted(options: UnlearnOptions, examples: int) -> UnlearnOptions:
     if epochs is None and training.steps is None:
         epochs = max(LEAST_EPOCHS, math.ceil(LEAST_STEPS / math.ceil(batches / accumulate)))
     rate = AUTO if training.lr is None and not training.sharded else training.lr
-    return replace(options, training=replace(training, accumulate=accumulate, epochs=epochs, lr=rate))
+    fit = replace(training, accumulate=accumulate, epochs=epochs, lr=rate)
+    if fit.score_every is None:  # scoring 64 + 64 examples takes as long as a step or two
+        fit = replace(fit, score_every=max(LEAST_BETWEEN, most_steps(fit, examples) // POINTS))
+    return replace(options, training=fit)
 
 
 def most_steps(training: TrainingOptions, examples: int) -> int:

@@ -10,6 +10,7 @@ from lightning_modules.run.options.data import ModelOptions
 from lightning_modules.run.options.flat import one_of
 
 _BALANCED: dict[str, Any] = {"ema_decay": 0.7, "retain_weight": 200.0, "guard": "update"}
+_BALANCED_OTHER: dict[str, Any] = {"retain_weight": 50.0}
 _DEEP: dict[str, Any] = {
     "ema_decay": 0.7,
     "retain_weight": 20.0,
@@ -32,8 +33,8 @@ class RecipeOptions:
 
     Attributes:
         recipe: values for the options below, which those that are given replace: {names}. paper is the defaults, CE-U
-            and GRU as published; balanced keeps most at equal forgetting (--ema-decay 0.7 --retain-weight 200 --guard
-            update); deep lasts when the answers are taught again: it forgets at weights that remember better, over a
+            and GRU as published; balanced keeps most at equal forgetting (--ema-decay 0.7 --guard update, and
+            --retain-weight 200 for the model from scratch, 50 for another) and is the default with --model; deep lasts when the answers are taught again: it forgets at weights that remember better, over a
             growing --radius, and then finishes (for another model than scratch, give --radius: the right one differs
             from model to model)
     """
@@ -52,12 +53,17 @@ def expanded(values: Mapping[str, Any]) -> dict[str, Any]:
     Example:
         >>> expanded({"recipe": "balanced", "retain_weight": 5.0})
         {'ema_decay': 0.7, 'retain_weight': 5.0, 'guard': 'update', 'recipe': 'balanced'}
+        >>> expanded({"model": "m"})
+        {'ema_decay': 0.7, 'retain_weight': 50.0, 'guard': 'update', 'recipe': 'balanced', 'model': 'm'}
     """
-    recipe = values.get("recipe", "paper")
+    scratch = ModelOptions(values.get("model", ModelOptions.model)).scratch
+    by_default = "paper" if scratch or values.get("method") == "uld" else "balanced"
+    recipe = values.get("recipe", by_default)
     own = dict(RECIPES.get(recipe, {}))
+    if recipe == "balanced" and not scratch:
+        own |= _BALANCED_OTHER
     if recipe == "deep":
-        model = values.get("model", ModelOptions.model)
-        own |= _DEEP_SCRATCH if ModelOptions(model).scratch else _DEEP_OTHER
+        own |= _DEEP_SCRATCH if scratch else _DEEP_OTHER
         if values.get("epochs") is not None:
             own.pop("steps")
-    return own | dict(values)
+    return own | ({} if recipe == "paper" else {"recipe": recipe}) | dict(values)

@@ -48,7 +48,7 @@ class TrainingOptions:
             never; by default the reference's own mean probability of them if there is a reference, or else 0.05, which
             it is for the model from scratch too; never with --method uld
         score_every: optimizer steps between two scores, each on up to 64 examples of each set; by default a 25th of the
-            run, or 1 for the model from scratch
+            run, at least 4, or 1 for the model from scratch
         collapse_below: stop when the mean retain probability is below this fraction of what it was at the start; null
             for never
         best_below: end with the weights of the scored step with the largest retain probability among those with a
