@@ -49,7 +49,7 @@ class FinetuningSettings:
     epochs: int = 5
     batch_size: int = 8
     accumulate: int = 1
-    lr: float = 1e-4
+    lr: float = 2e-4
     weight_decay: float = 0.01
     max_norm: float | None = 1.0
     seed: int = 0

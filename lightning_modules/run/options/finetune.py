@@ -65,7 +65,8 @@ class FinetuneTrainingOptions:
     Attributes:
         epochs: passes over the examples, as many as TOFU's authors made by default
         lr: AdamW's highest learning rate; it rises over the first tenth of the steps, at most 100, and then falls
-            linearly; TOFU's authors took 1e-5 for 7B weights and 32 examples a step, small models memorise with more
+            linearly; the default is for models of a few hundred million weights and for adapters; TOFU's authors took
+            1e-5 for 7 billion, 2e-5 for 1.3
         weight_decay: AdamW's
         batch_size: how many examples each process takes into one forward pass
         accumulate: how many batches make one optimizer step
@@ -198,7 +199,7 @@ class FirstOptions:
         finetune_first: teach --model the forget and the retain set first, and once more, from the start, the retain set
             only, which is the reference where none is given; both on one device, and cached by everything that decides
             them; with --tofu, --authors and --forget-authors then say how many of each
-        finetune: how it is taught, for example {epochs: 5, lr: 1e-4}; also batch_size, accumulate, weight_decay and
+        finetune: how it is taught, for example {epochs: 5, lr: 2e-4}; also batch_size, accumulate, weight_decay and
             max_norm; the defaults are those of `gradsurgery finetune`
     """
 
