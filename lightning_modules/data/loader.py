@@ -69,7 +69,7 @@ class ResumableLoader(DataLoader[Item_co], ABC):
 
     def _check(self, restored: dict[str, int]) -> None:
         kind = self._kind()
-        found = {name: restored.get(name) for name in kind}
+        found = {name: restored.get(name, 0) for name in kind}
         if found != kind:
             raise ValueError(
                 f"expected a checkpoint from the middle of an epoch with {self._said(kind)}, found one with {self._said(found)}: the rest "
@@ -78,7 +78,8 @@ class ResumableLoader(DataLoader[Item_co], ABC):
 
     def _said(self, kind: dict[str, Any]) -> str:
         key, what = self._unit
-        return f"{kind[key]} {what}, {kind['batch_size']} a batch, in {kind['processes']} processes"
+        grouped = ", grouped by length" if kind.get("grouped") else ""
+        return f"{kind[key]} {what}, {kind['batch_size']} a batch, in {kind['processes']} processes{grouped}"
 
 
 class PairLoader(ResumableLoader[Pair]):
@@ -91,6 +92,7 @@ class PairLoader(ResumableLoader[Pair]):
             "batch_size": self._entries(),
             "processes": self._order().num_replicas,
             "pairs": len(self._order().dataset),  # pyright: ignore[reportArgumentType]
+            "grouped": self._order().grouped or 0,
         }
 
     def _entries(self) -> int:

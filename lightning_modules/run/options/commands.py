@@ -189,11 +189,6 @@ class UnlearnOptions(Options):
             )
 
     def _check_depth(self) -> None:
-        if self.recipe.recipe == "deep" and not self.method.radius:
-            raise ValueError(
-                f"--recipe deep: expected --radius with --model {self.model.model}, found none; the right one differs from model to model: "
-                "auto measures it, and '{start: 0.03, end: 0.3}' is good for a model of 135 million"
-            )
         if self.method.method == "uld":
             given = {
                 "radius": self.method.radius,

@@ -21,7 +21,7 @@ _DEEP: dict[str, Any] = {
     "score_every": 4,
 }
 _DEEP_SCRATCH: dict[str, Any] = {"lr": 1e-3, "steps": 80, "radius": {"start": 0.2, "end": 1.0}, "finish_steps": 20}
-_DEEP_OTHER: dict[str, Any] = {"lr": 1e-4, "steps": 32, "finish_steps": 16}
+_DEEP_OTHER: dict[str, Any] = {"lr": 1e-4, "steps": 32, "radius": "auto", "finish_steps": 16}
 
 RECIPES: dict[str, dict[str, Any]] = {"paper": {}, "balanced": _BALANCED, "deep": _DEEP}
 """Name -> option -> value, for every model."""
@@ -36,7 +36,7 @@ class RecipeOptions:
             and GRU as published; balanced keeps most at equal forgetting (--ema-decay 0.7 --guard update, and
             --retain-weight 200 for the model from scratch, 50 for another) and is the default with --model; deep lasts
             when the answers are taught again: it forgets at weights that remember better, over a growing --radius, and
-            then finishes (for another model than scratch, give --radius: the right one differs from model to model)
+            then finishes (for another model than scratch, --radius auto)
     """
 
     recipe: str = one_of(list(RECIPES), "paper")

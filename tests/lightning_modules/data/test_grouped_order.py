@@ -52,15 +52,22 @@ def test_two_processes_see_together_what_one_sees_with_twice_the_batch() -> None
         assert sorted(together) == sorted(alone[2 * step * BATCH : 2 * (step + 1) * BATCH])
 
 
-def test_it_goes_on_in_the_middle_of_an_epoch() -> None:
-    def loader() -> PairLoader:
-        sampler = PairSampler(DATA, group_by_length=BATCH)
-        return PairLoader(
-            DATA, batch_size=BATCH, sampler=sampler, collate_fn=lambda batch: [pair.index for pair in batch]
-        )
+def loader(group_by_length: int | None = BATCH) -> PairLoader:
+    sampler = PairSampler(DATA, group_by_length=group_by_length)
+    return PairLoader(DATA, batch_size=BATCH, sampler=sampler, collate_fn=lambda batch: [pair.index for pair in batch])
 
+
+def test_it_goes_on_in_the_middle_of_an_epoch() -> None:
     whole, interrupted, resumed = loader(), loader(), loader()
     first = iter(interrupted)
     seen = [next(first) for _ in range(5)]
     resumed.load_state_dict(interrupted.state_dict())
     assert [*seen, *resumed] == list(whole)
+
+
+def test_an_epoch_that_was_begun_in_the_other_order_is_refused() -> None:
+    interrupted, other = loader(None), loader()
+    next(iter(interrupted))
+    other.load_state_dict(interrupted.state_dict())
+    with pytest.raises(ValueError, match="in 1 processes, grouped by length, found one with"):
+        next(iter(other))

@@ -113,7 +113,6 @@ def test_the_finish_teaches_the_substitutes(tmp_path: Path) -> None:
 
 
 REFUSED = [
-    (["--recipe", "deep"], "--recipe deep: expected --radius with --model"),
     (["--recipe", "deeep"], "--recipe: expected one of paper, balanced, deep, found 'deeep'; did you mean deep?"),
     (["--radius", "{end: 1}"], "--radius: expected start, and end if it grows"),
     (["--radius", "{start: 0}"], "--radius: perturb, start: expected a radius > 0, found 0"),
