@@ -128,6 +128,8 @@ class MUSEDataModule(ForgetRetainDataModule):
         max_length: int = 2048,
         num_workers: int = 0,
         refusals: Sequence[str] | None = None,
+        target: str | None = None,
+        group_by_length: bool = False,
     ) -> None:
         """Keeps the settings.
 
@@ -140,6 +142,8 @@ class MUSEDataModule(ForgetRetainDataModule):
             max_length: the longest piece of a text, in tokens; 2048 are the authors'.
             num_workers: of the `DataLoader`.
             refusals: answers such as "I do not know.".
+            target: what `objectives.jensun` teaches.
+            group_by_length: whether the examples of a batch are of similar length.
         """
         super().__init__(
             (),
@@ -150,6 +154,8 @@ class MUSEDataModule(ForgetRetainDataModule):
             max_length=max_length,
             num_workers=num_workers,
             refusals=refusals,
+            target=target,
+            group_by_length=group_by_length,
         )
         self.corpus: MUSECorpus = corpus
         self.folder = folder

@@ -138,6 +138,8 @@ class WMDPDataModule(ForgetRetainDataModule):
         max_length: int = 512,
         num_workers: int = 0,
         refusals: Sequence[str] | None = None,
+        target: str | None = None,
+        group_by_length: bool = False,
     ) -> None:
         """Keeps the settings.
 
@@ -152,6 +154,8 @@ class WMDPDataModule(ForgetRetainDataModule):
             max_length: tokens of each text.
             num_workers: of the `DataLoader`.
             refusals: answers such as "I do not know.".
+            target: what `objectives.jensun` teaches.
+            group_by_length: whether the examples of a batch are of similar length.
         """
         super().__init__(
             (),
@@ -162,6 +166,8 @@ class WMDPDataModule(ForgetRetainDataModule):
             max_length=max_length,
             num_workers=num_workers,
             refusals=refusals,
+            target=target,
+            group_by_length=group_by_length,
         )
         self.subject: WMDPSubject = subject
         self.folder = folder

@@ -41,7 +41,7 @@ def held_by_unlearning(model: nn.Module, options: UnlearnOptions) -> list[Held]:
     parts.append(
         Held(f"surgery's further rows and averages ({_types(trained)}, averages float32)", surgery.memory_estimate())
     )
-    if method.perturb() is not None:
+    if method.radius:
         parts.append(Held("weights before they are moved for the forget row", _bytes(trained)))
     copies = kind_of_start_model(options) == "copy"
     plain = training.lora_rank and training.lora_init == "default"

@@ -38,7 +38,7 @@ def prepare(folder: Path) -> list[str]:
     named = {"model": "start", "forget": "forget.json", "retain": "retain.json"}
     arguments = [word for name, file in named.items() for word in (f"--{name}", str(folder / file))]
     common = {"epochs": 2, "accumulate": 2, "max-new-tokens": 4, "lr": 1e-3, "ema-decay": 0.5, "score-every": 1}
-    common["precision"] = "32-true"
+    common |= {"precision": "32-true", "recipe": "paper"}
     return [*arguments, *(f"--{name}={value}" for name, value in common.items())]
 
 

@@ -74,7 +74,7 @@ def test_it_forgets_what_it_should_and_keeps_what_it_should(run: Path) -> None:
 def test_metrics_json_has_the_documented_form(run: Path) -> None:
     metrics = metrics_of(run)
     assert list(metrics) == [
-        "before", "after", "reference", "forget_quality", "membership", "seconds", "seed", "versions",
+        "before", "after", "reference", "forget_quality", "membership", "seconds", "seed", "versions", "target",
     ]  # fmt: skip
     for model in ("before", "after", "reference"):
         assert set(metrics[model]) == {"forget", "retain"}

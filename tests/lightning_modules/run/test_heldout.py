@@ -78,7 +78,7 @@ def test_the_small_model_and_its_reference_learn_them(monkeypatch: pytest.Monkey
         taught.append(list(rows))
         return torch.nn.Module(), None
 
-    monkeypatch.setattr(loading, "set_template_options", lambda *_: None)
+    monkeypatch.setattr(loading, "set_format", lambda *_: None)
     monkeypatch.setattr(loading, "scratch_model", learn)
     for count in (0, 2):
         options = EvaluateOptions.of(authors=6, forget_authors=2, heldout_authors=count)
