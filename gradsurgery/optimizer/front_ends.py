@@ -167,7 +167,7 @@ class FrontEnds(Adjustable):
         Raises:
             RuntimeError: If an objective is missing, ``.grad`` holds a gradient that belongs to none, or ranks
                 disagree; nothing is changed. A non-finite Gram matrix does not raise here: it leaves NaN in ``.grad``,
-                where a GradScaler finds it, and `step` raises.
+                where a GradScaler finds it, and `GradientSurgery.step` raises.
 
         Cost: reads every row once and writes one, without temporaries (an elementwise rule makes a new row, which is
         measured by one more pass).

@@ -10,7 +10,7 @@ Every n steps it starts anew as the model. Where `PerturbSettings` moves the wei
 has walked as a relearning attack does. Differences from the authors' code: the forget gradient is that at the
 adversary's new weights, computed from a new forward pass (theirs mixes old activations with weights that were edited
 in place).
-Their rule, which drops coordinates whose signs differ, is `gradsurgery.elementwise.sign_agreement`.
+Their rule, which drops coordinates whose signs differ, is `gradsurgery.rules.elementwise.sign_agreement`.
 """
 
 from __future__ import annotations
