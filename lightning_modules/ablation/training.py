@@ -104,7 +104,7 @@ def build_module(model: nn.Module, run: Run) -> UnlearningModule:
         kind = partial(AdversarialModule, adversary=AdversarySettings(**run.method.adversary))
     else:
         kind = UnlearningModule
-    return assembly.make_module(model, method, options.training, reference, kind)
+    return assembly.make_module(model, method, options.training, reference, kind, options.loading)
 
 
 def on_this_device(run: Run, callbacks: Sequence[Callback], steps: int | None = None) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class WMDPDataModule(ForgetRetainDataModule):
     """The WMDP benchmark: forget texts about hazardous knowledge, keep others, and ask about both.
 
     Of each text the beginning is trained on, as many tokens as an example may have, as the authors do. See
-    `lightning_modules.data.wmdp.wmdp_questions` and `wmdp_corpus`.
+    `lightning_modules.data.wmdp.wmdp_questions` and `wmdp_texts`.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_modules.data.chat import has_template
 from lightning_modules.data.examples import asked, evenly_spaced
+from lightning_modules.data.formats import format_of
 from lightning_modules.data.tokenization import IGNORED, Encoded, encode, padding_id
 from lightning_modules.evaluation.generation import generate_greedily
 from lightning_modules.evaluation.intervals import mean_interval
@@ -91,7 +92,7 @@ def prompts(
             if length > 1:
                 given = max(1, min(length - 1, round(share * length)))
                 found.setdefault(f"prefix_{round(100 * share)}", []).append(_given(plain, given))
-        if row["question"] and shots:
+        if row["question"] and shots and format_of(tokenizer) is None:  # a format of --prompt-format has one turn
             asked_after = encode(tokenizer, after_shots(tokenizer, shots, row), row["answer"], every_turn=False)
             found.setdefault("few_shot", []).append(_given(asked_after, 0))
     return found

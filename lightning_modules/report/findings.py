@@ -106,8 +106,9 @@ def notes(run: FinishedRun) -> list[str]:
     """Returns what a reader would not expect, but which is no problem: whose weights the model has."""
     said: list[str] = []
     if searched := run.training.get("learning_rate"):
+        how = "was found from" if searched.get("found", True) else "is the usual one: none was found from"
         said.append(
-            f"The learning rate, {searched['lr']:g}, was found from {len(searched['points']) - 1} trial steps (`--lr auto`)."
+            f"The learning rate, {searched['lr']:g}, {how} {len(searched['points']) - 1} trial steps (`--lr auto`)."
         )
     best = run.training.get("best")
     if not best:

@@ -11,6 +11,8 @@ from typing import Any
 from lightning_modules.folder import CONFIG
 from lightning_modules.report.finished import FinishedRun, read
 
+# What a run finds out itself, as training.json calls it -> the options in which two such runs may differ.
+_SETTLED = {"learning_rate": ("lr", "finish_lr"), "target": ("stop_below",), "radius": ("radius",)}
 # Options in which the runs may differ, see read_seeds.
 _FREE = ("muse_dir", "output", "probes", "reference_cache", "resume", "seed", "tofu_dir", "wmdp_dir")
 
@@ -20,7 +22,8 @@ def read_seeds(folder: Path, others: Sequence[Path], defaults: Mapping[str, Any]
 
     Besides the seed, runs may differ in options that change no score: `output`; `resume`; `probes`, which use copies
     after everything is scored; `reference_cache`, which keeps the same scores; and `tofu_dir`, `muse_dir` and
-    `wmdp_dir`, because the scored examples themselves are compared. They may not differ in `evaluation_batch_size`,
+    `wmdp_dir`, because the scored examples themselves are compared. A learning rate, target or radius that both runs
+    found out themselves may differ too. They may not differ in `evaluation_batch_size`,
     `start_model` or `devices`, which change the rounding.
 
     Args:
@@ -74,10 +77,12 @@ def _check_config(folder: Path, run: FinishedRun) -> None:
 def _check_options(this: tuple[Path, FinishedRun], that: tuple[Path, FinishedRun], defaults: Mapping[str, Any]) -> None:
     (folder, run), (path, other) = this, that
     ours, theirs = {**defaults, **run.config}, {**defaults, **other.config}
+    both = [name for name in _SETTLED if name in run.training and name in other.training]
+    free = {*_FREE, *(option for name in both for option in _SETTLED[name])}
     differing = [
         f"--{str(name).replace('_', '-')} {_told(other.config, name)} (not {_told(run.config, name)})"
         for name in {**run.config, **other.config}
-        if name not in _FREE and _told(ours, name) != _told(theirs, name)
+        if name not in free and _told(ours, name) != _told(theirs, name)
     ]
     if differing:
         raise ValueError(

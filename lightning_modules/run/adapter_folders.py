@@ -15,7 +15,7 @@ from lightning_modules.run.places import is_gguf
 BASE = "base"  # of a run's folder: the model from scratch, if an adapter is kept for it
 
 
-def save_adapter(model: Any, folder: Path, *, base: str) -> None:
+def save_adapter(model: Any, folder: Path, *, base: str, revision: str | None = None) -> None:
     """Save a `PeftModel`'s adapter, so that `PeftModel.from_pretrained(base model, folder)` gives this model.
 
     Args:
@@ -23,9 +23,11 @@ def save_adapter(model: Any, folder: Path, *, base: str) -> None:
         folder: To write into.
         base: Folder or hub name of the model that was adapted. A folder is written down as a whole path, because the
             adapter does not move with it.
+        revision: Of a base on the hub.
     """
     for config in model.peft_config.values():
         config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+        config.revision = None if Path(base).is_dir() else revision
         config.task_type = "CAUSAL_LM"
     # Nothing is ever added to the vocabulary: peft would ask the hub whether to save the embeddings.
     model.save_pretrained(folder, save_embedding_layers=False)

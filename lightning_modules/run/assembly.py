@@ -24,8 +24,8 @@ from lightning_modules.evaluation.likelihood import device_of, on_gpu
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import START_MODEL
 from lightning_modules.progress import Stage
-from lightning_modules.run.models import load_pretrained
-from lightning_modules.run.options import MethodOptions, TrainingOptions, UnlearnOptions
+from lightning_modules.run.models import USUAL, load_pretrained
+from lightning_modules.run.options import LoadingOptions, MethodOptions, TrainingOptions, UnlearnOptions
 from lightning_modules.run.plugins import make_callbacks, make_loggers
 from lightning_modules.run.run import Run
 from lightning_modules.training import objectives
@@ -44,6 +44,7 @@ def make_module(
     training: TrainingOptions,
     reference: Reference | None,
     kind: Callable[..., UnlearningModule] = UnlearningModule,
+    loading: LoadingOptions = USUAL,
 ) -> UnlearningModule:
     """The module that trains a model by a method.
 
@@ -53,10 +54,11 @@ def make_module(
         training: The base optimizer, its warm-up, clipping and accumulation.
         reference: From `start_model`.
         kind: The class, or what makes it, with the arguments of `UnlearningModule`.
+        loading: How the teacher is loaded.
     """
     forget_loss = method.bound_loss()
     if method.imitates:
-        forget_loss = objectives.distillation(teacher(method))
+        forget_loss = objectives.distillation(teacher(method, loading))
     return kind(
         model,
         forget_loss=forget_loss,
@@ -72,9 +74,9 @@ def make_module(
     )
 
 
-def teacher(method: MethodOptions) -> SecondModel:
-    """The teacher, in memory of its own. It is loaded by the type and files that its folder says."""
-    return SecondModel(load_pretrained(str(method.teacher))[0])
+def teacher(method: MethodOptions, loading: LoadingOptions) -> SecondModel:
+    """The teacher, in memory of its own. It is loaded as a reference is."""
+    return SecondModel(load_pretrained(str(method.teacher), loading.of_reference())[0])
 
 
 def _base_optimizer(training: TrainingOptions) -> Callable[..., torch.optim.Optimizer]:

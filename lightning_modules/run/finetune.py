@@ -128,7 +128,7 @@ def _taught(options: FinetuneOptions, rows: list[Example]) -> Path:
     taught: Any = module.model if training.save == "adapter" else whole(module.model)
     with replacing(folder / MODEL) as temporary:
         if training.save == "adapter":
-            save_adapter(taught, temporary, base=str(options.taught.model))
+            save_adapter(taught, temporary, base=str(options.taught.model), revision=options.loading.revision)
             tokenizer.save_pretrained(temporary)
         else:
             save_model(taught, tokenizer, temporary)

@@ -66,5 +66,7 @@ def finish(run: Run[UnlearnOptions], model: nn.Module, start: Reference) -> None
     settings = FinishSettings(lr=rate or FinishSettings.lr, max_norm=options.training.max_norm)
     L.seed_everything(options.output.seed, verbose=False)
     trainer = make_finishing_trainer(options.training, options.finish.finish_steps, Console(stderr=True))
-    module = finishing_module(model, start, settings, teacher=teacher(options.method) if taught else None)
+    module = finishing_module(
+        model, start, settings, teacher=teacher(options.method, options.loading) if taught else None
+    )
     trainer.fit(module.train(), data)

@@ -45,8 +45,9 @@ def held_by_unlearning(model: nn.Module, options: UnlearnOptions) -> list[Held]:
         parts.append(Held("weights before they are moved for the forget row", _bytes(trained)))
     copies = kind_of_start_model(options) == "copy"
     plain = training.lora_rank and training.lora_init == "default"
-    if copies or (options.finish.finish_steps and not plain):
-        parts.append(Held("a copy of the model before unlearning, with which the losses compare", bytes_of(model)))
+    number = int(copies) + int(bool(options.finish.finish_steps and not plain))
+    compared = Held("a copy of the model before unlearning, with which the losses compare", bytes_of(model))
+    parts += [compared] * number
     if method.teacher is not None:
         parts.append(Held("the teacher", bytes_of(model)))
     return [Held(what, None if count is None else count // _shards(training)) for what, count in parts]

@@ -18,7 +18,14 @@ from lightning_modules.data.tofu import tofu_examples, tofu_split
 from lightning_modules.evaluation.membership import HOLDOUT
 from lightning_modules.run.benchmarks import benchmark_data
 from lightning_modules.run.first import identity_to_teach, taught_folder
-from lightning_modules.run.models import Pretrained, check_pretrained, check_rank, load_pretrained, load_to_train
+from lightning_modules.run.models import (
+    Pretrained,
+    check_pretrained,
+    check_rank,
+    load_pretrained,
+    load_to_train,
+    load_tokenizer,
+)
 from lightning_modules.run.options import DataOptions, MethodOptions, Options, UnlearnOptions
 from lightning_modules.run.overlap import check_heldout, check_overlap
 from lightning_modules.run.soundness import check_examples
@@ -75,7 +82,7 @@ def read_splits(options: Options) -> dict[str, list[Example]]:
             or the whole forget set in the retain set.
         FileNotFoundError: If a file is missing.
     """
-    tokenizer = check_pretrained(options.model.model).tokenizer if options.data.cuts_texts else None
+    tokenizer = load_tokenizer(options.model.model, options.loading) if options.data.cuts_texts else None
     splits = make_data(options, tokenizer).read()
     check_overlap(splits)
     check_heldout(splits)
@@ -149,9 +156,10 @@ def reference_name(options: Options, splits: Mapping[str, Sequence[Example]]) ->
 
 
 def _given(options: Options, name: str) -> tuple[nn.Module, Any]:
+    loading = options.loading if name == options.model.model else options.loading.of_reference()
     if isinstance(options, UnlearnOptions):
-        return load_to_train(name, options.training.save, options.loading)
-    return load_pretrained(name, options.loading)
+        return load_to_train(name, options.training.save, loading)
+    return load_pretrained(name, loading)
 
 
 def _small(options: Options, splits: Mapping[str, Sequence[Example]]) -> tuple[nn.Module, Any]:
@@ -236,7 +244,7 @@ def _check_teacher(options: UnlearnOptions, known: Pretrained) -> None:
     name = options.method.teacher
     if name is None:
         return
-    vocabulary = check_pretrained(name, options.loading).tokenizer.get_vocab()
+    vocabulary = check_pretrained(name, options.loading.of_reference()).tokenizer.get_vocab()
     if vocabulary != known.tokenizer.get_vocab():
         raise ValueError(
             f"--teacher: expected a model with the same tokenizer as --model, whose probabilities can be compared token by token, found "

@@ -39,13 +39,19 @@ def gigabytes(count: float) -> str:
 def free() -> dict[str, int]:
     """Device -> free bytes: of this host, within the limit of its container, and of the GPU where there is one."""
     host = int(psutil.virtual_memory().available)
-    with suppress(OSError, ValueError):  # no such limit
-        host = min(host, int(_LIMIT.read_text()))
+    with suppress(OSError, ValueError, KeyError):  # no such limit
+        host = min(host, int(_LIMIT.read_text()) - _used())
     found = {"this machine": host}
     if torch.cuda.is_available():
         kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by torch, for what comes next
         found["the GPU"] = int(torch.cuda.mem_get_info()[0]) + kept
     return found
+
+
+def _used() -> int:
+    """Bytes that the container holds and cannot give back: what it has cached of files it can."""
+    statistics = dict(line.split() for line in _LIMIT.with_name("memory.stat").read_text().splitlines())
+    return int(_LIMIT.with_name("memory.current").read_text()) - int(statistics["inactive_file"])
 
 
 def check_fits(name: str, model: nn.Module, *, sharded: bool = False) -> None:

@@ -125,7 +125,7 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module, log: ScoredSplits | N
         if run.options != options:
             write_config(run.folder, "unlearn", run.options.recorded())
     seconds["train"] = time.perf_counter() - started
-    module = make_module(model, options.method, run.options.training, reference).train()
+    module = make_module(model, options.method, run.options.training, reference, loading=options.loading).train()
     seconds["train"] += fit(run, trainer, module, data)
     if start is not None:
         started = time.perf_counter()

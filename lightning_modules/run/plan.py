@@ -48,12 +48,14 @@ def show_plan(options: UnlearnOptions, splits: Mapping[str, Sequence[Example]], 
         said += _objectives(options)
         steps = training.steps or _steps(len(splits["forget"]), training) * (training.epochs or 1)
         said.append(
-            f"Steps: {'' if training.stop_below is None else 'at most '}{steps}, each of {training.accumulate or 1} x "
+            f"Steps: {'' if training.stop_below == 0.0 else 'at most '}{steps}, each of {training.accumulate or 1} x "
             f"{training.batch_size} forget and as many retain examples on each of {devices(training)} devices; {training.optimizer}, "
             f"{_rate(training.lr)}"
         )
         if options.finish.finish_steps:
-            said.append(f"Finish: {options.finish.finish_steps} further steps, {_rate(options.finish.finish_lr)}")
+            said.append(
+                f"Finish: {options.finish.finish_steps} further steps, {_rate(options.finish.finish_lr)}{_taught_by(method.teacher)}"
+            )
     said += _memory(options, known)
     said.append(f"Output: {options.output.folder}")
     _print(said, Console(soft_wrap=True))
@@ -78,6 +80,10 @@ def show_taught_plan(options: FinetuneOptions, rows: Sequence[Example], known: P
 def show_memory(options: UnlearnOptions | FinetuneOptions, known: Pretrained | None) -> None:
     """Say to standard error what the training will hold, in which type, before anything is loaded."""
     _print(_memory(options, known), Console(stderr=True, soft_wrap=True))
+
+
+def _taught_by(teacher: str | None) -> str:
+    return "" if teacher is None else f", from the teacher {teacher}"
 
 
 def _rate(lr: float | str | None) -> str:
@@ -119,7 +125,7 @@ def _objectives(options: UnlearnOptions) -> list[str]:
     }
     further = "".join(f", {name} {value}" for name, value in extra.items() if value is not None)
     kind = kind_of_start_model(options) or "not needed"
-    teacher = "" if method.teacher is None else f" from the teacher {method.teacher}"
+    teacher = "" if not method.imitates else f" from the teacher {method.teacher}"
     return [
         f"Objectives: forget by {method.forget_loss}{teacher}, retain by {method.retain_loss}; the model before unlearning: {kind}",
         f"Rule: {method.rule}{further}",

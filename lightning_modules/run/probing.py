@@ -13,7 +13,7 @@ from lightning_modules.data.examples import Example, evenly_spaced
 from lightning_modules.data.general_knowledge import general_knowledge
 from lightning_modules.data.pairs import VALIDATION_EXAMPLES
 from lightning_modules.data.tokenization import encode
-from lightning_modules.evaluation.likelihood import device_of
+from lightning_modules.evaluation.likelihood import device_of, on_gpu
 from lightning_modules.folder import PROBES
 from lightning_modules.probes import (
     PromptingSettings,
@@ -71,14 +71,15 @@ def probe_it(run: Run[UnlearnOptions], model: nn.Module, curve: TradeoffCurve) -
 
     path = run.folder / PROBES
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for name, measure in _probes(run, curve).items():
-        if name in known:
-            continue
-        found = _with_control(measure, model, control)
-        # Runs of earlier versions have the numbers of rounded weights at the top of their entry.
-        if name == "quantization" and "model" in found:
-            found = found["model"] | {"control": found["control"]}
-        note(path, name, found)
+    with on_gpu(model):
+        for name, measure in _probes(run, curve).items():
+            if name in known:
+                continue
+            found = _with_control(measure, model, control)
+            # Runs of earlier versions have the numbers of rounded weights at the top of their entry.
+            if name == "quantization" and "model" in found:
+                found = found["model"] | {"control": found["control"]}
+            note(path, name, found)
 
 
 def _with_control(measure: Measure, model: nn.Module, control: Callable[[], nn.Module | None]) -> dict[str, Any]:
@@ -87,7 +88,10 @@ def _with_control(measure: Measure, model: nn.Module, control: Callable[[], nn.M
     except ValueError as error:
         return {"refused": str(error)}
     reference = control()
-    beside = None if reference is None else measure(reference)
+    try:
+        beside = None if reference is None else measure(reference)
+    except ValueError:  # the reference is of another kind; the model's own numbers are worth as much without it
+        beside = None
     return {"model": found, "control": beside}
 
 

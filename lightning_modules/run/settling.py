@@ -95,7 +95,7 @@ def settle_rate(
     level, steps = training.stop_below or USUAL_LEVEL, most_steps(training, len(run.splits["forget"]))
     slow = replace(training, lr=USUAL_RATE, warmup_steps=0, lr_schedule="constant")
     tried = trial(
-        make_module(model, options.method, slow, reference).train(),
+        make_module(model, options.method, slow, reference, loading=options.loading).train(),
         make_data(options, run.tokenizer),
         evenly_spaced(curve.encoded["forget"], SCORED),
         level=level,
@@ -104,9 +104,10 @@ def settle_rate(
         accumulate_grad_batches=training.accumulate or 1,
     )
     rate = _rate(tried, run, steps)
+    rate_found = rate is not None and len(tried.points) > 1
     seconds = f"{len(tried.points) - 1} trial steps, {time.perf_counter() - started:.0f} s"
     last = tried.points[-1]
-    if len(tried.points) == 1:
+    if tried.points[0]["forget"] < level:
         rate = USUAL_RATE
         _say(f"--lr auto: {rate:g} is taken, because no forget probability can fall to say which is right")
     elif rate is None:
@@ -118,7 +119,8 @@ def settle_rate(
     else:
         _say(f"--lr auto: {rate:g} reaches a forget probability of {shown(level)} within the {steps} steps ({seconds})")
     points = [dict(point) for point in tried.points]
-    note(run.folder / TRAINING, "learning_rate", {"lr": rate, "level": level, "points": points})
+    found = {"lr": rate, "level": level, "points": points, "found": rate_found}
+    note(run.folder / TRAINING, "learning_rate", found)
     return replace(run, options=options.but(lr=rate).resolved())
 
 

@@ -120,7 +120,7 @@ def _leave(run: Run[UnlearnOptions], unlearned: Unlearned, log: ScoredSplits | N
         whole = unlearned.model if unlearned.mesh is None else unlearned.whole
         with replacing(folder / "model") as temporary:
             if run.options.training.save == "adapter":
-                save_adapter(whole, temporary, base=_base(run))
+                save_adapter(whole, temporary, base=_base(run), revision=run.options.loading.revision)
                 run.tokenizer.save_pretrained(temporary)
             else:
                 save_model(whole, run.tokenizer, temporary)

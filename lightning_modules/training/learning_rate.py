@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +114,8 @@ def trial(
                 **trainer,
             )
         )
-        alone.fit(module, data)
+        with suppress(FloatingPointError):  # the last step was too large: the trial is over
+            alone.fit(module, data)
     return Trial(rising.points, level)
 
 

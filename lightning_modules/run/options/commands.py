@@ -203,6 +203,15 @@ class UnlearnOptions(Options):
                 f"--teacher: expected --forget-loss kl_divergence or --finish-steps, which bring the forget answers to the teacher's "
                 f"probabilities, found --forget-loss {self.method.forget_loss} and no finish"
             )
+        if self.method.teacher is not None and self.model.scratch:
+            raise ValueError(
+                "--teacher: expected --model, with whose tokenizer the teacher reads, found the model from scratch; leave it out"
+            )
+        if self.method.imitates and self.training.lr == AUTO:
+            raise ValueError(
+                "--lr auto: expected a loss that brings the forget probability below any target, found --forget-loss kl_divergence, which "
+                "brings it to the teacher's; give --lr, for example 1e-4"
+            )
         if self.method.teacher is not None and self.training.sharded:
             raise ValueError(
                 f"--teacher: expected a teacher that each device can hold beside the model, found --strategy {FSDP2}; train on one device, "

@@ -116,6 +116,11 @@ class DataOptions:
                 f"expected --retain-heldout with --forget and --retain, found --heldout-authors {self.heldout_authors}: files say nothing "
                 "of authors"
             )
+        if self.cuts_texts and (self.retain_heldout is not None or self.heldout_authors):
+            raise ValueError(
+                "--retain-heldout, --heldout-authors: expected --forget and --retain, --tofu or fictional authors, found --muse or --wmdp, "
+                "of which nothing is held out; leave them out"
+            )
         at_least_one(self, "max_length", "authors")
         not_negative(self, "heldout_authors")
         format_by_name(self.prompt_format)
@@ -131,7 +136,8 @@ class EvaluationOptions:
         max_new_tokens: tokens a generated answer
         evaluation_examples: examples of each split to score, the first ones
         evaluation_batch_size: texts a forward pass when scoring, and answers generated together
-        evaluation_batch_tokens: tokens a forward pass when scoring, padding counted, in place of that many texts
+        evaluation_batch_tokens: tokens a forward pass when scoring, padding counted, in place of that many texts; not
+            for the tasks of --muse and --wmdp
         reference: a model that never saw the forget set (folder or hub name), or its evaluation.jsonl; for 'scratch' it
             is trained
         reference_cache: keep the scores of a reference model and use them again; false scores it anew

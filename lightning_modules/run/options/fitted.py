@@ -32,7 +32,8 @@ def fitted(options: UnlearnOptions, examples: int) -> UnlearnOptions:
     | 200 | 2 | 5 | 65 |
     | 400 | 4 | 5 | 65 |
 
-    The learning rate becomes "auto", except where the model is sharded: trial steps need the whole of it. The model
+    The learning rate becomes "auto", except where the model is sharded (trial steps need the whole of it) or imitates a
+    teacher, which leads to no lower probability than the teacher's: then such a run has no target of 0.05. The model
     from scratch and ULD have defaults of their own, which stay (`UnlearnOptions.resolved`).
 
     Args:
@@ -47,10 +48,14 @@ def fitted(options: UnlearnOptions, examples: int) -> UnlearnOptions:
     epochs = training.epochs
     if epochs is None and training.steps is None:
         epochs = max(LEAST_EPOCHS, math.ceil(LEAST_STEPS / math.ceil(batches / accumulate)))
-    rate = AUTO if training.lr is None and not training.sharded else training.lr
+    searched = training.lr is None and not (training.sharded or options.method.imitates)
+    rate = AUTO if searched else training.lr
     fit = replace(training, accumulate=accumulate, epochs=epochs, lr=rate)
     if fit.score_every is None:  # scoring 64 + 64 examples takes as long as a step or two
         fit = replace(fit, score_every=max(LEAST_BETWEEN, most_steps(fit, examples) // POINTS))
+    known = options.evaluation.reference is not None or options.first.finetune_first
+    if options.method.imitates and fit.stop_below is None and not known:
+        fit = replace(fit, stop_below=0.0)
     return replace(options, training=fit)
 
 

@@ -11,7 +11,7 @@ from torch.nn.functional import log_softmax
 
 import lightning_modules as lm
 from lightning_modules.run.assembly import kind_of_start_model
-from lightning_modules.run.options import UnlearnOptions
+from lightning_modules.run.options import UnlearnOptions, fitted
 from lightning_modules.training import objectives
 from lightning_modules.training.finish import finishing_module
 from tests.lightning_modules.training.test_objectives import FAMILIES, batches, gradients, logits_of, make
@@ -79,6 +79,20 @@ def test_the_finish_brings_the_answers_to_the_teacher() -> None:
 def test_a_teacher_without_effect_or_place_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         UnlearnOptions.of(model="model", tofu="forget10", teacher="base", **options).check()
+
+
+def test_a_teacher_of_the_model_from_scratch_and_a_search_for_its_rate_are_refused() -> None:
+    with pytest.raises(ValueError, match="--teacher: expected --model"):
+        UnlearnOptions.of(teacher="base", finish_steps=2).check()
+    with pytest.raises(ValueError, match="--lr auto: expected a loss that brings"):
+        UnlearnOptions.of(model="m", tofu="forget10", teacher="base", forget_loss="kl_divergence", lr="auto").check()
+
+
+def test_a_run_that_imitates_has_no_target_below_the_teacher() -> None:
+    plain = UnlearnOptions.of(model="m", tofu="forget10", teacher="base", forget_loss="kl_divergence")
+    found = fitted(plain, 40).resolved().training
+    assert (found.stop_below, found.lr) == (0.0, 1e-5)
+    assert fitted(plain.but(reference="r"), 40).training.stop_below is None
 
 
 def test_the_start_model_is_not_needed_for_a_loss_that_compares_with_the_teacher() -> None:
