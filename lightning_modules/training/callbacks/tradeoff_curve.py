@@ -68,8 +68,8 @@ class TradeoffCurve(Callback):
         self._stop(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Score every so many steps."""
-        if trainer.global_step % (self.every_n_steps or 1) == 0:
+        """Score every so many steps, and the last one, so that its checkpoint knows the score."""
+        if trainer.global_step % (self.every_n_steps or 1) == 0 or _is_last(trainer):
             self._score(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -110,6 +110,12 @@ class TradeoffCurve(Callback):
     def _stop(self, trainer: L.Trainer) -> None:
         if self.stop_below is not None and self.points[-1].get("forget", 1.0) < self.stop_below:
             trainer.should_stop = True
+
+
+def _is_last(trainer: L.Trainer) -> bool:
+    """Whether the step that was just taken is the last one, if nothing stopped the training before."""
+    last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+    return trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch)
 
 
 def follows(follower: Callback, curve: TradeoffCurve, trainer: L.Trainer) -> None:

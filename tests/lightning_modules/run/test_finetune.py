@@ -123,7 +123,7 @@ def test_a_finished_run_is_not_resumed_and_options_of_another_are_refused(
     assert "expected an interrupted run, found a finished one" in capsys.readouterr().err
     (run / "metrics.json").unlink()
     assert cli.main(["finetune", "--resume", "--lr", "1", "--output", str(run)]) == 1
-    assert "--lr 1.0 (there it is 0.0001)" in capsys.readouterr().err
+    assert "--lr 1.0 (there it is 0.0002)" in capsys.readouterr().err
     assert cli.main(["unlearn", "--resume", "--output", str(run)]) == 1
     assert "expected the options of `gradsurgery unlearn`, found 'data', which is none" in capsys.readouterr().err
 

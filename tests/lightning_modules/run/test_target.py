@@ -59,7 +59,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(world: Path, output: Path, *further: str, model: str = "taught") -> list[str]:
     files = [text for name in ("forget", "retain") for text in (f"--{name}", str(world / f"{name}.json"))]
-    small = ["--batch-size", "2", "--max-new-tokens", "2", "--precision", "32-true", "--devices", "1"]
+    small = [
+        "--batch-size",
+        "2",
+        "--max-new-tokens",
+        "2",
+        "--precision",
+        "32-true",
+        "--devices",
+        "1",
+        "--recipe",
+        "paper",
+    ]
     return ["unlearn", "--model", str(world / model), *files, *small, "--output", str(output), *further]
 
 
