@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from abc import abstractmethod
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
+
+from lightning_modules.metrics.functional import ROUGE_KINDS
 
 
 class ExampleMetric(Metric):
@@ -75,6 +78,44 @@ class MeanOverExamples(ExampleMetric):
         if not self.count:
             raise nothing_seen(self)
         return self.total / self.count
+
+
+class RougeMean(MeanOverExamples):
+    """The mean of a ROUGE score, over all batches and processes.
+
+    Args:
+        kind: `"rouge1"`, `"rouge2"`, `"rougeL"` or `"rougeLsum"`.
+        use_stemmer: compare Porter stems.
+        kwargs: of `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: if the kind is unknown.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, kind: str, use_stemmer: bool, **kwargs: Any) -> None:
+        if kind not in ROUGE_KINDS:
+            raise ValueError(f"expected kind to be one of {', '.join(ROUGE_KINDS)}, found {kind!r}")
+        super().__init__(**kwargs)
+        self.kind = kind
+        self.use_stemmer = use_stemmer
+
+    @abstractmethod
+    def score(self, predictions: str | Sequence[str], targets: str | Sequence[str]) -> Tensor | float:
+        """The numbers of n examples, `[n]`, or that of one."""
+
+    def update(self, predictions: str | Sequence[str], targets: str | Sequence[str]) -> None:
+        """Adds n examples.
+
+        Args:
+            predictions: generated texts, n of them, or one.
+            targets: the right texts, as many.
+
+        Raises:
+            ValueError: if there is none, or not as many of both.
+        """
+        self.add(self.score(predictions, targets))
 
 
 def nothing_seen(metric: Metric, of: str = "") -> RuntimeError:

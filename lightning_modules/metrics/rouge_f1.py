@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_modules.metrics._base import MeanOverExamples
-from lightning_modules.metrics.functional import ROUGE_KINDS, rouge_f1
+from torch import Tensor
+
+from lightning_modules.metrics._base import RougeMean
+from lightning_modules.metrics.functional import rouge_f1
 
 
-class RougeF1(MeanOverExamples):
+class RougeF1(RougeMean):
     """Mean ROUGE F1 of the generations; for each example `functional.rouge_f1`. Needs `rouge-score`.
 
     MUSE's verbatim memorization, of continuations of the texts to forget, and its knowledge memorization, of answers
@@ -33,23 +35,9 @@ class RougeF1(MeanOverExamples):
         tensor(0.2500, dtype=torch.float64)
     """
 
-    higher_is_better = True
-
     def __init__(self, kind: str = "rougeL", use_stemmer: bool = False, **kwargs: Any) -> None:
-        if kind not in ROUGE_KINDS:
-            raise ValueError(f"expected kind to be one of {', '.join(ROUGE_KINDS)}, found {kind!r}")
-        super().__init__(**kwargs)
-        self.kind = kind
-        self.use_stemmer = use_stemmer
+        super().__init__(kind, use_stemmer, **kwargs)
 
-    def update(self, predictions: str | Sequence[str], targets: str | Sequence[str]) -> None:
-        """Adds n examples.
-
-        Args:
-            predictions: generated texts, n of them, or one.
-            targets: the right texts, as many.
-
-        Raises:
-            ValueError: if there is none, or not as many of both.
-        """
-        self.add(rouge_f1(predictions, targets, self.kind, self.use_stemmer))
+    def score(self, predictions: str | Sequence[str], targets: str | Sequence[str]) -> Tensor | float:
+        """`functional.rouge_f1` of each example."""
+        return rouge_f1(predictions, targets, self.kind, self.use_stemmer)

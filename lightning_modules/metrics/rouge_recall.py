@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_modules.metrics._base import MeanOverExamples
-from lightning_modules.metrics.functional import ROUGE_KINDS, rouge_recall
+from torch import Tensor
+
+from lightning_modules.metrics._base import RougeMean
+from lightning_modules.metrics.functional import rouge_recall
 
 
-class RougeRecall(MeanOverExamples):
+class RougeRecall(RougeMean):
     """Mean ROUGE recall of the generations; for each example `functional.rouge_recall`. Needs `rouge-score`.
 
     Direction: higher is better on what is to be kept, and `higher_is_better` says that. On the forget set lower is
@@ -35,23 +37,9 @@ class RougeRecall(MeanOverExamples):
         tensor(0.5000, dtype=torch.float64)
     """
 
-    higher_is_better = True
-
     def __init__(self, kind: str = "rougeL", use_stemmer: bool = True, **kwargs: Any) -> None:
-        if kind not in ROUGE_KINDS:
-            raise ValueError(f"expected kind to be one of {', '.join(ROUGE_KINDS)}, found {kind!r}")
-        super().__init__(**kwargs)
-        self.kind = kind
-        self.use_stemmer = use_stemmer
+        super().__init__(kind, use_stemmer, **kwargs)
 
-    def update(self, predictions: str | Sequence[str], targets: str | Sequence[str]) -> None:
-        """Adds n examples.
-
-        Args:
-            predictions: generated texts, n of them, or one.
-            targets: the right texts, as many.
-
-        Raises:
-            ValueError: if there is none, or not as many of both.
-        """
-        self.add(rouge_recall(predictions, targets, self.kind, self.use_stemmer))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    def score(self, predictions: str | Sequence[str], targets: str | Sequence[str]) -> Tensor | float:
+        """`functional.rouge_recall` of each example."""
+        return rouge_recall(predictions, targets, self.kind, self.use_stemmer)  # pyright: ignore[reportArgumentType, reportCallIssue]

@@ -71,7 +71,8 @@ def check_fits(name: str, model: nn.Module, *, sharded: bool = False) -> None:
             kind = next(model.parameters()).dtype
             halved = "--dtype bfloat16 takes half of it; or " if kind == torch.float32 else ""
             raise ValueError(
-                f"--model or --reference: expected weights that fit into the memory of {place}, {gigabytes(there)} of which is free, found "
+                f"--model, --reference or --teacher: expected weights that fit into the memory of {place}, "
+                f"{gigabytes(there)} of which is free, found "
                 f"{gigabytes(needed)} in {name!r} ({sum(weight.numel() for weight in model.parameters()):,} numbers in "
                 f"{str(kind).removeprefix('torch.')}): {halved}take a smaller model or a larger machine"
             )

@@ -145,7 +145,7 @@ def _described(name: str, loading: LoadingOptions) -> tuple[Any, Any]:
         )
     if is_gguf(name) and find_spec("gguf") is None:
         raise ValueError(
-            f"--model or --reference: expected the package that reads {name!r}, found none: pip install 'gradsurgery[gguf]'"
+            f"--model, --reference or --teacher: expected the package that reads {name!r}, found none: pip install 'gradsurgery[gguf]'"
         )
     with _known(name):
         base = base_of_adapter(name, loading)
@@ -251,6 +251,6 @@ def _known(name: str) -> Generator[None]:
             )
             expected = "config.json, safetensors and a tokenizer"
         raise FileNotFoundError(
-            f"--model or --reference: {name!r:.200} {where}: expected {expected}, found: "
+            f"--model, --reference or --teacher: {name!r:.200} {where}: expected {expected}, found: "
             f"{said[:_LONGEST]}{'...' if len(said) > _LONGEST else ''}"
         ) from error

@@ -57,7 +57,7 @@ class _Data(L.LightningDataModule):
         self.data = data
 
     def train_dataloader(self) -> Any:
-        return DataLoader(self.data, batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(self.data, batch_size=None)
 
 
 def dropped() -> nn.Module:

@@ -34,7 +34,7 @@ def llama() -> nn.Module:
 
 def adapters() -> nn.Module:
     torch.manual_seed(1)
-    return get_peft_model(llama(), LoraConfig(r=2, init_lora_weights="gaussian", target_modules="all-linear"))  # type: ignore[arg-type]
+    return get_peft_model(llama(), LoraConfig(r=2, init_lora_weights="gaussian", target_modules="all-linear"))
 
 
 def weights(model: nn.Module) -> Tensor:
@@ -200,7 +200,7 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(ValueError, match=r"perturb, (start|end): expected a radius > 0, found"):
             lm.PerturbSettings(**wrong)
     with pytest.raises(ValueError, match="perturb, scale: expected one of global, tensor, found 'layer'"):
-        lm.PerturbSettings(start=0.1, scale="layer")  # type: ignore[arg-type]
+        lm.PerturbSettings(start=0.1, scale="layer")
     for endless, named in (({"perturb": perturb}, "perturb, end"), ({"schedule": falling_late}, "schedule")):
         with pytest.raises(
             ValueError, match=f"{named}: expected a Trainer with max_steps or max_epochs, found neither"

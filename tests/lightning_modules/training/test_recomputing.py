@@ -31,7 +31,7 @@ def llama(dropout: float = 0.0) -> nn.Module:
 def adapters() -> nn.Module:
     torch.manual_seed(1)
     config = LoraConfig(r=2, init_lora_weights="gaussian", target_modules="all-linear", lora_dropout=0.3)
-    return get_peft_model(llama(), config)  # type: ignore[arg-type]
+    return get_peft_model(llama(), config)
 
 
 def weights(model: nn.Module) -> Tensor:
