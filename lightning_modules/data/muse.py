@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
 from lightning_modules.data.examples import Example
-from lightning_modules.data.pairs import ForgetRetainDataModule
+from lightning_modules.data.pairs import DataSettings, ForgetRetainDataModule
 from lightning_modules.data.pieces import pieces
 from lightning_modules.data.published import PublishedSplit, published_rows, text_of
 from lightning_modules.data.tasks import CONTINUATION, MEMBERSHIP, TASK
@@ -123,13 +122,8 @@ class MUSEDataModule(ForgetRetainDataModule):
         tokenizer: PreTrainedTokenizerBase,
         *,
         folder: str | Path | None = None,
-        batch_size: int = 8,
-        seed: int = 0,
         max_length: int = 2048,
-        num_workers: int = 0,
-        refusals: Sequence[str] | None = None,
-        target: str | None = None,
-        group_by_length: bool = False,
+        **settings: Unpack[DataSettings],
     ) -> None:
         """Keeps the settings.
 
@@ -137,26 +131,10 @@ class MUSEDataModule(ForgetRetainDataModule):
             corpus: `"news"` or `"books"`.
             tokenizer: that of the model to be trained; the texts are cut into pieces of its tokens.
             folder: holds MUSE's files; `None` loads from the hub. See `muse_examples`.
-            batch_size: as in `ForgetRetainDataModule`, like all that follow.
-            seed: determines the order.
             max_length: the longest piece of a text, in tokens; 2048 are the authors'.
-            num_workers: of the `DataLoader`.
-            refusals: answers such as "I do not know.".
-            target: what `objectives.jensun` teaches.
-            group_by_length: whether the examples of a batch are of similar length.
+            settings: as in `ForgetRetainDataModule`, see `pairs.DataSettings`.
         """
-        super().__init__(
-            (),
-            (),
-            tokenizer,
-            batch_size=batch_size,
-            seed=seed,
-            max_length=max_length,
-            num_workers=num_workers,
-            refusals=refusals,
-            target=target,
-            group_by_length=group_by_length,
-        )
+        super().__init__((), (), tokenizer, max_length=max_length, **settings)
         self.corpus: MUSECorpus = corpus
         self.folder = folder
         self.piece_length = max_length

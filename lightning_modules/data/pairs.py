@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import lightning as L
 import torch
@@ -41,6 +41,17 @@ VALIDATION_SPLITS = ("forget", "retain")
 
 VALIDATION_EXAMPLES = 64
 """At most so many examples of each split are scored while training, by validation and by the command's curve."""
+
+
+class DataSettings(TypedDict, total=False):
+    """How every data module makes batches, by name; without them it takes the defaults of `ForgetRetainDataModule`."""
+
+    batch_size: int
+    seed: int
+    num_workers: int
+    refusals: Sequence[str] | None
+    target: str | None
+    group_by_length: bool
 
 
 class ForgetRetainDataModule(L.LightningDataModule):
@@ -264,14 +275,9 @@ class TOFUDataModule(ForgetRetainDataModule):
         num_authors: int | None = None,
         forget_authors: int | None = None,
         general: bool | None = None,
-        batch_size: int = 8,
-        seed: int = 0,
         max_length: int | None = None,
-        num_workers: int = 0,
-        refusals: Sequence[str] | None = None,
         heldout_authors: int = 0,
-        target: str | None = None,
-        group_by_length: bool = False,
+        **settings: Unpack[DataSettings],
     ) -> None:
         """Keeps the settings.
 
@@ -282,27 +288,11 @@ class TOFUDataModule(ForgetRetainDataModule):
             num_authors: the number of authors to keep in the data; `None` for all.
             forget_authors: how many of them are to be forgotten; a fifth by default.
             general: whether questions about real authors and the world are scored too, see `tofu_examples`.
-            batch_size: as in `ForgetRetainDataModule`, like all that follow.
-            seed: determines the order.
             max_length: the longest example, in tokens.
-            num_workers: of the `DataLoader`.
-            refusals: answers such as "I do not know.".
             heldout_authors: so many of the kept authors are never trained on, see `tofu_examples`.
-            target: what `objectives.jensun` teaches.
-            group_by_length: whether the examples of a batch are of similar length.
+            settings: as in `ForgetRetainDataModule`, see `DataSettings`.
         """
-        super().__init__(
-            (),
-            (),
-            tokenizer,
-            batch_size=batch_size,
-            seed=seed,
-            max_length=max_length,
-            num_workers=num_workers,
-            refusals=refusals,
-            target=target,
-            group_by_length=group_by_length,
-        )
+        super().__init__((), (), tokenizer, max_length=max_length, **settings)
         self.split = split
         self.folder = folder
         self.num_authors = num_authors

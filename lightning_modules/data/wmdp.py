@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
 from lightning_modules.data.examples import Example, read_examples
-from lightning_modules.data.pairs import ForgetRetainDataModule
+from lightning_modules.data.pairs import DataSettings, ForgetRetainDataModule
 from lightning_modules.data.pieces import pieces
 from lightning_modules.data.published import PublishedSplit, published_rows, text_of
 from lightning_modules.data.tasks import LETTERS, multiple_choice
@@ -133,13 +133,8 @@ class WMDPDataModule(ForgetRetainDataModule):
         folder: str | Path | None = None,
         forget: str | Path | None = None,
         retain: str | Path | None = None,
-        batch_size: int = 8,
-        seed: int = 0,
         max_length: int = 512,
-        num_workers: int = 0,
-        refusals: Sequence[str] | None = None,
-        target: str | None = None,
-        group_by_length: bool = False,
+        **settings: Unpack[DataSettings],
     ) -> None:
         """Keeps the settings.
 
@@ -149,26 +144,10 @@ class WMDPDataModule(ForgetRetainDataModule):
             folder: holds the questions and the corpora; `None` loads from the hub.
             forget: a file of texts to forget, for `read_examples`; for bio the only way without a folder.
             retain: a file of texts to keep, instead of wikitext.
-            batch_size: as in `ForgetRetainDataModule`, like all that follow.
-            seed: determines the order.
             max_length: tokens of each text.
-            num_workers: of the `DataLoader`.
-            refusals: answers such as "I do not know.".
-            target: what `objectives.jensun` teaches.
-            group_by_length: whether the examples of a batch are of similar length.
+            settings: as in `ForgetRetainDataModule`, see `pairs.DataSettings`.
         """
-        super().__init__(
-            (),
-            (),
-            tokenizer,
-            batch_size=batch_size,
-            seed=seed,
-            max_length=max_length,
-            num_workers=num_workers,
-            refusals=refusals,
-            target=target,
-            group_by_length=group_by_length,
-        )
+        super().__init__((), (), tokenizer, max_length=max_length, **settings)
         self.subject: WMDPSubject = subject
         self.folder = folder
         self.files = {"forget": forget, "retain": retain}
