@@ -132,7 +132,7 @@ class MUSEDataModule(ForgetRetainDataModule):
             tokenizer: that of the model to be trained; the texts are cut into pieces of its tokens.
             folder: holds MUSE's files; `None` loads from the hub. See `muse_examples`.
             max_length: the longest piece of a text, in tokens; 2048 are the authors'.
-            settings: as in `ForgetRetainDataModule`, see `pairs.DataSettings`.
+            settings: as in `ForgetRetainDataModule`, see `lightning_modules.data.pairs.DataSettings`.
         """
         super().__init__((), (), tokenizer, max_length=max_length, **settings)
         self.corpus: MUSECorpus = corpus

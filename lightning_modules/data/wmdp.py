@@ -145,7 +145,7 @@ class WMDPDataModule(ForgetRetainDataModule):
             forget: a file of texts to forget, for `read_examples`; for bio the only way without a folder.
             retain: a file of texts to keep, instead of wikitext.
             max_length: tokens of each text.
-            settings: as in `ForgetRetainDataModule`, see `pairs.DataSettings`.
+            settings: as in `ForgetRetainDataModule`, see `lightning_modules.data.pairs.DataSettings`.
         """
         super().__init__((), (), tokenizer, max_length=max_length, **settings)
         self.subject: WMDPSubject = subject

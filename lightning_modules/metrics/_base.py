@@ -92,8 +92,6 @@ class RougeMean(MeanOverExamples):
         ValueError: if the kind is unknown.
     """
 
-    higher_is_better = True
-
     def __init__(self, kind: str, use_stemmer: bool, **kwargs: Any) -> None:
         if kind not in ROUGE_KINDS:
             raise ValueError(f"expected kind to be one of {', '.join(ROUGE_KINDS)}, found {kind!r}")

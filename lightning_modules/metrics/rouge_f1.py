@@ -35,6 +35,8 @@ class RougeF1(RougeMean):
         tensor(0.2500, dtype=torch.float64)
     """
 
+    higher_is_better = True
+
     def __init__(self, kind: str = "rougeL", use_stemmer: bool = False, **kwargs: Any) -> None:
         super().__init__(kind, use_stemmer, **kwargs)
 

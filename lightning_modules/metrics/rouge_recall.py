@@ -37,6 +37,8 @@ class RougeRecall(RougeMean):
         tensor(0.5000, dtype=torch.float64)
     """
 
+    higher_is_better = True
+
     def __init__(self, kind: str = "rougeL", use_stemmer: bool = True, **kwargs: Any) -> None:
         super().__init__(kind, use_stemmer, **kwargs)
 
