@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from lightning_modules.ablation.options import AblateOptions
         from lightning_modules.ablation.sweep import ablate
+        from lightning_modules.evaluation.processes import leaving_group
         from lightning_modules.run.arguments import UsageError
         from lightning_modules.run.evaluate import evaluate_model
         from lightning_modules.run.finetune import finetune
@@ -79,16 +80,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = parsed.subcommand
     given = {name: value for name, value in vars(parsed[command]).items() if name not in _FILES}
     try:
-        if command == "report":
-            draw(Path(given["folder"]), [Path(other) for other in given.get("others") or ()])
-        elif command == "ablate":
-            ablate(AblateOptions(**vars(parsed[command])))
-        elif command == "evaluate":
-            evaluate_model(EvaluateOptions.of(**given))
-        elif command == "finetune":
-            finetune(FinetuneOptions.of(**given), stated=given)
-        else:
-            unlearn(UnlearnOptions.of(**given), stated=given)
+        with leaving_group():
+            if command == "report":
+                draw(Path(given["folder"]), [Path(other) for other in given.get("others") or ()])
+            elif command == "ablate":
+                ablate(AblateOptions(**vars(parsed[command])))
+            elif command == "evaluate":
+                evaluate_model(EvaluateOptions.of(**given))
+            elif command == "finetune":
+                finetune(FinetuneOptions.of(**given), stated=given)
+            else:
+                unlearn(UnlearnOptions.of(**given), stated=given)
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
         sys.stderr.write(f"gradsurgery: interrupted{_HINTS.get(command, '')}\n")
         return 130

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
 from lightning_modules import cli
 from lightning_modules.evaluation import processes
 from lightning_modules.run import evaluate as evaluate_command
+from lightning_modules.run import report as report_command
 
 # What launchers set; the variables are those of their manuals.
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
@@ -88,3 +90,22 @@ def test_evaluate_is_refused_in_a_further_process(
     assert cli.main(["evaluate", "--output", str(tmp_path / "run")]) == 1
     assert "evaluate: expected one process, found several" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+def test_a_group_that_a_command_made_is_left_at_its_end_and_an_older_one_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def report(*_: object) -> None:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    monkeypatch.setattr(report_command, "draw", report)
+    assert cli.main(["report", "folder"]) == 0
+    assert not dist.is_initialized()
+    report()
+    try:
+        assert cli.main(["report", "folder"]) == 0
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
