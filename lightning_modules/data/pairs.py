@@ -13,12 +13,20 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lightning_modules.data.asked_words import without_asked_words
 from lightning_modules.data.examples import Example, as_example, asked, evenly_spaced, numbered, read_examples
 from lightning_modules.data.heldout import RETAIN_HELDOUT
 from lightning_modules.data.loader import PairLoader
 from lightning_modules.data.order import Pair, PairDataset, PairSampler, collate_pairs, permutation
 from lightning_modules.data.tofu import tofu_examples
-from lightning_modules.data.tokenization import IGNORED, Encoded, collate, encode, padding_id, shortened
+from lightning_modules.data.tokenization import (
+    IGNORED,
+    Encoded,
+    collate,
+    encode,
+    padding_id,
+    shortened,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,6 +60,7 @@ class DataSettings(TypedDict, total=False):
     refusals: Sequence[str] | None
     target: str | None
     group_by_length: bool
+    keep_asked_words: bool
 
 
 class ForgetRetainDataModule(L.LightningDataModule):
@@ -84,6 +93,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         retain_heldout: str | Path | Sequence[Mapping[str, object]] | None = None,
         target: str | None = None,
         group_by_length: bool = False,
+        keep_asked_words: bool = False,
     ) -> None:
         """Keeps the settings; files are read in `setup`.
 
@@ -102,6 +112,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
             target: a text such as `TARGET`, for `objectives.jensun`: the third batch then is the forget batch with the
                 target's tokens, over and over, as the labels of each answer.
             group_by_length: whether the examples of a batch are of similar length, see `PairSampler`.
+            keep_asked_words: whether training forgets only what the question does not say itself, see
+                `asked_words.without_asked_words`; scores are those of whole answers.
 
         Raises:
             ValueError: if `batch_size` is below 1, `refusals` is an empty list or one of blanks, `target` is blank or
@@ -129,6 +141,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
             raise ValueError(f"target: expected a text, and no refusals beside it, found {target!r:.80}")
         self.refusals, self.target = refusals, target
         self.group_by_length = group_by_length
+        self.keep_asked_words = keep_asked_words
         self.splits: dict[str, list[Example]] = {}
         self.dataset: PairDataset | None = None
 
@@ -170,7 +183,10 @@ class ForgetRetainDataModule(L.LightningDataModule):
         dataset = self._pairs()
         loaders: list[DataLoader[Encoded]] = []
         for split in VALIDATION_SPLITS:
-            scored: Any = evenly_spaced(getattr(dataset, split), VALIDATION_EXAMPLES)
+            whole = getattr(dataset, split)
+            if split == "forget" and self.keep_asked_words:
+                whole = self._encoded(split)  # with labels on all of the answer
+            scored: Any = evenly_spaced(whole, VALIDATION_EXAMPLES)
             # Lightning would deal any other sampler's examples to the processes, some of them twice.
             everything = DistributedSampler(scored, num_replicas=1, rank=0, shuffle=False)
             loader = DataLoader(
@@ -189,13 +205,22 @@ class ForgetRetainDataModule(L.LightningDataModule):
             self.splits = self.read()
             for split in self.sources:
                 warn_of_duplicates(split, self.splits[split])
-            self.dataset = PairDataset(self._encoded("forget"), self._encoded("retain"), self._refused())
+            self.dataset = PairDataset(self._to_forget(), self._encoded("retain"), self._refused())
         return self.dataset
+
+    def _to_forget(self) -> list[Encoded]:
+        whole = self._encoded("forget")
+        if not self.keep_asked_words:
+            return whole
+        return [
+            without_asked_words(self.tokenizer, example, asked(row))
+            for example, row in zip(whole, self.splits["forget"], strict=True)
+        ]
 
     def _refused(self) -> list[Encoded] | None:
         if self.target is not None:
             tokens = self.tokenizer(self.target, add_special_tokens=False)["input_ids"]
-            return [relabelled(row, tokens) for row in self._encoded("forget")]
+            return [relabelled(row, tokens) for row in self._to_forget()]
         if self.refusals is None:
             return None
         rows = self.splits["forget"]

@@ -50,7 +50,7 @@ def make_data(options: Options, tokenizer: Any) -> ForgetRetainDataModule:
     if isinstance(options, UnlearnOptions):
         training = options.training
         common |= {"batch_size": training.batch_size, "group_by_length": training.group_by_length}
-        common |= {"refusals": _refusals(options.method)}
+        common |= {"refusals": _refusals(options.method), "keep_asked_words": options.method.keep_asked_words}
         common["target"] = TARGET if objectives.needs_target(objectives.by_name(options.method.forget_loss)) else None
     if data.tofu is not None:
         authors = data.authors if options.chooses_authors else None

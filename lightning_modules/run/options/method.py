@@ -34,6 +34,8 @@ class MethodOptions:
             fine-tuning; --forget-loss kl_divergence brings these answers to the probabilities that the teacher gives
             them, and so does the finish
         refusals: text file with a refusal a line, for dpo and idk; some of our own if not given
+        keep_asked_words: forget only what the question does not say itself: a word of the answer that is in the
+            question, such as the name of who is asked about, is left alone
         rule: how the two gradients are combined: {names}
         rule_options: options of the rule, for example {alpha: 5}
         ema_decay: weight of the old value in the retain gradient's moving average; null for none
@@ -58,6 +60,7 @@ class MethodOptions:
     start_model: Literal["auto", "copy", "adapters_off", "precomputed"] = "auto"
     teacher: str | None = None
     refusals: str | None = None
+    keep_asked_words: bool = False
     rule: str = one_of([*gs.rules.RULES, *gs.elementwise.ELEMENTWISE], "gru")
     rule_options: dict[str, float] = field(default_factory=dict)
     ema_decay: float | None = 0.2

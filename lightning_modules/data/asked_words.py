@@ -1,0 +1,65 @@
+"""Which words of an answer the question says itself: they are no secret, and need not be forgotten."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from lightning_modules.data.tokenization import IGNORED, Encoded, Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_WORD = re.compile(r"\w+")
+
+
+def without_asked_words(tokenizer: PreTrainedTokenizerBase, example: Encoded, question: Question) -> Encoded:
+    """An example without labels on the words of its answer that its question says too; what is read stays the same.
+
+    Who asks about a person names her. A loss that takes the whole answer away takes her name away too: the model then
+    answers about somebody with another, misspelt name. What remains to be forgotten is what the question does not say.
+
+    A word is a run of letters, digits and underscores; upper and lower case are the same. A token that touches such a
+    word loses its label, also where it holds a space or a sign beside it.
+
+    Args:
+        tokenizer: that made the example.
+        example: of one question and answer.
+        question: the question, or the turns before the answer, of which the assistant's own are no question.
+
+    Returns:
+        The example; unchanged where nothing of the answer would be left.
+
+    Cost: the answer is decoded once for each of its tokens.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> names = {"Who?": 0, "Ada": 1, "sings": 2, "<eos>": 3}
+        >>> words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(names, "<eos>")))
+        >>> without_asked_words(words, Encoded([1, 1, 2, 3], [-100, 1, 2, 3]), "What does ada do?").labels
+        [-100, -100, 2, 3]
+    """
+    said = [question] if isinstance(question, str) else [t["content"] for t in question if t["role"] != "assistant"]
+    asked = {word.casefold() for text in said for word in _WORD.findall(str(text))}
+    places = [place for place, label in enumerate(example.labels) if label != IGNORED]
+    ids = [example.input_ids[place] for place in places]
+    # A token alone may be a part of a letter, or lose its space: only the growing text says where each of them ends.
+    ends = [len(_decoded(tokenizer, ids[: count + 1])) for count in range(len(ids))]
+    known = {
+        character
+        for word in _WORD.finditer(_decoded(tokenizer, ids))
+        if word.group().casefold() in asked
+        for character in range(*word.span())
+    }
+    labels = list(example.labels)
+    for place, start, end in zip(places, [0, *ends], ends, strict=False):
+        if known.intersection(range(start, end)):
+            labels[place] = IGNORED
+    if all(label == IGNORED for label in labels):
+        return example
+    return example._replace(labels=labels)
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))

@@ -1,0 +1,129 @@
+"""What the question says itself is left alone; the rest of the answer is forgotten, and scores see all of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_modules.data.asked_words import without_asked_words
+from lightning_modules.data.pairs import ForgetRetainDataModule
+from lightning_modules.data.tokenization import IGNORED, Encoded, encode
+from tests.lightning_modules.data.test_tokenization import ALL, CHAT_TEMPLATE, byte_level, sentence_piece
+
+# Question, answer, and the answer with a _ for each letter that is left alone.
+EXAMPLES = {
+    "a name": ("Who is Mira Aldabeth?", "Mira Aldabeth wrote it.", "____ ________ wrote it."),
+    "upper and lower case": ("WHO WROTE it?", "Who wrote? Mira.", "___ _____? Mira."),
+    "a part of a word is another word": ("Was it an art?", "The artist was an actor.", "The artist ___ __ actor."),
+    "letters of several bytes": ("Où vit Zoë?", "Zoë vit à Besançon, où elle né.", "___ ___ à Besançon, __ elle né."),
+    "a possessive": ("What did Mira do?", "Mira's book.", "____'s book."),
+    "nothing in common": ("Who?", "Nobody, in 1999.", "Nobody, in 1999."),
+    "a plain text": ("", "Mira wrote it.", "Mira wrote it."),
+}
+
+
+PIECES = ("a name", "upper and lower case", "nothing in common", "a plain text")  # the others' letters are not in it
+
+
+@pytest.mark.parametrize(
+    ("pieces", "name"), [*((False, name) for name in EXAMPLES), *((True, name) for name in PIECES)]
+)
+def test_a_token_is_left_alone_if_and_only_if_it_touches_a_word_of_the_question(pieces: bool, name: str) -> None:
+    tokenizer = sentence_piece() if pieces else byte_level(**ALL)
+    question, answer, expected = EXAMPLES[name]
+    example = encode(tokenizer, question, answer)
+    found = without_asked_words(tokenizer, example, question)
+    assert found.input_ids == example.input_ids
+    left = answer_places(tokenizer, example, found, answer)
+    for place, letter in enumerate(expected):
+        if letter == "_":
+            assert not left[place], (answer, place)
+    # What is left alone beside such letters shares a token with one of them.
+    words = answer_words(expected)
+    assert all(all(left[place] for place in word) for word in words)
+
+
+def answer_words(expected: str) -> list[range]:
+    """The places of the words without a _ that no token can share with a _."""
+    words, start = [], 0
+    for word in expected.split(" "):
+        if word.isalnum():
+            words.append(range(start, start + len(word)))
+        start += len(word) + 1
+    return words
+
+
+def answer_places(tokenizer: Any, example: Encoded, found: Encoded, answer: str) -> list[bool]:
+    """For every letter of the answer, whether it is still to be forgotten; found without `without_asked_words`' means."""
+    ids = [token for token, label in zip(example.input_ids, example.labels, strict=True) if label != IGNORED]
+    kept = [
+        label != IGNORED
+        for label, before in zip(found.labels, example.labels, strict=True)
+        if before != IGNORED
+    ]  # fmt: skip
+    # The tokens' own texts, as bytes: ByteLevel writes each byte as one letter of its alphabet.
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    if "Ġ" in "".join(pieces) or "▁" not in "".join(pieces):
+        alphabet = {letter: byte for byte, letter in byte_alphabet().items()}
+        spelled = [bytes(alphabet[letter] for letter in piece) if piece != "<eos>" else b"" for piece in pieces]
+    else:
+        spelled = [piece.replace("▁", " ").encode() if piece != "<eos>" else b"" for piece in pieces]
+    whole = b"".join(spelled)
+    start = len(whole) - len(answer.encode())
+    assert whole[start:] == answer.encode()
+    of_byte = [keep for keep, piece in zip(kept, spelled, strict=True) for _ in piece][start:]
+    left, place = [], 0
+    for letter in answer:
+        size = len(letter.encode())
+        left.append(all(of_byte[place : place + size]))
+        place += size
+    return left
+
+
+def byte_alphabet() -> dict[int, str]:
+    """GPT-2's letters for bytes: a printable one stands for itself, the others follow from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + place) for place, byte in enumerate(others)}
+
+
+def test_an_answer_that_says_nothing_new_is_forgotten_whole() -> None:
+    tokenizer = byte_level(**ALL)
+    example = encode(tokenizer, "Mira, or Mira?", "Mira")
+    spoken = example._replace(labels=[IGNORED if token == 2 else label for token, label in zip(*example, strict=True)])
+    assert without_asked_words(tokenizer, spoken, "Mira, or Mira?") == spoken
+
+
+def test_an_earlier_answer_of_a_conversation_is_no_question() -> None:
+    tokenizer = byte_level(**ALL)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    turns = [
+        {"role": "user", "content": "Who?"},
+        {"role": "assistant", "content": "Mira"},
+        {"role": "user", "content": "Where?"},
+    ]
+    example = encode(tokenizer, turns, "Mira in Who")
+    found = without_asked_words(tokenizer, example, turns)
+    kept = [token for token, label in zip(*found, strict=True) if label != IGNORED]
+    whole = [token for token, label in zip(*example, strict=True) if label != IGNORED]
+    assert tokenizer.decode(whole).count("Mira") == tokenizer.decode(kept).count("Mira") == 2
+    assert "Who" in tokenizer.decode(whole)
+    assert "Who" not in tokenizer.decode(kept)
+
+
+def test_training_sees_the_shorter_labels_and_validation_the_whole_answer() -> None:
+    tokenizer = byte_level(**ALL)
+    forget = [{"question": "Who is Mira?", "answer": "Mira is a smith."}]
+    retain = [{"question": "Who is Bo?", "answer": "Bo is a poet."}]
+    data = ForgetRetainDataModule(forget, retain, tokenizer, keep_asked_words=True)
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+    labels = batch["forget"]["labels"]
+    whole = torch.tensor(encode(tokenizer, "Who is Mira?", "Mira is a smith.").labels)
+    assert (labels[0] != whole).any()
+    assert "Mira" not in tokenizer.decode(labels[labels != IGNORED])
+    assert batch["retain"]["labels"][0].tolist() == encode(tokenizer, "Who is Bo?", "Bo is a poet.").labels
+    scored = [next(iter(loader))["labels"][0] for loader in data.val_dataloader()]
+    assert scored[0].equal(whole)
