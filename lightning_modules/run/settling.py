@@ -28,6 +28,8 @@ from lightning_modules.training.references import Reference
 
 USUAL_LEVEL = 0.05
 """The forget probability at which a run ends where nobody names one and there is no reference."""
+HIGHEST_LEVEL = 0.1
+"""The highest at which it ends where nobody names one: above it an answer can be drawn often, whoever else gives it."""
 USUAL_RATE = 1e-5
 """The learning rate where none can be found: that of the papers, for models of 7 billion weights."""
 WHOLE_WAY = 0.75
@@ -39,8 +41,9 @@ def settle_target(
 ) -> tuple[Run[UnlearnOptions], ScoredSplits | None]:
     """Say at which forget probability the run ends, if no option does: at the reference's own, or else at 0.05.
 
-    It prints to standard error what it found, and if there is little or nothing to forget. A target that the model is
-    below already would end the run before its first step; one that nobody asked for is then left out.
+    A reference above 0.1 counts as 0.1. It prints to standard error what it found, and if there is little or nothing to
+    forget. A target that the model is below already would end the run before its first step; one that nobody asked for
+    is then left out.
 
     Args:
         run: In the first process, or in all where the model is sharded.
@@ -60,13 +63,16 @@ def settle_target(
         reference = log or reference_rows(run.options, run.splits, across_processes=mesh is not None, mesh=mesh)
     found = [row.get("probability") for row in (reference or {}).get("forget", [])]
     values = [float(value) for value in found if value is not None]
-    level, of = (sum(values) / len(values), "reference") if values else (USUAL_LEVEL, "usual")
+    level, of = USUAL_LEVEL, "usual"
+    if values:
+        of_reference = sum(values) / len(values)
+        level, of = (of_reference, "reference") if of_reference <= HIGHEST_LEVEL else (HIGHEST_LEVEL, "usual")
     nothing = known <= level
     if is_first():
         note(run.folder / TRAINING, "target", {"forget_probability": level, "of": of})
         show_start(before, level, of)
         if not nothing:
-            whose = "the reference's own" if values else "--stop-below names another"
+            whose = "the reference's own" if of == "reference" else "--stop-below names another"
             _say(
                 f"The run ends once the mean probability of the forget answers, {shown(known)} now, is below {shown(level)} ({whose})"
             )

@@ -45,8 +45,8 @@ class TrainingOptions:
             steps, or 20 for the model from scratch; with --method uld 10, or 30 for the model from scratch
         steps: optimizer steps, instead of epochs
         stop_below: the target: stop training once the mean probability of the forget answers is below this; 0 means
-            never; by default the reference's own mean probability of them if there is a reference, or else 0.05, which
-            it is for the model from scratch too; never with --method uld
+            never; by default the reference's own mean probability of them, at most 0.1, if there is a reference, or
+            else 0.05, which it is for the model from scratch too; never with --method uld
         score_every: optimizer steps between two scores, each on up to 64 examples of each set; by default a 25th of the
             run, at least 4, or 1 for the model from scratch
         collapse_below: stop when the mean retain probability is below this fraction of what it was at the start; null

@@ -201,13 +201,14 @@ def test_a_target_that_was_not_reached_is_said_with_what_to_raise(
     [
         ([], 3, "a run ends below 0.05, where nobody says otherwise; all steps are taken"),
         (["--stop-below", "0.9"], 0, "--stop-below is 0.9; no step is taken"),
-        (["--reference", "taught", "--lr", "1e-4"], 3, "that of the reference, which never saw them, is 0."),
+        (["--reference", "plain", "--lr", "1e-4"], 3, "that of the reference, which never saw them, is 0.0"),
+        (["--reference", "taught", "--lr", "1e-4"], 3, "a run ends below 0.1, where nobody says otherwise"),
     ],
 )
 def test_where_there_is_nothing_to_forget_it_is_said_before_and_after(
     given: list[str], steps: int, said: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [str(world / "taught") if text == "taught" else text for text in given]
+    given = [str(world / text) if text in ("taught", "plain") else text for text in given]
     assert cli.main(command(world, tmp_path / "run", "--epochs", "1", *given, model="plain")) == 0
     shown = " ".join(capsys.readouterr().err.split())
     assert "Warning: There is nothing to forget: the mean probability of the forget answers is " in shown
