@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -58,39 +59,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: With status 0 after --help.
     """
     try:
-        from lightning_modules.ablation.options import AblateOptions
-        from lightning_modules.ablation.sweep import ablate
-        from lightning_modules.evaluation.processes import leaving_group
         from lightning_modules.run.arguments import UsageError
-        from lightning_modules.run.evaluate import evaluate_model
-        from lightning_modules.run.finetune import finetune
-        from lightning_modules.run.options import EvaluateOptions, FinetuneOptions, UnlearnOptions
-        from lightning_modules.run.quiet import quiet
-        from lightning_modules.run.report import draw
-        from lightning_modules.run.unlearn import unlearn
+        from lightning_modules.run.group import leaving_group
+
+        parser = _make_parser()
     except ModuleNotFoundError as error:
-        sys.stderr.write(f"gradsurgery: {error.name} is not installed; pip install 'gradsurgery[lightning]'\n")
-        return 1
+        return _not_installed(error)
     try:
         # Only what is given, so that --resume notices an option that is given and equal to its default.
-        parsed = _make_parser().parse_args(list(arguments) if arguments is not None else None, defaults=False)
+        parsed = parser.parse_args(list(arguments) if arguments is not None else None, defaults=False)
     except UsageError as error:
         return _said(error)
-    quiet()
     command = parsed.subcommand
-    given = {name: value for name, value in vars(parsed[command]).items() if name not in _FILES}
+    given = {name: value for name, value in vars(parsed[command]).items() if command == "ablate" or name not in _FILES}
     try:
+        try:
+            work = _work(command, given)
+        except ModuleNotFoundError as error:
+            return _not_installed(error)
         with leaving_group():
-            if command == "report":
-                draw(Path(given["folder"]), [Path(other) for other in given.get("others") or ()])
-            elif command == "ablate":
-                ablate(AblateOptions(**vars(parsed[command])))
-            elif command == "evaluate":
-                evaluate_model(EvaluateOptions.of(**given))
-            elif command == "finetune":
-                finetune(FinetuneOptions.of(**given), stated=given)
-            else:
-                unlearn(UnlearnOptions.of(**given), stated=given)
+            work()
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
         sys.stderr.write(f"gradsurgery: interrupted{_HINTS.get(command, '')}\n")
         return 130
@@ -101,9 +89,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _work(command: str, given: Mapping[str, Any]) -> Callable[[], object]:
+    """What a command is to do. Its options are checked first, as far as that takes no import of seconds."""
+    from lightning_modules.ablation.options import AblateOptions
+    from lightning_modules.run.options import EvaluateOptions, FinetuneOptions, UnlearnOptions
+
+    if command == "report":
+        from lightning_modules.run.report import draw
+
+        work = partial(draw, Path(given["folder"]), [Path(other) for other in given.get("others") or ()])
+    elif command == "ablate":
+        compared = AblateOptions(**given)
+        compared.check()
+        from lightning_modules.ablation.sweep import ablate
+
+        work = partial(ablate, compared)
+    elif command == "evaluate":
+        scored = EvaluateOptions.of(**given)
+        scored.check()
+        from lightning_modules.run.evaluate import evaluate_model
+
+        work = partial(evaluate_model, scored)
+    elif command == "finetune":
+        taught = FinetuneOptions.of(**given)
+        if not taught.training.resume:  # then config.yaml has the options
+            taught.check()
+        from lightning_modules.run.finetune import finetune
+
+        work = partial(finetune, taught, stated=given)
+    else:
+        options = UnlearnOptions.of(**given)
+        if not options.training.resume:
+            options.check_without_torch()
+            options.check_effect()
+        from lightning_modules.run.unlearn import unlearn
+
+        work = partial(unlearn, options, stated=given)
+    from lightning_modules.run.quiet import quiet
+
+    quiet()
+    return work
+
+
+def _not_installed(error: ModuleNotFoundError) -> int:
+    sys.stderr.write(f"gradsurgery: {error.name} is not installed; pip install 'gradsurgery[lightning]'\n")
+    return 1
+
+
 def _said(error: Exception) -> int:
     """Print an error, with visible signs for control characters: a file's own words may be in it. Returns 1."""
-    from lightning_modules.report.html import visible
+    from lightning_modules.data.visible import visible
 
     sys.stderr.write(f"gradsurgery: {visible(error)}\n")
     return 1
@@ -149,10 +184,11 @@ def _ours(error: Exception) -> bool:
     """Whether our own code raised the error, in a sentence that says what to do. Of any other, the traceback helps."""
     if type(error) not in _SENTENCES:
         return False
-    import gradsurgery
-
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return any(raised_in.is_relative_to(Path(str(package)).parent) for package in (gradsurgery.__file__, __file__))
+    packages = [Path(__file__).parent]
+    if core := sys.modules.get("gradsurgery"):  # if it is not imported, it has raised nothing
+        packages.append(Path(str(core.__file__)).parent)
+    return any(raised_in.is_relative_to(package) for package in packages)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ RULES: dict[str, Callable[..., Tensor]] = {
     )
 }
 """Every coordinate-free rule by its name. Whatever lists the rules reads this table: `gradsurgery.rules`' names, the
-command line's choices, the tests."""
+tests. Only the command line, which answers before torch is there, has the names once more; a test compares them."""
 
 
 def by_name(name: str) -> Callable[..., Any]:

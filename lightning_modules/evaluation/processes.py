@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -65,21 +64,6 @@ def rank_ahead() -> int:
     if LSFEnvironment.detect():
         return int(environment["JSM_NAMESPACE_RANK"])
     return MPIEnvironment().global_rank() if MPIEnvironment.detect() else 0
-
-
-@contextmanager
-def leaving_group() -> Iterator[None]:
-    """Leaves the group that was made meanwhile, when all is done; one that existed before stays.
-
-    Lightning leaves a group of gloo to the interpreter's end. Its threads may then still hold tensors of the last
-    exchange, and a thread that drops one of them while Python ends is aborted ("terminate called without an active
-    exception"), for which torchrun ends the other processes. After an error nothing is left here: another process may
-    still wait in the group.
-    """
-    member = dist.is_available() and dist.is_initialized()
-    yield
-    if not member and dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def every_process(work: Callable[[], T]) -> list[T]:

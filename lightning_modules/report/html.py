@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import unicodedata
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lightning_modules.data.heldout import RETAIN_HELDOUT
+from lightning_modules.data.visible import visible
 from lightning_modules.report import attacks, figures, findings, leakage, over_seeds, svg
 from lightning_modules.report.benchmarks import benchmark_rows, benchmarks_explained
 from lightning_modules.report.finished import MODELS, FinishedRun, columns, shown
@@ -92,23 +92,6 @@ def page(run: FinishedRun, by_layer: Path | None = None) -> str:
         changed=run.changed,
         config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "",
     )
-
-
-def visible(text: Any) -> str:
-    r"""Returns a text with visible signs instead of control characters, which are invalid in HTML and invisible.
-
-    Example:
-        >>> visible("a\x00b")
-        'a␀b'
-    """
-    return "".join(_visible(character) for character in str(text))
-
-
-def _visible(character: str) -> str:
-    code = ord(character)
-    if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cs"):
-        return character
-    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
 
 
 def _code(text: str) -> Any:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import yaml
 
+from lightning_modules.data.visible import visible
 from lightning_modules.folder import SURGERY
 from lightning_modules.report import attacks, findings, leakage, over_seeds
 from lightning_modules.report.benchmarks import benchmark_rows, benchmarks_explained
 from lightning_modules.report.finished import MODELS, FinishedRun, columns, shown
-from lightning_modules.report.html import visible
 from lightning_modules.report.samples import samples
 from lightning_modules.report.tables import markdown_table
 from lightning_modules.report.terminal import about_scores

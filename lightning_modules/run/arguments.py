@@ -40,7 +40,8 @@ class Parser(ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._group: type | None = None
-        super().__init__(*args, **kwargs)
+        # Half a flag is a typo: --epo for --epochs today, and for another option tomorrow.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As usual; a file of options that is no text is a mistake in the arguments too."""
@@ -77,7 +78,20 @@ class Parser(ArgumentParser):
         said = " ".join(message.split()).rstrip(".")
         for theirs, ours in _WORDS.items():
             said = re.sub(theirs, ours, said)
-        raise UsageError(f"{said}; {self.prog.replace(' [options]', '')} --help lists what there is") from ex
+        raise UsageError(
+            f"{said}; {self._meant(said)}{self.prog.replace(' [options]', '')} --help lists what there is"
+        ) from ex
+
+    def _meant(self, said: str) -> str:
+        unknown = re.search(r"unrecognized arguments: --([\w-]+)", said)
+        if unknown is None:
+            return ""
+        names = [
+            name.removeprefix("--") for name in self._option_string_actions if name[:2] == "--" and name[-1] != "+"
+        ]
+        near = [name for name in names if name.startswith(unknown[1])] or get_close_matches(unknown[1], names)
+        near = [f"--{name}" for name in near]
+        return f"did you mean {' or '.join(near)}? " if near else ""
 
 
 # What jsonargparse says -> the same in the words of our other errors.

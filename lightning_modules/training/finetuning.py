@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -21,6 +20,7 @@ import gradsurgery as gs
 from lightning_modules.data.lengths import LengthBatches
 from lightning_modules.data.loader import LengthLoader
 from lightning_modules.data.tokenization import Encoded, collate
+from lightning_modules.training.finetuning_settings import USUAL, FinetuningSettings
 from lightning_modules.training.heads import AnswerHead, answer_values, logits_of
 from lightning_modules.training.resuming import ResumableModule
 from lightning_modules.training.token_count import mean_token_count
@@ -29,30 +29,6 @@ from lightning_modules.training.warmup import warmup_and_decay
 
 _HELD = 2**28
 """Logits of a batch's answers, in bytes, that may be held at once. With more, the head and the loss run in chunks."""
-
-
-@dataclass(frozen=True)
-class FinetuningSettings:
-    """How a model is taught.
-
-    Attributes:
-        epochs: Passes over the examples. TOFU's authors: 5.
-        batch_size: Examples a batch of one process.
-        accumulate: Batches an optimizer step. TOFU's authors train with 32 examples a step.
-        lr: AdamW's highest learning rate. TOFU's authors: 1e-5 for Llama-2-7B, 2e-5 for Phi-1.5; a smaller model needs
-            more to memorise.
-        weight_decay: AdamW's. TOFU's authors: 0.01.
-        max_norm: Gradients are clipped to this norm; None for no clipping.
-        seed: Of the order of the batches.
-    """
-
-    epochs: int = 5
-    batch_size: int = 8
-    accumulate: int = 1
-    lr: float = 2e-4
-    weight_decay: float = 0.01
-    max_norm: float | None = 1.0
-    seed: int = 0
 
 
 class FinetuningModule(ResumableModule):
@@ -76,7 +52,7 @@ class FinetuningModule(ResumableModule):
         >>> module = FinetuningModule(LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes)))
     """
 
-    def __init__(self, model: nn.Module, settings: FinetuningSettings = FinetuningSettings()) -> None:
+    def __init__(self, model: nn.Module, settings: FinetuningSettings = USUAL) -> None:
         super().__init__()
         self.model = model
         self.settings = settings
@@ -137,9 +113,7 @@ class FinetuningDataModule(L.LightningDataModule):
         settings: The size of a process's batch, and the seed of the order.
     """
 
-    def __init__(
-        self, encoded: Sequence[Encoded], pad_token_id: int, settings: FinetuningSettings = FinetuningSettings()
-    ) -> None:
+    def __init__(self, encoded: Sequence[Encoded], pad_token_id: int, settings: FinetuningSettings = USUAL) -> None:
         super().__init__()
         self.encoded, self.pad_token_id, self.settings = encoded, pad_token_id, settings
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-import gradsurgery as gs
 from lightning_modules.data.formats import AUTO as AUTO_FORMAT
 from lightning_modules.run.options.data import (
     BENCHMARKS,
@@ -25,10 +22,7 @@ from lightning_modules.run.options.method import MethodOptions
 from lightning_modules.run.options.precision import default_precision
 from lightning_modules.run.options.recipes import RecipeOptions, expanded
 from lightning_modules.run.options.training import FSDP2, NO_PART, TrainingOptions, uld_numbers
-
-if TYPE_CHECKING:
-    from lightning_modules.training.uld import ULDSettings
-
+from lightning_modules.training.uld_settings import ULDSettings
 
 OF_SURGERY = (
     *(option.name for option in fields(MethodOptions) if option.name != "method"),
@@ -53,6 +47,10 @@ class Options(Flat):
 
     def check(self) -> None:
         """Raise ValueError on options outside their domain, or that contradict each other."""
+        self.check_without_torch()
+
+    def check_without_torch(self) -> None:
+        """The part of `check` that needs no function of torch's or of ours, and takes no time."""
         check_finite(self)
         self.data.check()
         self.evaluation.check()
@@ -122,6 +120,11 @@ class UnlearnOptions(Options):
     def check(self) -> None:
         """Raise ValueError on options outside their domain, or that contradict each other."""
         super().check()
+        self._check_functions()
+
+    def check_without_torch(self) -> None:
+        """As in `Options`; what is left is whether losses, rule and optimizer take their options."""
+        super().check_without_torch()
         for group in (self.recipe, self.method, self.training, self.first, self.finish):
             group.check()
         self._check_depth()
@@ -161,6 +164,15 @@ class UnlearnOptions(Options):
             )
         if training.uld and method.method != "uld":
             raise ValueError(f"--uld: expected --method uld with it, found --method {method.method}")
+
+    def _check_functions(self) -> None:
+        import torch
+
+        import gradsurgery as gs
+
+        method, training = self.method, self.training
+        method.check_functions()
+        training.optimizer_class()
         try:
             base = training.optimizer_class()([("weight", torch.nn.Parameter(torch.zeros(1)))])
         except (TypeError, ValueError) as error:  # Muon takes matrices only
@@ -276,8 +288,6 @@ class UnlearnOptions(Options):
             del depends["epochs"]
         always: dict[str, Any] = {}
         if uld:
-            from lightning_modules.training.uld import ULDSettings
-
             depends |= {"lr": 3e-3, "epochs": 30} if scratch else {"lr": ULDSettings.lr, "epochs": ULDSettings.epochs}
             always["lora_rank"] = self.training.lora_rank or ULDSettings.lora_rank
             always["uld"] = ({"num_layers": 1, "weight": 1.0} if scratch else {}) | self.training.uld
@@ -296,8 +306,6 @@ class UnlearnOptions(Options):
 
     def uld_settings(self) -> ULDSettings:
         """How ULD's assistant is trained; counts are whole numbers, even where a YAML file says 8.0."""
-        from lightning_modules.training.uld import ULDSettings
-
         training, kinds = self.training, uld_numbers()
         given: dict[str, Any] = {
             name: int(value) if kinds.get(name) is int else value for name, value in training.uld.items()

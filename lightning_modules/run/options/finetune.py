@@ -11,7 +11,7 @@ from lightning_modules.run.options.flat import Flat, at_least_one, check_finite,
 from lightning_modules.run.options.loading import LoadingOptions
 from lightning_modules.run.options.precision import default_precision
 from lightning_modules.run.options.training import FSDP2, NO_PART, TrainingOptions
-from lightning_modules.training.finetuning import FinetuningSettings
+from lightning_modules.training.finetuning_settings import FinetuningSettings
 
 TOFUFile = Literal["full", "retain90", "retain95", "retain99", "forget10", "forget05", "forget01"]
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import torch
-
 from lightning_modules.run.options.commands import UnlearnOptions
 from lightning_modules.run.options.flat import AUTO
 from lightning_modules.run.options.training import TrainingOptions
@@ -73,5 +71,7 @@ def most_steps(training: TrainingOptions, examples: int) -> int:
 
 def _batches(training: TrainingOptions, examples: int) -> int:
     """Batches that each process has in an epoch."""
+    import torch  # only here: the parser needs these options before torch is there
+
     devices = max(1, torch.cuda.device_count()) if training.devices == "auto" else int(training.devices)
     return math.ceil(examples / (training.batch_size * devices * training.num_nodes))

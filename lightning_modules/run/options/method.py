@@ -1,19 +1,21 @@
 """The method: losses, rule and surgery, or ULD."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-import gradsurgery as gs
+from lightning_modules.run.options import names
 from lightning_modules.run.options.flat import AUTO, not_negative, one_of
-from lightning_modules.training import objectives
-from lightning_modules.training.perturb import PerturbSettings
+
+# The parser needs these options before torch is there, which takes seconds: what needs torch imports it itself. No
+# __future__ here: jsonargparse would execute the block below for the sake of annotations that are strings.
+if TYPE_CHECKING:
+    import torch
+
+    import gradsurgery as gs
+    from lightning_modules.training.perturb import PerturbSettings
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,14 @@ class MethodOptions:
     """
 
     method: Literal["surgery", "uld"] = "surgery"
-    forget_loss: str = one_of(objectives.NAMES, "ceu")
+    forget_loss: str = one_of(names.LOSSES, "ceu")
     loss_options: dict[str, float] = field(default_factory=dict)
-    retain_loss: str = one_of(objectives.NAMES, "cross_entropy")
+    retain_loss: str = one_of(names.LOSSES, "cross_entropy")
     start_model: Literal["auto", "copy", "adapters_off", "precomputed"] = "auto"
     teacher: str | None = None
     refusals: str | None = None
     keep_asked_words: bool = False
-    rule: str = one_of([*gs.rules.RULES, *gs.elementwise.ELEMENTWISE], "gru")
+    rule: str = one_of(names.RULES, "gru")
     rule_options: dict[str, float] = field(default_factory=dict)
     ema_decay: float | None = 0.2
     retain_weight: float = 0.0
@@ -74,9 +76,15 @@ class MethodOptions:
     metric: Literal["euclidean", "optimizer"] = "euclidean"
 
     def check(self) -> None:
-        """Raise ValueError on a name, number or option that the losses, the rule or the dual variable do not have."""
-        gs.rules.by_name(self.rule)
+        """Raise ValueError on numbers outside their domain; `check_functions` has what needs torch."""
         not_negative(self, "retain_weight", "retain_inside")
+
+    def check_functions(self) -> None:
+        """Raise ValueError on a name, number or option that the losses, the rule or the dual variable do not have."""
+        import gradsurgery as gs
+        from lightning_modules.training import objectives
+
+        gs.rules.by_name(self.rule)
         if (self.radius == AUTO or self.perturb() is not None) and self.retain_inside:
             raise ValueError(
                 f"--retain-inside: expected 0 with --radius, found {self.retain_inside}: the two losses are computed at different weights; "
@@ -116,13 +124,15 @@ class MethodOptions:
         """Whether the forget loss is the divergence from the teacher."""
         return self.teacher is not None and self.forget_loss == "kl_divergence"
 
-    def perturb(self) -> PerturbSettings | None:
+    def perturb(self) -> "PerturbSettings | None":
         """How far the weights are moved; None if they are not.
 
         Raises:
             ValueError: If the radius is no positive number or has other entries than start and end.
             RuntimeError: If it is "auto" and not measured yet.
         """
+        from lightning_modules.training.perturb import PerturbSettings
+
         if self.radius == AUTO:
             raise RuntimeError(
                 "--radius auto: expected the measured radius in its place before the training is assembled"
@@ -142,6 +152,8 @@ class MethodOptions:
 
     def bound_loss(self) -> Any:
         """The forget loss with its options."""
+        from lightning_modules.training import objectives
+
         loss = objectives.by_name(self.forget_loss)
         options = [
             name
@@ -153,14 +165,18 @@ class MethodOptions:
                 raise TypeError(f"{name!r}; {self.forget_loss} has {', '.join(options) or 'none'}")
         return partial(loss, **self.loss_options) if self.loss_options else loss
 
-    def bound_rule(self) -> Callable[[torch.Tensor], torch.Tensor]:
+    def bound_rule(self) -> "Callable[[torch.Tensor], torch.Tensor]":
         """The rule with its options."""
+        import gradsurgery as gs
+
         return partial(gs.rules.by_name(self.rule), **self.rule_options)
 
     def surgery(
         self, *, max_norm: float | None, accumulate: bool
-    ) -> Callable[[torch.optim.Optimizer], gs.GradientSurgery]:
+    ) -> "Callable[[torch.optim.Optimizer], gs.GradientSurgery]":
         """Base optimizer -> the `GradientSurgery` that these options describe."""
+        import gradsurgery as gs
+
         return partial(
             gs.GradientSurgery,
             rule=self.bound_rule(),
@@ -177,6 +193,8 @@ class MethodOptions:
 
 def _try(loss: Any) -> None:
     """Compute a loss once, of one token, so that an option outside its domain is refused before any work is done."""
+    import torch
+
     examples = {"labels": torch.zeros(1, dtype=torch.int64), "lengths": torch.ones(1), "nll": torch.ones(1)}
     given: list[torch.Tensor] = []
     for name, entry in inspect.signature(loss).parameters.items():

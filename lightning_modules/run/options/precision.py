@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 
 def default_precision(*, scratch: bool = False) -> str:
     """Returns "bf16-mixed" where this machine computes it natively, by Lightning's name, and "32-true" elsewhere.
@@ -17,11 +15,15 @@ def default_precision(*, scratch: bool = False) -> str:
     """
     if scratch:
         return "32-true"
+    import torch  # only here: the parser needs these options before torch is there
+
     fast = torch.cuda.is_available() or (computes_bfloat16() and not torch.backends.mps.is_available())
     return "bf16-mixed" if fast else "32-true"
 
 
 def computes_bfloat16() -> bool:
     """Whether the CPU multiplies matrices of bfloat16 by instructions of its own."""
+    import torch
+
     known = torch.cpu.get_capabilities()
     return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one: ARM

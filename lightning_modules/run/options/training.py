@@ -1,7 +1,5 @@
 """Steps, batches, weights and devices: how a method is trained."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable
@@ -9,13 +7,16 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
 from lightning_modules.run.options.flat import at_least_one, flag, not_negative
-from lightning_modules.training.warmup import Schedule, falling_late
+from lightning_modules.training.uld_settings import ULDSettings
 
+# The parser needs these options before torch is there, which takes seconds: what needs torch imports it itself. No
+# __future__ here: jsonargparse would execute the block below for the sake of annotations that are strings.
 if TYPE_CHECKING:
+    import torch
+
     from lightning_modules.training.adapters import AdapterSettings
+    from lightning_modules.training.warmup import Schedule
 
 FSDP2 = "fsdp2"
 """The strategy that is ours and not Lightning's."""
@@ -135,8 +136,10 @@ class TrainingOptions:
             object.__setattr__(self, "probes", "quick" if self.probes else "none")
 
     def check(self) -> None:
-        """Raise ValueError on options outside their domain, or that contradict each other."""
-        self.optimizer_class()
+        """Raise ValueError on options outside their domain, or that contradict each other.
+
+        `optimizer_class` has what needs torch.
+        """
         at_least_one(
             self, "batch_size", "accumulate", "epochs", "steps", "score_every", "checkpoint_every", "num_nodes"
         )
@@ -234,7 +237,7 @@ class TrainingOptions:
         """Whether the model is sharded over the devices."""
         return self.strategy == FSDP2
 
-    def adapters(self, seed: int) -> AdapterSettings:
+    def adapters(self, seed: int) -> "AdapterSettings":
         """What the adapters are, without any a rank of 0."""
         from lightning_modules.training.adapters import AdapterSettings
 
@@ -264,12 +267,14 @@ class TrainingOptions:
         """Whether there are probes at the end."""
         return self.probes not in (None, "none")
 
-    def optimizer_class(self) -> Callable[..., torch.optim.Optimizer]:
+    def optimizer_class(self) -> "Callable[..., torch.optim.Optimizer]":
         """The class called `optimizer`.
 
         Raises:
             ValueError: If torch.optim has none of this name with a learning rate and weight decay.
         """
+        import torch
+
         kind = getattr(torch.optim, self.optimizer, None)
         if not (isinstance(kind, type) and {"lr", "weight_decay"} <= set(inspect.signature(kind).parameters)):
             raise ValueError(
@@ -277,11 +282,13 @@ class TrainingOptions:
             )
         return kind
 
-    def schedule(self) -> Schedule | None:
+    def schedule(self) -> "Schedule | None":
         """The schedule of the learning rate; None where it stays after the warm-up."""
+        from lightning_modules.training.warmup import falling_late
+
         return None if self.lr_schedule == "constant" else partial(falling_late, warmup_steps=self.warmup_steps)
 
-    def base_optimizer(self, lr: float | None = None) -> Callable[..., torch.optim.Optimizer]:
+    def base_optimizer(self, lr: float | None = None) -> "Callable[..., torch.optim.Optimizer]":
         """Parameters -> the base optimizer with its weight decay, and this learning rate or its own."""
         return partial(self.optimizer_class(), lr=lr or self.lr, weight_decay=self.weight_decay)
 
@@ -292,8 +299,6 @@ def uld_numbers() -> dict[str, type]:
     They are the numbers among `ULDSettings` that no option of their own gives. `lora_alpha` came before --lora-alpha,
     and still means the same.
     """
-    from lightning_modules.training.uld import ULDSettings  # importing it takes seconds, and few runs need it
-
     elsewhere = {*(option.name for option in fields(TrainingOptions)), "seed"} - {"lora_alpha"}
     kinds = {entry.name: type(entry.default) for entry in fields(ULDSettings) if entry.name not in elsewhere}
     return {name: kind for name, kind in kinds.items() if kind in (int, float)}
