@@ -15,6 +15,7 @@ from lightning_modules.data.pairs import ForgetRetainDataModule
 from lightning_modules.run.finish import substitute_answers
 from lightning_modules.run.loading import make_data
 from lightning_modules.training.finish import FinishSettings, finishing_module
+from lightning_modules.training.noise import NoiseSettings
 from lightning_modules.training.references import SecondModel
 from lightning_modules.training.trainer import trainer_options
 from lightning_modules.training.undo import undo_settings, undoing_module
@@ -61,6 +62,7 @@ def ended(run: Run, model: nn.Module, before: Any, tokenizer: Any, hardware: Cal
         settings = FinishSettings(
             lr=method.finish_lr or float(options.training.lr or 0.0) / 2.0, max_norm=options.training.max_norm
         )
-        module, steps = finishing_module(model, SecondModel(start), settings), method.finish_steps
+        noise = NoiseSettings(1.0) if method.retain_noise else None
+        module, steps = finishing_module(model, SecondModel(start), settings, noise=noise), method.finish_steps
     L.Trainer(**trainer_options(**hardware(steps))).fit(module.train(), data)
     return Cost(time.perf_counter() - started, 2 * steps)

@@ -86,6 +86,7 @@ class Run:
                 rule_options={"alpha": 0.0} if alone else method.rule_options,
                 ema_decay=method.ema_decay,
                 retain_weight=method.retain_weight,
+                retain_noise=method.retain_noise,
                 guard=method.guard,
                 radius=method.radius,
                 radius_scale=method.radius_scale,
@@ -94,6 +95,7 @@ class Run:
             ),
             training=TrainingOptions(
                 optimizer=method.optimizer or grid.train.optimizer,
+                optimizer_options=method.optimizer_options,
                 lr=grid.train.lr if method.lr is None else method.lr,
                 weight_decay=grid.train.weight_decay,
                 warmup_steps=grid.train.warmup_steps,
@@ -254,6 +256,7 @@ _LATER = {
         *("kind", "epochs", "lora_rank", "lora_init", "uld", "max_weight"),
         *("steps", "max_norm", "lr_schedule", "stop_below", "radius", "radius_scale", "adversary"),
         *("retain_rows", "row_examples", "undo", "finish_steps", "finish_lr"),
+        *("retain_noise", "optimizer_options"),
     )
 }
 _LATER_SECTIONS = {

@@ -67,10 +67,12 @@ class Method:
     metric: Literal["euclidean", "optimizer"] = "euclidean"
     guard: Literal["none", "measure", "update"] = "measure"
     retain_weight: float = 0.0
+    retain_noise: float = 0.0
     retain_inside: float = 0.0
     placebo: bool = False
     lr: float | None = None
     optimizer: str | None = None
+    optimizer_options: dict[str, float] = field(default_factory=dict)
     epochs: int | None = None
     steps: int | None = None
     max_norm: float | None = None
@@ -155,9 +157,10 @@ class Method:
             raise ValueError(
                 f"expected retain_rows >= 0 and row_examples >= 1, found {self.retain_rows} and {self.row_examples}"
             )
-        if self.retain_rows and (self.retain_inside or self.radius or self.adversary or self.placebo):
+        other = self.retain_inside or self.retain_noise or self.radius or self.adversary or self.placebo
+        if self.retain_rows and other:
             raise ValueError(
-                "retain_rows: expected neither retain_inside, radius, adversary nor placebo with it, found one of them"
+                "retain_rows: expected neither retain_inside, retain_noise, radius, adversary nor placebo with it, found one of them"
             )
 
     @property

@@ -95,7 +95,8 @@ def build_module(model: nn.Module, run: Run) -> UnlearningModule:
     if run.method.placebo:
         method = replace(method, rule="gradient_difference", rule_options={"alpha": 0.0})
     losses = by_name(method.forget_loss), by_name(method.retain_loss)
-    reference = SecondModel() if any(needs_reference(loss) for loss in losses) else None
+    compared = method.retain_noise or any(needs_reference(loss) for loss in losses)
+    reference = SecondModel() if compared else None
     model = model.train()
     if run.method.retain_rows:
         rows, weight = run.method.retain_rows, run.method.retain_weight

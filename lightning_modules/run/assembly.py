@@ -34,6 +34,7 @@ from lightning_modules.training.callbacks import ProgressLines
 from lightning_modules.training.checkpoint_file import CheckpointFile
 from lightning_modules.training.merging import check_mergeable
 from lightning_modules.training.module import UnlearningModule
+from lightning_modules.training.noise import NoiseSettings
 from lightning_modules.training.references import AdapterOff, Precomputed, Reference, SecondModel, precompute
 from lightning_modules.training.trainer import trainer_options
 
@@ -68,6 +69,7 @@ def make_module(
         warmup_steps=training.warmup_steps if training.lr_schedule == "constant" else 0,
         schedule=training.schedule(),
         perturb=method.perturb(),
+        noise=NoiseSettings(method.retain_noise) if method.retain_noise else None,
         reference=reference,
         retain_inside=method.retain_inside,
         dual=gs.losses.DualVariable(**method.dual) if method.dual else None,
@@ -133,6 +135,7 @@ def kind_of_start_model(options: UnlearnOptions) -> str | None:
     method, training = options.method, options.training
     names = [method.retain_loss] if method.imitates else [method.forget_loss, method.retain_loss]
     losses = [objectives.by_name(name) for name in names]
+    losses += [gs.losses.kl_divergence] if method.retain_noise else []
     if not any(objectives.needs_reference(loss) for loss in losses):
         return None
     if method.start_model != "auto":

@@ -16,6 +16,7 @@ from lightning_modules.run.assembly import make_finishing_trainer, teacher
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.run import Run, Splits
 from lightning_modules.training.finish import FinishSettings, finishing_module
+from lightning_modules.training.noise import NoiseSettings
 from lightning_modules.training.references import AdapterOff, Reference, SecondModel
 
 
@@ -67,6 +68,10 @@ def finish(run: Run[UnlearnOptions], model: nn.Module, start: Reference) -> None
     L.seed_everything(options.output.seed, verbose=False)
     trainer = make_finishing_trainer(options.training, options.finish.finish_steps, Console(stderr=True))
     module = finishing_module(
-        model, start, settings, teacher=teacher(options.method, options.loading) if taught else None
+        model,
+        start,
+        settings,
+        teacher=teacher(options.method, options.loading) if taught else None,
+        noise=NoiseSettings(1.0) if options.method.retain_noise else None,
     )
     trainer.fit(module.train(), data)

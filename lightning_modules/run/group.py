@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 
 @contextmanager
-def leaving_group() -> Iterator[None]:
+def leaving_group() -> Generator[None]:
     """Leave the group that was made meanwhile, when all is done; one that existed before stays.
 
     Lightning leaves a group of gloo to the interpreter's end. Its threads may then still hold tensors of the last

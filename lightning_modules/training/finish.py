@@ -12,6 +12,7 @@ from torch import nn
 import gradsurgery as gs
 from lightning_modules.training import objectives
 from lightning_modules.training.module import UnlearningModule
+from lightning_modules.training.noise import NoiseSettings
 from lightning_modules.training.references import Reference, SecondModel
 from lightning_modules.training.warmup import rising_and_falling
 
@@ -44,6 +45,7 @@ def finishing_module(
     settings: FinishSettings = FinishSettings(),
     *,
     teacher: SecondModel | None = None,
+    noise: NoiseSettings | None = None,
 ) -> UnlearningModule:
     """The module that gives a model that has forgotten deeply its fluent answers back.
 
@@ -61,6 +63,7 @@ def finishing_module(
         reference: The model before unlearning: `SecondModel(copy)`, or `AdapterOff()`.
         settings: Of the training.
         teacher: A model that never learned the forget answers, if there is one.
+        noise: Of `UnlearningModule`: holds the outputs on noised retain answers too.
 
     Raises:
         ValueError, TypeError: As `UnlearningModule`.
@@ -75,4 +78,5 @@ def finishing_module(
         surgery=partial(gs.GradientSurgery, rule="sum", max_norm=settings.max_norm),
         schedule=rising_and_falling,
         reference=reference,
+        noise=noise,
     )

@@ -16,6 +16,7 @@ import gradsurgery as gs
 from gradsurgery.optimizer.perturbation import Perturbation
 from lightning_modules.metrics import AnswerProbability
 from lightning_modules.training.heads import AnswerHead
+from lightning_modules.training.noise import NoiseSettings, noised
 from lightning_modules.training.objectives import name_of, needs_reference, needs_refusals, objective
 from lightning_modules.training.packing import keep_differentiable
 from lightning_modules.training.perturb import PerturbSettings
@@ -61,7 +62,8 @@ class UnlearningModule(ResumableModule):
             of the whole training, such as `lightning_modules.training.warmup.falling_late`.
         perturb: Take the forget gradient at weights that are moved along a direction, see `PerturbSettings`. The forget
             loss is then computed in the backward pass, and is no part of the scalar that `training_step` returns.
-        reference: The start model (the model before unlearning), for losses that compare with it:
+        noise: Hold the outputs on noised retain examples to those of the start model too, see `NoiseSettings`.
+        reference: The start model (the model before unlearning), for losses and `noise` that compare with it:
             `references.SecondModel()` (a frozen copy), `AdapterOff()` or `Precomputed(path)`.
         retain_inside: Multiple of the retain loss inside the forget objective, before the rule (the GRU code's
             `*_gd_gru`). What is added after the rule is `GradientSurgery`'s `add`.
@@ -96,6 +98,7 @@ class UnlearningModule(ResumableModule):
         warmup_steps: int = 0,
         schedule: Schedule | None = None,
         perturb: PerturbSettings | None = None,
+        noise: NoiseSettings | None = None,
         reference: Reference | None = None,
         retain_inside: float = 0.0,
         dual: gs.losses.DualVariable | None = None,
@@ -109,6 +112,8 @@ class UnlearningModule(ResumableModule):
         self.objectives = {"forget": objective(forget_loss, skip_first), "retain": objective(retain_loss, 0)}
         self.make_optimizer, self.make_surgery = optimizer, surgery
         self.warmup_steps, self.schedule, self.perturb = warmup_steps, schedule, perturb
+        self.noise = noise
+        self._divergence = objective(gs.losses.kl_divergence)
         self._scheduled: Scheduled | None = None
         self._at: Perturbation | None = None
         self._steps = 0
@@ -133,7 +138,9 @@ class UnlearningModule(ResumableModule):
                 f"warmup_steps: expected 0 with a schedule, which says every learning rate, found {warmup_steps}"
             )
         self._direction = None if perturb is None else objective(perturb.direction, 0)
-        compared = (forget_loss, retain_loss) if perturb is None else (forget_loss, retain_loss, perturb.direction)
+        compared = [forget_loss, retain_loss]
+        compared += [] if perturb is None else [perturb.direction]
+        compared += [] if noise is None else [gs.losses.kl_divergence]
         if reference is None:
             for loss in compared:
                 if needs_reference(loss):
@@ -195,6 +202,10 @@ class UnlearningModule(ResumableModule):
         if self.dual is not None:
             self._retain_losses.append(self.losses["retain"])
             losses["retain"] = losses["retain"] * self.dual.value
+        if self.noise is not None:
+            found = self._divergence(self, {"retain": noised(batch["retain"], self.noise.share)}, "retain")
+            self.log("loss/noise", found.detach(), prog_bar=True)
+            losses["retain"] = losses["retain"] + self.noise.weight * found
         losses |= {name: self._perturbed(batch, name) for name in perturbed}
         return self.surgery.join(retain_graph=bool(self.retain_inside), **losses)
 

@@ -26,7 +26,7 @@ from lightning_modules.training.uld_settings import ULDSettings
 
 OF_SURGERY = (
     *(option.name for option in fields(MethodOptions) if option.name != "method"),
-    *("optimizer", "accumulate", "max_norm", "stop_below", "score_every", "collapse_below"),
+    *("optimizer", "optimizer_options", "accumulate", "max_norm", "stop_below", "score_every", "collapse_below"),
     *("group_by_length", "gradient_checkpointing"),
     *("strategy", "devices", "num_nodes"),
 )
@@ -174,10 +174,12 @@ class UnlearnOptions(Options):
         method.check_functions()
         training.optimizer_class()
         try:
-            base = training.optimizer_class()([("weight", torch.nn.Parameter(torch.zeros(1)))])
+            base = training.base_optimizer(1.0)([("weight", torch.nn.Parameter(torch.zeros(1)))])
         except (TypeError, ValueError) as error:  # Muon takes matrices only
+            options = f" with {training.optimizer_options}" if training.optimizer_options else ""
             raise ValueError(
-                f"--optimizer: expected one that can step every parameter of a model, found {training.optimizer}: {error}"
+                "--optimizer, --optimizer-options: expected an optimizer that can step every parameter of a model, with options that it "
+                f"knows, found {training.optimizer}{options}: {error}"
             ) from error
         try:
             method.surgery(max_norm=training.max_norm, accumulate=training.accumulates)(base)

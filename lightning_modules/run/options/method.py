@@ -42,6 +42,8 @@ class MethodOptions:
         rule_options: options of the rule, for example {alpha: 5}
         ema_decay: weight of the old value in the retain gradient's moving average; null for none
         retain_weight: multiple of the retain gradient to add after the rule
+        retain_noise: multiple, added to the retain loss, of the divergence from the model before unlearning on the
+            retain examples with 30 % of their tokens replaced: keeps what no retain example shows
         retain_inside: multiple of the retain loss inside the forget objective, before the rule
         dual: PDU: weigh the retain loss by a dual variable, for example {limit: 0.3, step_size: 5, initial: 100}
         guard: look at the parameter change itself: measure it, or project it
@@ -67,6 +69,7 @@ class MethodOptions:
     rule_options: dict[str, float] = field(default_factory=dict)
     ema_decay: float | None = 0.2
     retain_weight: float = 0.0
+    retain_noise: float = 0.0
     retain_inside: float = 0.0
     dual: dict[str, float] = field(default_factory=dict)
     guard: Literal["none", "measure", "update"] = "none"
@@ -77,7 +80,7 @@ class MethodOptions:
 
     def check(self) -> None:
         """Raise ValueError on numbers outside their domain; `check_functions` has what needs torch."""
-        not_negative(self, "retain_weight", "retain_inside")
+        not_negative(self, "retain_weight", "retain_noise", "retain_inside")
 
     def check_functions(self) -> None:
         """Raise ValueError on a name, number or option that the losses, the rule or the dual variable do not have."""
@@ -113,6 +116,7 @@ class MethodOptions:
             raise ValueError(
                 f"--refusals: expected --forget-loss dpo or idk, which teach them, found {self.forget_loss}"
             )
+        losses = (*losses, objectives.by_name("kl_divergence")) if self.retain_noise else losses
         if self.start_model == "precomputed" and (rows := [loss for loss in losses if objectives.needs_logits(loss)]):
             raise ValueError(
                 f"--start-model precomputed: expected losses that compare log-likelihoods, found {objectives.name_of(rows[0])}, which "

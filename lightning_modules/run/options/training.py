@@ -35,6 +35,7 @@ class TrainingOptions:
 
     Attributes:
         optimizer: class of torch.optim that steps
+        optimizer_options: further options of that class, for example {eps: 1e-4}
         lr: learning rate; auto finds one from about ten trial steps, which are taken back: as large as reaches the
             forget probability of --stop-below within the steps of the run; by default auto, 5e-5 for the model from
             scratch, or 1e-5 with --strategy fsdp2; with --method uld 1e-3, or 3e-3 for the model from scratch
@@ -97,6 +98,7 @@ class TrainingOptions:
     """
 
     optimizer: str = "AdamW"
+    optimizer_options: dict[str, float] = field(default_factory=dict)
     lr: float | Literal["auto"] | None = None
     weight_decay: float = 0.01
     warmup_steps: int = 5
@@ -290,7 +292,9 @@ class TrainingOptions:
 
     def base_optimizer(self, lr: float | None = None) -> "Callable[..., torch.optim.Optimizer]":
         """Parameters -> the base optimizer with its weight decay, and this learning rate or its own."""
-        return partial(self.optimizer_class(), lr=lr or self.lr, weight_decay=self.weight_decay)
+        return partial(
+            self.optimizer_class(), lr=lr or self.lr, weight_decay=self.weight_decay, **self.optimizer_options
+        )
 
 
 def uld_numbers() -> dict[str, type]:
