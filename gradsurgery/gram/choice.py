@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from gradsurgery.gram.kernel import Kernel, Members, Unavailable, build, takes
+from gradsurgery.gram.kernel import Batch, Kernel, Members, Unavailable, build
 
 Choice = Literal["auto", "compiled", "eager"]
 _CHOICES = ("auto", "compiled", "eager")
@@ -94,22 +94,16 @@ def backend(choice: Choice | None = None) -> Backend:
     return Backend("compiled", f"for float32 and bfloat16 rows{smallest} on a CPU, {found.about}", before)
 
 
-def kernel_for(found: Iterable[Members]) -> Kernel | None:
-    """The kernel, if it is worth calling for these members; None where plain PyTorch should take all of them."""
+def kernel_for(found: Iterable[Members], blocks: Sequence[int] | None) -> tuple[Kernel, list[Batch]] | None:
+    """The kernel and what it takes of each list of members, if it is worth calling; None where it is not."""
     if _State.choice == "eager" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return None
-    if _State.choice == "auto":
-        # Plain counts, the same on every rank that holds the same rows.
-        numbers = sum(
-            next(tensor.numel() for tensor in local if tensor is not None)
-            for members in found
-            for _, local in members
-            if all(map(takes, local))
-        )
-        if numbers < SMALLEST:
-            return None
+    batches = [Batch(members, blocks) for members in found]
+    # Plain counts, the same on every rank that holds the same rows.
+    if sum(batch.numbers for batch in batches) < (SMALLEST if _State.choice == "auto" else 1):
+        return None
     kernel = built()
-    return None if isinstance(kernel, str) else kernel
+    return None if isinstance(kernel, str) else (kernel, batches)
 
 
 def kernel_number(parameters: Sequence[Tensor]) -> int:

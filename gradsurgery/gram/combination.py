@@ -57,12 +57,13 @@ def combine_blocks_(
     Returns:
         ``rows[0]``.
     """
-    _, num_parameters = check_rows(rows)
+    check_rows(rows)
     first = rows[0]
     members: list[tuple[int, list[Tensor | None]]] = []
-    for index in range(num_parameters):
-        tensors = [row[index] for row in rows]
-        placed = next((tensor for tensor in tensors if tensor is not None), None)
+    for index, tensors in enumerate(map(list, zip(*rows, strict=True))):
+        placed = tensors[0]
+        if placed is None:
+            placed = next((tensor for tensor in tensors if tensor is not None), None)
         if placed is None:
             continue
         if tensors[0] is None:
@@ -74,8 +75,10 @@ def combine_blocks_(
         members.append((index, local_parts(placed, tensors, index)[1]))
     # On an accelerator the coefficients stay where they are, because reading them would make the host wait.
     on_host = coefficients.device.type == "cpu"
-    if on_host and (kernel := kernel_for([members])) is not None:
-        members = kernel.combine(members, blocks, coefficients)
+    if on_host and (by_kernel := kernel_for([members], blocks)) is not None:
+        kernel, (batch,) = by_kernel
+        kernel.combine(batch, coefficients.double())
+        members = batch.left
     numbers = coefficients.tolist() if on_host else None
     for index, local in members:
         block = 0 if blocks is None else blocks[index]

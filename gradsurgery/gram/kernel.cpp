@@ -45,24 +45,48 @@ static inline Floats load(const Bfloat* from) {
 
 static inline void store(float* to, const Floats& values) { memcpy(to, &values, sizeof values); }
 
-// To the nearest, ties to even; a NaN stays one.
-static inline void store(Bfloat* to, const Floats& values) {
+// A bfloat16 in the upper half of each number: to the nearest, ties to even; a NaN stays one.
+static inline Bits rounded(const Floats& values) {
     Bits bits;
     memcpy(&bits, &values, sizeof bits);
-    const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const Bits nan = (Bits)(values != values);
-    const Halves halves = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), Halves);
+    return (nan & 0x7fc00000) | (~nan & (bits + 0x7fff + ((bits >> 16) & 1)));
+}
+
+static inline void store(Bfloat* to, const Floats& values) {
+    const Halves halves = __builtin_convertvector(rounded(values) >> 16, Halves);
     memcpy(to, &halves, sizeof halves);
 }
 
+// Twice as many bfloat16 numbers, as two vectors: those of even and those of odd places. It takes fewer instructions
+// than spreading them in their order, and sums do not mind.
+struct Pair {
+    Floats even, odd;
+};
+
+static inline Pair load_pair(const Bfloat* from) {
+    Bits bits;
+    memcpy(&bits, from, sizeof bits);
+    const Bits even = bits << 16, odd = bits & 0xffff0000;
+    Pair pair;
+    memcpy(&pair.even, &even, sizeof even);
+    memcpy(&pair.odd, &odd, sizeof odd);
+    return pair;
+}
+
+static inline void store_pair(Bfloat* to, const Pair& pair) {
+    const Bits bits = (rounded(pair.even) >> 16) | (rounded(pair.odd) & 0xffff0000);
+    memcpy(to, &bits, sizeof bits);
+}
+
 // Applies a function of addresses to all numbers, the last few through padded copies.
-template <class To, class From, class Each>
+template <int kStep = kNative, class To, class From, class Each>
 static inline void each(To* to, const From* from, int64_t n, Each function) {
     int64_t i = 0;
-    for (; i + kNative <= n; i += kNative) function(to + i, from + i);
+    for (; i + kStep <= n; i += kStep) function(to + i, from + i);
     if (i < n) {
-        To last[kNative] = {};
-        From others[kNative] = {};
+        To last[kStep] = {};
+        From others[kStep] = {};
         memcpy(last, to + i, (n - i) * sizeof(To));
         memcpy(others, from + i, (n - i) * sizeof(From));
         function(last, others);
@@ -82,43 +106,98 @@ template <class From> static void add(float* to, const From* other, float coeffi
     each(to, other, n, [=](float* a, const From* b) { store(a, load(a) + load(b) * coefficient); });
 }
 
+// Keeps a compiler from making one rounding of a product that is added to another: PyTorch rounds both.
+static inline void round_here(Floats& values) {
+#if defined(__x86_64__)
+    asm("" : "+x"(values));
+#elif defined(__aarch64__)
+    asm("" : "+w"(values));
+#else
+    asm("" : "+m"(values));
+#endif
+}
+
+// Two rows of bfloat16 are not widened in memory.
+static void combine_pairs(Bfloat* to, float scale, const Bfloat* other, float coefficient, int64_t n) {
+    const bool scales = scale != 1.0f;
+    each<2 * kNative>(to, other, n, [=](Bfloat* a, const Bfloat* b) {
+        Pair sum = load_pair(a);
+        const Pair from = load_pair(b);
+        if (scales) {
+            sum.even *= scale;
+            sum.odd *= scale;
+            round_here(sum.even);
+            round_here(sum.odd);
+        }
+        sum.even += from.even * coefficient;
+        sum.odd += from.odd * coefficient;
+        store_pair(a, sum);
+    });
+}
+
 static inline bool low(int64_t address) { return address & 1; }
 static inline const float* floats(int64_t address, int64_t start) { return (const float*)address + start; }
 static inline Bfloat* bfloats(int64_t address, int64_t start) { return (Bfloat*)(address & ~(int64_t)1) + start; }
 
-// The 16 lanes of each sum of products x_a * x_b, a <= b, over at most kBlock numbers.
-template <int K> static void dots(const float* const* rows, int64_t n, double (*sums)[kLanes]) {
-    constexpr int kPairs = K * (K + 1) / 2;
-    Floats lanes[kPairs][kParts] = {};
-    int64_t i = 0;
-    float last[K][kLanes] = {};
-    const float* at[K];
+// What one step of a sum takes from a row: vectors of 16 lanes, one of float32 or two of bfloat16 numbers.
+static inline void take(const float* from, int part, Floats* x) { x[0] = load(from + part * kNative); }
+static inline void take(const Bfloat* from, int part, Floats* x) {
+    const Pair pair = load_pair(from + 2 * part * kNative);
+    x[0] = pair.even;
+    x[1] = pair.odd;
+}
+
+// Adds the 16 lanes of each sum of products x_a * x_b, a <= b, over at most kBlock numbers.
+template <int K, class T> static void dots(const T* const* rows, int64_t n, double (*sums)[kLanes]) {
+    constexpr int kPairs = K * (K + 1) / 2, kVectors = sizeof(float) / sizeof(T), kStep = kLanes * kVectors;
+    Floats lanes[kPairs][kParts][kVectors] = {};
+    T last[K][kStep] = {};
+    const T* at[K];
     for (int k = 0; k < K; k++) at[k] = rows[k];
-    while (i < n) {
-        if (i + kLanes > n) {
+    for (int64_t i = 0; i < n;) {
+        const bool whole = i + kStep <= n;
+        if (!whole)
             for (int k = 0; k < K; k++) {
-                memcpy(last[k], at[k] + i, (n - i) * sizeof(float));
+                memcpy(last[k], at[k] + i, (n - i) * sizeof(T));
                 at[k] = last[k] - i;
             }
-        }
-        const int64_t full = i + kLanes > n ? i + kLanes : n - n % kLanes;
-        for (; i < full; i += kLanes) {
+        const int64_t end = whole ? n - (n - i) % kStep : i + kStep;
+        for (; i < end; i += kStep) {
 #pragma GCC unroll 4
             for (int part = 0; part < kParts; part++) {
-                Floats x[K];
+                Floats x[K][kVectors];
 #pragma GCC unroll 4
-                for (int k = 0; k < K; k++) x[k] = load(at[k] + i + part * kNative);
+                for (int k = 0; k < K; k++) take(at[k] + i, part, x[k]);
                 int pair = 0;
 #pragma GCC unroll 4
                 for (int a = 0; a < K; a++)
 #pragma GCC unroll 4
-                    for (int b = a; b < K; b++, pair++) lanes[pair][part] += x[a] * x[b];
+                    for (int b = a; b < K; b++, pair++)
+#pragma GCC unroll 2
+                        for (int v = 0; v < kVectors; v++) lanes[pair][part][v] += x[a][v] * x[b][v];
             }
         }
     }
     for (int pair = 0; pair < kPairs; pair++)
         for (int part = 0; part < kParts; part++)
-            for (int lane = 0; lane < kNative; lane++) sums[pair][part * kNative + lane] += lanes[pair][part][lane];
+            for (int v = 0; v < kVectors; v++)
+                for (int lane = 0; lane < kNative; lane++)
+                    sums[pair][part * kNative + lane] += lanes[pair][part][v][lane];
+}
+
+// As above for any number of rows.
+template <class T> static void all_dots(const T* const* rows, int64_t m, int64_t n, double (*sums)[kLanes]) {
+    if (m == 1) return dots<1>(rows, n, sums);
+    if (m == 2) return dots<2>(rows, n, sums);
+    if (m == 3) return dots<3>(rows, n, sums);
+    // Both squares of a pair are taken again with each product; what is in the cache costs little.
+    for (int64_t a = 0, pair = 0; a < m; a++)
+        for (int64_t b = a; b < m; b++, pair++) {
+            double three[3][kLanes] = {};
+            const T* const two[2] = {rows[a], rows[b]};
+            dots<2>(two, n, three);
+            for (int lane = 0; lane < kLanes; lane++) sums[pair][lane] += three[1][lane];
+        }
 }
 
 struct Work {
@@ -138,28 +217,20 @@ static void multiply_chunk(const Work* work, const int64_t* address, int64_t beg
     for (int64_t k = 0; k < work->rows; k++)
         if (address[k]) present[m++] = k;
     memset(sums, 0, sizeof(sums[0]) * (m * (m + 1) / 2));
+    bool all_low = true;
+    for (int64_t a = 0; a < m; a++) all_low = all_low && low(address[present[a]]);
     for (int64_t start = begin; start < end; start += kBlock) {
         const int64_t n = end - start < kBlock ? end - start : kBlock;
+        const Bfloat* narrow[kMostRows];
         const float* rows[kMostRows];
         for (int64_t a = 0; a < m; a++) {
             const int64_t from = address[present[a]];
+            narrow[a] = bfloats(from, start);
             rows[a] = low(from) ? wide[a] : floats(from, start);
-            if (low(from)) convert(wide[a], bfloats(from, start), n);
+            if (low(from) && !all_low) convert(wide[a], narrow[a], n);
         }
-        if (m == 1) dots<1>(rows, n, sums);
-        else if (m == 2) dots<2>(rows, n, sums);
-        else if (m == 3) dots<3>(rows, n, sums);
-        else {
-            // Both squares of a pair are taken again with each product; what is in the cache costs little.
-            int64_t pair = 0;
-            for (int64_t a = 0; a < m; a++)
-                for (int64_t b = a; b < m; b++, pair++) {
-                    double three[3][kLanes] = {};
-                    const float* two[2] = {rows[a], rows[b]};
-                    dots<2>(two, n, three);
-                    for (int lane = 0; lane < kLanes; lane++) sums[pair][lane] += three[1][lane];
-                }
-        }
+        if (all_low) all_dots(narrow, m, n, sums);
+        else all_dots(rows, m, n, sums);
     }
     int64_t pair = 0;
     for (int64_t a = 0; a < m; a++)
@@ -175,6 +246,12 @@ static void combine_chunk(const Work* work, const int64_t* address, const double
     for (int64_t start = begin; start < end; start += kBlock) {
         const int64_t n = end - start < kBlock ? end - start : kBlock;
         const bool narrow = low(address[0]);
+        if (work->rows == 2 && narrow && low(address[1])) {
+            combine_pairs(
+                bfloats(address[0], start), (float)coefficients[0], bfloats(address[1], start), (float)coefficients[1], n
+            );
+            continue;
+        }
         float* to = narrow ? wide : (float*)floats(address[0], start);
         if (narrow) convert(wide, bfloats(address[0], start), n);
         // Scaled and rounded before anything is added, as PyTorch does; the block stays in the first cache.

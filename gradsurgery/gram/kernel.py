@@ -18,6 +18,7 @@ import tempfile
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ _PROCESSOR_FLAGS = {
     "AVX2": ("-mavx2", "-mfma"),
 }
 _MOST_ROWS = 16  # as in kernel.cpp
-_BFLOAT = 1  # set in an address, which is even
+_TYPES = (Tensor, Parameter)  # not a subclass, which may hold its numbers elsewhere
 
 
 class Unavailable(Exception):
@@ -68,69 +69,77 @@ class Kernel:
         self.number = int(hashlib.sha256(about.encode() + _SOURCE.read_bytes()).hexdigest()[:8], 16) | 1
         _check(self)
 
-    def add_products(self, members: Members, blocks: Sequence[int] | None, total: Tensor) -> Members:
-        """Add the members' products to ``total``, ``[S, K, K]`` float64 on the CPU, and hand back those not taken.
+    def add_products(self, batch: Batch, total: Tensor) -> bool:
+        """Add the batch's products to ``total``, ``[S, K, K]`` float64 on the CPU; False where there is no memory to.
 
         Cost: reads each tensor once. The bits of the answer depend on no number of threads.
         """
-        if total.device.type != "cpu" or total.shape[-1] > _MOST_ROWS:
-            return members
-        table = _Table(members, blocks)
-        failed = table.call(self._products, total.shape[-1], total)
-        return members if failed else table.left
+        return not batch.call(self._products, total.shape[-1], total)
 
-    def combine(self, members: Members, blocks: Sequence[int] | None, coefficients: Tensor) -> Members:
-        """Overwrite the members' first tensors by the combinations, and hand back the members not taken.
+    def combine(self, batch: Batch, coefficients: Tensor) -> None:
+        """Overwrite the batch's first tensors by the combinations.
 
         Args:
-            members: Their first tensors are overwritten.
-            blocks: The block of each parameter; all in block 0 when None.
-            coefficients: ``[S, K]`` on the CPU.
+            batch: Without missing first tensors.
+            coefficients: ``[S, K]`` float64 on the CPU.
 
         Cost: reads each tensor once and writes the first.
         """
-        if coefficients.shape[-1] > _MOST_ROWS:
-            return members
-        table = _Table(members, blocks)
-        table.call(self._combine, coefficients.shape[-1], coefficients.to(torch.float64).contiguous())
-        torch.autograd.graph.increment_version(table.first)  # as an operation of PyTorch's own would
-        return table.left
+        batch.call(self._combine, coefficients.shape[-1], coefficients.contiguous())
+        # As an operation of PyTorch's own would.
+        torch.autograd.graph.increment_version([local[0] for _, local in batch.taken if local[0] is not None])
 
 
-def takes(tensor: Tensor | None) -> bool:
-    """Whether the kernel can read the tensor at its address; a missing one is no obstacle."""
-    return tensor is None or (
-        (tensor.dtype is torch.float32 or tensor.dtype is torch.bfloat16)
-        and tensor.is_cpu
-        and type(tensor) in (Tensor, Parameter)
-        and tensor.layout is torch.strided
-        and tensor.is_contiguous()
-        and not tensor.is_neg()
-    )
+class Batch:
+    """The members that the kernel can read at their addresses, as the tables that it wants, and those left over.
 
+    Args:
+        members: Parameters' indices with their tensors, K or None each, and one at least.
+        blocks: The block of each parameter; all in block 0 when None.
 
-class _Table:
-    """Addresses, sizes and blocks of the members that the kernel takes."""
+    Attributes:
+        taken: Members in the tables.
+        left: Members of other types, devices or layouts, and all where there are too many rows.
+        numbers: How many each row of the tables has.
+    """
 
     def __init__(self, members: Members, blocks: Sequence[int] | None) -> None:
+        self.taken: Members = []
         self.left: Members = []
-        self.first: list[Tensor] = []
-        self._kept: list[list[Tensor | None]] = []
+        self.numbers = 0
         self._addresses, self._sizes, self._blocks = array("q"), array("q"), array("q")
-        for index, local in members:
-            if not all(map(takes, local)):
-                self.left.append((index, local))
+        # A list of adapters has hundreds of small tensors, for which this loop takes longer than their products.
+        for member in members:
+            index, local = member
+            addresses: list[int] = []
+            for tensor in local:
+                if tensor is None:
+                    addresses.append(0)
+                    continue
+                dtype = tensor.dtype
+                if (
+                    (dtype is torch.float32 or dtype is torch.bfloat16)
+                    and tensor.is_cpu
+                    and type(tensor) in _TYPES
+                    and tensor.layout is torch.strided
+                    and tensor.is_contiguous()
+                    and not tensor.is_neg()
+                ):
+                    addresses.append(tensor.data_ptr() | (dtype is torch.bfloat16))  # the mark that kernel.cpp reads
+                    size = tensor.numel()
+                else:
+                    break
+            if len(addresses) < len(local) or len(local) > _MOST_ROWS:
+                self.left.append(member)
                 continue
-            self._addresses.extend(
-                0 if t is None else t.data_ptr() | (_BFLOAT if t.dtype is torch.bfloat16 else 0) for t in local
-            )
-            present = local[0] if local[0] is not None else next(t for t in local if t is not None)
-            self._sizes.append(present.numel())
+            self._addresses.extend(addresses)
+            self._sizes.append(size)
             self._blocks.append(0 if blocks is None else blocks[index])
-            self.first.append(present)
-            self._kept.append(local)
+            self.numbers += size
+            self.taken.append(member)
 
-    def call(self, function: ctypes._NamedFuncPointer, rows: int, numbers: Tensor) -> int:
+    def call(self, function: Any, rows: int, numbers: Tensor) -> int:
+        """Call a function of the library."""
         tables = (table.buffer_info()[0] for table in (self._addresses, self._sizes, self._blocks))
         return function(rows, len(self._sizes), *tables, numbers.data_ptr(), torch.get_num_threads())
 
@@ -196,9 +205,10 @@ def _check(kernel: Kernel) -> None:
     numbers = torch.arange(3001, dtype=torch.float32)
     forget, retain = numbers % 7 - 3, (numbers % 5 - 2).bfloat16()
     total = torch.zeros(1, 2, 2, dtype=torch.float64)
-    kernel.add_products([(0, [forget, retain])], None, total)
+    batch = Batch([(0, [forget, retain])], None)
+    kernel.add_products(batch, total)
     wide = torch.stack([forget, retain.float()]).double()
     expected = forget * 2 - retain.float() * 3
-    kernel.combine([(0, [forget, retain])], None, torch.tensor([[2.0, -3.0]]))
+    kernel.combine(batch, torch.tensor([[2.0, -3.0]], dtype=torch.float64))
     if not (torch.equal(total[0], wide @ wide.mT) and torch.equal(forget, expected)):
         raise Unavailable("the built library computes wrong numbers")

@@ -78,13 +78,14 @@ def block_gram(
         ValueError: As `gram`.
         RuntimeError: As `gram`.
     """
-    num_rows, num_parameters = check_rows(rows)
+    num_rows, _ = check_rows(rows)
     # Insertion order is parameter order, the same on every rank, so the collectives of different shardings cannot
     # cross.
     found: dict[Sharding, list[tuple[int, list[Tensor | None]]]] = {}
-    for index in range(num_parameters):
-        tensors = [row[index] for row in rows]
-        placed = next((tensor for tensor in tensors if tensor is not None), None)
+    for index, tensors in enumerate(map(list, zip(*rows, strict=True))):
+        placed = tensors[0]
+        if placed is None:
+            placed = next((tensor for tensor in tensors if tensor is not None), None)
         example = placed if like is None else like[index]
         if example is None:
             continue
@@ -92,12 +93,15 @@ def block_gram(
         members = found.setdefault(sharding, [])
         if placed is not None:
             members.append((index, local))
-    kernel = kernel_for(found.values()) if metric is None else None
-    total = torch.zeros(num_blocks * num_rows * num_rows, dtype=torch.float64, device=first_device(rows, like))
-    for sharding, members in found.items():
+    device = first_device(rows, like)
+    by_kernel = kernel_for(found.values(), blocks) if metric is None and device.type == "cpu" else None
+    total = torch.zeros(num_blocks * num_rows * num_rows, dtype=torch.float64, device=device)
+    for number, (sharding, members) in enumerate(found.items()):
         part = torch.zeros_like(total)
-        if kernel is not None:
-            members = kernel.add_products(members, blocks, part.view(num_blocks, num_rows, num_rows))
+        if by_kernel is not None:
+            kernel, batches = by_kernel
+            if kernel.add_products(batches[number], part.view(num_blocks, num_rows, num_rows)):
+                members = batches[number].left
         _add_products(members, blocks, metric, part, num_rows)
         if sharding is not None:
             mesh, dimensions = sharding

@@ -28,8 +28,9 @@ Sharding: TypeAlias = "tuple[DeviceMesh, tuple[int, ...]] | None"
 
 def local_parts(example: Tensor, tensors: list[Tensor | None], index: int) -> tuple[Sharding, list[Tensor | None]]:
     """How one parameter is sharded, and what this rank holds of each of its tensors."""
+    shape = example.shape
     for tensor in tensors:
-        if tensor is not None and tensor.shape != example.shape:
+        if tensor is not None and tensor is not example and tensor.shape != shape:
             raise ValueError(
                 f"parameter {index}: expected tensors of one shape, {list(example.shape)}, found {list(tensor.shape)}; "
                 "rows must list the same parameters in the same order"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.gram import backend, block_gram, choice, combine_, combine_blocks_, gram
-from gradsurgery.gram.kernel import Kernel, Unavailable, build
+from gradsurgery.gram.kernel import Batch, Kernel, Unavailable, build
 from gradsurgery.gram.rows import Row
 from tests import tolerances
 from tests.reference import gram as reference
@@ -217,9 +217,9 @@ def test_auto_takes_large_rows_only(kernel: Kernel, monkeypatch: pytest.MonkeyPa
     taken: list[int] = []
     kept = Kernel.add_products
 
-    def counted(self: Kernel, members: list, *others: object) -> list:  # type: ignore[type-arg]
-        taken.append(len(members))
-        return kept(self, members, *others)  # type: ignore[arg-type]
+    def counted(self: Kernel, batch: Batch, total: Tensor) -> bool:
+        taken.append(len(batch.taken))
+        return kept(self, batch, total)
 
     monkeypatch.setattr(Kernel, "add_products", counted)
     monkeypatch.setattr(choice, "SMALLEST", 1000)
