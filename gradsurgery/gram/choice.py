@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from gradsurgery.gram.kernel import Batch, Kernel, Members, Unavailable, build
 
 Choice = Literal["auto", "compiled", "eager"]
-_CHOICES = ("auto", "compiled", "eager")
 # Below this many numbers a row plain PyTorch takes a few milliseconds at most, which no training step notices; and
 # building the kernel takes a second, once.
 SMALLEST = 1 << 22
@@ -80,8 +79,10 @@ def backend(choice: Choice | None = None) -> Backend:
     """
     before = _State.choice
     if choice is not None:
-        if choice not in _CHOICES:
-            raise ValueError(f"backend: expected one of {', '.join(map(repr, _CHOICES))}, or None, found {choice!r}")
+        if choice not in get_args(Choice):
+            raise ValueError(
+                f"backend: expected one of {', '.join(map(repr, get_args(Choice)))}, or None, found {choice!r}"
+            )
         if choice == "compiled" and isinstance(found := built(), str):
             raise RuntimeError(f"backend: expected a kernel to be built, found that {found}; or choose 'eager'")
         _State.choice = choice

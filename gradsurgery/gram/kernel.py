@@ -112,6 +112,7 @@ class Batch:
         for member in members:
             index, local = member
             addresses: list[int] = []
+            size = 0
             for tensor in local:
                 if tensor is None:
                     addresses.append(0)

@@ -108,13 +108,17 @@ def _reader() -> Callable[[Tensor, Tensor], object]:
 
 
 def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every function in every round; each round runs all of them, and the first is not counted."""
+    """Seconds of every function in every round; each round runs all of them, and the first is not counted.
+
+    With one thread they are the process's CPU time, which neighbours on a shared machine change little.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats + 1):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = clock()
             function()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: seconds[1:] for name, seconds in times.items()}
 
 

@@ -215,7 +215,7 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--default-malloc", action="store_true")
     parser.add_argument("--only", choices=("limit", "ratios", "memory"))
-    parser.add_argument("--small", action="store_true", help="a list of 10M numbers instead of 58M")
+    parser.add_argument("--small", action="store_true", help="a list of 12M numbers instead of 58M")
     arguments = parser.parse_args()
     if not arguments.default_malloc:
         limit.keep_heap()
