@@ -60,7 +60,8 @@ def guard(
     changes = list(before)
     for change, parameter in zip(changes, rows.parameters, strict=True):
         if change is not None:
-            change.neg_().add_(parameter)
+            own = local_tensor(change)
+            torch.sub(local_tensor(parameter), own, out=own)  # in one pass
     device = local_tensor(rows.parameters[0]).device
     units = rows.units(device).clone()
     units[0] = -1.0  # gru rectifies a gradient, which is minus a change; and the change carries no loss scale

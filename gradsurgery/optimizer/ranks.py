@@ -2,12 +2,13 @@
 
 Before an objective is entered, and before rows are combined, the hosts tell each other what they are about to do. A
 rank that goes another way would leave the others waiting for ever, or mix one objective's gradients with another's,
-without a word. It is one number from host to host: devices do not wait for it.
+without a word. It is two numbers from host to host: devices do not wait for them.
 """
 
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gradsurgery.gram import dtensor_type
+from gradsurgery.gram import backend, dtensor_type, kernel_number
 
 if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
@@ -112,6 +113,9 @@ class Ranks:
     def agree(self, action: int, problem: str | None, parameters: Sequence[Tensor]) -> None:
         """Check that every rank is about to do the same, so that none waits for another for ever.
 
+        Where ranks do not have the same kernel for Gram matrices (`gradsurgery.gram.backend`), all become eager:
+        replicas must compute the same bits.
+
         Args:
             action: A number for what this rank is about to do: to enter an objective, or to combine.
             problem: Why it cannot do so; None if it can.
@@ -123,7 +127,15 @@ class Ranks:
         """
         if active() and (group := self._process_group(parameters)) is not None:
             mine = -1 if problem else action
-            others = (self._told(mine, group[0]) != mine).nonzero().flatten().tolist()
+            told = self._told((mine, kernel_number(parameters)), group[0])
+            if len(told[:, 1].unique()) > 1:
+                backend("eager")
+                warnings.warn(
+                    f"gradsurgery.gram.backend: expected the same kernel on every rank, found it different or missing on some "
+                    f"({told[:, 1].tolist()}); all ranks compute with plain PyTorch now",
+                    stacklevel=2,
+                )
+            others = (told[:, 0] != mine).nonzero().flatten().tolist()
             if problem is None and others:
                 raise RuntimeError(
                     "objectives differ across ranks: expected every rank to run the same objectives in the same order, found ranks "
@@ -171,12 +183,12 @@ class Ranks:
                 "of the next, or use join; without DDP or FSDP2 reduce the gradients inside each objective's context"
             )
 
-    def _told(self, number: int, group: Any) -> Tensor:
-        """A number of every rank, ``[ranks]``, told from host to host."""
+    def _told(self, numbers: tuple[int, ...], group: Any) -> Tensor:
+        """Some numbers of every rank, ``[ranks, numbers]``, told from host to host."""
         if self._hosts is None or self._hosts[0] is not group:
             self._hosts = group, _group_of_hosts(group)
         try:
-            return _gather(torch.tensor(number), self._hosts[1])
+            return _gather(torch.tensor(numbers), self._hosts[1])
         except RuntimeError as error:
             raise RuntimeError(
                 "objectives differ across ranks: expected every rank to run the same objectives as often as the others, found one that "

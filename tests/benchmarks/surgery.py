@@ -1,6 +1,6 @@
-"""What surgery costs: time beside two backward passes alone, and memory beside `optimizer.memory_estimate()`.
+"""What surgery costs: beside the memory's bandwidth, beside two backward passes alone, and in memory.
 
-Run it: python tests/benchmarks/surgery.py [--threads 2] [--device cuda] [--default-malloc]
+Run it: python tests/benchmarks/surgery.py [--threads 2] [--device cuda] [--default-malloc] [--only limit] [--small]
 
 Times are the best of interleaved rounds in one process (what else the machine does can only add), and only their ratio means something. The model is a Llama of 47M
 parameters (vocabulary 32000, width 512, 8 layers, tied head, float32).
@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -22,10 +21,48 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gradsurgery as gs
+from tests.benchmarks import limit
 
-# glibc gives every temporary above 32 MiB back to the system, and page faults then dominate whatever is measured. GPUs and serious CPU
-# set-ups keep their heap.
-HEAP_KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+
+def limit_table(repeats: int, small: bool) -> None:
+    """Gram matrix and combination of two rows over the memory-bandwidth limit, by backend, with the matrix's error."""
+    print("\nGram matrix and combination over the limit of the memory: median of rounds (quartiles; best)")
+    for name in limit.LISTS:
+        rows = limit.rows_of(name, small=small)
+        numbers = sum(t.numel() for t in rows[0] if t is not None)
+        exact = exact_gram(rows)
+        print(f"  {name}, {len(rows[0])} tensors, {numbers / 1e6:.1f}M numbers")
+        functions: dict[str, Callable[[], object]] = {"limit": limit.limit_of(rows)}
+        for choice in ("compiled", "eager"):
+            for kind, scale in (("", 1.0), (", two coefficients", 0.9999)):
+                coefficients = torch.tensor([scale, 1e-9], dtype=torch.float64)
+                functions[choice + kind] = partial(one_pass, rows, coefficients, choice)
+        times = limit.interleaved(functions, repeats)
+        print(f"    the limit: {median(times['limit']) * 1e3:.1f} ms")
+        for choice, seconds in times.items():
+            if choice == "limit":
+                continue
+            print(f"    {choice:28s} {limit.ratio(seconds, times['limit'])}", end="")
+            with gs.gram.backend(choice.split(",")[0]):  # type: ignore[arg-type]
+                found = gs.gram.gram(limit.rows_of(name, small=small))
+            print(f"  <r,r> off by {float((found / exact - 1.0).abs()[1, 1]):.1e}")
+
+
+def exact_gram(rows: list[list[torch.Tensor | None]]) -> torch.Tensor:
+    """Products and sums in float64, in pieces that need no copy of the whole."""
+    total = torch.zeros(2, 2, dtype=torch.float64)
+    for pair in zip(*rows, strict=True):
+        flat = [tensor.reshape(-1) for tensor in pair if tensor is not None]
+        for parts in zip(*(tensor.split(1 << 20) for tensor in flat), strict=True):
+            both = torch.stack([part.double() for part in parts])
+            total += both @ both.mT
+    return total
+
+
+def one_pass(rows: list[list[torch.Tensor | None]], coefficients: torch.Tensor, choice: Any) -> None:
+    with gs.gram.backend(choice):
+        gs.gram.gram(rows)
+        gs.gram.combine_(rows, coefficients)
 
 
 def make_model(device: str, layers: int = 8) -> LlamaForCausalLM:
@@ -177,12 +214,17 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--default-malloc", action="store_true")
+    parser.add_argument("--only", choices=("limit", "ratios", "memory"))
+    parser.add_argument("--small", action="store_true", help="a list of 12M numbers instead of 58M")
     arguments = parser.parse_args()
-    if not arguments.default_malloc and any(os.environ.get(name) != value for name, value in HEAP_KEPT.items()):
-        os.environ.update(HEAP_KEPT)
-        os.execv(sys.executable, [sys.executable, *sys.argv])  # glibc reads them when a process starts
+    if not arguments.default_malloc:
+        limit.keep_heap()
     torch.set_num_threads(arguments.threads)
-    print(f"torch {torch.__version__}, {arguments.device}, {arguments.threads} threads")
-    for tokens in (512, 256):
-        time_ratios(arguments.device, tokens, arguments.repeats)
-    memory_table()
+    print(f"torch {torch.__version__}, {arguments.device}, {arguments.threads} threads; {gs.gram.backend()!r}")
+    if arguments.only in (None, "limit"):
+        limit_table(arguments.repeats, arguments.small)
+    if arguments.only in (None, "ratios"):
+        for tokens in (512, 256):
+            time_ratios(arguments.device, tokens, arguments.repeats)
+    if arguments.only in (None, "memory"):
+        memory_table()

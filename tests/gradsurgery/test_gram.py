@@ -9,15 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradsurgery.gram import (
-    Row,
-    _combine_on_device,
-    _combine_on_host,
-    block_gram,
-    combine_,
-    combine_blocks_,
-    gram,
-)
+from gradsurgery.gram import Row, backend, block_gram, combine_, combine_blocks_, gram
+from gradsurgery.gram.eager import combine_on_device, combine_on_host
 from tests import tolerances
 from tests.reference import gram as reference
 from tests.tolerances import close
@@ -221,7 +214,10 @@ def test_a_large_tensor_keeps_its_precision(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     forget = torch.randn(20_000_000, generator=generator).to(dtype)
     retain = (forget * 0.5 + 1.0).to(dtype)
-    found = gram([[forget], [retain]])
+    with backend("eager"):
+        found = gram([[forget], [retain]])
+    with backend("auto"):
+        by_kernel = gram([[forget], [retain]])
     expected = torch.zeros(2, 2, dtype=torch.float64)
     for i, left in enumerate((forget, retain)):
         for j, right in enumerate((forget, retain)):
@@ -231,6 +227,7 @@ def test_a_large_tensor_keeps_its_precision(dtype: torch.dtype) -> None:
             )
     norms = expected.diagonal().sqrt()
     close(found, expected, tolerances.LARGE_GRAM[dtype], scale=norms[:, None] * norms)
+    close(by_kernel, expected, tolerances.KERNEL_GRAM[dtype], scale=norms[:, None] * norms)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -277,11 +274,11 @@ COEFFICIENTS = [(0.7,), (1.0, 0.37), (0.25, -1.5), (1.0, 0.0), (0.0, 1.0), (1.0,
 
 
 def on_host(target: Tensor, scale: float, others: list[tuple[float, Tensor]]) -> None:
-    _combine_on_host(target, scale, others)
+    combine_on_host(target, scale, others)
 
 
 def on_device(target: Tensor, scale: float, others: list[tuple[float, Tensor]]) -> None:
-    _combine_on_device(target, scalar(scale), [(scalar(coefficient), other) for coefficient, other in others])
+    combine_on_device(target, scalar(scale), [(scalar(coefficient), other) for coefficient, other in others])
 
 
 def scalar(value: float) -> Tensor:
@@ -338,8 +335,8 @@ def test_both_paths_equal_numpy_on_every_layout(
 
 
 def test_the_device_path_equals_the_host_path_over_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradsurgery.gram._ACCELERATOR_CHUNK", 100)
-    monkeypatch.setattr("gradsurgery.gram._CPU_CHUNK", 70)
+    monkeypatch.setattr("gradsurgery.gram.eager._ACCELERATOR_CHUNK", 100)
+    monkeypatch.setattr("gradsurgery.gram.eager._CPU_CHUNK", 70)
     for dtype in DTYPES:
         host, device = tensor(1001, dtype=dtype), tensor(1001, dtype=dtype)
         others = [(0.3, tensor(1001, dtype=dtype, seed=1)), (-1.7, tensor(1001, dtype=dtype, seed=2))]

@@ -1,0 +1,128 @@
+"""Which backend computes: plain PyTorch, or the compiled kernel where rows are large enough to be worth it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from gradsurgery.gram.kernel import Batch, Kernel, Members, Unavailable, build
+
+Choice = Literal["auto", "compiled", "eager"]
+# Below this many numbers a row plain PyTorch takes a few milliseconds at most, which no training step notices; and
+# building the kernel takes a second, once.
+SMALLEST = 1 << 22
+
+
+class _State:
+    choice: Choice = "auto"
+
+
+class Backend:
+    """The backend of Gram matrices and combinations; as a context manager, for as long as the context lasts.
+
+    Attributes:
+        name: "compiled" or "eager".
+        reason: Why, in words.
+    """
+
+    def __init__(self, name: str, reason: str, before: Choice) -> None:
+        self.name, self.reason, self._before = name, reason, before
+
+    def __enter__(self) -> Backend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _State.choice = self._before
+
+    def __repr__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+def backend(choice: Choice | None = None) -> Backend:
+    """Say which backend computes Gram matrices and combinations, and why; or choose it, for the whole process.
+
+    ``"eager"`` is plain PyTorch, on every device and type. ``"compiled"`` is a C++ kernel for float32 and bfloat16 rows
+    on a CPU, which reads every number once, at the speed of the memory. What it does not take (other types and devices,
+    gradients that are not contiguous, a metric) stays eager. ``"auto"``, from the start on, takes the kernel for rows
+    of 4 194 304 numbers or more, if there is a C++ compiler. It is built at its first use, in about a second, and kept
+    in `~/.cache/gradsurgery/kernel`.
+
+    The same choice gives the same bits on every call, with any number of threads. Both choices agree up to rounding:
+    entries of a Gram matrix within 1e-6 of the rows' norms, and combinations are the same. When ranks train together
+    and not all have the same kernel, `gradsurgery.GradientSurgery` makes all of them eager.
+
+    Args:
+        choice: "auto", "compiled" or "eager"; None asks and changes nothing.
+
+    Returns:
+        What runs from now on. Leaving it as a context manager restores what was chosen before.
+
+    Raises:
+        ValueError: If there is no such backend.
+        RuntimeError: If "compiled" is chosen and cannot be built; nothing is changed.
+
+    Cost: where there is no kernel in the cache yet, asking builds it.
+
+    Example:
+        >>> rows = [[torch.ones(4)], [torch.full((4,), 2.0)]]
+        >>> with backend("eager") as chosen:
+        ...     chosen.name, block_gram(rows)[0].tolist()
+        ('eager', [[4.0, 8.0], [8.0, 16.0]])
+    """
+    before = _State.choice
+    if choice is not None:
+        if choice not in get_args(Choice):
+            raise ValueError(
+                f"backend: expected one of {', '.join(map(repr, get_args(Choice)))}, or None, found {choice!r}"
+            )
+        if choice == "compiled" and isinstance(found := built(), str):
+            raise RuntimeError(f"backend: expected a kernel to be built, found that {found}; or choose 'eager'")
+        _State.choice = choice
+    if _State.choice == "eager":
+        return Backend("eager", "it was chosen", before)
+    found = built()
+    if isinstance(found, str):
+        return Backend("eager", found, before)
+    smallest = f" of {SMALLEST} numbers or more" if _State.choice == "auto" else ""
+    return Backend("compiled", f"for float32 and bfloat16 rows{smallest} on a CPU, {found.about}", before)
+
+
+def kernel_for(found: Iterable[Members], blocks: Sequence[int] | None) -> tuple[Kernel, list[Batch]] | None:
+    """The kernel and what it takes of each list of members, if it is worth calling; None where it is not."""
+    if _State.choice == "eager" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return None
+    batches = [Batch(members, blocks) for members in found]
+    # Plain counts, the same on every rank that holds the same rows.
+    if sum(batch.numbers for batch in batches) < (SMALLEST if _State.choice == "auto" else 1):
+        return None
+    kernel = built()
+    return None if isinstance(kernel, str) else (kernel, batches)
+
+
+def kernel_number(parameters: Sequence[Tensor]) -> int:
+    """A number for the machine code that would compute with the rows of these parameters; 0 for plain PyTorch.
+
+    Ranks compare it: the same number gives the same bits.
+    """
+    numbers = sum(parameter.numel() for parameter in parameters if parameter.device.type == "cpu")
+    if _State.choice == "eager" or numbers < (SMALLEST if _State.choice == "auto" else 1):
+        return 0
+    kernel = built()
+    return 0 if isinstance(kernel, str) else kernel.number
+
+
+@functools.cache
+def built() -> Kernel | str:
+    """This process's kernel, or why it has none, in words."""
+    try:
+        return build()
+    except Unavailable as error:
+        return str(error)

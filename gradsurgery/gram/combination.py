@@ -1,0 +1,93 @@
+"""Linear combinations of rows, written into the first of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradsurgery.gram.choice import kernel_for
+from gradsurgery.gram.eager import combine_on_device, combine_on_host
+from gradsurgery.gram.rows import Row, check_rows, local_parts
+
+
+def combine_(rows: Sequence[Row], coefficients: Tensor) -> list[Tensor | None]:
+    r"""Overwrite the first row by $\sum_k c_k\, \mathrm{row}_k$.
+
+    Args:
+        rows: K rows over the same parameters. Tensors of ``rows[0]`` are overwritten in place. Where it holds None and
+            another row does not, a new tensor is put there, so ``rows[0]`` must then be a list.
+        coefficients: The c_k, ``[K]``.
+
+    Returns:
+        ``rows[0]``.
+
+    Raises:
+        ValueError: If the rows differ in length or ``coefficients`` is not ``[K]``.
+
+    Where a parameter has no gradient in any row it stays None. Low-precision rows are combined in float32 and rounded
+    once. A NaN coefficient gives NaN, and so does 0 times inf.
+
+    Cost: reads every row once and writes one; no temporaries beyond one chunk.
+
+    Example:
+        >>> forget, retain = [torch.tensor([3.0, 0.0]), None], [torch.tensor([-1.0, 2.0]), torch.tensor([1.0])]
+        >>> combine_([forget, retain], torch.tensor([1.0, 2.0]))
+        [tensor([1., 4.]), tensor([2.])]
+    """
+    if coefficients.shape != (len(rows),):
+        raise ValueError(
+            f"coefficients: expected one for each of {len(rows)} rows, [{len(rows)}], found {list(coefficients.shape)}"
+        )
+    return combine_blocks_(rows, coefficients[None])
+
+
+@torch.no_grad()
+def combine_blocks_(
+    rows: Sequence[Row], coefficients: Tensor, *, blocks: Sequence[int] | None = None
+) -> list[Tensor | None]:
+    """As `combine_` with one set of coefficients for each block of parameters.
+
+    Args:
+        rows: K rows over P parameters; ``rows[0]`` is overwritten.
+        coefficients: ``[S, K]``.
+        blocks: The block of each parameter; all in block 0 when None.
+
+    Returns:
+        ``rows[0]``.
+    """
+    check_rows(rows)
+    first = rows[0]
+    members: list[tuple[int, list[Tensor | None]]] = []
+    for index, tensors in enumerate(map(list, zip(*rows, strict=True))):
+        placed = tensors[0]
+        if placed is None:
+            placed = next((tensor for tensor in tensors if tensor is not None), None)
+        if placed is None:
+            continue
+        if tensors[0] is None:
+            if not isinstance(first, list):
+                raise TypeError(
+                    f"rows[0]: expected a list, because it is given a tensor at {index}, found {type(first).__name__}"
+                )
+            tensors[0] = first[index] = torch.zeros_like(placed)
+        members.append((index, local_parts(placed, tensors, index)[1]))
+    # On an accelerator the coefficients stay where they are, because reading them would make the host wait.
+    on_host = coefficients.device.type == "cpu"
+    if on_host and (by_kernel := kernel_for([members], blocks)) is not None:
+        kernel, (batch,) = by_kernel
+        kernel.combine(batch, coefficients.double())
+        members = batch.left
+    numbers = coefficients.tolist() if on_host else None
+    for index, local in members:
+        block = 0 if blocks is None else blocks[index]
+        target = local[0]
+        assert target is not None
+        others = [(k, other) for k, other in enumerate(local) if k > 0 and other is not None]
+        if numbers is not None:
+            combine_on_host(target, numbers[block][0], [(numbers[block][k], other) for k, other in others])
+        else:
+            row = coefficients[block].to(target.device)
+            combine_on_device(target, row[0], [(row[k], other) for k, other in others])
+    return first if isinstance(first, list) else list(first)

@@ -1,0 +1,135 @@
+"""The Gram matrix of rows, by blocks of parameters and over the ranks that hold their shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradsurgery.gram.choice import kernel_for
+from gradsurgery.gram.eager import products
+from gradsurgery.gram.rows import (
+    Metric,
+    Row,
+    Sharding,
+    check_rows,
+    first_device,
+    local_parts,
+    local_tensor,
+    numbers_on,
+)
+
+
+def gram(rows: Sequence[Row]) -> Tensor:
+    r"""Gram matrix of K rows, $G_{ij} = \langle \mathrm{row}_i, \mathrm{row}_j \rangle$.
+
+    Products are taken in float32, chunk by chunk (in float64 for float64 rows, and on a CPU for bf16 and fp16 rows,
+    unless the compiled kernel takes them, whose float32 sums are of 64 products; see `gradsurgery.gram.backend`). The
+    sums of the chunks are added in float64. A ``None`` in a row is a zero gradient. Of DTensors each rank
+    multiplies what it holds, and one ``all_reduce`` of K x K numbers for each sharding pattern adds the ranks' parts,
+    so every rank of the mesh must call this.
+
+    Args:
+        rows: K rows over the same parameters.
+
+    Returns:
+        Float64 ``[K, K]``, symmetric, on the rows' device. A NaN or inf anywhere in row k makes entry ``[k, k]``
+        non-finite.
+
+    Raises:
+        ValueError: If there is no row, the rows differ in length, or two tensors of one parameter differ in shape.
+        RuntimeError: If a DTensor holds a partial sum that was never reduced.
+
+    Cost: reads every row once; K (K + 1) / 2 products an element; no temporaries beyond one chunk.
+
+    Example:
+        >>> forget = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
+        >>> retain = [torch.tensor([-1.0, 2.0]), None]
+        >>> gram([forget, retain])
+        tensor([[25., -3.],
+                [-3.,  5.]], dtype=torch.float64)
+    """
+    return block_gram(rows)[0]
+
+
+def block_gram(
+    rows: Sequence[Row],
+    *,
+    blocks: Sequence[int] | None = None,
+    num_blocks: int = 1,
+    metric: Metric | None = None,
+    like: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Gram matrices of S blocks of parameters, ``G[s, i, j] = sum over block s of row_i * weight * row_j``.
+
+    Args:
+        rows: K rows over the same P parameters.
+        blocks: The block of each parameter, P numbers below ``num_blocks``; all in block 0 when None.
+        num_blocks: S.
+        metric: Weights of the inner product (see `Metric`); Euclidean when None.
+        like: The P parameters. With them a rank knows which ``all_reduce`` it takes part in even where its own gradient
+            is None.
+
+    Returns:
+        Float64 ``[S, K, K]``.
+
+    Raises:
+        ValueError: As `gram`.
+        RuntimeError: As `gram`.
+    """
+    num_rows, _ = check_rows(rows)
+    # Insertion order is parameter order, the same on every rank, so the collectives of different shardings cannot
+    # cross.
+    found: dict[Sharding, list[tuple[int, list[Tensor | None]]]] = {}
+    for index, tensors in enumerate(map(list, zip(*rows, strict=True))):
+        placed = tensors[0]
+        if placed is None:
+            placed = next((tensor for tensor in tensors if tensor is not None), None)
+        example = placed if like is None else like[index]
+        if example is None:
+            continue
+        sharding, local = local_parts(example, tensors, index)
+        members = found.setdefault(sharding, [])
+        if placed is not None:
+            members.append((index, local))
+    device = first_device(rows, like)
+    by_kernel = kernel_for(found.values(), blocks) if metric is None and device.type == "cpu" else None
+    total = torch.zeros(num_blocks * num_rows * num_rows, dtype=torch.float64, device=device)
+    for number, (sharding, members) in enumerate(found.items()):
+        part = torch.zeros_like(total)
+        if by_kernel is not None:
+            kernel, batches = by_kernel
+            if kernel.add_products(batches[number], part.view(num_blocks, num_rows, num_rows)):
+                members = batches[number].left
+        _add_products(members, blocks, metric, part, num_rows)
+        if sharding is not None:
+            mesh, dimensions = sharding
+            for dimension in dimensions:
+                torch.distributed.all_reduce(part, group=mesh.get_group(dimension))
+        total += part
+    return total.view(num_blocks, num_rows, num_rows)
+
+
+def _add_products(
+    members: list[tuple[int, list[Tensor | None]]],
+    blocks: Sequence[int] | None,
+    metric: Metric | None,
+    part: Tensor,
+    num_rows: int,
+) -> None:
+    """Add the products of some parameters' local tensors to ``part``, ``[S * K * K]``."""
+    by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
+    for index, local in members:
+        weights = None if metric is None else metric(index)
+        if weights is not None:
+            weights = (local_tensor(weights[0]), weights[1])
+        block = 0 if blocks is None else blocks[index]
+        for i, j, product in products(local, weights):
+            entry = (block * num_rows + i) * num_rows + j
+            by_device.setdefault(product.device, []).append((entry, product))
+            if i != j:
+                by_device[product.device].append((entry + (j - i) * (num_rows - 1), product))
+    for found in by_device.values():
+        values = torch.stack([product for _, product in found]).to(part.device)
+        part.index_add_(0, numbers_on(part.device, [entry for entry, _ in found]), values)

@@ -1,0 +1,91 @@
+"""Rows as this process holds them: their type, their local parts, and the checks that they belong together."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+Row: TypeAlias = Sequence[Tensor | None]
+"""One objective's gradient: a tensor, or None where it has no gradient, for each parameter."""
+
+Metric: TypeAlias = Callable[[int], "tuple[Tensor, Callable[[Tensor], Tensor]] | None"]
+"""The weights of an inner product: parameter index -> (statistic, function), or None where it is Euclidean.
+
+The statistic is a tensor shaped like the parameter; the function makes positive weights of it. It is called chunk by
+chunk, so that no tensor of the parameter's size is ever allocated."""
+
+Sharding: TypeAlias = "tuple[DeviceMesh, tuple[int, ...]] | None"
+"""The mesh of a DTensor and the dimensions that it is sharded over; None for a plain tensor."""
+
+
+def local_parts(example: Tensor, tensors: list[Tensor | None], index: int) -> tuple[Sharding, list[Tensor | None]]:
+    """How one parameter is sharded, and what this rank holds of each of its tensors."""
+    shape = example.shape
+    for tensor in tensors:
+        if tensor is not None and tensor is not example and tensor.shape != shape:
+            raise ValueError(
+                f"parameter {index}: expected tensors of one shape, {list(example.shape)}, found {list(tensor.shape)}; "
+                "rows must list the same parameters in the same order"
+            )
+    DTensor = dtensor_type()
+    if DTensor is None or not isinstance(example, DTensor):
+        return None, tensors
+    mesh, placements = example.device_mesh, example.placements
+    local: list[Tensor | None] = []
+    for tensor in tensors:
+        if isinstance(tensor, DTensor):
+            if any(placement.is_partial() for placement in tensor.placements):
+                raise RuntimeError(
+                    f"parameter {index}: expected a reduced gradient, found a DTensor with placements {tensor.placements}; "
+                    "redistribute it to Shard or Replicate before surgery"
+                )
+            if tensor.placements != placements:
+                tensor = tensor.redistribute(mesh, placements)
+            local.append(tensor.to_local())
+        else:
+            local.append(tensor)
+    # Not is_shard(): tensor parallelism with FSDP2 gives strided shards, which torch does not count among the shards.
+    return (mesh, tuple(d for d, placement in enumerate(placements) if not placement.is_replicate())), local
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    DTensor = dtensor_type()
+    return tensor.to_local() if DTensor is not None and isinstance(tensor, DTensor) else tensor
+
+
+def numbers_on(device: torch.device, values: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """A few numbers of the host as a tensor on a device; the host does not wait for the device."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # a copy from pageable memory makes the host wait
+    return tensor.to(device, non_blocking=True)
+
+
+def dtensor_type() -> type[DTensor] | None:
+    """The DTensor class, or None while nobody has imported it, so that no DTensor can exist; the import is slow."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+
+
+def first_device(rows: Sequence[Row], like: Sequence[Tensor] | None) -> torch.device:
+    """The device that the rows' products are added up on."""
+    candidates = like if like is not None else [tensor for row in rows for tensor in row if tensor is not None]
+    return local_tensor(candidates[0]).device if candidates else torch.device("cpu")
+
+
+def check_rows(rows: Sequence[Row]) -> tuple[int, int]:
+    """The number of rows and of parameters; ValueError if there is no row or they differ in length."""
+    if not rows:
+        raise ValueError("rows: expected at least one row, found none")
+    lengths = [len(row) for row in rows]
+    if len(set(lengths)) > 1:
+        raise ValueError(f"rows: expected one entry per parameter in every row, found rows of {lengths} entries")
+    return len(rows), lengths[0]

@@ -1,0 +1,161 @@
+"""A surgery pass beside the ways that others do it, on the same ready gradients, in one process.
+
+Run it: python tests/benchmarks/peers.py [--threads 1] [--repeats 7] [--small] [--list "bf16 list"]
+
+Everybody is given two rows as lists of tensors and leaves the update in a list of tensors: what remains when backward
+passes are done. The rows conflict, so that everybody has all of the work to do. The others are
+
+- flatten and project: concatenate both rows, project one vector off the other, cut it up again;
+- PCGrad as its PyTorch port does it: flatten every objective's gradients, project each off the others in random order, add,
+  and put views of the sum into `.grad`;
+- a stacked Jacobian: one [2, N] matrix, its Gram matrix by `mm`, the rule, the combination by `mv`;
+- TorchJD's `jac_to_grad`, whose Jacobians are ready (its own `backward` leaves them so): a favour to it. It is no dependency of
+  ours: without `pip install torchjd` its rows are left out.
+
+With one thread times are the process's own CPU seconds, which neighbours on a shared machine change little; with more they are
+wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gradsurgery as gs
+from tests.benchmarks import limit
+
+Rows = list[list[Tensor]]
+
+
+def ours(rows: Rows, rule: Callable[[Tensor], Tensor], choice: Any) -> list[Tensor | None]:
+    """Gram matrix, rule, and the combination in the first row's place."""
+    with gs.gram.backend(choice):
+        coefficients = rule(gs.gram.gram(rows))
+        return gs.gram.combine_(rows, coefficients)
+
+
+def cut_up(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    return [part.view_as(one) for part, one in zip(flat.split([t.numel() for t in like]), like, strict=True)]
+
+
+def flatten_and_project(rows: Rows) -> list[Tensor]:
+    forget, retain = (torch.cat([tensor.reshape(-1) for tensor in row]) for row in rows)
+    product = torch.dot(forget, retain)
+    if product < 0:
+        forget = forget - product / torch.dot(retain, retain) * retain
+    return cut_up(forget, rows[0])
+
+
+def pcgrad(rows: Rows) -> list[Tensor]:
+    flat = [torch.cat([tensor.flatten() for tensor in row]) for row in rows]
+    projected = [row.clone() for row in flat]
+    for mine in projected:
+        random.shuffle(flat)
+        for other in flat:
+            product = torch.dot(mine, other)
+            if product < 0:
+                mine -= product * other / (other.norm() ** 2)
+    return cut_up(torch.stack(projected).sum(0), rows[0])
+
+
+def stacked(rows: Rows) -> list[Tensor]:
+    jacobian = torch.stack([torch.cat([tensor.reshape(-1) for tensor in row]) for row in rows])
+    coefficients = gs.rules.pcgrad((jacobian @ jacobian.mT).double())
+    return cut_up(jacobian.mT @ coefficients.to(jacobian.dtype), rows[0])
+
+
+def torchjd_passes(rows: Rows) -> dict[str, Callable[[], object]]:
+    """TorchJD's aggregation of Jacobians that stay in `.jac`; nothing where it is not installed."""
+    try:
+        from torchjd.aggregation import PCGrad, UPGrad  # type: ignore[import-not-found]
+        from torchjd.autojac import jac_to_grad  # type: ignore[import-not-found]
+    except ImportError as error:
+        print(f"TorchJD is left out: {error}")
+        return {}
+    parameters = [torch.empty_like(tensor).requires_grad_() for tensor in rows[0]]
+    for parameter, *pair in zip(parameters, *rows, strict=True):
+        parameter.jac = torch.stack(pair)  # type: ignore[attr-defined]
+
+    def once(aggregator: Any, **options: Any) -> None:
+        for parameter in parameters:
+            parameter.grad = None
+        jac_to_grad(parameters, aggregator, retain_jac=True, **options)
+
+    return {
+        "TorchJD, PCGrad": partial(once, PCGrad()),
+        "TorchJD, UPGrad": partial(once, UPGrad()),
+        "TorchJD, PCGrad, no concatenation": partial(once, PCGrad(), optimize_gramian_computation=True),
+    }
+
+
+def table(name: str, repeats: int, small: bool) -> None:
+    rows: Rows = [[t for t in row if t is not None] for row in limit.rows_of(name, small=small)]
+    for forget, retain in zip(*rows, strict=True):
+        forget.sub_(retain, alpha=0.5)
+    contestants: dict[str, Callable[[], object]] = {
+        "limit": limit.limit_of([list(row) for row in rows]),
+        "ours, gru": partial(ours, rows, gs.rules.gru, "compiled"),
+        "ours, pcgrad": partial(ours, rows, gs.rules.pcgrad, "compiled"),
+        "ours, pcgrad, plain PyTorch": partial(ours, rows, gs.rules.pcgrad, "eager"),
+        "flatten and project": partial(flatten_and_project, [[t.clone() for t in row] for row in rows]),
+        "PCGrad's code": partial(pcgrad, [[t.clone() for t in row] for row in rows]),
+        "stacked Jacobian": partial(stacked, [[t.clone() for t in row] for row in rows]),
+        **torchjd_passes([[t.clone() for t in row] for row in rows]),
+    }
+    for contestant, once in list(contestants.items()):
+        try:
+            once()
+        except TypeError as error:
+            print(f"{contestant} is left out for the {name}: {error}")
+            del contestants[contestant]
+    times = limit.interleaved(contestants, repeats)
+    print(f"\n{name}, {len(rows[0])} tensors, {sum(t.numel() for t in rows[0]) / 1e6:.1f}M numbers; ", end="")
+    print(f"the limit: {median(times['limit']) * 1e3:.1f} ms")
+    print(f"  {'':34s} over the limit: median (quartiles; best) over ours, pcgrad")
+    for contestant, seconds in times.items():
+        if contestant != "limit":
+            against = limit.ratio(seconds, times["ours, pcgrad"])
+            print(f"  {contestant:34s} {limit.ratio(seconds, times['limit']):38s} {against}")
+    accuracy(limit.rows_of(name, small=small)[1])
+
+
+def accuracy(row: list[Tensor | None]) -> None:
+    """How far the square of a row's length is off, by the arithmetic of each contestant."""
+    tensors = [tensor for tensor in row if tensor is not None]
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    exact = sum(float(part.double() @ part.double()) for part in flat.split(1 << 20))
+    found: dict[str, float] = {"torch.dot of the whole": float(torch.dot(flat, flat))}
+    found["mm of the stacked Jacobian"] = float((torch.stack([flat, flat]) @ flat[:, None])[0])
+    for choice in ("compiled", "eager"):
+        with gs.gram.backend(choice):
+            found[f"ours, {choice}"] = float(gs.gram.gram([tensors]))
+    print("  <r, r> is off by " + ", ".join(f"{abs(value / exact - 1.0):.1e} ({by})" for by, value in found.items()))
+
+
+def installed(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return f"no {package}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--small", action="store_true", help="a list of 12M numbers instead of 58M")
+    parser.add_argument("--list", choices=list(limit.LISTS), action="append")
+    arguments = parser.parse_args()
+    limit.keep_heap()
+    torch.set_num_threads(arguments.threads)
+    print(f"torch {torch.__version__}, {installed('torchjd')}, {arguments.threads} threads; {gs.gram.backend()!r}")
+    for name in arguments.list or (limit.FULL, "bf16 list", "LoRA list"):
+        table(name, arguments.repeats, arguments.small)
