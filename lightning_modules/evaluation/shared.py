@@ -22,6 +22,10 @@ from lightning_modules.evaluation.likelihood import (
 )
 from lightning_modules.evaluation.trees import Tree, collate_trees, rows_of, tree_of
 
+# Tokens in a forward pass on a CPU: matrix products are as fast as they get, activations stay in its cache, and rows of
+# almost one length share a pass, if any do.
+_CPU_TOKENS = 256
+
 _WORTH = 0.9  # of the tokens of the texts by themselves: above that share trees save less than their mask costs
 
 
@@ -38,8 +42,8 @@ class SharedTexts:
         encoded: n examples; the labelled tokens are the answer.
         groups: the places of the texts of each group, every text in one group.
         pad_token_id: fills up shorter rows; it is masked.
-        batch_size: texts in a forward pass.
-        batch_tokens: tokens in a forward pass, padding counted, in place of `batch_size`.
+        batch_size: the most texts in a forward pass. On a CPU a pass has 256 tokens at most, unless one row is longer.
+        batch_tokens: tokens in a forward pass, padding counted, in place of both.
 
     Attributes:
         rows: the places of the texts in each row: a tree, or one text.
@@ -66,7 +70,7 @@ class SharedTexts:
         self.trees = sum(len(self._tree(row).tokens) for row in rows) <= _WORTH * whole
         self.rows = rows if self.trees else [[place] for group in groups for place in group]
         self.lengths = [len(self._tree(row).tokens) for row in self.rows]
-        self.batches = batches_of(self.lengths, [len(row) for row in self.rows], batch_size, batch_tokens)
+        self.batches = self._batches(self.lengths, [len(row) for row in self.rows])
 
     def over(
         self, batches: Sequence[Sequence[int]], summarize: Summary, advance: Callable[[int], object]
@@ -110,17 +114,25 @@ class SharedTexts:
         other = min(self.encoded, key=lambda text: (_common(text, longest), len(text.input_ids)))
         trial = [self.encoded.index(longest), self.encoded.index(other)]
         try:
-            found = torch.cat([logits for logits, _ in self._logits(self._tree_batch([trial]))])
+            found = self._at_labels(self._tree_batch([trial]))
         except Exception:  # code of the model's own may raise anything where it takes no positions, or no such mask
             return False
-        expected = torch.cat([logits for logits, _ in self._logits(self._texts(trial))])
+        expected = self._at_labels(self._texts(trial))
         return agree(found, expected, exact=found.dtype in EXACT)
+
+    def _at_labels(self, batch: Batch) -> Tensor:
+        return self._logits(batch)(batch.places)
 
     def _parts(self, places: Sequence[int]) -> list[list[int]]:
         """Texts of a batch of trees, as batches of texts."""
         lengths = [len(self.encoded[place].input_ids) for place in places]
-        batches = batches_of(lengths, [1] * len(places), self.batch_size, self.batch_tokens)
+        batches = self._batches(lengths, [1] * len(places))
         return [[places[index] for index in batch] for batch in batches]
+
+    def _batches(self, lengths: Sequence[int], texts: Sequence[int]) -> list[list[int]]:
+        if self.batch_tokens is not None:
+            return batches_of(lengths, texts, sum(texts), self.batch_tokens)
+        return batches_of(lengths, texts, self.batch_size, _CPU_TOKENS if device_of(self.model).type == "cpu" else None)
 
     def _tree(self, row: Sequence[int]) -> Tree:
         return tree_of([self.encoded[place].input_ids for place in row])
@@ -156,7 +168,7 @@ def batches_of(
         lengths: of the rows, in tokens.
         texts: how many texts each row has.
         batch_size: texts in a batch; a row of more is a batch by itself.
-        batch_tokens: tokens in a batch, padding counted, in place of `batch_size`.
+        batch_tokens: tokens in a batch too, padding counted; a longer row is a batch by itself.
 
     Example:
         >>> batches_of([3, 9, 4], [1, 1, 1], batch_size=2)
@@ -168,7 +180,7 @@ def batches_of(
     held = width = 0
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True):
         rows = len(batches[-1]) + 1 if batches else 0
-        fits = held + texts[row] <= batch_size if batch_tokens is None else rows * width <= batch_tokens
+        fits = held + texts[row] <= batch_size and (batch_tokens is None or rows * width <= batch_tokens)
         if batches and fits:
             batches[-1].append(row)
             held += texts[row]

@@ -54,8 +54,8 @@ def the_same_numbers_as_alone(rank: int) -> None:
     model, tokenizer = model_and_tokenizer()
     sizes: list[int] = []
     model.model.register_forward_hook(lambda *call: sizes.append(0))
-    for batch_size in (4, 100):  # with 100 there is one batch, and nothing to do for the second process
-        settings = EvaluationSettings(batch_size=batch_size, max_new_tokens=6)
+    for batch_size, tokens in ((4, None), (100, 10**6)):  # then one batch, and nothing to do for the second process
+        settings = EvaluationSettings(batch_size=batch_size, max_new_tokens=6, batch_tokens=tokens)
         alone = evaluate(model, tokenizer, SPLITS, settings, progress=False)
         calls_alone = len(sizes)
         sizes.clear()
