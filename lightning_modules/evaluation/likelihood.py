@@ -53,12 +53,14 @@ class Batch(NamedTuple):
         labels: the labelled tokens of all examples, one example after the other, `[rows]`.
         places: where each is predicted, in the batch read row by row, `[rows]`.
         counts: how many of them each example has.
+        cache: of keys and values, that the tokens see and that takes up theirs; `None` for no cache.
     """
 
     inputs: Mapping[str, Any]
     labels: Tensor
     places: Tensor
     counts: list[int]
+    cache: Any = None
 
 
 def answer_nll(
@@ -203,7 +205,7 @@ def labelled_logits(model: nn.Module, encoded: Sequence[Encoded], pad_token_id: 
     """
 
     def plain(batch: Batch) -> LogitsAt:
-        logits = model(**batch.inputs, use_cache=False).logits.flatten(0, 1)
+        logits = model(**batch.inputs, **_cached(batch)).logits.flatten(0, 1)
         return lambda places: logits[places]
 
     parts = backbone_and_head(model)
@@ -212,8 +214,12 @@ def labelled_logits(model: nn.Module, encoded: Sequence[Encoded], pad_token_id: 
     backbone, head = parts
 
     def gathered(batch: Batch) -> LogitsAt:
-        hidden = backbone(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+        hidden = backbone(**batch.inputs, **_cached(batch)).last_hidden_state.flatten(0, 1)
         return lambda places: head(hidden[places])
 
     shortest = min(encoded, key=lambda example: len(example.input_ids))
     return gathered if gives_logits(model, backbone, head, padded(model, [shortest], pad_token_id).inputs) else plain
+
+
+def _cached(batch: Batch) -> dict[str, Any]:
+    return {"use_cache": False} if batch.cache is None else {"use_cache": True, "past_key_values": batch.cache}
