@@ -62,7 +62,8 @@ def the_same_numbers_as_alone(rank: int) -> None:
         both = evaluate(model, tokenizer, SPLITS, settings, across_processes=True, progress=False)
         assert repr(both) == repr(alone)  # bit for bit
         assert both.membership == alone.membership
-        assert len(sizes) < (0.75 if batch_size == 4 else 1.01 if rank == 0 else 0.2) * calls_alone
+        # An answer goes on where it was scored, so that shares are as even as the rows of texts are.
+        assert len(sizes) < (0.8 if batch_size == 4 else 1.01 if rank == 0 else 0.2) * calls_alone
         sizes.clear()
 
 
