@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from lightning_modules.data.tasks import prefix_ids
 from lightning_modules.data.tokenization import IGNORED, Encoded, padding_id
-from lightning_modules.evaluation.likelihood import over_answer_tokens
+from lightning_modules.evaluation.likelihood import Predictions, over_answer_tokens
 from lightning_modules.evaluation.texts import context_length
 
 if TYPE_CHECKING:
@@ -73,9 +72,11 @@ def option_log_likelihoods(
     most = max(map(len, wanted), default=0)
     table = torch.tensor([[*tokens, *[0] * (most - len(tokens))] for tokens in wanted]).reshape(len(wanted), most)
 
-    def summarize(logits: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
-        chosen = logits.log_softmax(dim=-1).gather(-1, table[rows].to(logits.device)) if most else logits[:, :0]
-        return -cross_entropy(logits, labels, reduction="none"), *chosen.unbind(-1)
+    def summarize(predictions: Predictions) -> tuple[Tensor, ...]:
+        log_p = predictions.logits.log_softmax(dim=-1)[predictions.of]
+        own = log_p.gather(-1, predictions.labels.unsqueeze(-1)).squeeze(-1)
+        chosen = log_p.gather(-1, table[predictions.owners].to(log_p.device)) if most else log_p[:, :0]
+        return own, *chosen.unbind(-1)
 
     found = over_answer_tokens(
         model, texts, summarize, pad_token_id=padding_id(tokenizer), batch_size=batch_size, advance=advance

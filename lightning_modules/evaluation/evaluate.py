@@ -16,12 +16,14 @@ from torch.distributed.tensor import DTensor
 
 from lightning_modules.data.tasks import apart
 from lightning_modules.data.tokenization import Encoded, padding_id
+from lightning_modules.evaluation.continuing import Continuing, Waiting, continues
 from lightning_modules.evaluation.drafts import drafted, says_the_likeliest
 from lightning_modules.evaluation.generation import Begun, finished_answers, generation_batches, stop_tokens
+from lightning_modules.evaluation.likelihood import evaluation_mode
 from lightning_modules.evaluation.membership import attack_aucs
-from lightning_modules.evaluation.memorization import answer_tokens, memory_scores, token_statistics
+from lightning_modules.evaluation.memorization import AnswerTokens, answer_tokens, memory_scores, token_statistics
 from lightning_modules.evaluation.processes import dealt, several
-from lightning_modules.evaluation.shared import SharedTexts
+from lightning_modules.evaluation.shared import Read, SharedTexts
 from lightning_modules.evaluation.tasks import score_tasks
 from lightning_modules.evaluation.texts import Item, Texts, context_length, texts_of
 from lightning_modules.metrics.functional import answer_probability, has_words, rouge_recall, truth_ratio
@@ -160,7 +162,13 @@ def evaluate(
         batch_tokens=settings.batch_tokens,
     )
     drafts = settings.generate and says_the_likeliest(model)
-    draft = partial(drafted, stops=stop_tokens(model, tokenizer), max_new_tokens=settings.max_new_tokens)
+    stops = stop_tokens(model, tokenizer)
+    draft = partial(drafted, stops=stops, max_new_tokens=settings.max_new_tokens)
+
+    def continuing() -> Continuing | None:
+        fits = Continuing(lambda: shared.logits, stops, settings.max_new_tokens, settings.batch_size)
+        return fits if drafts and continues(model, found.prompts, settings.max_new_tokens) else None
+
     with bar:
         scoring = _task_of(bar, "Scoring answers", len(found.encoded), lines=progress)
         score = partial(
@@ -169,6 +177,7 @@ def evaluate(
             found,
             memorization=settings.memorization,
             draft=draft if drafts else None,
+            continuing=continuing,
             advance=scoring,
         )
         scores = {place: score for row in deal(shared.lengths, shared.batches, score) for place, score in row.items()}
@@ -245,6 +254,7 @@ def _scored_rows(
     *,
     memorization: bool,
     draft: Callable[[Sequence[int], Encoded, Sequence[int]], Begun] | None,
+    continuing: Callable[[], Continuing | None],
     advance: Callable[[int], object],
 ) -> list[dict[int, _Score]]:
     """The scores of the texts in some batches, row by row."""
@@ -252,20 +262,37 @@ def _scored_rows(
     detailed = torch.zeros(len(found.encoded), dtype=torch.bool)
     detailed[list(answers)] = memorization or draft is not None
 
+    def begun(place: int, tokens: AnswerTokens) -> Begun:
+        prompt = answers[place][1]
+        return Begun(prompt) if draft is None else draft(prompt, found.encoded[place], tokens.predicted.tolist())
+
+    def tokens_of(place: int, columns: Sequence[Tensor]) -> AnswerTokens:
+        return answer_tokens(found.encoded[place], columns, detailed=bool(detailed[place]))
+
     def score(place: int, columns: Sequence[Tensor]) -> _Score:
-        text = found.encoded[place]
-        tokens = answer_tokens(text, columns, detailed=bool(detailed[place]))
+        tokens = tokens_of(place, columns)
         if place not in answers:
             return _Score(tokens.nll, {}, Begun(()))
-        item, prompt = answers[place]
-        begun = Begun(prompt) if draft is None else draft(prompt, text, tokens.predicted.tolist())
-        return _Score(tokens.nll, memory_scores(tokens, item.spoken) if memorization else {}, begun)
+        memory = memory_scores(tokens, answers[place][0].spoken) if memorization else {}
+        return _Score(tokens.nll, memory, ended.get(place) or begun(place, tokens))
 
-    statistics = token_statistics(detailed, moments=memorization)
-    return [
-        {place: score(place, columns) for place, columns in row.items()}
-        for row in shared.over(batches, statistics, advance)
-    ]
+    goes_on = continuing()
+    ended: Mapping[int, Begun] = {} if goes_on is None else goes_on.finished
+
+    def read(what: Read) -> None:
+        if goes_on is None:
+            return
+        for place in what.found.keys() & answers.keys():
+            known = begun(place, tokens_of(place, what.found[place]))
+            said = [*known.prompt, *known.said][:-1]
+            if not known.ended and said and found.encoded[place].input_ids[: len(said)] == said:
+                goes_on.add(place, Waiting(known, what.states(place, len(said))))
+
+    rows = shared.over(batches, token_statistics(detailed, moments=memorization), advance, read)
+    if goes_on is not None:
+        with evaluation_mode(shared.model):
+            goes_on.flush()
+    return [{place: score(place, columns) for place, columns in row.items()} for row in rows]
 
 
 def _scored(item: Item, scores: Mapping[int, _Score], generation: str | None) -> dict[str, Any]:

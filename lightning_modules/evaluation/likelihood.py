@@ -2,25 +2,47 @@ r"""The mean negative log-likelihood per answer token: the number that probabili
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from lightning_modules.data.tokenization import IGNORED, Encoded, collate
 from lightning_modules.evaluation.heads import backbone_and_head, gives_logits
 
 # Rows of logits held at once, in float32: 0.5 GB with a vocabulary of 128,000.
 _HEAD_ROWS = 1024
+# On a CPU as many as a matrix product needs for its full speed. More of them leave the cache, and their memory is given
+# back to the system and asked for anew each time: a log-softmax of 1024 rows at once takes three times as long.
+_HEAD_ROWS_CPU = 128
 
-# Logits `[rows, vocabulary]` in float32, labels `[rows]`, and for each row the place of its example in the list, int64
-# `[rows]` on the CPU -> tensors `[rows]`, one number per token each.
-Summary = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
-# A batch -> the logits that predict its labelled tokens, with those labels, some rows at a time.
-LabelledLogits = Callable[["Batch"], Iterator[tuple[Tensor, Tensor]]]
+
+class Predictions(NamedTuple):
+    """Some logits, and the labelled tokens that they predict.
+
+    Texts that begin alike share the places where they part, so that a row of logits may predict several tokens.
+
+    Attributes:
+        logits: `[rows, vocabulary]`.
+        of: the row of logits of each token, `[tokens]`.
+        labels: the tokens, `[tokens]`.
+        owners: for each token the place of its example in the list, int64 `[tokens]` on the CPU.
+    """
+
+    logits: Tensor
+    of: Tensor
+    labels: Tensor
+    owners: Tensor
+
+
+# Predictions with logits in float32 -> tensors `[tokens]`, one number per token each.
+Summary = Callable[[Predictions], tuple[Tensor, ...]]
+# Hidden states and the places among them that are asked for, `[rows]` -> logits `[rows, vocabulary]`.
+LogitsAt = Callable[[Tensor], Tensor]
+# A batch -> its logits at any of its places.
+LabelledLogits = Callable[["Batch"], LogitsAt]
 
 
 class Batch(NamedTuple):
@@ -31,12 +53,14 @@ class Batch(NamedTuple):
         labels: the labelled tokens of all examples, one example after the other, `[rows]`.
         places: where each is predicted, in the batch read row by row, `[rows]`.
         counts: how many of them each example has.
+        cache: of keys and values, that the tokens see and that takes up theirs; `None` for no cache.
     """
 
     inputs: Mapping[str, Any]
     labels: Tensor
     places: Tensor
     counts: list[int]
+    cache: Any = None
 
 
 def answer_nll(
@@ -67,7 +91,7 @@ def answer_nll(
     losses = over_answer_tokens(
         model,
         encoded,
-        lambda logits, labels, _: (_loss(logits, labels),),
+        lambda found: (-found.logits.log_softmax(dim=-1)[found.of, found.labels],),
         pad_token_id=pad_token_id,
         batch_size=batch_size,
         advance=advance,
@@ -89,8 +113,8 @@ def over_answer_tokens(
     Args:
         model: a causal language model, on any device and in any dtype.
         encoded: n examples; the labelled tokens are the answer.
-        summarize: from logits `[rows, vocabulary]` in float32, labels `[rows]` and the rows' examples, `[rows]` places
-            in `encoded` on the CPU, to tensors `[rows]`. It is called with at most 1024 rows, of one batch.
+        summarize: from `Predictions` with logits in float32, whose owners are places in `encoded`, to tensors
+            `[tokens]`. It is called with at most 1024 rows of logits, of one batch.
         pad_token_id: fills up shorter rows; it is masked.
         batch_size: examples a forward pass. They are sorted by length, so that little is spent on padding.
         advance: called with the number of examples done, after every batch.
@@ -115,11 +139,21 @@ def summarized(
     rows_of: LabelledLogits, batch: Batch, indices: Sequence[int], summarize: Summary
 ) -> list[tuple[Tensor, ...]]:
     """Runs one batch: for each of its examples, whose places are `indices`, what `summarize` made of its tokens."""
-    owners = torch.tensor(indices).repeat_interleave(torch.tensor(batch.counts)).split(_HEAD_ROWS)
-    found = (
-        summarize(logits.float(), labels, owner) for (logits, labels), owner in zip(rows_of(batch), owners, strict=True)
-    )
-    columns = (torch.cat(column).cpu() for column in zip(*found, strict=True))
+    owners = torch.tensor(indices).repeat_interleave(torch.tensor(batch.counts))
+    logits_at = rows_of(batch)
+    once, of = batch.places.unique(return_inverse=True)
+    order = of.argsort(stable=True)
+    rows = min(_HEAD_ROWS, _HEAD_ROWS_CPU) if once.device.type == "cpu" else _HEAD_ROWS
+    ends = torch.searchsorted(
+        of[order], torch.arange(rows, max(1, len(once)) + rows, rows, device=once.device)
+    ).tolist()
+    found: list[tuple[Tensor, ...]] = []
+    for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        first, tokens = number * rows, order[start:end]
+        logits = logits_at(once[first : first + rows]).float()
+        found.append(summarize(Predictions(logits, of[tokens] - first, batch.labels[tokens], owners[tokens.cpu()])))
+    back = order.argsort().cpu()
+    columns = (torch.cat(column).cpu()[back] for column in zip(*found, strict=True))
     return list(zip(*(column.split(batch.counts) for column in columns), strict=True))
 
 
@@ -153,10 +187,6 @@ def on_gpu(model: nn.Module) -> Generator[None]:
         model.to(home)
 
 
-def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy(logits, labels, reduction="none")
-
-
 def padded(model: nn.Module, encoded: Sequence[Encoded], pad_token_id: int) -> Batch:
     """Examples as a batch on the model's device, one row each."""
     batch = {name: tensor.to(device_of(model)) for name, tensor in collate(encoded, pad_token_id).items()}
@@ -169,27 +199,27 @@ def padded(model: nn.Module, encoded: Sequence[Encoded], pad_token_id: int) -> B
 
 
 def labelled_logits(model: nn.Module, encoded: Sequence[Encoded], pad_token_id: int) -> LabelledLogits:
-    """Returns a function from a batch to the logits at its answer positions.
+    """Returns a function from a batch to its logits at given places, read row by row.
 
-    If backbone and head alone are the model, only the answer positions go through the head, and each of them once.
+    If backbone and head alone are the model, only these places go through the head.
     """
 
-    def plain(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-        logits = model(**batch.inputs, use_cache=False).logits.flatten(0, 1)
-        for places, labels in zip(batch.places.split(_HEAD_ROWS), batch.labels.split(_HEAD_ROWS), strict=True):
-            yield logits[places], labels
+    def plain(batch: Batch) -> LogitsAt:
+        logits = model(**batch.inputs, **_cached(batch)).logits.flatten(0, 1)
+        return lambda places: logits[places]
 
     parts = backbone_and_head(model)
     if parts is None or not encoded:
         return plain
     backbone, head = parts
 
-    def gathered(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-        hidden = backbone(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-        for places, labels in zip(batch.places.split(_HEAD_ROWS), batch.labels.split(_HEAD_ROWS), strict=True):
-            once, of = places.unique(return_inverse=True)
-            # Texts that begin alike share the places where they part.
-            yield head(hidden[once])[of] if len(once) < len(places) else head(hidden[places]), labels
+    def gathered(batch: Batch) -> LogitsAt:
+        hidden = backbone(**batch.inputs, **_cached(batch)).last_hidden_state.flatten(0, 1)
+        return lambda places: head(hidden[places])
 
     shortest = min(encoded, key=lambda example: len(example.input_ids))
     return gathered if gives_logits(model, backbone, head, padded(model, [shortest], pad_token_id).inputs) else plain
+
+
+def _cached(batch: Batch) -> dict[str, Any]:
+    return {"use_cache": False} if batch.cache is None else {"use_cache": True, "past_key_values": batch.cache}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.data.tokenization import IGNORED, Encoded
-from lightning_modules.evaluation.likelihood import Summary, over_answer_tokens
+from lightning_modules.evaluation.likelihood import Predictions, Summary, over_answer_tokens
 from lightning_modules.metrics.functional import (
     exact_memorization,
     extraction_strength,
@@ -152,19 +152,19 @@ def _labels(example: Encoded) -> Tensor:
     return torch.tensor([label for label in example.labels[1:] if label != IGNORED], dtype=torch.int64)
 
 
-def _statistics(
-    whole: Tensor, logits: Tensor, labels: Tensor, places: Tensor, *, moments: bool = True
-) -> tuple[Tensor, ...]:
+def _statistics(whole: Tensor, found: Predictions, *, moments: bool = True) -> tuple[Tensor, ...]:
+    logits, of, labels, owners = found
     log_p = logits.log_softmax(dim=-1)
-    chosen = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    chosen = log_p[of, labels]
     predicted, means, stds = (torch.full_like(column, -1) for column in (labels, chosen, chosen))
-    rows = whole[places].nonzero().squeeze(-1).to(logits.device)
-    every = len(rows) == len(labels)
+    tokens = whole[owners].nonzero().squeeze(-1).to(logits.device)
+    rows, back = of[tokens].unique(return_inverse=True)
+    every = len(rows) == len(logits)
     # argmax would return the NaN
-    predicted[rows] = (logits if every else logits[rows]).argmax(dim=-1).masked_fill(chosen[rows].isnan(), -1)
+    predicted[tokens] = (logits if every else logits[rows]).argmax(dim=-1)[back].masked_fill(chosen[tokens].isnan(), -1)
     if moments:
         log_p = log_p if every else log_p[rows]  # frees what is not needed, before the next buffers
-        means[rows], stds[rows] = _moments(log_p)
+        means[tokens], stds[tokens] = (column[back] for column in _moments(log_p))
     return chosen, predicted, means, stds
 
 

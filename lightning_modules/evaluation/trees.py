@@ -75,17 +75,18 @@ def rows_of(groups: Sequence[Sequence[Sequence[int]]]) -> list[list[int]]:
     return rows
 
 
-def collate_trees(trees: Sequence[Tree], pad_token_id: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def collate_trees(trees: Sequence[Tree], pad_token_id: int, dtype: torch.dtype, before: int = 0) -> dict[str, Tensor]:
     """Pads trees on the right into one batch.
 
     Args:
         trees: B of them.
         pad_token_id: fills up shorter rows; these tokens see themselves alone, and no other token sees them.
         dtype: of the mask, the model's own.
+        before: tokens in the model's cache, which stand in front of every tree and which all its tokens see.
 
     Returns:
         `input_ids` and `position_ids`, int64 `[B, longest]`, and `attention_mask`, 0 where a token is seen and the
-        lowest number elsewhere, `[B, 1, longest, longest]`.
+        lowest number elsewhere, `[B, 1, longest, before + longest]`.
     """
     longest = max(len(tree.tokens) for tree in trees)
     input_ids = torch.full((len(trees), longest), pad_token_id)
@@ -95,9 +96,10 @@ def collate_trees(trees: Sequence[Tree], pad_token_id: int, dtype: torch.dtype) 
         input_ids[row, : len(tree.tokens)] = torch.tensor(tree.tokens)
         depths: list[int] = []
         for place, parent in enumerate(tree.parents):
-            depths.append(depths[parent] + 1 if parent >= 0 else 0)
+            depths.append(depths[parent] + 1 if parent >= 0 else before)
             if parent >= 0:
                 seen[row, place] |= seen[row, parent]
         positions[row, : len(depths)] = torch.tensor(depths)
+    seen = torch.nn.functional.pad(seen, (before, 0), value=True)
     mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
     return {"input_ids": input_ids, "position_ids": positions, "attention_mask": mask.unsqueeze(1)}

@@ -54,15 +54,16 @@ def the_same_numbers_as_alone(rank: int) -> None:
     model, tokenizer = model_and_tokenizer()
     sizes: list[int] = []
     model.model.register_forward_hook(lambda *call: sizes.append(0))
-    for batch_size in (4, 100):  # with 100 there is one batch, and nothing to do for the second process
-        settings = EvaluationSettings(batch_size=batch_size, max_new_tokens=6)
+    for batch_size, tokens in ((4, None), (100, 10**6)):  # then one batch, and nothing to do for the second process
+        settings = EvaluationSettings(batch_size=batch_size, max_new_tokens=6, batch_tokens=tokens)
         alone = evaluate(model, tokenizer, SPLITS, settings, progress=False)
         calls_alone = len(sizes)
         sizes.clear()
         both = evaluate(model, tokenizer, SPLITS, settings, across_processes=True, progress=False)
         assert repr(both) == repr(alone)  # bit for bit
         assert both.membership == alone.membership
-        assert len(sizes) < (0.75 if batch_size == 4 else 1.01 if rank == 0 else 0.2) * calls_alone
+        # An answer goes on where it was scored, so that shares are as even as the rows of texts are.
+        assert len(sizes) < (0.8 if batch_size == 4 else 1.01 if rank == 0 else 0.2) * calls_alone
         sizes.clear()
 
 

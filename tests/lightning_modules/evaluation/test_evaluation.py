@@ -25,7 +25,7 @@ from lightning_modules.data.tokenization import IGNORED, Encoded, encode, prompt
 from lightning_modules.evaluation import memorization
 from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate
 from lightning_modules.evaluation.generation import generate_greedily
-from lightning_modules.evaluation.likelihood import answer_nll
+from lightning_modules.evaluation.likelihood import Predictions, answer_nll
 from lightning_modules.metrics.functional import rouge_recall
 from lightning_modules.training.scratch import ScratchSettings, scratch_model
 from tests.gradsurgery.optimizer import distributed_workers
@@ -499,5 +499,6 @@ def test_scores_of_memory_hold_four_buffers_of_logits_at_most(left_out: int) -> 
     rows, vocabulary = 32, 4096
     logits, labels = torch.randn(rows, vocabulary), torch.zeros(rows, dtype=torch.int64)
     with PeakMemory(logits.nbytes) as counted:
-        memorization._statistics(torch.arange(rows) >= left_out, logits, labels, torch.arange(rows))
+        found = Predictions(logits, torch.arange(rows), labels, torch.arange(rows))
+        memorization._statistics(torch.arange(rows) >= left_out, found)
     assert 2.0 <= counted.peak < 4.1
