@@ -11,11 +11,8 @@ import lightning as L
 from torch import nn
 
 from lightning_modules.ablation.grid import Run
-from lightning_modules.data.pairs import ForgetRetainDataModule
-from lightning_modules.run.finish import substitute_answers
+from lightning_modules.run.finish import finishing
 from lightning_modules.run.loading import make_data
-from lightning_modules.training.finish import FinishSettings, finishing_module
-from lightning_modules.training.noise import NoiseSettings
 from lightning_modules.training.references import SecondModel
 from lightning_modules.training.trainer import trainer_options
 from lightning_modules.training.undo import undo_settings, undoing_module
@@ -48,21 +45,9 @@ def ended(run: Run, model: nn.Module, before: Any, tokenizer: Any, hardware: Cal
         settings = undo_settings(method.undo)
         module, steps = undoing_module(model, settings), settings.steps
     else:
-        splits = data.read()
-        data = ForgetRetainDataModule(
-            substitute_answers(options, splits),
-            splits["retain"],
-            tokenizer,
-            batch_size=options.training.batch_size,
-            seed=options.output.seed,
-            max_length=options.data.max_length,
-        )
         start = copy.deepcopy(model)
         start.load_state_dict(before)
-        settings = FinishSettings(
-            lr=method.finish_lr or float(options.training.lr or 0.0) / 2.0, max_norm=options.training.max_norm
-        )
-        noise = NoiseSettings(1.0) if method.retain_noise else None
-        module, steps = finishing_module(model, SecondModel(start), settings, noise=noise), method.finish_steps
+        module, data = finishing(options.resolved(), data.read(), tokenizer, model, SecondModel(start))
+        steps = method.finish_steps
     L.Trainer(**trainer_options(**hardware(steps))).fit(module.train(), data)
     return Cost(time.perf_counter() - started, 2 * steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import lightning as L
 from rich.console import Console
@@ -16,6 +17,7 @@ from lightning_modules.run.assembly import make_finishing_trainer, teacher
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.run import Run, Splits
 from lightning_modules.training.finish import FinishSettings, finishing_module
+from lightning_modules.training.module import UnlearningModule
 from lightning_modules.training.noise import NoiseSettings
 from lightning_modules.training.references import AdapterOff, Reference, SecondModel
 
@@ -54,19 +56,34 @@ def finish(run: Run[UnlearnOptions], model: nn.Module, start: Reference) -> None
         start: From `kept_start`.
     """
     options = run.options
+    L.seed_everything(options.output.seed, verbose=False)
+    module, data = finishing(options, run.splits, run.tokenizer, model, start)
+    make_finishing_trainer(options.training, options.finish.finish_steps, Console(stderr=True)).fit(module, data)
+
+
+def finishing(
+    options: UnlearnOptions, splits: Splits, tokenizer: Any, model: nn.Module, start: Reference
+) -> tuple[UnlearningModule, ForgetRetainDataModule]:
+    """What trains in the finish, in training mode, and its data.
+
+    Args:
+        options: Resolved, with those of the finish.
+        splits: With the forget and the retain set.
+        tokenizer: Of the model.
+        model: That has forgotten.
+        start: How the finish knows the model before unlearning.
+    """
     taught = options.method.teacher is not None
     data = ForgetRetainDataModule(
-        run.splits["forget"] if taught else substitute_answers(options, run.splits),
-        run.splits["retain"],
-        run.tokenizer,
+        splits["forget"] if taught else substitute_answers(options, splits),
+        splits["retain"],
+        tokenizer,
         batch_size=options.training.batch_size,
         seed=options.output.seed,
         max_length=options.data.max_length,
     )
     rate = processes.from_first(lambda: options.finish.finish_lr)  # half of one that it alone may have found
     settings = FinishSettings(lr=rate or FinishSettings.lr, max_norm=options.training.max_norm)
-    L.seed_everything(options.output.seed, verbose=False)
-    trainer = make_finishing_trainer(options.training, options.finish.finish_steps, Console(stderr=True))
     module = finishing_module(
         model,
         start,
@@ -74,4 +91,4 @@ def finish(run: Run[UnlearnOptions], model: nn.Module, start: Reference) -> None
         teacher=teacher(options.method, options.loading) if taught else None,
         noise=NoiseSettings(1.0) if options.method.retain_noise else None,
     )
-    trainer.fit(module.train(), data)
+    return module.train(), data

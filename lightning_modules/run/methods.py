@@ -22,7 +22,7 @@ from lightning_modules.data.tokenization import encode, padding_id
 from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.evaluate import Evaluation
 from lightning_modules.evaluation.processes import will_be_first
-from lightning_modules.folder import CHECKPOINTS, CURVE, G_EFFECT, LAST_CHECKPOINT, SURGERY, write_config
+from lightning_modules.folder import CHECKPOINTS, CURVE, G_EFFECT, LAST_CHECKPOINT, SURGERY
 from lightning_modules.run.assembly import adapted, make_module, make_trainer, start_model
 from lightning_modules.run.finish import finish, kept_start
 from lightning_modules.run.identity import examples_hash
@@ -31,6 +31,7 @@ from lightning_modules.run.options import AUTO, TrainingOptions, UnlearnOptions
 from lightning_modules.run.plugins import make_callbacks, make_loggers
 from lightning_modules.run.probing import probe_it
 from lightning_modules.run.radius import with_radius, write_radius
+from lightning_modules.run.resume import write_options
 from lightning_modules.run.run import Run
 from lightning_modules.run.saving import whole
 from lightning_modules.run.scoring import ScoredSplits, score
@@ -111,7 +112,7 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module, log: ScoredSplits | N
     if first and not training.resume:
         # Only after everything that a wrong option can break, so that the corrected command finds the folder free; and
         # before any other file, so that a run that is killed can be resumed.
-        write_config(run.folder, "unlearn", options.recorded())
+        write_options(run)
         write_radius(started_as, run)
     scored: ScoredSplits | None = None
     if before is not None:
@@ -123,7 +124,7 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module, log: ScoredSplits | N
     if first:
         run = settle_rate(run, model, reference, curve)
         if run.options != options:
-            write_config(run.folder, "unlearn", run.options.recorded())
+            write_options(run)
     seconds["train"] = time.perf_counter() - started
     module = make_module(model, options.method, run.options.training, reference, loading=options.loading).train()
     seconds["train"] += fit(run, trainer, module, data)
@@ -197,7 +198,7 @@ def by_assistant(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned:
     show_start(before)
     evaluating = time.perf_counter() - started
     if not training.resume:
-        write_config(run.folder, "unlearn", options.recorded())
+        write_options(run)
     checkpoints = _checkpoints(run)
     started, loggers = time.perf_counter(), make_loggers(training, run.folder)
     unlearned = train_assistant(

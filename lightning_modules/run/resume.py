@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import TypeVar
 
 from lightning_modules.data.files import read_json
-from lightning_modules.folder import CHECKPOINTS, CONFIG, METRICS, TRAINING, check_links
+from lightning_modules.folder import CHECKPOINTS, CONFIG, METRICS, TRAINING, check_links, write_config
 from lightning_modules.run.options import AUTO, FinetuneOptions, UnlearnOptions
 from lightning_modules.run.options.flat import flag
 from lightning_modules.run.options.training import NO_PART
+from lightning_modules.run.run import Run
 from lightning_modules.run.saved import read_options
+from lightning_modules.training.callbacks.notes import note
+
+CHOSEN = "chosen"
+"""The entry of training.json with the names of options that nobody gave."""
 
 OptionsT = TypeVar("OptionsT", UnlearnOptions, FinetuneOptions)
 
@@ -22,12 +27,25 @@ def only_report_is_missing(folder: Path) -> bool:
 
 
 def settled(folder: Path) -> list[str]:
-    """The options that nobody gave and a run settled itself, see `settling`; what they came to is in config.yaml."""
+    """The options that nobody gave and a run chose or settled itself, see `options.fitted` and `settling`.
+
+    What they came to is in config.yaml.
+    """
     if not (folder / TRAINING).exists():
         return []
     notes = read_json(folder / TRAINING, f"the {TRAINING} of a run")
     found = {"learning_rate": "lr", "target": "stop_below", "radius": "radius"}
-    return [option for name, option in found.items() if name in notes]
+    return [option for name, option in found.items() if name in notes] + notes.get(CHOSEN, {}).get("options", [])
+
+
+def write_options(run: Run[UnlearnOptions]) -> None:
+    """Write config.yaml, and into training.json which of the options in it nobody gave.
+
+    A run that is resumed has all of them from config.yaml: it says nothing of its own.
+    """
+    write_config(run.folder, "unlearn", run.options.recorded())
+    if run.chosen and not run.options.training.resume:
+        note(run.folder / TRAINING, CHOSEN, {"options": list(run.chosen)})
 
 
 def resumed(given: OptionsT, stated: Collection[str] = ()) -> OptionsT:

@@ -23,9 +23,11 @@ class Run(Generic[OptionsT_co]):
         folder: Where the run leaves its files.
         splits: All examples by split.
         tokenizer: Of the model that is to forget.
+        chosen: Names of the options that nobody gave and the run chose.
     """
 
     options: OptionsT_co
     folder: Path
     splits: Splits
     tokenizer: Any
+    chosen: tuple[str, ...] = ()

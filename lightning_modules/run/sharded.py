@@ -18,12 +18,13 @@ from lightning_modules.data.examples import Example
 from lightning_modules.data.pairs import ForgetRetainDataModule
 from lightning_modules.data.tokenization import padding_id
 from lightning_modules.evaluation import processes
-from lightning_modules.folder import START_MODEL, write_config
+from lightning_modules.folder import START_MODEL
 from lightning_modules.run.assembly import fsdp2, kind_of_start_model, make_module
 from lightning_modules.run.loading import load_model, make_data
 from lightning_modules.run.methods import Unlearned, ended, fit, make_curve, watched_trainer
 from lightning_modules.run.options import TrainingOptions, UnlearnOptions
 from lightning_modules.run.probing import probe_it
+from lightning_modules.run.resume import write_options
 from lightning_modules.run.run import Run
 from lightning_modules.run.scoring import ScoredSplits, score
 from lightning_modules.run.settling import settle_target
@@ -40,6 +41,7 @@ def by_shards(
     folder: Path,
     splits: Mapping[str, Sequence[Example]],
     log: ScoredSplits | None = None,
+    own: tuple[str, ...] = (),
 ) -> tuple[Run[UnlearnOptions], Unlearned]:
     """As `methods.by_surgery`, with the model sharded over all processes by FSDP2.
 
@@ -63,7 +65,7 @@ def by_shards(
         return adapted, tokenizer
 
     model = Distributed(load)
-    run = Run(options, folder, splits, model.known)
+    run = Run(options, folder, splits, model.known, own)
     if processes.is_first() and not training.resume:
         show_example(run)
     started = time.perf_counter()
@@ -72,11 +74,11 @@ def by_shards(
     curve = make_curve(run)
     trainer = watched_trainer(run, curve)
     if processes.is_first() and not training.resume:
-        write_config(folder, "unlearn", options.recorded())
+        write_options(run)
     run, scored = settle_target(run, before, log, mesh)
     curve.stop_below = run.options.training.stop_below
     if processes.is_first() and run.options != options:
-        write_config(folder, "unlearn", run.options.recorded())
+        write_options(run)
     seconds = {"evaluate": time.perf_counter() - started}
     seconds["train"] = _train(run, model, shards, mesh, trainer)
     del shards

@@ -24,7 +24,7 @@ from lightning_modules.run.assembly import check_hardware
 from lightning_modules.run.finish import substitute_answers
 from lightning_modules.run.loading import check_start, load_model, read_splits, start_name
 from lightning_modules.run.methods import Unlearned, by_assistant, by_surgery
-from lightning_modules.run.options import UnlearnOptions, fitted
+from lightning_modules.run.options import UnlearnOptions, chosen, fitted
 from lightning_modules.run.plan import show_memory, show_plan
 from lightning_modules.run.plugins import check_plugins, scores_to_log
 from lightning_modules.run.probing import check_probes
@@ -68,7 +68,8 @@ def unlearn(options: UnlearnOptions, stated: Collection[str] = ()) -> Path:
 def _unlearn(options: UnlearnOptions) -> Path:
     folder = options.output.folder
     splits = read_splits(options)
-    options = fitted(options, len(splits["forget"])).resolved()
+    given, options = options, fitted(options, len(splits["forget"])).resolved()
+    own = chosen(given, options)
     known = check_start(options, splits)
     if options.method.method == "uld":
         uld_data(splits, perturbed_per_row=options.uld_settings().perturbed_per_row)  # raises where answers are missing
@@ -83,24 +84,24 @@ def _unlearn(options: UnlearnOptions) -> Path:
         return folder
     if not will_be_first():
         # The first one may have drawn the report meanwhile, and removed the checkpoints.
-        return folder if (folder / METRICS).exists() else _trained(options, splits, log)
+        return folder if (folder / METRICS).exists() else _trained(options, splits, log, own)
     with occupied(folder, resume=options.training.resume):
         if only_report_is_missing(folder):
             return _finish(folder)
         if not options.training.resume:
             show_memory(options, known)
         teach_first(options, splits)
-        return _trained(options, splits, log)
+        return _trained(options, splits, log, own)
 
 
-def _trained(options: UnlearnOptions, splits: Splits, log: ScoredSplits | None) -> Path:
+def _trained(options: UnlearnOptions, splits: Splits, log: ScoredSplits | None, own: tuple[str, ...]) -> Path:
     folder = options.output.folder
     L.seed_everything(options.output.seed, verbose=False)
     if options.training.sharded:
-        run, unlearned = by_shards(options, folder, splits, log)
+        run, unlearned = by_shards(options, folder, splits, log, own)
     else:
         model, tokenizer = load_model(options, splits)
-        run = Run(options, folder, splits, tokenizer)
+        run = Run(options, folder, splits, tokenizer, own)
         if will_be_first() and not options.training.resume:
             show_example(run)
         unlearned = by_assistant(run, model) if options.method.method == "uld" else by_surgery(run, model, log)

@@ -16,7 +16,7 @@ from lightning_modules.run.options.data import (
 )
 from lightning_modules.run.options.finetune import FinetuneOptions, FinetuneTrainingOptions, FirstOptions, TaughtOptions
 from lightning_modules.run.options.finish import FinishOptions
-from lightning_modules.run.options.fitted import fitted, most_steps
+from lightning_modules.run.options.fitted import chosen, fitted, most_steps
 from lightning_modules.run.options.flat import AUTO
 from lightning_modules.run.options.loading import LoadingOptions
 from lightning_modules.run.options.method import MethodOptions
@@ -44,6 +44,7 @@ __all__ = [
     "TaughtOptions",
     "TrainingOptions",
     "UnlearnOptions",
+    "chosen",
     "fitted",
     "most_steps",
 ]

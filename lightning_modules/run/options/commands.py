@@ -127,6 +127,10 @@ class UnlearnOptions(Options):
         super().check_without_torch()
         for group in (self.recipe, self.method, self.training, self.first, self.finish):
             group.check()
+        if self.method.method == "uld" and self.recipe.recipe != "paper":
+            raise ValueError(
+                f"--recipe {self.recipe.recipe}: expected a run with surgery, found --method uld, which combines no gradients; leave it out"
+            )
         self._check_depth()
         if self.first.finetune_first and self.model.scratch:
             raise ValueError(

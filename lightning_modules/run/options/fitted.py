@@ -57,6 +57,19 @@ def fitted(options: UnlearnOptions, examples: int) -> UnlearnOptions:
     return replace(options, training=fit)
 
 
+def chosen(given: UnlearnOptions, resolved: UnlearnOptions) -> tuple[str, ...]:
+    """The options that nobody gave and that have a value of their own now.
+
+    Args:
+        given: As they came from the command line.
+        resolved: The same, fitted and resolved. The learning rate of the finish may follow later.
+    """
+    now = resolved.flat()
+    later = "finish_lr" if resolved.finish.finish_steps else ""
+    names = (name for name, value in given.flat().items() if value is None)
+    return tuple(name for name in names if now[name] is not None or name == later)
+
+
 def most_steps(training: TrainingOptions, examples: int) -> int:
     """The optimizer steps that a run takes where nothing stops it.
 

@@ -114,6 +114,13 @@ def test_the_finish_teaches_the_substitutes(tmp_path: Path) -> None:
 
 REFUSED = [
     (["--recipe", "deeep"], "--recipe: expected one of paper, balanced, deep, found 'deeep'; did you mean deep?"),
+    *(
+        (
+            ["--recipe", name, "--method", "uld"],
+            f"gradsurgery: --recipe {name}: expected a run with surgery, found --method uld,",
+        )
+        for name in ("balanced", "deep")
+    ),
     (["--radius", "{end: 1}"], "--radius: expected start, and end if it grows"),
     (["--radius", "{start: 0}"], "--radius: perturb, start: expected a radius > 0, found 0"),
     (["--radius", "{start: 1, scale: 2}"], "--radius: expected start, and end if it grows"),

@@ -19,7 +19,8 @@ from lightning_modules import cli
 from lightning_modules.data.fictional_authors import fictional_authors
 from lightning_modules.data.tokenization import encode, padding_id
 from lightning_modules.report import figures
-from lightning_modules.run import methods, reference_log, settling
+from lightning_modules.report.changed import changed_options
+from lightning_modules.run import methods, reference_log, report, settling
 from lightning_modules.run.options import UnlearnOptions, fitted, most_steps
 from lightning_modules.training.finetuning import FinetuningDataModule, FinetuningSettings, taught_alone
 from lightning_modules.training.scratch import ScratchSettings, scratch_model
@@ -110,6 +111,17 @@ def test_it_ends_below_its_target_before_its_last_step_and_says_how(first: Path)
     report = (first / "report.md").read_text()
     assert f"The learning rate, {config['lr']:g}, was found from " in report
     assert "The target was not reached" not in report
+
+
+def test_the_report_names_as_not_the_default_what_was_given_and_nothing_that_the_run_chose(first: Path) -> None:
+    listed = set(changed_options(ran(first), report.defaults(first)))
+    paper = {
+        "--recipe",
+        "--ema-decay",
+        "--retain-weight",
+        "--guard",
+    }  # of the recipe that was given, not of the usual one
+    assert listed == {"--model", "--forget", "--retain", "--batch-size", "--max-new-tokens", "--devices"} | paper
 
 
 def test_the_rate_is_found_again_and_config_yaml_repeats_the_run_without_a_search(
