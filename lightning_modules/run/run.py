@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from lightning_modules.data.examples import Example
+from lightning_modules.ledger.request import Request
 from lightning_modules.run.options import Options
 
 OptionsT_co = TypeVar("OptionsT_co", bound=Options, covariant=True)
@@ -23,9 +24,11 @@ class Run(Generic[OptionsT_co]):
         folder: Where the run leaves its files.
         splits: All examples by split.
         tokenizer: Of the model that is to forget.
+        request: What a ledger is to say of the run, and what it protects; None without a ledger.
     """
 
     options: OptionsT_co
     folder: Path
     splits: Splits
     tokenizer: Any
+    request: Request | None = None

@@ -20,6 +20,7 @@ from lightning_modules.run.options.data import (
 from lightning_modules.run.options.finetune import FirstOptions
 from lightning_modules.run.options.finish import FinishOptions
 from lightning_modules.run.options.flat import AUTO, Flat, check_finite, flag
+from lightning_modules.run.options.ledger import LedgerOptions
 from lightning_modules.run.options.loading import LoadingOptions
 from lightning_modules.run.options.method import MethodOptions
 from lightning_modules.run.options.precision import default_precision
@@ -113,6 +114,7 @@ class UnlearnOptions(Options):
     training: TrainingOptions = field(default_factory=TrainingOptions)
     first: FirstOptions = field(default_factory=FirstOptions)
     finish: FinishOptions = field(default_factory=FinishOptions)
+    ledger: LedgerOptions = field(default_factory=LedgerOptions)
 
     @classmethod
     def of(cls, **values: Any) -> UnlearnOptions:
@@ -122,9 +124,10 @@ class UnlearnOptions(Options):
     def check(self) -> None:
         """Raise ValueError on options outside their domain, or that contradict each other."""
         super().check()
-        for group in (self.recipe, self.method, self.training, self.first, self.finish):
+        for group in (self.recipe, self.method, self.training, self.first, self.finish, self.ledger):
             group.check()
         self._check_depth()
+        self.ledger.check_beside(self.method, self.training, cuts_texts=self.data.cuts_texts)
         if self.first.finetune_first and self.model.scratch:
             raise ValueError(
                 "--finetune-first: expected --model, which is to be taught first, found the model from scratch, which always is; "
@@ -274,7 +277,7 @@ class UnlearnOptions(Options):
         }
         if self.training.steps is not None:
             del depends["epochs"]
-        always: dict[str, Any] = {}
+        always: dict[str, Any] = {} if self.ledger.ledger is None else {"devices": "1"}
         if uld:
             from lightning_modules.training.uld import ULDSettings
 
