@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_modules.files import replacing
 from lightning_modules.ledger.hashes import canonical, sha256
@@ -16,16 +16,16 @@ START = "0" * 64
 """What the first entry names as the one before it."""
 
 
-class BrokenChainError(ValueError):
-    """A ledger of which some entry is not as it was written.
+class Broken(NamedTuple):
+    """Where a ledger is not as it was written.
 
     Attributes:
-        entry: Its number, from 1.
+        entry: The number of the first such entry, from 1.
+        found: What was found there, in words.
     """
 
-    def __init__(self, path: Path, entry: int, found: str) -> None:
-        super().__init__(f"{path}, entry {entry}: expected the entry as it was written, found {found}")
-        self.entry = entry
+    entry: int
+    found: str
 
 
 def sealed(contents: Mapping[str, Any], entries: list[Entry]) -> Entry:
@@ -45,32 +45,48 @@ def read_chain(path: Path) -> list[Entry]:
     """The entries of a ledger; none where there is no file.
 
     Raises:
-        BrokenChainError: At the first entry that is not as it was written: a byte of it differs, its hash or that of
-            the entry before does not hold, or the line is torn.
+        ValueError: If one of them is not as it was written, see `walked`; the message names it.
     """
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")
-    if lines[-1]:
-        raise BrokenChainError(path, len(lines), "a line without its end")
-    entries: list[Entry] = []
-    for number, line in enumerate(lines[:-1], start=1):
-        entries.append(_entry(path, number, line, entries[-1]["hash"] if entries else START))
+    entries, broken = walked(path)
+    if broken is not None:
+        raise ValueError(
+            f"{path}, entry {broken.entry}: expected the entry as it was written, found {broken.found}; `gradsurgery ledger verify` says "
+            "what else is not, and a copy that was whole has to take its place"
+        )
     return entries
 
 
-def _entry(path: Path, number: int, line: bytes, previous: str) -> Entry:
+def walked(path: Path) -> tuple[list[Entry], Broken | None]:
+    """The entries of a ledger up to the first that is not as it was written, and where that is.
+
+    An entry is broken if a byte of it differs, if its hash or that of the entry before does not hold, or if the line is
+    torn.
+    """
+    entries: list[Entry] = []
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines):
+            return entries, Broken(number, "a line without its end") if line else None
+        entry = _entry(number, line, entries[-1]["hash"] if entries else START)
+        if isinstance(entry, str):
+            return entries, Broken(number, entry)
+        entries.append(entry)
+    return entries, None
+
+
+def _entry(number: int, line: bytes, previous: str) -> Entry | str:
+    """The entry of a line, or what is wrong with it."""
     try:
         entry = json.loads(line)
         same = isinstance(entry, dict) and canonical(entry) == line
     except (ValueError, RecursionError) as error:
-        raise BrokenChainError(path, number, f"no JSON ({error})") from error
+        return f"no JSON ({error})"
     if not same:
-        raise BrokenChainError(path, number, "JSON that is written in another way")
+        return "JSON that is written in another way"
     if entry.get("hash") != sha256(canonical({key: value for key, value in entry.items() if key != "hash"})):
-        raise BrokenChainError(path, number, "contents that do not have its hash")
+        return "contents that do not have its hash"
     if entry.get("number") != number or entry.get("previous") != previous:
-        raise BrokenChainError(path, number, f"number {entry.get('number')}, and another entry before it")
+        return f"number {entry.get('number')}, and another entry before it"
     return entry
 
 
@@ -81,7 +97,7 @@ def append(path: Path, contents: Mapping[str, Any]) -> Entry:
     the ledger's lock may call it.
 
     Raises:
-        BrokenChainError: If the chain before it is broken. Nothing is written then.
+        ValueError: If the chain before it is broken. Nothing is written then.
         OSError: In one sentence, if the disk is full or cannot be written.
     """
     entries = read_chain(path)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lightning_modules.folder import MODEL
-from lightning_modules.ledger.chain import BrokenChainError, Entry, read_chain
+from lightning_modules.ledger.chain import Entry, walked
 from lightning_modules.ledger.hashes import file_hash, other_files, tensors_hash
 from lightning_modules.ledger.place import CRITERIA, entries_at
 from lightning_modules.ledger.refusals import FORGOTTEN
@@ -38,7 +38,7 @@ def verify(folder: Path, head: str | None = None) -> tuple[list[Entry], list[Fin
         head: The hash that the last entry has to have; its beginning is enough, from 12 digits.
 
     Returns:
-        The entries, and what was found; nothing if all is as it was. After a broken entry nothing else is checked.
+        The entries up to a broken one, and what was found; nothing if all is as it was.
 
     Raises:
         FileNotFoundError: If there is no ledger.
@@ -46,12 +46,11 @@ def verify(folder: Path, head: str | None = None) -> tuple[list[Entry], list[Fin
     """
     if head is not None and len(head) < 12:
         raise ValueError(f"--head: expected at least 12 digits of a hash, found {head!r}")
-    try:
-        entries = read_chain(entries_at(folder))
-    except BrokenChainError as error:
-        return [], [Finding(error.entry, str(error).partition(": ")[2])]
+    entries, broke = walked(entries_at(folder))
     found: list[Finding] = []
-    if head is not None and (not entries or not entries[-1]["hash"].startswith(head)):
+    if broke is not None:
+        found.append(Finding(broke.entry, f"expected the entry as it was written, found {broke.found}"))
+    elif head is not None and (not entries or not entries[-1]["hash"].startswith(head)):
         last = entries[-1]["hash"] if entries else "none"
         found.append(Finding(0, f"expected a last entry with the hash {head}, found {last}"))
     for before, entry in zip([None, *entries], entries, strict=False):

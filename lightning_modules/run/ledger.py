@@ -39,8 +39,6 @@ def ledger_command(
         return
     entries, findings = verify(folder, options.head)
     if action == "report":
-        if not entries and findings:
-            raise ValueError(f"{folder}, entry {findings[0].entry}: {findings[0].said}")
         write_page(folder, entries, findings)
         console.print(f"The report is {folder / PAGE}", markup=False, highlight=False, soft_wrap=True)
         return
