@@ -9,8 +9,9 @@ from typing import Any
 
 from lightning_modules.data.examples import Example, read_examples
 from lightning_modules.files import write_text
-from lightning_modules.ledger.chain import Entry
+from lightning_modules.ledger.chain import Entry, read_chain
 from lightning_modules.ledger.hashes import canonical, request_hash, row_hash
+from lightning_modules.ledger.place import LEDGER
 from lightning_modules.ledger.refusals import FORGOTTEN
 from lightning_modules.ledger.sketch import load_sketch
 
@@ -69,6 +70,18 @@ def protected(
         {name: texts[number::of_text] for number, name in enumerate(names[:of_text])},
         {name: sketches[number::of_sketch] for number, name in enumerate(names[of_text:])},
     )
+
+
+def row_counts(ledger: str | None, rows: int) -> tuple[int, int]:
+    """How many protected rows a run would have, and how many sketches it would hold for them.
+
+    Args:
+        ledger: Its folder; None for none.
+        rows: At most so many.
+    """
+    entries = [] if ledger is None else read_chain(Path(ledger) / LEDGER)
+    texts, sketches = protected(Path(ledger or ""), entries, rows)
+    return len(texts) + len(sketches), sum(map(len, sketches.values()))
 
 
 def keep_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

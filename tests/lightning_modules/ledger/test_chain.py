@@ -66,7 +66,7 @@ def test_entries_that_are_moved_removed_or_torn_are_found(tmp_path: Path, change
 
 def test_killed_at_any_moment_the_ledger_is_the_last_whole_one(tmp_path: Path) -> None:
     """A process dies before its n-th event on the disk, for every n."""
-    outcomes: set[int] = set()
+    outcomes, status = set[int](), -1
     for event in range(40):
         folder = tmp_path / str(event)
         path = written(folder)
