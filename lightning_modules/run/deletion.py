@@ -64,6 +64,10 @@ def check_deletion(options: UnlearnOptions, splits: Splits) -> None:
         raise ValueError(
             "--ledger: expected one process, found several; start the command once, without srun or torchrun"
         )
+    if Path(name).resolve() == options.output.folder.resolve():
+        raise ValueError(
+            f"--ledger: expected another folder than --output, found {name} for both: give the ledger its own"
+        )
     entries = read_chain(Path(name) / LEDGER)
     found = {split: hashes_of(rows)["rows"] for split, rows in splits.items()}
     check_rows(entries, found["forget"], found["retain"])

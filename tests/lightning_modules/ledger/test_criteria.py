@@ -77,3 +77,16 @@ def test_options_of_a_ledger_without_one_are_refused(tmp_path: Path, capsys: pyt
     place = command.index("--ledger")
     assert cli.main(command[:place] + command[place + 2 :]) == 1
     assert "expected --ledger FOLDER with --ledger-keep-text, found none" in capsys.readouterr().err
+
+
+def test_the_ledger_and_the_output_are_two_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments(tmp_path, 1, "--output", str(tmp_path / "ledger"))) == 1
+    assert "--ledger: expected another folder than --output" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_would_be_protected_and_enters_nothing(
+    two_requests: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments(two_requests, 3, "--dry-run")) == 0
+    assert "earlier requests are protected in 2 rows, 1 sketches among them" in capsys.readouterr().out
+    assert len((two_requests / "ledger" / "ledger.jsonl").read_bytes().splitlines()) == 2
