@@ -1,4 +1,4 @@
-"""The command `gradsurgery`: it reads the command line, runs one of five commands and turns errors into sentences."""
+"""The command `gradsurgery`: it reads the command line, runs one of six commands and turns errors into sentences."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _COMMANDS = {
     "unlearn": "make a model forget, and measure what it forgot and what it kept",
     "evaluate": "score a model on its splits; writes metrics.json",
     "ablate": "compare methods where they have forgotten equally much: a grid of methods and seeds",
+    "ledger": "show, verify or report a record of deletion requests, which unlearn --ledger makes",
     "report": "draw report.html, report.md and curves.png again from what is in a run's folder; with more, the spread over seeds",
 }
 
@@ -98,6 +99,15 @@ def _work(command: str, given: Mapping[str, Any]) -> Callable[[], object]:
         from lightning_modules.run.report import draw
 
         work = partial(draw, Path(given["folder"]), [Path(other) for other in given.get("others") or ()])
+    elif command == "ledger":
+        from lightning_modules.run.options import LedgerCommandOptions
+
+        asked = dict(given)
+        action, folder = asked.pop("action"), Path(asked.pop("folder"))
+        options_of_ledger = LedgerCommandOptions(**asked)
+        from lightning_modules.run.ledger import ledger_command
+
+        work = partial(ledger_command, action, folder, options_of_ledger)
     elif command == "ablate":
         compared = AblateOptions(**given)
         compared.check()
@@ -147,7 +157,7 @@ def _said(error: Exception) -> int:
 def _make_parser() -> ArgumentParser:
     from lightning_modules.ablation.options import AblateOptions
     from lightning_modules.run.arguments import Parser
-    from lightning_modules.run.options import EvaluateOptions, FinetuneOptions, UnlearnOptions
+    from lightning_modules.run.options import EvaluateOptions, FinetuneOptions, LedgerCommandOptions, UnlearnOptions
 
     parser = Parser(prog="gradsurgery", description="Gradient surgery for language-model unlearning.", epilog=_EXIT)
     subcommands = parser.add_subcommands(required=True)
@@ -164,6 +174,11 @@ def _make_parser() -> ArgumentParser:
     ablation = Parser(description=str(AblateOptions.__doc__).partition("\n")[0])
     ablation.add_options(AblateOptions)
     subcommands.add_subcommand("ablate", ablation, help=_COMMANDS["ablate"])
+    ledger = Parser(description=str(LedgerCommandOptions.__doc__).partition("\n")[0])
+    ledger.add_argument("action", choices=("show", "verify", "report"), help="what is done with it")
+    ledger.add_argument("folder", type=str, metavar="FOLDER", help="of the ledger")
+    ledger.add_options(LedgerCommandOptions)
+    subcommands.add_subcommand("ledger", ledger, help=_COMMANDS["ledger"])
     report = Parser(description="Draw the report of a run again; with further runs, also the spread over seeds.")
     report.add_argument(
         "folder", type=str, metavar="DIR", help="the output folder of a run, where its report is written"

@@ -34,10 +34,11 @@ LAST_CHECKPOINT = f"{CHECKPOINTS}/last.ckpt"
 LOCK = ".lock"
 _TEXTS = ("question", "answer", "generation", "model", "split", "task")
 TRAINING, PROBES = "training.json", "probes.json"  # written by callbacks, read by the report
+REQUEST = "request.json"  # of a run with --ledger: what was said before it
 REPORT = ("report.html", "report.md", "curves.png", "g_effect.png")
 MODEL, LOGS = "model", "logs"
 LEFT = (
-    *(METRICS, EVALUATION, CONFIG, SURGERY, CURVE, G_EFFECT, START_MODEL, TRAINING, PROBES),
+    *(METRICS, EVALUATION, CONFIG, SURGERY, CURVE, G_EFFECT, START_MODEL, TRAINING, PROBES, REQUEST),
     *REPORT,
     *(MODEL, CHECKPOINTS, LOGS),
 )

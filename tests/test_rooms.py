@@ -34,6 +34,7 @@ FLOORS = (
     "training",
     "probes",
     "report",
+    "ledger",
     "run",
     "ablation",
     "cli",

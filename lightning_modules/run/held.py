@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from lightning_modules.ledger.request import ROW, row_counts
 from lightning_modules.run.assembly import kind_of_start_model
 from lightning_modules.run.memory import bytes_of, free, gigabytes
 from lightning_modules.run.options import TrainingOptions, UnlearnOptions
@@ -36,11 +38,16 @@ def held_by_unlearning(model: nn.Module, options: UnlearnOptions) -> list[Held]:
     training, method = options.training, options.method
     trained = _shapes(model)
     base = training.base_optimizer(1.0)(trained)  # a learning rate takes no memory, and may not be known yet
-    surgery = method.surgery(max_norm=training.max_norm, accumulate=training.accumulates)(base)
+    rows, sketches = row_counts(options.ledger.ledger, options.ledger.ledger_rows)
+    names = ("forget", "retain", *map(ROW.format, range(rows)))
+    make: Any = method.surgery(max_norm=training.max_norm, accumulate=training.accumulates)
+    surgery = partial(make, objectives=names)(base)
     parts = _of_training(model, trained, base, training.optimizer)
     parts.append(
         Held(f"surgery's further rows and averages ({_types(trained)}, averages float32)", surgery.memory_estimate())
     )
+    if sketches:
+        parts.append(Held(f"{sketches} sketches of earlier requests, as dense gradients", sketches * _bytes(trained)))
     if method.radius:
         parts.append(Held("weights before they are moved for the forget row", _bytes(trained)))
     copies = kind_of_start_model(options) == "copy"

@@ -24,6 +24,7 @@ from lightning_modules.evaluation.evaluate import Evaluation
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import CHECKPOINTS, CURVE, G_EFFECT, LAST_CHECKPOINT, SURGERY
 from lightning_modules.run.assembly import adapted, make_module, make_trainer, start_model
+from lightning_modules.run.deletion import begin, protecting
 from lightning_modules.run.finish import finish, kept_start
 from lightning_modules.run.identity import examples_hash
 from lightning_modules.run.loading import make_data
@@ -112,6 +113,7 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module, log: ScoredSplits | N
     if first and not training.resume:
         # Only after everything that a wrong option can break, so that the corrected command finds the folder free; and
         # before any other file, so that a run that is killed can be resumed.
+        begin(run)
         write_options(run)
         write_radius(started_as, run)
     scored: ScoredSplits | None = None
@@ -126,8 +128,9 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module, log: ScoredSplits | N
         if run.options != options:
             write_options(run)
     seconds["train"] = time.perf_counter() - started
-    module = make_module(model, options.method, run.options.training, reference, loading=options.loading).train()
-    seconds["train"] += fit(run, trainer, module, data)
+    kind, batches = protecting(run, data)
+    module = make_module(model, options.method, run.options.training, reference, kind, options.loading).train()
+    seconds["train"] += fit(run, trainer, module, batches)
     if start is not None:
         started = time.perf_counter()
         finish(run, module.model, start)

@@ -14,6 +14,7 @@ from torch import nn
 from lightning_modules.data.examples import Example, asked
 from lightning_modules.data.tokenization import encode, marked
 from lightning_modules.folder import check_free
+from lightning_modules.ledger.request import row_counts
 from lightning_modules.run.assembly import kind_of_start_model
 from lightning_modules.run.first import SPLITS, is_taught, lesson
 from lightning_modules.run.held import devices, held_by_teaching, held_by_unlearning, lines
@@ -57,6 +58,7 @@ def show_plan(options: UnlearnOptions, splits: Mapping[str, Sequence[Example]], 
                 f"Finish: {options.finish.finish_steps} further steps, {_rate(options.finish.finish_lr)}{_taught_by(method.teacher)}"
             )
     said += _memory(options, known)
+    said += _ledger(options)
     said.append(f"Output: {options.output.folder}")
     _print(said, Console(soft_wrap=True))
 
@@ -75,6 +77,14 @@ def show_taught_plan(options: FinetuneOptions, rows: Sequence[Example], known: P
     said += _memory(options, known)
     said.append(f"Output: {options.output.folder}")
     _print(said, Console(soft_wrap=True))
+
+
+def _ledger(options: UnlearnOptions) -> list[str]:
+    ledger = options.ledger
+    if ledger.ledger is None:
+        return []
+    rows, sketches = row_counts(ledger.ledger, ledger.ledger_rows)
+    return [f"Ledger: {ledger.ledger}; earlier requests are protected in {rows} rows, {sketches} sketches among them"]
 
 
 def show_memory(options: UnlearnOptions | FinetuneOptions, known: Pretrained | None) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from lightning_modules.data.examples import Example
+from lightning_modules.ledger.request import Request
 from lightning_modules.run.options import Options
 
 OptionsT_co = TypeVar("OptionsT_co", bound=Options, covariant=True)
@@ -24,6 +25,7 @@ class Run(Generic[OptionsT_co]):
         splits: All examples by split.
         tokenizer: Of the model that is to forget.
         chosen: Names of the options that nobody gave and the run chose.
+        request: What a ledger is to say of the run, and what it protects; None without a ledger.
     """
 
     options: OptionsT_co
@@ -31,3 +33,4 @@ class Run(Generic[OptionsT_co]):
     splits: Splits
     tokenizer: Any
     chosen: tuple[str, ...] = ()
+    request: Request | None = None

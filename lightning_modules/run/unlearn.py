@@ -19,8 +19,10 @@ from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.files import replacing
 from lightning_modules.folder import CHECKPOINTS, EVALUATION, METRICS, PROBES, occupied, write_evaluation, write_json
+from lightning_modules.ledger.request import Request
 from lightning_modules.run.adapter_folders import BASE, save_adapter
 from lightning_modules.run.assembly import check_hardware
+from lightning_modules.run.deletion import check_deletion, enter, ledger_of, nothing_done, requested
 from lightning_modules.run.finish import substitute_answers
 from lightning_modules.run.loading import check_start, load_model, read_splits, start_name
 from lightning_modules.run.methods import Unlearned, by_assistant, by_surgery
@@ -77,6 +79,8 @@ def _unlearn(options: UnlearnOptions) -> Path:
         substitute_answers(options, splits)  # raises where there are none
     if options.training.probed:
         check_probes(splits)
+    if not (options.training.resume and only_report_is_missing(folder)):
+        check_deletion(options, splits)
     log = rows_of_log(options.evaluation, splits, options.data, options.loading, sharded=options.training.sharded)
     if options.training.dry_run:
         if will_be_first():
@@ -85,23 +89,33 @@ def _unlearn(options: UnlearnOptions) -> Path:
     if not will_be_first():
         # The first one may have drawn the report meanwhile, and removed the checkpoints.
         return folder if (folder / METRICS).exists() else _trained(options, splits, log, own)
-    with occupied(folder, resume=options.training.resume):
+    with occupied(folder, resume=options.training.resume), ledger_of(options):
         if only_report_is_missing(folder):
             return _finish(folder)
         if not options.training.resume:
             show_memory(options, known)
         teach_first(options, splits)
-        return _trained(options, splits, log, own)
+        request = requested(options, splits)
+        if request is not None and not request.memorised:
+            nothing_done(options, splits, request)
+            return _finish(folder)
+        return _trained(options, splits, log, own, request)
 
 
-def _trained(options: UnlearnOptions, splits: Splits, log: ScoredSplits | None, own: tuple[str, ...]) -> Path:
+def _trained(
+    options: UnlearnOptions,
+    splits: Splits,
+    log: ScoredSplits | None,
+    own: tuple[str, ...],
+    request: Request | None = None,
+) -> Path:
     folder = options.output.folder
     L.seed_everything(options.output.seed, verbose=False)
     if options.training.sharded:
         run, unlearned = by_shards(options, folder, splits, log, own)
     else:
         model, tokenizer = load_model(options, splits)
-        run = Run(options, folder, splits, tokenizer, own)
+        run = Run(options, folder, splits, tokenizer, own, request)
         if will_be_first() and not options.training.resume:
             show_example(run)
         unlearned = by_assistant(run, model) if options.method.method == "uld" else by_surgery(run, model, log)
@@ -162,8 +176,9 @@ def _leave(run: Run[UnlearnOptions], unlearned: Unlearned, log: ScoredSplits | N
 
 
 def _finish(folder: Path) -> Path:
-    """Draw the report, and remove the checkpoints: nothing is left to be done again."""
+    """Draw the report, enter the run in its ledger, and remove the checkpoints: nothing is left to be done again."""
     draw(folder)
+    enter(folder)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     files = ", ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
     Console().print(f"Everything is in [bold]{escape(str(folder))}[/bold]: {escape(files)}")

@@ -17,6 +17,7 @@ from lightning_modules.run.options.data import (
 from lightning_modules.run.options.finetune import FirstOptions
 from lightning_modules.run.options.finish import FinishOptions
 from lightning_modules.run.options.flat import AUTO, Flat, check_finite, flag
+from lightning_modules.run.options.ledger import LedgerOptions
 from lightning_modules.run.options.loading import LoadingOptions
 from lightning_modules.run.options.method import MethodOptions
 from lightning_modules.run.options.precision import default_precision
@@ -111,6 +112,7 @@ class UnlearnOptions(Options):
     training: TrainingOptions = field(default_factory=TrainingOptions)
     first: FirstOptions = field(default_factory=FirstOptions)
     finish: FinishOptions = field(default_factory=FinishOptions)
+    ledger: LedgerOptions = field(default_factory=LedgerOptions)
 
     @classmethod
     def of(cls, **values: Any) -> UnlearnOptions:
@@ -125,13 +127,14 @@ class UnlearnOptions(Options):
     def check_without_torch(self) -> None:
         """As in `Options`; what is left is whether losses, rule and optimizer take their options."""
         super().check_without_torch()
-        for group in (self.recipe, self.method, self.training, self.first, self.finish):
+        for group in (self.recipe, self.method, self.training, self.first, self.finish, self.ledger):
             group.check()
         if self.method.method == "uld" and self.recipe.recipe != "paper":
             raise ValueError(
                 f"--recipe {self.recipe.recipe}: expected a run with surgery, found --method uld, which combines no gradients; leave it out"
             )
         self._check_depth()
+        self.ledger.check_beside(self.method, self.training, cuts_texts=self.data.cuts_texts)
         if self.first.finetune_first and self.model.scratch:
             raise ValueError(
                 "--finetune-first: expected --model, which is to be taught first, found the model from scratch, which always is; "
@@ -292,7 +295,7 @@ class UnlearnOptions(Options):
         }
         if self.training.steps is not None:
             del depends["epochs"]
-        always: dict[str, Any] = {}
+        always: dict[str, Any] = {} if self.ledger.ledger is None else {"devices": "1"}
         if uld:
             depends |= {"lr": 3e-3, "epochs": 30} if scratch else {"lr": ULDSettings.lr, "epochs": ULDSettings.epochs}
             always["lora_rank"] = self.training.lora_rank or ULDSettings.lora_rank

@@ -20,7 +20,15 @@ _DEEP: dict[str, Any] = {
     "stop_below": 0.0,
     "score_every": 4,
 }
-_DEEP_SCRATCH: dict[str, Any] = {"lr": 1e-3, "steps": 80, "radius": {"start": 0.2, "end": 1.0}, "finish_steps": 20}
+_DEEP_SCRATCH: dict[str, Any] = {
+    "lr": 1e-3,
+    "steps": 110,
+    "radius": {"start": 0.2, "end": 3.0},
+    "finish_steps": 30,
+    "retain_loss": "kl_divergence",
+    "retain_noise": 0.1,
+    "optimizer_options": {"eps": 1e-4},
+}
 _DEEP_OTHER: dict[str, Any] = {"lr": 1e-4, "steps": 32, "radius": "auto", "finish_steps": 16}
 
 RECIPES: dict[str, dict[str, Any]] = {"paper": {}, "balanced": _BALANCED, "deep": _DEEP}

@@ -1,0 +1,57 @@
+"""The picture of a ledger: requests from top to bottom, time from left to right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_modules.files import replacing
+
+
+def figure(names: Sequence[str], values: Sequence[Sequence[float | None]], limits: Sequence[float], title: str) -> Any:
+    """Draw every request's forget probability after every later one, as a matplotlib figure.
+
+    A field is the redder the nearer it is to 1; one above its request's limit has a bold number.
+
+    Args:
+        names: Of the requests, in the order of time.
+        values: Request -> after each request; None where there is nothing, or nobody knows.
+        limits: Of each request.
+        title: Above it.
+    """
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    count = len(names)
+    drawn = Figure(figsize=(2.6 + 0.85 * count, 1.5 + 0.5 * count), layout="constrained")
+    axes = drawn.subplots()
+    field = np.array([[math.nan if value is None else value for value in row] for row in values]).reshape(count, count)
+    axes.imshow(field, cmap="Oranges", vmin=0.0, vmax=1.0, aspect="auto")
+    for row, limit in zip(range(count), limits, strict=True):
+        for column in range(row, count):
+            value = values[row][column]
+            text = "?" if value is None else f"{value:.3f}"
+            above = value is not None and value > limit
+            colour = "white" if value is not None and value > 0.6 else "#1c1917"
+            axes.text(
+                column,
+                row,
+                text,
+                ha="center",
+                va="center",
+                color=colour,
+                fontsize=9,
+                fontweight="bold" if above else "normal",
+            )
+    axes.set_xticks(range(count), [f"after {number}" for number in range(1, count + 1)], fontsize=8)
+    axes.set_yticks(range(count), [f"{number} {name}"[:24] for number, name in enumerate(names, start=1)], fontsize=8)
+    axes.set_title(title, fontsize=10)
+    return drawn
+
+
+def write_picture(path: Path, drawn: Any) -> None:
+    """Write a figure as PNG, the whole file or nothing; the same figure gives the same bytes."""
+    with replacing(path) as temporary:
+        drawn.savefig(temporary, dpi=150, metadata={"Software": None})

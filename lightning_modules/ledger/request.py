@@ -1,0 +1,95 @@
+"""A request that is under way: what the ledger is to say of it, and the earlier ones that it must not bring back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_modules.data.examples import Example, read_examples
+from lightning_modules.files import write_text
+from lightning_modules.ledger.chain import Entry, read_chain
+from lightning_modules.ledger.hashes import canonical, request_hash, row_hash
+from lightning_modules.ledger.place import LEDGER
+from lightning_modules.ledger.refusals import FORGOTTEN
+from lightning_modules.ledger.sketch import load_sketch
+
+ROW = "earlier_{}"
+"""Names of the protected rows."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request, from before its run until its entry.
+
+    Attributes:
+        said: What request.json holds: everything about it that is known before the training.
+        texts: Protected row -> the requests that take turns in it, each as its examples.
+        sketches: Protected row -> the files of the sketches that take turns in it.
+    """
+
+    said: Mapping[str, Any]
+    texts: Mapping[str, Sequence[Sequence[Example]]] = field(default_factory=dict)
+    sketches: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+
+    @property
+    def memorised(self) -> bool:
+        """Whether there is something to forget."""
+        return self.said["kind"] == FORGOTTEN
+
+    def gradients(self) -> dict[str, list[dict[str, Any]]]:
+        """Protected row -> its sketches, as dense tensors."""
+        return {name: [load_sketch(path) for path in paths] for name, paths in self.sketches.items()}
+
+
+def protected(
+    ledger: Path, entries: Sequence[Entry], rows: int
+) -> tuple[dict[str, list[list[Example]]], dict[str, list[Path]]]:
+    """The protected rows of a ledger's requests: of those whose texts it kept, and of those whose sketches.
+
+    Where there are more requests than rows, request number n of a kind is in row n mod (rows of that kind); each kind
+    has at least one row, and otherwise they are divided as the requests are.
+
+    Args:
+        ledger: Its folder.
+        entries: Its entries.
+        rows: At most so many in all, but at least one of each kind.
+    """
+    done = [entry for entry in entries if entry["kind"] == FORGOTTEN]
+    texts = [read_examples(ledger / entry["kept"]["text"]["file"]) for entry in done if "text" in entry["kept"]]
+    sketches = [ledger / entry["kept"]["sketch"]["file"] for entry in done if "sketch" in entry["kept"]]
+    all_of_them = len(texts) + len(sketches)
+    of_text = 0
+    if texts:
+        share = round(min(rows, all_of_them) * len(texts) / all_of_them)
+        of_text = min(len(texts), max(1, share - (share == rows and bool(sketches) and rows > 1)))
+    of_sketch = min(len(sketches), max(1, rows - of_text)) if sketches else 0
+    names = [ROW.format(number) for number in range(of_text + of_sketch)]
+    return (
+        {name: texts[number::of_text] for number, name in enumerate(names[:of_text])},
+        {name: sketches[number::of_sketch] for number, name in enumerate(names[of_text:])},
+    )
+
+
+def row_counts(ledger: str | None, rows: int) -> tuple[int, int]:
+    """How many protected rows a run would have, and how many sketches it would hold for them.
+
+    Args:
+        ledger: Its folder; None for none.
+        rows: At most so many.
+    """
+    entries = [] if ledger is None else read_chain(Path(ledger) / LEDGER)
+    texts, sketches = protected(Path(ledger or ""), entries, rows)
+    return len(texts) + len(sketches), sum(map(len, sketches.values()))
+
+
+def keep_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the rows of a request as JSON lines, the whole file or nothing."""
+    write_text(path, "".join(canonical(dict(row)).decode() + "\n" for row in rows))
+
+
+def hashes_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The hash of a request, and of each of its rows in their order."""
+    each = [row_hash(row) for row in rows]
+    return {"sha256": request_hash(each), "rows": each}

@@ -1,0 +1,126 @@
+"""The scores of an entry once more, from the saved model and the data: without any code that trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_modules.data.examples import Example, read_examples
+from lightning_modules.data.fictional_authors import QUESTIONS_PER_AUTHOR, fictional_authors
+from lightning_modules.data.files import read_yaml
+from lightning_modules.data.formats import set_format
+from lightning_modules.data.heldout import RETAIN_HELDOUT, held_out
+from lightning_modules.data.tofu import tofu_examples
+from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate
+from lightning_modules.evaluation.likelihood import on_gpu
+from lightning_modules.folder import CONFIG, MODEL
+from lightning_modules.ledger.chain import Entry
+from lightning_modules.ledger.hashes import request_hash, row_hash
+from lightning_modules.ledger.refusals import FORGOTTEN
+from lightning_modules.ledger.verify import Finding
+
+SCORES = ("probability", "nll", "truth_ratio")
+"""What is compared: the scores that need no generation."""
+TOLERANCE = 1e-3
+"""Difference that another machine, or other batches, may make: of a probability, or as a share of a larger number."""
+
+
+def rescore(folder: Path, entry: Entry) -> Iterator[Finding]:
+    """Compare an entry's scores with those that its model has now.
+
+    The rows to forget are those that the ledger kept, or else those of the run's data, if they still are the request's.
+
+    Args:
+        folder: Of the ledger.
+        entry: One of its entries.
+
+    Yields:
+        What differs, and what cannot be scored because it is gone.
+    """
+    run, number = (folder / entry["run"]).resolve(), entry["number"]
+    if entry["kind"] != FORGOTTEN:
+        return
+    if not (run / MODEL).is_dir() or not (run / CONFIG).is_file():
+        yield Finding(
+            number, f"{run}: its model or {CONFIG} is not there, without which nothing is scored again", gone=True
+        )
+        return
+    config = read_yaml(run / CONFIG, "the options of a run")
+    splits: dict[str, list[Example]] = {}
+    try:
+        splits = data_of(config)
+    except (FileNotFoundError, ValueError, RuntimeError) as error:
+        yield Finding(number, f"its data is not there: {error}", gone=True)
+    if "text" in entry["kept"] and (kept := folder / entry["kept"]["text"]["file"]).is_file():
+        splits["forget"] = read_examples(kept)
+    if "forget" in splits and request_hash([row_hash(row) for row in splits["forget"]]) != entry["request"]["sha256"]:
+        del splits["forget"]
+    if "forget" not in splits:
+        yield Finding(number, "the text of the request is gone: its scores cannot be computed again", gone=True)
+    expected = entry["metrics"]["after"]
+    splits = {split: rows[: int(config["evaluation_examples"])] for split, rows in splits.items() if split in expected}
+    if not splits:
+        return
+    for split, scores in _scores(run / MODEL, config, splits).items():
+        if scores["n"] != expected[split]["n"]:
+            yield Finding(
+                number, f"{split}: expected {expected[split]['n']} examples, found {scores['n']}: the data is another"
+            )
+            continue
+        for name in SCORES:
+            if not alike(scores[name], expected[split][name]):
+                yield Finding(
+                    number,
+                    f"{split}: expected a {name} of {expected[split][name]}, found {scores[name]} by scoring again",
+                )
+
+
+def alike(found: object, expected: object) -> bool:
+    """Whether two scores are the same but for rounding; NaN, written as text, is as good as NaN."""
+    if found is None or expected is None:
+        return found is expected
+    one, other = float(str(found)), float(str(expected))
+    if math.isnan(one) or math.isnan(other):
+        return math.isnan(one) and math.isnan(other)
+    return abs(one - other) <= TOLERANCE * max(1.0, abs(other))
+
+
+def _scores(model: Path, config: Mapping[str, Any], splits: Mapping[str, list[Example]]) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    set_format(tokenizer, config["chat_template_kwargs"], config["prompt_format"])
+    settings = EvaluationSettings(
+        int(config["evaluation_batch_size"]), max_length=config["max_length"], generate=False, memorization=False
+    )
+    with on_gpu(loaded.eval()):
+        return evaluate(loaded, tokenizer, splits, settings, progress=False).summary
+
+
+def data_of(config: Mapping[str, Any]) -> dict[str, list[Example]]:
+    """The examples of a run by split, as its options say.
+
+    Raises:
+        FileNotFoundError: If a file is gone.
+        ValueError: If a file is not what it was.
+        RuntimeError: If it would come from the hub, which cannot be reached.
+    """
+    chosen = config["model"] == "scratch" or config.get("finetune_first")
+    if config["tofu"] is not None:
+        return tofu_examples(
+            config["tofu"],
+            config["tofu_dir"],
+            config["authors"] if chosen else None,
+            config["forget_authors"],
+            general=config["model"] != "scratch",
+            heldout_authors=config["heldout_authors"],
+        )
+    if config["forget"] is not None:
+        names = {"forget": config["forget"], "retain": config["retain"], RETAIN_HELDOUT: config["retain_heldout"]}
+        return {split: read_examples(name) for split, name in names.items() if name is not None and Path(name).exists()}
+    authors = config["authors"]
+    rows = fictional_authors(authors)
+    kept = (authors - (config["forget_authors"] or authors // 5)) * QUESTIONS_PER_AUTHOR
+    return {"forget": rows[kept:], **held_out(rows[:kept], config["heldout_authors"], QUESTIONS_PER_AUTHOR)}

@@ -1,0 +1,85 @@
+"""A ledger as a table: one line a request, and every request's probability after every later one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from lightning_modules.ledger.chain import Entry
+from lightning_modules.ledger.entry import limit_of
+from lightning_modules.ledger.refusals import FORGOTTEN
+
+HEADINGS = ("entry", "request", "date", "rows", "forget", "limit", "retain", "criteria", "earlier", "hash")
+
+
+def lines(entries: Sequence[Entry]) -> list[list[str]]:
+    """The cells of every entry, under `HEADINGS`."""
+    return [_line(entry) for entry in entries]
+
+
+def _line(entry: Entry) -> list[str]:
+    before, after = entry["metrics"]["before"], entry["metrics"]["after"]
+    trained = entry["kind"] == FORGOTTEN
+    forget, retain = (
+        f"{shown(before[of]['probability'])} -> {shown(after[of]['probability'])}" for of in ("forget", "retain")
+    )
+    return [
+        str(entry["number"]),
+        entry["request"]["id"],
+        entry["time"][:10],
+        str(entry["counts"]["forget"]),
+        forget if trained else f"{shown(entry['counts']['known'])}, {entry['kind']}",
+        f"{limit_of(entry):g}",
+        retain if trained else shown(before["retain"]["probability"]),
+        held(entry["verdicts"]),
+        held(entry["earlier"]),
+        entry["hash"][:12],
+    ]
+
+
+def held(verdicts: Sequence[dict[str, Any]]) -> str:
+    """How many of some verdicts hold.
+
+    Example:
+        >>> held([{"holds": True}, {"holds": False}]), held([])
+        ('1 of 2', '-')
+    """
+    return f"{sum(one['holds'] for one in verdicts)} of {len(verdicts)}" if verdicts else "-"
+
+
+def shown(value: object) -> str:
+    """A number of a table."""
+    if value is None:
+        return "not measured"
+    number = float(str(value))
+    return f"{number:.3f}" if math.isfinite(number) and abs(number) >= 0.0005 else f"{number:.2g}"
+
+
+def over_time(entries: Sequence[Entry]) -> tuple[list[Entry], list[list[float | None]]]:
+    """Every forgotten request, and its probability after every entry: None before it, and where nobody knows.
+
+    An earlier request is known where the ledger kept its text.
+    """
+    requests = [entry for entry in entries if entry["kind"] == FORGOTTEN]
+    found: list[list[float | None]] = []
+    for request in requests:
+        row: list[float | None] = []
+        for entry in requests:
+            later = {one["number"]: one["probability"] for one in entry["earlier"]}
+            own = entry["metrics"]["after"]["forget"]["probability"]
+            row.append(float(str(own)) if entry is request else later.get(request["number"]))
+        found.append(row)
+    return requests, found
+
+
+def table(entries: Sequence[Entry], title: str) -> Table:
+    """The table for a terminal: of criteria and earlier requests it says how many hold."""
+    drawn = Table(title=title, title_style="bold", header_style="bold")
+    for heading in HEADINGS:
+        drawn.add_column(heading, overflow="fold")
+    for cells in lines(entries):
+        drawn.add_row(*cells)
+    return drawn

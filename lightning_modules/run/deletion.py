@@ -1,0 +1,329 @@
+"""A run that is entered in a ledger: what is refused before it, what it protects, and its entry."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from rich.console import Console
+from torch import nn
+
+import gradsurgery as gs
+from lightning_modules.data.earlier import EarlierData
+from lightning_modules.data.files import read_json
+from lightning_modules.data.pairs import ForgetRetainDataModule, encoded_rows
+from lightning_modules.data.tokenization import padding_id
+from lightning_modules.evaluation.likelihood import on_gpu
+from lightning_modules.files import write_text
+from lightning_modules.folder import CHECKPOINTS, METRICS, MODEL, REQUEST, write_config, write_json
+from lightning_modules.ledger.chain import START, append, read_chain
+from lightning_modules.ledger.criteria import Criteria, read_criteria
+from lightning_modules.ledger.entry import contents, limit_of
+from lightning_modules.ledger.hashes import file_hash, tensors_hash
+from lightning_modules.ledger.place import CRITERIA, LEDGER, SKETCHES, TEXTS, held
+from lightning_modules.ledger.refusals import FORGOTTEN, NOT_MEMORISED, check_model, check_name, check_rows
+from lightning_modules.ledger.request import Request, hashes_of, keep_rows, protected
+from lightning_modules.ledger.sketch import request_gradient, save_sketch, share_kept, sketched
+from lightning_modules.run.loading import load_model, read_splits, start_name
+from lightning_modules.run.options import UnlearnOptions
+from lightning_modules.run.places import is_log
+from lightning_modules.run.run import Run, Splits
+from lightning_modules.run.saved import read_options
+from lightning_modules.run.saving import save_model
+from lightning_modules.run.scoring import contents_of_metrics, score
+from lightning_modules.run.settling import USUAL_LEVEL
+from lightning_modules.training.module import UnlearningModule
+from lightning_modules.training.probability import mean_probabilities
+from lightning_modules.training.protecting import ProtectingModule
+
+
+def ledger_of(options: UnlearnOptions) -> AbstractContextManager[None]:
+    """Keeps other processes from the run's ledger as long as the block runs."""
+    name = options.ledger.ledger
+    return nullcontext() if name is None else held(Path(name))
+
+
+def check_deletion(options: UnlearnOptions, splits: Splits) -> None:
+    """Refuse what the ledger, the criteria or the rule do not allow, before a weight is loaded.
+
+    Raises:
+        ValueError: With one sentence for each case.
+        FileNotFoundError: If there is no file of criteria.
+    """
+    name = options.ledger.ledger
+    if name is None:
+        return
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            "--ledger: expected one process, found several; start the command once, without srun or torchrun"
+        )
+    if Path(name).resolve() == options.output.folder.resolve():
+        raise ValueError(
+            f"--ledger: expected another folder than --output, found {name} for both: give the ledger its own"
+        )
+    entries = read_chain(Path(name) / LEDGER)
+    found = {split: hashes_of(rows)["rows"] for split, rows in splits.items()}
+    check_rows(entries, found["forget"], found["retain"])
+    check_name(entries, options.ledger.request or hashes_of(splits["forget"])["sha256"][:12])
+    if options.ledger.criteria is not None and not options.training.resume:
+        _check_measured(options, splits, read_criteria(options.ledger.criteria))
+    texts, sketches = protected(Path(name), entries, options.ledger.ledger_rows)
+    if sketches and options.training.lora_rank:
+        raise ValueError(
+            "--lora-rank: expected 0 with a ledger that keeps sketches, found "
+            f"{options.training.lora_rank}: a sketch is a gradient of all weights, and protects no adapter; train all weights"
+        )
+    rule: Any = options.method.bound_rule()
+    count = 2 + len(texts) + len(sketches)
+    try:
+        rule([[]] * count if gs.elementwise.is_elementwise(rule) else torch.eye(count, dtype=torch.float64))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"--rule: expected one of several protected rows, such as gru, with a ledger that has earlier requests, found "
+            f"{options.method.rule}: {error}"
+        ) from error
+
+
+def _check_measured(options: UnlearnOptions, splits: Splits, criteria: Criteria) -> None:
+    reference = options.evaluation.reference
+    has_reference = options.model.scratch or options.first.finetune_first or reference is not None
+    of_model = has_reference and not (reference is not None and is_log(reference))
+    ratios = any("perturbed_answer" in row for row in splits["forget"])
+    general = {"real_authors", "world_facts"} <= set(splits)
+    needs = {
+        "forget_quality": (has_reference and ratios, "--reference, and perturbed answers in the data"),
+        "relearning_gap": (options.training.probed and of_model, "--probes quick, and a --reference that is a model"),
+        "model_utility": (general, "--tofu with its files about real authors and world facts"),
+    }
+    for name in criteria.limits:
+        there, what = needs.get(name, (True, ""))
+        if not there:
+            raise ValueError(f"--criteria, {name}: expected {what}, found none, without which it is not measured")
+
+
+def requested(options: UnlearnOptions, splits: Splits) -> Request | None:
+    """The run's request, with what is protected beside retention; None without a ledger.
+
+    It loads the model, to see that it is the ledger's last one and knows what it is to forget.
+
+    Raises:
+        ValueError: If it is another model, or the ledger went on since a run that is resumed.
+    """
+    name = options.ledger.ledger
+    if name is None:
+        return None
+    ledger = Path(name)
+    entries = read_chain(ledger / LEDGER)
+    texts, sketches = protected(ledger, entries, options.ledger.ledger_rows)
+    last = entries[-1]["hash"] if entries else START
+    path = options.output.folder / REQUEST
+    if options.training.resume and path.exists():
+        said = read_json(path, "what was said before the run")
+        _check_last(said, last)
+        return Request(said, texts, sketches)
+    criteria = read_criteria(options.ledger.criteria) if options.ledger.criteria is not None else Criteria({})
+    model, tokenizer = load_model(options, splits)
+    found = _model_hash(options, splits, model, tokenizer)
+    check_model(entries, found, start_name(options, splits))
+    known = _probabilities(options, model, tokenizer, {"forget": splits["forget"]})["forget"]
+    level = criteria.limits.get("forget_probability", options.training.stop_below or USUAL_LEVEL)
+    hashes = hashes_of(splits["forget"])
+    said: dict[str, Any] = {
+        "id": options.ledger.request or hashes["sha256"][:12],
+        "kind": FORGOTTEN if not known <= level else NOT_MEMORISED,
+        **hashes,
+        "counts": {"forget": len(splits["forget"]), "retain": len(splits["retain"]), "known": known, "level": level},
+        "begun": _now(),
+        "ledger": str(ledger.resolve()),
+        "previous": last,
+        "model": found,
+        "criteria": {"limits": dict(criteria.limits), "sha256": criteria.sha256, "text": criteria.text},
+        "protected": {
+            "texts": sum(map(len, texts.values())),
+            "sketches": sum(map(len, sketches.values())),
+            "rows": len(texts) + len(sketches),
+        },
+    }
+    return Request(said, texts, sketches)
+
+
+def _check_last(said: Mapping[str, Any], last: str) -> None:
+    if said["previous"] != last:
+        raise ValueError(
+            f"--ledger: expected the ledger as it was when this run began, found another last entry, {last[:12]}: another request was "
+            "done since; begin this one again with the model that it left"
+        )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _model_hash(options: UnlearnOptions, splits: Splits, model: nn.Module, tokenizer: Any) -> str:
+    """Of the files of a folder; of any other model as it would be saved."""
+    folder = Path(start_name(options, splits))
+    whole = list(folder.glob("*.safetensors")) and not (folder / "adapter_config.json").exists()
+    if whole and not options.model.scratch:
+        return tensors_hash(folder)
+    with tempfile.TemporaryDirectory() as place:
+        save_model(model, tokenizer, Path(place))
+        return tensors_hash(Path(place))
+
+
+def _probabilities(
+    options: UnlearnOptions, model: nn.Module, tokenizer: Any, splits: Mapping[str, Any]
+) -> dict[str, float]:
+    encoded = {name: encoded_rows(tokenizer, name, rows, options.data.max_length) for name, rows in splits.items()}
+    size = options.evaluation.evaluation_batch_size
+    with on_gpu(model):
+        return mean_probabilities(model, encoded, pad_token_id=padding_id(tokenizer), batch_size=size)
+
+
+def begin(run: Run[UnlearnOptions]) -> None:
+    """Write down what was said before the run: request.json in its folder, the criteria in the ledger's."""
+    if run.request is None:
+        return
+    said = run.request.said
+    criteria = said["criteria"]
+    if criteria["sha256"] is not None:
+        write_text(Path(said["ledger"]) / CRITERIA / f"{criteria['sha256']}.yaml", criteria["text"])
+    write_json(run.folder / REQUEST, said)
+
+
+def protecting(
+    run: Run[UnlearnOptions], data: ForgetRetainDataModule
+) -> tuple[Callable[..., UnlearningModule], L.LightningDataModule]:
+    """What makes the module, and its batches: with earlier requests of a ledger, those that protect them too."""
+    request = run.request
+    if request is None or not (request.texts or request.sketches):
+        return UnlearningModule, data
+    longest, weight = run.options.data.max_length, run.options.ledger.ledger_weight
+    rows = {
+        name: [encoded_rows(run.tokenizer, "earlier", found, longest) for found in requests]
+        for name, requests in request.texts.items()
+    }
+    gradients = request.gradients()
+
+    def make(*arguments: Any, **options: Any) -> ProtectingModule:
+        return ProtectingModule(*arguments, texts=list(rows), sketches=gradients, weight=weight, **options)
+
+    return make, EarlierData(data, rows)
+
+
+def nothing_done(options: UnlearnOptions, splits: Splits, request: Request) -> None:
+    """Leave a run of a request that the model does not know: its scores, and no training."""
+    folder = options.output.folder
+    model, tokenizer = load_model(options, splits)
+    run = Run(options, folder, splits, tokenizer, request=request)
+    scores = score(run, model)
+    found = contents_of_metrics(options.output.seed, scores, scores, None, {"train": 0.0, "evaluate": 0.0})
+    begin(run)
+    write_config(folder, "unlearn", options.recorded())
+    (folder / CHECKPOINTS).mkdir(exist_ok=True)  # until it is entered, so that --resume enters it
+    write_json(folder / METRICS, found)
+    counts = request.said["counts"]
+    Console(stderr=True, soft_wrap=True).print(
+        f"Nothing is trained: the mean probability of the answers to forget is {counts['known']:.3g}, at most the limit of "
+        f"{counts['level']:g}, so that they are not memorised; the ledger says so",
+        markup=False,
+        highlight=False,
+    )
+
+
+def enter(folder: Path) -> None:
+    """Append a run that is whole to its ledger, once. Only under the ledger's lock.
+
+    Raises:
+        ValueError: If the ledger went on without it, or is broken.
+    """
+    path = folder / REQUEST
+    if not path.exists():
+        return
+    said = read_json(path, "what was said before the run")
+    ledger = Path(said["ledger"])
+    entries = read_chain(ledger / LEDGER)
+    if any(entry["evidence"].get(REQUEST) == file_hash(path) for entry in entries):
+        return
+    _check_last(said, entries[-1]["hash"] if entries else START)
+    further = {"time": _now(), **_of_model(folder, said, ledger, entries)}
+    entry = append(ledger / LEDGER, contents(folder, ledger, said, entries, further))
+    _print(entry, ledger)
+
+
+def _of_model(folder: Path, said: Mapping[str, Any], ledger: Path, entries: list[Any]) -> dict[str, Any]:
+    """What only the model that is left can say: how earlier requests fare, and the sketch of this one."""
+    options = UnlearnOptions.of(**read_options(folder / "config.yaml"))
+    texts = {str(entry["number"]): entry for entry in entries if "text" in entry["kept"]}
+    if said["kind"] != FORGOTTEN:
+        return {"earlier": [], "kept": {}}
+    splits = read_splits(options)
+    model: Any = None
+    tokenizer: Any = None
+    if texts or options.ledger.ledger_sketch:
+        model, tokenizer = load_model(_as_saved(options, folder), splits)
+    rows = {number: protected(ledger, [entry], 1)[0] for number, entry in texts.items()}
+    examples = {number: next(iter(found.values()))[0] for number, found in rows.items()}
+    values = _probabilities(options, model, tokenizer, examples) if examples else {}
+    earlier = [
+        {
+            "number": int(number),
+            "probability": value,
+            "limit": limit_of(texts[number]),
+            "holds": value <= limit_of(texts[number]),
+        }
+        for number, value in values.items()
+    ]
+    kept: dict[str, Any] = {}
+    place = f"{len(entries) + 1:04d}"
+    if options.ledger.ledger_keep_text:
+        path = ledger / TEXTS / f"{place}.jsonl"
+        keep_rows(path, splits["forget"])
+        kept["text"] = {"file": str(path.relative_to(ledger)), "sha256": file_hash(path)}
+    if options.ledger.ledger_sketch:
+        path, rank = ledger / SKETCHES / f"{place}.safetensors", options.ledger.ledger_sketch
+        encoded = encoded_rows(tokenizer, "forget", splits["forget"], options.data.max_length)
+        with on_gpu(model):
+            gradient = request_gradient(model.float(), encoded, pad_token_id=padding_id(tokenizer))
+        sketch = sketched(gradient, rank)
+        save_sketch(path, sketch, rank=rank)
+        kept["sketch"] = {
+            "file": str(path.relative_to(ledger)),
+            "sha256": file_hash(path),
+            "rank": rank,
+            "bytes": path.stat().st_size,
+            "share": share_kept(gradient, sketch),
+        }
+    return {"earlier": earlier, "kept": kept}
+
+
+def _as_saved(options: UnlearnOptions, folder: Path) -> UnlearnOptions:
+    """The options with the model that the run left in place of the one that it began with."""
+    return options.but(model=str(folder / MODEL), finetune_first=False)
+
+
+def _print(entry: Mapping[str, Any], ledger: Path) -> None:
+    console = Console(soft_wrap=True)
+    said = [f"Entry {entry['number']} of {ledger}: {entry['request']['id']}, {entry['kind']}; hash {entry['hash']}"]
+    for verdict in entry["verdicts"]:
+        found = "not measured" if verdict["found"] is None else f"{verdict['found']:.3g}"
+        word = "holds" if verdict["holds"] else "does not hold"
+        said.append(f"  {verdict['criterion']}: {found}, {verdict['rule']} {verdict['limit']:g}: {word}")
+    said += [
+        f"  entry {one['number']} is at {one['probability']:.3g}, above its limit of {one['limit']:g}"
+        for one in entry["earlier"]
+        if not one["holds"]
+    ]
+    if "sketch" in entry["kept"]:
+        sketch = entry["kept"]["sketch"]
+        said.append(
+            f"  a sketch of rank {sketch['rank']} is kept: {sketch['bytes']:,} bytes, {sketch['share']:.0%} of its gradient"
+        )
+    for line in said:
+        console.print(line, markup=False, highlight=False)

@@ -1,0 +1,92 @@
+"""Criteria: read strictly, judged as they say, and refused before the training where nothing would measure them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from lightning_modules import cli
+from lightning_modules.ledger.criteria import KINDS, read_criteria, verdicts
+from tests.lightning_modules.ledger.requests import arguments
+
+BAD = {
+    "nothing": ("", "expected one or more of forget_probability, ", "found nothing"),
+    "a list": ("- forget_probability", "expected one or more of", "found list"),
+    "unknown": ("forget_probabilty: 0.1", "found 'forget_probabilty'; did you mean forget_probability"),
+    "a word": ("retention: most", "retention: expected a number between 0 and 2, found 'most'"),
+    "outside": ("forget_quality: 1.5", "forget_quality: expected a number between 0 and 1, found 1.5"),
+    "nan": ("model_utility: .nan", "model_utility: expected a number between 0 and 1, found nan"),
+    "yes": ("retention: true", "retention: expected a number between 0 and 2, found True"),
+    "no YAML": ("retention: [", "expected YAML with criteria"),
+}
+
+
+@pytest.mark.parametrize(("text", "said"), [(text, said) for text, *said in BAD.values()], ids=BAD)
+def test_a_wrong_file_is_refused(tmp_path: Path, text: str, said: list[str]) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match="criteria") as error:
+        read_criteria(str(tmp_path / "c.yaml"))
+    assert all(part in str(error.value) for part in said), str(error.value)
+
+
+def test_a_verdict_is_the_comparison_that_the_criterion_names() -> None:
+    for name, kind in KINDS.items():
+        for found in (0.2, 0.5, 0.8, None, math.nan):
+            (said,) = verdicts({name: 0.5}, {name: found})
+            right = found is not None and not math.isnan(found) and (found <= 0.5 if kind.at_most else found >= 0.5)
+            assert said["holds"] is right
+            assert said["rule"] == ("at most" if kind.at_most else "at least")
+
+
+@pytest.mark.parametrize(
+    ("name", "lacks"),
+    [("forget_quality", "--reference"), ("relearning_gap", "--probes quick"), ("model_utility", "--tofu")],
+)
+def test_what_the_run_would_not_measure_is_refused_before_it(
+    tmp_path: Path, name: str, lacks: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = arguments(tmp_path, 1, "--criteria", str(tmp_path / "criteria.yaml"))
+    (tmp_path / "criteria.yaml").write_text(f"{name}: 0.5")
+    assert cli.main(command) == 1
+    assert f"--criteria, {name}: expected {lacks}" in capsys.readouterr().err
+    assert not (tmp_path / "run_1").exists()
+
+
+@pytest.mark.parametrize(
+    ("further", "said"),
+    [
+        (["--save", "adapter", "--lora-rank", "2"], "found --save adapter, which leaves no whole model"),
+        (["--method", "uld"], "found --method uld"),
+        (["--devices", "2"], "found several devices"),
+        (["--ledger-sketch", "2", "--ledger-keep-text"], "expected one of them, found both"),
+        (["--ledger-rows", "0"], "expected --ledger-rows >= 1, found 0"),
+        (["--request", "a\nb"], "--request: expected a name in one line"),
+    ],
+)
+def test_options_that_do_not_go_with_a_ledger_are_refused(
+    tmp_path: Path, further: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments(tmp_path, 1, *further)) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_options_of_a_ledger_without_one_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = arguments(tmp_path, 1, "--ledger-keep-text")
+    place = command.index("--ledger")
+    assert cli.main(command[:place] + command[place + 2 :]) == 1
+    assert "expected --ledger FOLDER with --ledger-keep-text, found none" in capsys.readouterr().err
+
+
+def test_the_ledger_and_the_output_are_two_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments(tmp_path, 1, "--output", str(tmp_path / "ledger"))) == 1
+    assert "--ledger: expected another folder than --output" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_would_be_protected_and_enters_nothing(
+    two_requests: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments(two_requests, 3, "--dry-run")) == 0
+    assert "earlier requests are protected in 2 rows, 1 sketches among them" in capsys.readouterr().out
+    assert len((two_requests / "ledger" / "ledger.jsonl").read_bytes().splitlines()) == 2
