@@ -16,7 +16,7 @@ from lightning_modules.run import methods
 from lightning_modules.run.options import RECIPES, UnlearnOptions
 from tests.lightning_modules.run.small_runs import small_run
 
-DEEP = {"start": 0.2, "end": 1.0}
+DEEP = {"start": 0.2, "end": 3.0}
 
 
 def test_the_recipe_called_paper_is_the_defaults() -> None:
@@ -25,7 +25,8 @@ def test_the_recipe_called_paper_is_the_defaults() -> None:
 
 def test_options_that_are_given_win_over_the_recipe() -> None:
     plain, deep = UnlearnOptions().flat(), UnlearnOptions.of(recipe="deep").flat()
-    said = {"recipe": "deep", "lr": 1e-3, "steps": 80, "radius": DEEP, "finish_steps": 20, "accumulate": 1}
+    said = {"recipe": "deep", "lr": 1e-3, "steps": 110, "radius": DEEP, "finish_steps": 30, "accumulate": 1}
+    said |= {"retain_loss": "kl_divergence", "retain_noise": 0.1, "optimizer_options": {"eps": 1e-4}}
     said |= {"ema_decay": 0.7, "retain_weight": 20.0, "guard": "update", "lr_schedule": "linear"}
     assert {name: value for name, value in deep.items() if value != plain[name]} == said | {
         "stop_below": 0.0,
