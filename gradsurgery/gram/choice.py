@@ -72,9 +72,10 @@ def backend(choice: Choice | None = None) -> Backend:
     Cost: where there is no kernel in the cache yet, asking builds it.
 
     Example:
+        >>> import gradsurgery as gs
         >>> rows = [[torch.ones(4)], [torch.full((4,), 2.0)]]
-        >>> with backend("eager") as chosen:
-        ...     chosen.name, block_gram(rows)[0].tolist()
+        >>> with gs.gram.backend("eager") as chosen:
+        ...     chosen.name, gs.gram.gram(rows).tolist()
         ('eager', [[4.0, 8.0], [8.0, 16.0]])
     """
     before = _State.choice
