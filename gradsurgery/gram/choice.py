@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from gradsurgery.gram.kernel import Batch, Kernel, Members, Unavailable, build
+from gradsurgery.gram.rows import Write
 
 Choice = Literal["auto", "compiled", "eager"]
 # Below this many numbers a row plain PyTorch takes a few milliseconds at most, which no training step notices; and
@@ -96,11 +97,13 @@ def backend(choice: Choice | None = None) -> Backend:
     return Backend("compiled", f"for float32 and bfloat16 rows{smallest} on a CPU, {found.about}", before)
 
 
-def kernel_for(found: Iterable[Members], blocks: Sequence[int] | None) -> tuple[Kernel, list[Batch]] | None:
+def kernel_for(
+    found: Iterable[Members], blocks: Sequence[int] | None, writes: Sequence[Write] = ()
+) -> tuple[Kernel, list[Batch]] | None:
     """The kernel and what it takes of each list of members, if it is worth calling; None where it is not."""
     if _State.choice == "eager" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return None
-    batches = [Batch(members, blocks) for members in found]
+    batches = [Batch(members, blocks, writes) for members in found]
     # Plain counts, the same on every rank that holds the same rows.
     if sum(batch.numbers for batch in batches) < (SMALLEST if _State.choice == "auto" else 1):
         return None
