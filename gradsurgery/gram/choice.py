@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from gradsurgery.gram.kernel import Batch, Kernel, Members, Unavailable, build
 from gradsurgery.gram.rows import Write
 
 Choice = Literal["auto", "compiled", "eager"]
+_CHOICES: tuple[Choice, ...] = ("auto", "compiled", "eager")
 # Below this many numbers a row plain PyTorch takes a few milliseconds at most, which no training step notices; and
 # building the kernel takes a second, once.
 SMALLEST = 1 << 22
@@ -81,10 +82,8 @@ def backend(choice: Choice | None = None) -> Backend:
     """
     before = _State.choice
     if choice is not None:
-        if choice not in get_args(Choice):
-            raise ValueError(
-                f"backend: expected one of {', '.join(map(repr, get_args(Choice)))}, or None, found {choice!r}"
-            )
+        if choice not in _CHOICES:
+            raise ValueError(f"backend: expected one of {', '.join(map(repr, _CHOICES))}, or None, found {choice!r}")
         if choice == "compiled" and isinstance(found := built(), str):
             raise RuntimeError(f"backend: expected a kernel to be built, found that {found}; or choose 'eager'")
         _State.choice = choice

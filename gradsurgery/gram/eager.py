@@ -22,12 +22,12 @@ def products(
     weights: tuple[Tensor, Callable[[Tensor], Tensor]] | None,
     writes: Sequence[tuple[Write, Tensor]] = (),
 ) -> list[tuple[int, int, Tensor]]:
-    """The float64 inner product of every pair i <= j of the tensors that are not None, after writing to some of them."""
+    """The float64 inner product of every pair i <= j of the tensors that are not None, after the writes."""
     in_chunks = []
     for write, other in writes:
         target = tensors[write.row]
         assert target is not None
-        if all(tensor.is_contiguous() and not tensor.is_conj() for tensor in (target, other)):
+        if target.is_contiguous() and other.is_contiguous() and not target.is_complex():
             in_chunks.append((write, target, other))
         else:
             write.do(target, other)

@@ -87,8 +87,8 @@ class Kernel:
             return False
         for write in batch.writes:
             for index, local in batch.taken:
-                if write.others.pop(index, None) is not None and (target := local[write.row]) is not None:
-                    torch.autograd.graph.increment_version([target])
+                if write.others.pop(index, None) is not None:
+                    _overwritten(local[write.row])
         return True
 
     def combine(self, batch: Batch, coefficients: Tensor) -> None:
@@ -101,8 +101,8 @@ class Kernel:
         Cost: reads each tensor once and writes the first.
         """
         batch.call(self._combine, coefficients.shape[-1], coefficients.contiguous())
-        # As an operation of PyTorch's own would.
-        torch.autograd.graph.increment_version([local[0] for _, local in batch.taken if local[0] is not None])
+        for _, local in batch.taken:
+            _overwritten(local[0])
 
 
 class Batch:
@@ -167,6 +167,12 @@ class Batch:
             *(rows, len(self._sizes), *tables, numbers.data_ptr(), torch.get_num_threads()),
             *(len(written), written.buffer_info()[0], weights.buffer_info()[0]),
         )
+
+
+def _overwritten(tensor: Tensor | None) -> None:
+    """Let autograd know, as an operation of PyTorch's own would."""
+    if tensor is not None and not tensor.is_inference():
+        torch.autograd.graph.increment_version([tensor])
 
 
 def build() -> Kernel:
