@@ -15,12 +15,13 @@ from gradsurgery.gram.choice import Backend, backend, kernel_number
 from gradsurgery.gram.combination import combine_, combine_blocks_
 from gradsurgery.gram.eager import chunk_size, chunks
 from gradsurgery.gram.products import block_gram, gram
-from gradsurgery.gram.rows import Metric, Row, check_rows, dtensor_type, local_parts, local_tensor, numbers_on
+from gradsurgery.gram.rows import Metric, Row, Write, check_rows, dtensor_type, local_parts, local_tensor, numbers_on
 
 __all__ = [
     "Backend",
     "Metric",
     "Row",
+    "Write",
     "backend",
     "block_gram",
     "check_rows",

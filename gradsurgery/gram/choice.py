@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from gradsurgery.gram.kernel import Batch, Kernel, Members, Unavailable, build
+from gradsurgery.gram.rows import Write
 
 Choice = Literal["auto", "compiled", "eager"]
+_CHOICES: tuple[Choice, ...] = ("auto", "compiled", "eager")
 # Below this many numbers a row plain PyTorch takes a few milliseconds at most, which no training step notices; and
 # building the kernel takes a second, once.
 SMALLEST = 1 << 22
@@ -72,17 +74,16 @@ def backend(choice: Choice | None = None) -> Backend:
     Cost: where there is no kernel in the cache yet, asking builds it.
 
     Example:
+        >>> import gradsurgery as gs
         >>> rows = [[torch.ones(4)], [torch.full((4,), 2.0)]]
-        >>> with backend("eager") as chosen:
-        ...     chosen.name, block_gram(rows)[0].tolist()
+        >>> with gs.gram.backend("eager") as chosen:
+        ...     chosen.name, gs.gram.gram(rows).tolist()
         ('eager', [[4.0, 8.0], [8.0, 16.0]])
     """
     before = _State.choice
     if choice is not None:
-        if choice not in get_args(Choice):
-            raise ValueError(
-                f"backend: expected one of {', '.join(map(repr, get_args(Choice)))}, or None, found {choice!r}"
-            )
+        if choice not in _CHOICES:
+            raise ValueError(f"backend: expected one of {', '.join(map(repr, _CHOICES))}, or None, found {choice!r}")
         if choice == "compiled" and isinstance(found := built(), str):
             raise RuntimeError(f"backend: expected a kernel to be built, found that {found}; or choose 'eager'")
         _State.choice = choice
@@ -95,11 +96,13 @@ def backend(choice: Choice | None = None) -> Backend:
     return Backend("compiled", f"for float32 and bfloat16 rows{smallest} on a CPU, {found.about}", before)
 
 
-def kernel_for(found: Iterable[Members], blocks: Sequence[int] | None) -> tuple[Kernel, list[Batch]] | None:
+def kernel_for(
+    found: Iterable[Members], blocks: Sequence[int] | None, writes: Sequence[Write] = ()
+) -> tuple[Kernel, list[Batch]] | None:
     """The kernel and what it takes of each list of members, if it is worth calling; None where it is not."""
     if _State.choice == "eager" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return None
-    batches = [Batch(members, blocks) for members in found]
+    batches = [Batch(members, blocks, writes) for members in found]
     # Plain counts, the same on every rank that holds the same rows.
     if sum(batch.numbers for batch in batches) < (SMALLEST if _State.choice == "auto" else 1):
         return None

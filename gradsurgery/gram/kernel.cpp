@@ -200,10 +200,26 @@ template <class T> static void all_dots(const T* const* rows, int64_t m, int64_t
         }
 }
 
+// to <- lerp(to, other, weight), rounded as PyTorch's, or other - to where the weight is NaN.
+template <class To, class From> static void overwrite(To* to, const From* other, double weight, int64_t n) {
+    if (weight != weight)
+        return each(to, other, n, [](To* a, const From* b) { store(a, load(b) - load(a)); });
+    const float share = (float)weight;
+    const bool near = share < 0.5f && share > -0.5f;
+    const float factor = near ? share : share - 1.0f;
+    each(to, other, n, [=](To* a, const From* b) {
+        const Floats x = load(a), y = load(b);
+        store(a, (near ? x : y) + (y - x) * factor);
+    });
+}
+
 struct Work {
     int64_t rows, tensors;
     const int64_t *addresses, *sizes, *blocks;
     const double* coefficients;  // to combine by; null where products are asked for
+    int64_t writes;              // rows to overwrite before they are multiplied, whose other tensors follow the rows'
+    const int64_t* written;
+    const double* weights;
     double* partial;             // of each chunk and pair of rows
     int64_t first, last;         // chunks of this thread
 };
@@ -221,6 +237,16 @@ static void multiply_chunk(const Work* work, const int64_t* address, int64_t beg
     for (int64_t a = 0; a < m; a++) all_low = all_low && low(address[present[a]]);
     for (int64_t start = begin; start < end; start += kBlock) {
         const int64_t n = end - start < kBlock ? end - start : kBlock;
+        for (int64_t w = 0; w < work->writes; w++) {
+            const int64_t to = address[work->written[w]], other = address[work->rows + w];
+            if (!to || !other) continue;
+            const double weight = work->weights[w];
+            float* wide_to = (float*)floats(to, start);
+            if (low(to) && low(other)) overwrite(bfloats(to, start), bfloats(other, start), weight, n);
+            else if (low(to)) overwrite(bfloats(to, start), floats(other, start), weight, n);
+            else if (low(other)) overwrite(wide_to, bfloats(other, start), weight, n);
+            else overwrite(wide_to, floats(other, start), weight, n);
+        }
         const Bfloat* narrow[kMostRows];
         const float* rows[kMostRows];
         for (int64_t a = 0; a < m; a++) {
@@ -271,7 +297,7 @@ static void* run(void* argument) {
     int64_t chunk = 0;
     for (int64_t t = 0; t < work->tensors && chunk < work->last; t++) {
         const int64_t size = work->sizes[t], number = chunks_of(size);
-        const int64_t* address = work->addresses + t * work->rows;
+        const int64_t* address = work->addresses + t * (work->rows + work->writes);
         for (int64_t c = work->first > chunk ? work->first - chunk : 0; c < number && chunk + c < work->last; c++) {
             const int64_t begin = c * kChunk, end = begin + kChunk < size ? begin + kChunk : size;
             if (work->coefficients)
@@ -310,15 +336,15 @@ static int64_t all_chunks(int64_t tensors, const int64_t* sizes) {
 
 }  // namespace
 
-// Adds the products of `rows` rows over `tensors` tensors to total[block][row][row]. Returns 0, or 1 without memory.
+// Does the writes, and adds the products of `rows` rows over `tensors` tensors to total[block][row][row]. Returns 0, or 1 without memory.
 extern "C" int32_t gradsurgery_products(
     int64_t rows, int64_t tensors, const int64_t* addresses, const int64_t* sizes, const int64_t* blocks, double* total,
-    int64_t threads
+    int64_t threads, int64_t writes, const int64_t* written, const double* weights
 ) {
     const int64_t chunks = all_chunks(tensors, sizes);
     double* partial = (double*)calloc(chunks * rows * rows + 1, sizeof(double));
     if (!partial) return 1;
-    run_all(Work{rows, tensors, addresses, sizes, blocks, nullptr, partial, 0, 0}, chunks, threads);
+    run_all(Work{rows, tensors, addresses, sizes, blocks, nullptr, writes, written, weights, partial, 0, 0}, chunks, threads);
     const double* from = partial;
     for (int64_t t = 0; t < tensors; t++) {
         double* to = total + blocks[t] * rows * rows;
@@ -338,9 +364,9 @@ extern "C" int32_t gradsurgery_products(
 // Overwrites the first row by the sum of coefficients[block][row] * row.
 extern "C" int32_t gradsurgery_combine(
     int64_t rows, int64_t tensors, const int64_t* addresses, const int64_t* sizes, const int64_t* blocks,
-    const double* coefficients, int64_t threads
+    const double* coefficients, int64_t threads, int64_t, const int64_t*, const double*
 ) {
-    const Work work{rows, tensors, addresses, sizes, blocks, coefficients, nullptr, 0, 0};
+    const Work work{rows, tensors, addresses, sizes, blocks, coefficients, 0, nullptr, nullptr, nullptr, 0, 0};
     run_all(work, all_chunks(tensors, sizes), threads);
     return 0;
 }

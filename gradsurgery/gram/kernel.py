@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import shlex
@@ -23,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from gradsurgery.gram.rows import Write
 
 Members = list[tuple[int, list[Tensor | None]]]
 """Parameters' indices, with what this process holds of each row's tensor."""
@@ -64,17 +67,29 @@ class Kernel:
         except (OSError, AttributeError) as error:
             raise Unavailable(f"the built library cannot be loaded ({error})") from error
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        self._products.argtypes = self._combine.argtypes = [number, number, *[pointer] * 4, number]
+        self._products.argtypes = self._combine.argtypes = [
+            *(number, number, pointer, pointer, pointer, pointer, number),
+            *(number, pointer, pointer),
+        ]
         self.about = about
         self.number = int(hashlib.sha256(about.encode() + _SOURCE.read_bytes()).hexdigest()[:8], 16) | 1
         _check(self)
 
     def add_products(self, batch: Batch, total: Tensor) -> bool:
-        """Add the batch's products to ``total``, ``[S, K, K]`` float64 on the CPU; False where there is no memory to.
+        """Do the batch's writes, and add its products to ``total``, ``[S, K, K]`` float64 on the CPU.
+
+        Returns:
+            Whether it was done; False, and nothing is done, where there is no memory to.
 
         Cost: reads each tensor once. The bits of the answer depend on no number of threads.
         """
-        return not batch.call(self._products, total.shape[-1], total)
+        if batch.call(self._products, total.shape[-1], total):
+            return False
+        for write in batch.writes:
+            for index, local in batch.taken:
+                if write.others.pop(index, None) is not None:
+                    _overwritten(local[write.row])
+        return True
 
     def combine(self, batch: Batch, coefficients: Tensor) -> None:
         """Overwrite the batch's first tensors by the combinations.
@@ -86,8 +101,8 @@ class Kernel:
         Cost: reads each tensor once and writes the first.
         """
         batch.call(self._combine, coefficients.shape[-1], coefficients.contiguous())
-        # As an operation of PyTorch's own would.
-        torch.autograd.graph.increment_version([local[0] for _, local in batch.taken if local[0] is not None])
+        for _, local in batch.taken:
+            _overwritten(local[0])
 
 
 class Batch:
@@ -96,14 +111,17 @@ class Batch:
     Args:
         members: Parameters' indices with their tensors, K or None each, and one at least.
         blocks: The block of each parameter; all in block 0 when None.
+        writes: Overwrites that belong to the pass.
 
     Attributes:
+        writes: As given.
         taken: Members in the tables.
         left: Members of other types, devices or layouts, and all where there are too many rows.
         numbers: How many each row of the tables has.
     """
 
-    def __init__(self, members: Members, blocks: Sequence[int] | None) -> None:
+    def __init__(self, members: Members, blocks: Sequence[int] | None, writes: Sequence[Write] = ()) -> None:
+        self.writes = writes
         self.taken: Members = []
         self.left: Members = []
         self.numbers = 0
@@ -113,7 +131,8 @@ class Batch:
             index, local = member
             addresses: list[int] = []
             size = 0
-            for tensor in local:
+            tensors = [*local, *(write.others.get(index) for write in writes)] if writes else local
+            for tensor in tensors:
                 if tensor is None:
                     addresses.append(0)
                     continue
@@ -130,7 +149,7 @@ class Batch:
                     size = tensor.numel()
                 else:
                     break
-            if len(addresses) < len(local) or len(local) > _MOST_ROWS:
+            if len(addresses) < len(tensors) or len(local) > _MOST_ROWS:
                 self.left.append(member)
                 continue
             self._addresses.extend(addresses)
@@ -142,7 +161,18 @@ class Batch:
     def call(self, function: Any, rows: int, numbers: Tensor) -> int:
         """Call a function of the library."""
         tables = (table.buffer_info()[0] for table in (self._addresses, self._sizes, self._blocks))
-        return function(rows, len(self._sizes), *tables, numbers.data_ptr(), torch.get_num_threads())
+        written = array("q", (write.row for write in self.writes))
+        weights = array("d", (math.nan if write.weight is None else write.weight for write in self.writes))
+        return function(
+            *(rows, len(self._sizes), *tables, numbers.data_ptr(), torch.get_num_threads()),
+            *(len(written), written.buffer_info()[0], weights.buffer_info()[0]),
+        )
+
+
+def _overwritten(tensor: Tensor | None) -> None:
+    """Let autograd know, as an operation of PyTorch's own would."""
+    if tensor is not None and not tensor.is_inference():
+        torch.autograd.graph.increment_version([tensor])
 
 
 def build() -> Kernel:

@@ -13,6 +13,7 @@ from gradsurgery.gram.rows import (
     Metric,
     Row,
     Sharding,
+    Write,
     check_rows,
     first_device,
     local_parts,
@@ -60,6 +61,7 @@ def block_gram(
     num_blocks: int = 1,
     metric: Metric | None = None,
     like: Sequence[Tensor] | None = None,
+    writes: Sequence[Write] = (),
 ) -> Tensor:
     """Gram matrices of S blocks of parameters, ``G[s, i, j] = sum over block s of row_i * weight * row_j``.
 
@@ -70,6 +72,7 @@ def block_gram(
         metric: Weights of the inner product (see `Metric`); Euclidean when None.
         like: The P parameters. With them a rank knows which ``all_reduce`` it takes part in even where its own gradient
             is None.
+        writes: Overwrites of rows' tensors, done in the same pass before these are multiplied.
 
     Returns:
         Float64 ``[S, K, K]``.
@@ -94,7 +97,7 @@ def block_gram(
         if placed is not None:
             members.append((index, local))
     device = first_device(rows, like)
-    by_kernel = kernel_for(found.values(), blocks) if metric is None and device.type == "cpu" else None
+    by_kernel = kernel_for(found.values(), blocks, writes) if metric is None and device.type == "cpu" else None
     total = torch.zeros(num_blocks * num_rows * num_rows, dtype=torch.float64, device=device)
     for number, (sharding, members) in enumerate(found.items()):
         part = torch.zeros_like(total)
@@ -102,7 +105,7 @@ def block_gram(
             kernel, batches = by_kernel
             if kernel.add_products(batches[number], part.view(num_blocks, num_rows, num_rows)):
                 members = batches[number].left
-        _add_products(members, blocks, metric, part, num_rows)
+        _add_products(members, blocks, metric, part.view(num_blocks, num_rows, num_rows), writes)
         if sharding is not None:
             mesh, dimensions = sharding
             for dimension in dimensions:
@@ -116,20 +119,22 @@ def _add_products(
     blocks: Sequence[int] | None,
     metric: Metric | None,
     part: Tensor,
-    num_rows: int,
+    writes: Sequence[Write],
 ) -> None:
-    """Add the products of some parameters' local tensors to ``part``, ``[S * K * K]``."""
+    """Add the products of some parameters' local tensors to ``part``, ``[S, K, K]``."""
+    num_rows = part.shape[-1]
     by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
     for index, local in members:
         weights = None if metric is None else metric(index)
         if weights is not None:
             weights = (local_tensor(weights[0]), weights[1])
         block = 0 if blocks is None else blocks[index]
-        for i, j, product in products(local, weights):
+        to_do = [(write, write.others.pop(index)) for write in writes if index in write.others]
+        for i, j, product in products(local, weights, to_do):
             entry = (block * num_rows + i) * num_rows + j
             by_device.setdefault(product.device, []).append((entry, product))
             if i != j:
                 by_device[product.device].append((entry + (j - i) * (num_rows - 1), product))
     for found in by_device.values():
         values = torch.stack([product for _, product in found]).to(part.device)
-        part.index_add_(0, numbers_on(part.device, [entry for entry, _ in found]), values)
+        part.view(-1).index_add_(0, numbers_on(part.device, [entry for entry, _ in found]), values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +21,36 @@ Metric: TypeAlias = Callable[[int], "tuple[Tensor, Callable[[Tensor], Tensor]] |
 
 The statistic is a tensor shaped like the parameter; the function makes positive weights of it. It is called chunk by
 chunk, so that no tensor of the parameter's size is ever allocated."""
+
+
+class Write(NamedTuple):
+    """An overwrite of one row's tensors x in the pass that multiplies them, so that memory is read once for both.
+
+    Attributes:
+        row: The row's number.
+        others: By parameter index, a tensor y like the row's on this process. An entry is removed when it is done.
+        weight: x becomes ``x.lerp_(y, weight)``; y - x where it is None.
+    """
+
+    row: int
+    others: dict[int, Tensor]
+    weight: float | None
+
+    def do(self, tensor: Tensor, other: Tensor) -> None:
+        """Overwrite a tensor, or a part of it."""
+        if self.weight is None:
+            torch.sub(other, tensor, out=tensor)
+        else:
+            tensor.lerp_(other, self.weight)
+
+    def finish(self, row: Row) -> None:
+        """Do what no pass has done."""
+        for index in list(self.others):
+            tensor = row[index]
+            assert tensor is not None
+            self.do(local_tensor(tensor), self.others[index])
+            del self.others[index]
+
 
 Sharding: TypeAlias = "tuple[DeviceMesh, tuple[int, ...]] | None"
 """The mesh of a DTensor and the dimensions that it is sharded over; None for a plain tensor."""

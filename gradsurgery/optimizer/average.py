@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from gradsurgery.gram import combine_, local_tensor
+from gradsurgery.gram import Write, combine_, local_tensor
 from gradsurgery.optimizer.rows import Parts, Rows, check_protected
 
 
@@ -75,19 +76,25 @@ class EMA:
         """Type of the average of a row of this tensor's type: a complex one for complex numbers."""
         return self.dtype.to_complex() if tensor.is_complex() else self.dtype
 
-    def fold(self, rows: Rows, candidates: dict[str, list[Tensor | None]], *, add: Sequence[float]) -> None:
+    def fold(
+        self, rows: Rows, candidates: dict[str, list[Tensor | None]], *, add: Sequence[float]
+    ) -> dict[str, dict[int, Tensor]]:
         """Turn captured rows r into the next averages d m + (1 - d) r, in the rows' own memory, where that is possible.
 
-        This takes one pass. Otherwise the products with r and with m, their combination and the commit take three;
-        after this, the commit only stores the results. The averages m stay as they are until the step has happened. Two
-        kinds of gradient are left alone: those of another type than the averages, and DTensors (they are views of a
-        buffer, which an average would keep alive).
+        The pass that measures the rows does it, without one of its own. Otherwise the products with r and with m, their
+        combination and the commit take three; after this, the commit only stores the results. The averages m stay as
+        they are until the step has happened. Two kinds of gradient are left alone: those of another type than the
+        averages, and DTensors (they are views of a buffer, which an average would keep alive).
 
         Args:
             rows: The captured rows; entries that are folded become None, also in the slots whose lists they are.
             candidates: The next averages so far, by objective; added to.
             add: The multiple of each current row that the update adds, K numbers. A row that is added must stay.
+
+        Returns:
+            By objective and parameter index, the averages m that candidates are still to be folded with.
         """
+        to_fold: dict[str, dict[int, Tensor]] = {}
         inverse = 1.0 / torch.as_tensor(rows.scale, dtype=torch.float64)
         unscaled = inverse.device.type == "cpu" and float(inverse) == 1.0
         for name, row, multiple in zip(self.objectives, rows.lists, add, strict=True):
@@ -109,17 +116,25 @@ class EMA:
                 if (candidate := folded[index]) is not None:
                     candidate.add_(gradient, alpha=1.0 - decay)
                 elif old is not None:
-                    folded[index] = gradient.lerp_(old, decay)
+                    folded[index] = gradient
+                    to_fold.setdefault(name, {})[index] = old
                 else:
                     folded[index] = gradient.mul_(1.0 - decay)
                 row[index] = None
+        return to_fold
 
-    def stand_in(self, rows: Rows, candidates: Mapping[str, list[Tensor | None]]) -> Rows:
+    def stand_in(
+        self,
+        rows: Rows,
+        candidates: Mapping[str, list[Tensor | None]],
+        to_fold: Mapping[str, dict[int, Tensor]] = MappingProxyType({}),
+    ) -> Rows:
         """The rows of the coming step, where the averages that it would commit stand in for protected rows.
 
         Args:
             rows: The captured rows, without what was folded.
             candidates: From `fold`.
+            to_fold: What `fold` returned. The rows' first measurement does it, or their `Rows.finish_writes`.
 
         Returns:
             Rows over the captured lists, and up to two more lists for each average: the candidates, and the averages so
@@ -145,6 +160,7 @@ class EMA:
                 columns.append(weight[:, None] * torch.eye(number, dtype=torch.float64)[k])
 
         columns: list[Tensor] = []
+        writes: list[Write] = []
         for k, name in enumerate(self.objectives):
             if (decay := self.decays.get(name)) is None:
                 continue
@@ -157,6 +173,8 @@ class EMA:
             ]
             append(k, so_far, decay / correction)
             append(k, folded, 1.0 / correction)
+            if name in to_fold:
+                writes.append(Write(len(lists) - 1, to_fold[name], decay))
         weights = torch.cat([weights, torch.stack(columns, -1)], -1) if columns else weights
         return replace(
             rows,
@@ -167,6 +185,7 @@ class EMA:
             owners=tuple(owners),
             scaled=rows.scaled + (False,) * (len(lists) - len(rows.lists)),
             averaged=tuple(name in self.decays for name in self.objectives),
+            writes=tuple(writes),
         )
 
     def commit(self, rows: Rows, candidates: Mapping[str, list[Tensor | None]]) -> None:

@@ -184,10 +184,15 @@ class FrontEnds(Adjustable):
             metric=metric_of(options.metric, self._base, parameters),
         )
         keep, check = options.accumulate, partial(self._ranks.check_gram, parameters)
-        if not keep:  # folding overwrites rows, and those that will grow must stay
-            self._ema.fold(rows, window.candidates, add=options.add)
-        rows = self._ema.stand_in(rows, window.candidates)
-        update, written = decide(rows, options.rule, add=options.add, max_norm=options.max_norm, keep=keep, check=check)
+        # Folding overwrites rows, and those that will grow must stay.
+        to_fold = {} if keep else self._ema.fold(rows, window.candidates, add=options.add)
+        rows = self._ema.stand_in(rows, window.candidates, to_fold)
+        try:
+            update, written = decide(
+                rows, options.rule, add=options.add, max_norm=options.max_norm, keep=keep, check=check
+            )
+        finally:
+            rows.finish_writes()  # nothing is left to do, unless this raised before the rows were measured
         window.record, window.scale_known = record_of(self.objectives, rows, update), scale is not None
         window.hand_to_step(rows, update, written, keep_slots=keep)
         if not keep and not self._ema.decays and options.guard is None:

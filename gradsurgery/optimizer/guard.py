@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery import rules
-from gradsurgery.gram import block_gram, combine_blocks_, local_tensor, numbers_on
+from gradsurgery.gram import Write, block_gram, combine_blocks_, local_tensor, numbers_on
 from gradsurgery.optimizer.rows import Rows, sum_over
 
 
@@ -58,14 +58,13 @@ def guard(
         now. A change that is not finite is measured and left as the base wrote it.
     """
     changes = list(before)
-    for change, parameter in zip(changes, rows.parameters, strict=True):
-        if change is not None:
-            own = local_tensor(change)
-            torch.sub(local_tensor(parameter), own, out=own)  # in one pass
+    # The pass that measures the change makes it: the new parameter minus the old one.
+    new = {i: local_tensor(p).detach() for i, p in enumerate(rows.parameters) if changes[i] is not None}
     device = local_tensor(rows.parameters[0]).device
     units = rows.units(device).clone()
     units[0] = -1.0  # gru rectifies a gradient, which is minus a change; and the change carries no loss scale
-    measured = _Change([changes, *rows.lists[1:]], rows, units, _shares(param_groups, device))
+    shares = _shares(param_groups, device)
+    measured = _Change([changes, *rows.lists[1:]], rows, units, shares, Write(0, new, None))
     gram = measured.gram()
     unguarded = -gram[:, 0, 1:].sum(0)
     if not project:
@@ -105,12 +104,14 @@ class _Change(NamedTuple):
         rows: As the rule saw them.
         units: What turns each list into an unscaled row, ``[B]``; -1 for the change.
         shares: From `_shares`.
+        write: Makes the change of the old parameters in its place.
     """
 
     lists: list[list[Tensor | None]]
     rows: Rows
     units: Tensor
     shares: Tensor | None
+    write: Write
 
     def gram(self) -> Tensor:
         """What `gru` must see so that its answer is nearest in the metric of the learning rates, ``[S, K, K]``.
@@ -157,7 +158,7 @@ class _Change(NamedTuple):
 
     def _products(self, of_parameter: Sequence[int] | None, number: int) -> Tensor:
         like = self.rows.parameters
-        products = block_gram(self.lists, blocks=of_parameter, num_blocks=number, like=like)
+        products = block_gram(self.lists, blocks=of_parameter, num_blocks=number, like=like, writes=[self.write])
         return products * self.units[:, None] * self.units
 
     def _of_rows(self, products: Tensor, weights: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradsurgery.gram import Metric, block_gram, numbers_on
+from gradsurgery.gram import Metric, Write, block_gram, numbers_on
 from gradsurgery.optimizer.scope import Blocks
 
 
@@ -43,6 +43,7 @@ class Rows:
         parts: Where parameters of one block have averages of different numbers of steps, and so different weights; each
             block is one part when None.
         reached: For each parameter, whether any objective reached it, so that it takes part in the step.
+        writes: Overwrites of the lists' tensors that the first pass over them does.
     """
 
     lists: list[list[Tensor | None]]
@@ -57,6 +58,7 @@ class Rows:
     metric: Metric | None
     parts: Parts | None = None
     reached: Sequence[bool] = ()
+    writes: tuple[Write, ...] = ()
 
     @classmethod
     def captured(
@@ -91,7 +93,12 @@ class Rows:
         # ranks hold shards, whose sums are then taken in another order).
         number = len(self.parameters)
         by_tensor = block_gram(
-            self.lists, blocks=range(number), num_blocks=number, metric=self.metric, like=self.parameters
+            self.lists,
+            blocks=range(number),
+            num_blocks=number,
+            metric=self.metric,
+            like=self.parameters,
+            writes=self.writes,
         )
         products = self._unscaled(sum_over(by_tensor, self.part_of_parameter, self._num_parts()))
         recorded, number = self.record_blocks.of_parameter, self.record_blocks.number
@@ -109,8 +116,14 @@ class Rows:
                 num_blocks=self._num_parts(),
                 metric=metric,
                 like=self.parameters,
+                writes=self.writes,
             )
         )
+
+    def finish_writes(self) -> None:
+        """Overwrite what no pass has overwritten: before the lists are read in another way, or where a pass failed."""
+        for write in self.writes:
+            write.finish(self.lists[write.row])
 
     def gram(self, products: Tensor) -> Tensor:
         """Gram matrices of the rows by block, ``[S, K, K]``, from inner products of lists by part, ``[N, B, B]``."""

@@ -182,6 +182,7 @@ def _decide_by_coordinates(
     check: Callable[[Tensor], None],
 ) -> tuple[Update, list[Tensor | None]]:
     """As `decide`, in new memory. The update's amounts are ``[1, 1 + B]``, that of the rule's answer first."""
+    rows.finish_writes()  # the rule reads the rows before they are measured
     extended = with_answer(rows, rule)
     products, block_gram = extended.measure()
     gram = extended.gram(products)

@@ -198,6 +198,26 @@ def test_nothing_hides_a_bad_element(bad: float, dtype: torch.dtype, kernel: Ker
     assert low.isinf().all()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_hundred_million_numbers(dtype: torch.dtype, kernel: Kernel) -> None:
+    """torch.dot of as many is off by up to 2e-2."""
+    row = torch.randn(100_000_000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    exact = sum(float(part.double() @ part.double()) for part in row.split(1 << 20))
+    with backend("compiled"):
+        found = gram([[row]])
+    close(found, torch.tensor([[exact]], dtype=torch.float64), tolerances.KERNEL_GRAM[dtype], scale=exact)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_equal_numbers_do_not_drift(dtype: torch.dtype, kernel: Kernel) -> None:
+    """Long float32 sums of them are exact ties, which all round the same way."""
+    row = torch.full((1 << 20,), 1.0078125, dtype=dtype)
+    exact = torch.tensor([[row.numel() * 1.0078125**2]], dtype=torch.float64)
+    with backend("compiled"):
+        close(gram([[row], [row]])[:1, 1:], exact, tolerances.KERNEL_GRAM[dtype], scale=exact)
+
+
 def test_autograd_notices_what_was_overwritten(kernel: Kernel) -> None:
     leaf = tensor((4,)).requires_grad_()
     used = leaf * 1.0
