@@ -27,6 +27,7 @@ from lightning_modules.run.assembly import adapted, make_module, make_trainer, s
 from lightning_modules.run.deletion import begin, protecting
 from lightning_modules.run.finish import finish, kept_start
 from lightning_modules.run.identity import examples_hash
+from lightning_modules.run.kept_scores import scores_before
 from lightning_modules.run.loading import make_data
 from lightning_modules.run.options import AUTO, TrainingOptions, UnlearnOptions
 from lightning_modules.run.plugins import make_callbacks, make_loggers
@@ -35,7 +36,7 @@ from lightning_modules.run.radius import with_radius, write_radius
 from lightning_modules.run.resume import write_options
 from lightning_modules.run.run import Run
 from lightning_modules.run.saving import whole
-from lightning_modules.run.scoring import ScoredSplits, score
+from lightning_modules.run.scoring import ScoredSplits
 from lightning_modules.run.settling import settle_rate, settle_target
 from lightning_modules.run.show import show_start
 from lightning_modules.training.adapters import checked_targets
@@ -109,7 +110,7 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module, log: ScoredSplits | N
     curve = make_curve(run)
     trainer = watched_trainer(run, curve)
     started = time.perf_counter()
-    before = score(run, model) if first else None
+    before = scores_before(run, model) if first else None
     if first and not training.resume:
         # Only after everything that a wrong option can break, so that the corrected command finds the folder free; and
         # before any other file, so that a run that is killed can be resumed.
@@ -197,7 +198,7 @@ def by_assistant(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned:
         raise ValueError("--method uld: expected one process, found several; use --devices 1")
     checked_targets(model, training.lora_targets)
     started = time.perf_counter()
-    before = score(run, model)
+    before = scores_before(run, model)
     show_start(before)
     evaluating = time.perf_counter() - started
     if not training.resume:

@@ -140,7 +140,8 @@ class EvaluationOptions:
             for the tasks of --muse and --wmdp
         reference: a model that never saw the forget set (folder or hub name), or its evaluation.jsonl; for 'scratch' it
             is trained
-        reference_cache: keep the scores of a reference model and use them again; false scores it anew
+        reference_cache: keep the scores of a reference model and of the one before unlearning, and use them again;
+            false scores both anew
     """
 
     max_new_tokens: int = 64
