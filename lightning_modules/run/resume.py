@@ -10,7 +10,7 @@ from lightning_modules.data.files import read_json
 from lightning_modules.folder import CHECKPOINTS, CONFIG, METRICS, TRAINING, check_links, write_config
 from lightning_modules.run.options import AUTO, FinetuneOptions, UnlearnOptions
 from lightning_modules.run.options.flat import flag
-from lightning_modules.run.options.training import NO_PART
+from lightning_modules.run.options.shared import NO_PART
 from lightning_modules.run.run import Run
 from lightning_modules.run.saved import read_options
 from lightning_modules.training.callbacks.notes import note

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lightning_modules.training.adapter_settings import ALL_LINEAR
+
 
 @dataclass(frozen=True)
 class ULDSettings:
@@ -54,7 +56,7 @@ class ULDSettings:
     require_augmentation: bool = True
     all_positions: bool = False
     seed: int = 0
-    lora_targets: str | Sequence[str] = "all-linear"
+    lora_targets: str | Sequence[str] = ALL_LINEAR
     lora_dropout: float = 0.0
 
 

@@ -22,7 +22,8 @@ from lightning_modules.run.options.loading import LoadingOptions
 from lightning_modules.run.options.method import MethodOptions
 from lightning_modules.run.options.precision import default_precision
 from lightning_modules.run.options.recipes import RecipeOptions, expanded
-from lightning_modules.run.options.training import FSDP2, NO_PART, TrainingOptions, uld_numbers
+from lightning_modules.run.options.shared import FSDP2, NO_PART
+from lightning_modules.run.options.training import TrainingOptions, uld_numbers
 from lightning_modules.training.uld_settings import ULDSettings
 
 OF_SURGERY = (

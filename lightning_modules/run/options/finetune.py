@@ -10,7 +10,8 @@ from lightning_modules.run.options.data import OutputOptions
 from lightning_modules.run.options.flat import Flat, at_least_one, check_finite, flag
 from lightning_modules.run.options.loading import LoadingOptions
 from lightning_modules.run.options.precision import default_precision
-from lightning_modules.run.options.training import FSDP2, NO_PART, TrainingOptions
+from lightning_modules.run.options.shared import FSDP2, NO_PART, SharedOptions
+from lightning_modules.run.options.training import TrainingOptions
 from lightning_modules.training.finetuning_settings import FinetuningSettings
 
 TOFUFile = Literal["full", "retain90", "retain95", "retain99", "forget10", "forget05", "forget01"]
@@ -59,8 +60,8 @@ class TaughtOptions:
 
 
 @dataclass(frozen=True)
-class FinetuneTrainingOptions:
-    """How the model is taught.
+class LessonOptions:
+    """Passes, batches and steps.
 
     Attributes:
         epochs: passes over the examples, as many as TOFU's authors made by default
@@ -71,27 +72,6 @@ class FinetuneTrainingOptions:
         batch_size: how many examples each process takes into one forward pass
         accumulate: how many batches make one optimizer step
         max_norm: clip the gradient to this norm; null for no clipping
-        save: what is left in model/: the weights with the adapters merged into them, or the adapter alone, as PEFT
-            saves it, for the model that --model names
-        lora_rank: train adapters of this rank instead of all weights; 0 for no adapters
-        lora_alpha: adapters are scaled by alpha / rank, or alpha / sqrt(rank) with rslora; by default twice the rank
-        lora_targets: which modules have adapters: all-linear for every linear layer but the head, or names such as
-            q_proj,v_proj
-        lora_dropout: dropout on the adapters' input while training
-        lora_kind: plain LoRA, DoRA (a trained length for each row of the weight), or rank-stabilised LoRA
-        checkpoint_every: optimizer steps between checkpoints, besides one after every epoch; null for epochs only
-        gradient_checkpointing: keep the input of every layer alone for the backward pass, which computes the rest
-            again: the same steps with less memory, a third more time
-        precision: the precision, by Lightning's name; by default bf16-mixed with a CUDA GPU or a CPU that computes
-            bfloat16 natively, and 32-true without
-        devices: number of devices, or auto
-        num_nodes: number of machines that train together; torchrun or srun starts the command on each
-        strategy: how devices share the work: auto, ddp or another name of Lightning's under which each holds the model
-        logger: log the loss of every step into logs/ of the output folder: csv, tensorboard or wandb
-        callbacks: further callbacks of Lightning, best given in the YAML file of --config: a list of {class_path: ...,
-            init_args: {...}}
-        resume: go on with the interrupted run in --output, with its config.yaml
-        dry_run: say what would be done, and in how much memory, and do nothing
     """
 
     epochs: int = FinetuningSettings.epochs
@@ -100,22 +80,11 @@ class FinetuneTrainingOptions:
     batch_size: int = FinetuningSettings.batch_size
     accumulate: int = FinetuningSettings.accumulate
     max_norm: float | None = FinetuningSettings.max_norm
-    save: Literal["merged", "adapter"] = "merged"
-    lora_rank: int = 0
-    lora_alpha: float | None = None
-    lora_targets: str | list[str] = "all-linear"
-    lora_dropout: float = 0.0
-    lora_kind: Literal["lora", "dora", "rslora"] = "lora"
-    checkpoint_every: int | None = None
-    gradient_checkpointing: bool = False
-    precision: str | None = None
-    devices: str = "auto"
-    num_nodes: int = 1
-    strategy: str = "auto"
-    logger: Literal["csv", "tensorboard", "wandb"] | None = None
-    callbacks: list[dict[str, Any]] = field(default_factory=list)
-    resume: bool = False
-    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class FinetuneTrainingOptions(SharedOptions, LessonOptions):
+    """How the model is taught."""
 
     def check(self) -> None:
         """Raise ValueError on options outside their domain, or that contradict each other."""

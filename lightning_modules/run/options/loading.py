@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from lightning_modules.run.options.flat import flag
-from lightning_modules.run.options.training import FSDP2, TrainingOptions
+from lightning_modules.run.options.shared import FSDP2
+from lightning_modules.run.options.training import TrainingOptions
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from lightning_modules.run.options.flat import at_least_one, flag, not_negative
+from lightning_modules.run.options.shared import FSDP2, SharedOptions
+from lightning_modules.training.adapter_settings import AdapterSettings
 from lightning_modules.training.uld_settings import ULDSettings
 
 # The parser needs these options before torch is there, which takes seconds: what needs torch imports it itself. No
@@ -15,23 +17,16 @@ from lightning_modules.training.uld_settings import ULDSettings
 if TYPE_CHECKING:
     import torch
 
-    from lightning_modules.training.adapters import AdapterSettings
     from lightning_modules.training.warmup import Schedule
 
-FSDP2 = "fsdp2"
-"""The strategy that is ours and not Lightning's."""
 
 SHARDED_PRECISIONS = ("32-true", "bf16-mixed")
 """The keys of `lightning_modules.training.sharding.POLICIES`, which takes seconds to import."""
 
 
-NO_PART = ("resume", "dry_run")
-"""Options that are no part of what a run is: they say what is done with it now."""
-
-
 @dataclass(frozen=True)
-class TrainingOptions:
-    """How it is trained: steps, batches, weights, and the devices.
+class StepOptions:
+    """Steps, batches and where they end.
 
     Attributes:
         optimizer: class of torch.optim that steps
@@ -67,34 +62,9 @@ class TrainingOptions:
         accumulate: how many batches make one optimizer step; by default 4, or fewer where that leaves an epoch fewer
             than 10 steps, or 1 for the model from scratch
         max_norm: clip the combined gradient to this norm; null for no clipping
-        save: what is left in model/: the weights with the adapters merged into them, or the adapter alone, as PEFT
-            saves it, for the model that --model names (of the model from scratch a copy is left in base/)
-        lora_rank: train adapters of this rank instead of all weights; 0 for no adapters; with --method uld it is the
-            rank of the assistant's adapters, and 0 means 32
-        lora_alpha: adapters are scaled by alpha / rank, or alpha / sqrt(rank) with rslora; by default twice the rank;
-            with --method uld that of the assistant's adapters, and by default 32
-        lora_targets: which modules have adapters, the assistant's too: all-linear for every linear layer but the head,
-            or names such as q_proj,v_proj
-        lora_dropout: dropout on the adapters' input while training, the assistant's too
-        lora_kind: plain LoRA, DoRA (a trained length for each row of the weight), or rank-stabilised LoRA
         uld: settings of ULD: num_layers, weight, top_logit_filter, retain_weight, perturbed_per_row;
             the defaults are the paper's, but for the model from scratch num_layers is 1 and weight is 1
         lora_init: how adapters start: at random, or by LoKU's FILA from Fisher information
-        checkpoint_every: optimizer steps between checkpoints, besides one after every epoch; null for epochs only
-        gradient_checkpointing: keep the input of every layer alone for the backward pass, which computes the rest
-            again: the same steps with less memory, a third more time
-        precision: the precision, by Lightning's name; by default bf16-mixed with a CUDA GPU or a CPU that computes
-            bfloat16 natively, and 32-true without, and for the model from scratch
-        devices: number of devices, or auto
-        num_nodes: number of machines that train together; torchrun or srun starts the command on each
-        strategy: how devices share the work: auto, ddp or another name of Lightning's; fsdp2 shards a model that no
-            device can hold
-        logger: log the numbers of every step, the curve and the scores into logs/ of the output folder too: csv,
-            tensorboard or wandb; by default surgery.csv, curve.csv and metrics.json alone hold them
-        callbacks: further callbacks of Lightning, best given in the YAML file of --config: a list of {class_path: ...,
-            init_args: {...}}
-        resume: go on with the interrupted run in --output, with its config.yaml
-        dry_run: say what would be done, and in how much memory, and do nothing
     """
 
     optimizer: str = "AdamW"
@@ -114,24 +84,31 @@ class TrainingOptions:
     group_by_length: bool = False
     accumulate: int | None = None
     max_norm: float | None = 1.0
-    save: Literal["merged", "adapter"] = "merged"
-    lora_rank: int = 0
-    lora_alpha: float | None = None
-    lora_targets: str | list[str] = "all-linear"
-    lora_dropout: float = 0.0
-    lora_kind: Literal["lora", "dora", "rslora"] = "lora"
     uld: dict[str, float] = field(default_factory=dict)
     lora_init: Literal["default", "fila"] = "default"
-    checkpoint_every: int | None = None
-    gradient_checkpointing: bool = False
-    precision: str | None = None
-    devices: str = "auto"
-    num_nodes: int = 1
-    strategy: str = "auto"
-    logger: Literal["csv", "tensorboard", "wandb"] | None = None
-    callbacks: list[dict[str, Any]] = field(default_factory=list)
-    resume: bool = False
-    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class TrainingOptions(SharedOptions, StepOptions):
+    """How it is trained: steps, batches, weights, and the devices. Of what is shared, this is said in other words.
+
+    Attributes:
+        save: what is left in model/: the weights with the adapters merged into them, or the adapter alone, as PEFT
+            saves it, for the model that --model names (of the model from scratch a copy is left in base/)
+        lora_rank: train adapters of this rank instead of all weights; 0 for no adapters; with --method uld it is the
+            rank of the assistant's adapters, and 0 means 32
+        lora_alpha: adapters are scaled by alpha / rank, or alpha / sqrt(rank) with rslora; by default twice the rank;
+            with --method uld that of the assistant's adapters, and by default 32
+        lora_targets: which modules have adapters, the assistant's too: all-linear for every linear layer but the head,
+            or names such as q_proj,v_proj
+        lora_dropout: dropout on the adapters' input while training, the assistant's too
+        precision: the precision, by Lightning's name; by default bf16-mixed with a CUDA GPU or a CPU that computes
+            bfloat16 natively, and 32-true without, and for the model from scratch
+        strategy: how devices share the work: auto, ddp or another name of Lightning's; fsdp2 shards a model that no
+            device can hold
+        logger: log the numbers of every step, the curve and the scores into logs/ of the output folder too: csv,
+            tensorboard or wandb; by default surgery.csv, curve.csv and metrics.json alone hold them
+    """
 
     def __post_init__(self) -> None:
         if isinstance(self.probes, bool):  # as in config.yaml of earlier versions, and the flag without a value
@@ -234,30 +211,9 @@ class TrainingOptions:
                 "back whole; use --stop-below, which ends the training there"
             )
 
-    @property
-    def sharded(self) -> bool:
-        """Whether the model is sharded over the devices."""
-        return self.strategy == FSDP2
-
-    def adapters(self, seed: int) -> "AdapterSettings":
-        """What the adapters are, without any a rank of 0."""
-        from lightning_modules.training.adapters import AdapterSettings
-
-        return AdapterSettings(
-            self.lora_rank,
-            self.lora_alpha,
-            self.lora_targets,
-            self.lora_dropout,
-            self.lora_kind,
-            self.lora_init,
-            seed,
-        )
-
-    def without_effect(self) -> list[str]:
-        """The options about adapters that are given although nothing is adapted."""
-        default = TrainingOptions()
-        about = ("lora_alpha", "lora_targets", "lora_dropout", "lora_kind")
-        return [flag(name) for name in about if getattr(self, name) != getattr(default, name)]
+    def adapters(self, seed: int) -> AdapterSettings:
+        """As in `SharedOptions`, with the start that --lora-init says."""
+        return replace(super().adapters(seed), init=self.lora_init)
 
     @property
     def accumulates(self) -> bool:
