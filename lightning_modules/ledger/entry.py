@@ -47,7 +47,7 @@ def contents(
         "version": 1,
         "kind": request["kind"],
         "request": {name: request[name] for name in ("id", "sha256", "rows")},
-        "counts": request["counts"] | {"steps": _steps(run)},
+        "counts": request["counts"] | {"steps": _steps(run), "level": _level(request, metrics)},
         "begun": request["begun"],
         "run": os.path.relpath(run, ledger),
         "evidence": {name: file_hash(run / name) for name in EVIDENCE if (run / name).exists()},
@@ -89,6 +89,14 @@ def numbers_of(run: Path, metrics: Mapping[str, Any], first: float | None) -> di
 def limit_of(entry: Entry) -> float:
     """The forget probability that a request had to reach: its criterion, or else what its run was to end at."""
     return float(entry["criteria"]["limits"].get("forget_probability", entry["counts"]["level"]))
+
+
+def _level(request: Mapping[str, Any], metrics: Mapping[str, Any]) -> float:
+    """The forget probability that the run was to reach: what it settled itself, where nobody had named it."""
+    target = metrics.get("target") or {}
+    return (
+        request["counts"]["level"] if request["asked"] else target.get("forget_probability", request["counts"]["level"])
+    )
 
 
 def _ratio(value: float | None, start: float | None) -> float | None:

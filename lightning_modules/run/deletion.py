@@ -133,13 +133,15 @@ def requested(options: UnlearnOptions, splits: Splits) -> Request | None:
     found = _model_hash(options, splits, model, tokenizer)
     check_model(entries, found, start_name(options, splits))
     known = _probabilities(options, model, tokenizer, {"forget": splits["forget"]})["forget"]
-    level = criteria.limits.get("forget_probability", options.training.stop_below or USUAL_LEVEL)
+    asked = criteria.limits.get("forget_probability", options.training.stop_below)
+    level = asked or USUAL_LEVEL
     hashes = hashes_of(splits["forget"])
     said: dict[str, Any] = {
         "id": options.ledger.request or hashes["sha256"][:12],
         "kind": FORGOTTEN if not known <= level else NOT_MEMORISED,
         **hashes,
         "counts": {"forget": len(splits["forget"]), "retain": len(splits["retain"]), "known": known, "level": level},
+        "asked": bool(asked),
         "begun": _now(),
         "ledger": str(ledger.resolve()),
         "previous": last,
