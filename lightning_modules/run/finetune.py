@@ -34,6 +34,7 @@ from lightning_modules.folder import (
 from lightning_modules.report.findings import MEMORISED
 from lightning_modules.run.adapter_folders import save_adapter
 from lightning_modules.run.assembly import check_hardware, make_trainer
+from lightning_modules.run.compatible import check_examples
 from lightning_modules.run.models import check_pretrained, check_rank, load_to_train
 from lightning_modules.run.options import FinetuneOptions, TaughtOptions
 from lightning_modules.run.plan import show_memory, show_taught_plan
@@ -41,7 +42,6 @@ from lightning_modules.run.plugins import check_plugins
 from lightning_modules.run.resume import only_report_is_missing, resumed
 from lightning_modules.run.saving import keep_files, save_model, whole
 from lightning_modules.run.show import show_format, show_row
-from lightning_modules.run.soundness import check_examples
 from lightning_modules.training.adapters import adapt
 from lightning_modules.training.callbacks import Checkpoints
 from lightning_modules.training.finetuning import FinetuningDataModule, FinetuningModule

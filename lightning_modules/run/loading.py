@@ -17,6 +17,7 @@ from lightning_modules.data.pairs import REFUSALS, TARGET, ForgetRetainDataModul
 from lightning_modules.data.tofu import tofu_examples, tofu_split
 from lightning_modules.evaluation.membership import HOLDOUT
 from lightning_modules.run.benchmarks import benchmark_data
+from lightning_modules.run.compatible import check_examples
 from lightning_modules.run.first import identity_to_teach, taught_folder
 from lightning_modules.run.models import (
     Pretrained,
@@ -28,7 +29,6 @@ from lightning_modules.run.models import (
 )
 from lightning_modules.run.options import DataOptions, MethodOptions, Options, UnlearnOptions
 from lightning_modules.run.overlap import check_heldout, check_overlap
-from lightning_modules.run.soundness import check_examples
 from lightning_modules.training import objectives
 from lightning_modules.training.scratch import ScratchSettings, scratch_model
 

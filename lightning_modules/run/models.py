@@ -16,10 +16,10 @@ from torch import nn
 
 import gradsurgery as gs
 from lightning_modules.run.adapter_folders import base_of_adapter, tokenizer_place, with_saved_adapter
+from lightning_modules.run.compatible import check_config, check_tokenizer, check_weights
 from lightning_modules.run.memory import check_fits
 from lightning_modules.run.options.loading import USUAL, LoadingOptions
 from lightning_modules.run.places import is_gguf, place_of
-from lightning_modules.run.soundness import check_config, check_tokenizer, check_weights
 from lightning_modules.training.merging import merged
 
 _LONGEST = 400  # letters of what Transformers says, which can be a list of all its models

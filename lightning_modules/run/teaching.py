@@ -25,6 +25,7 @@ from lightning_modules.run.saving import keep_files, save_model
 from lightning_modules.training.callbacks import Checkpoints, ProgressLines
 from lightning_modules.training.checkpoint_file import CheckpointFile
 from lightning_modules.training.finetuning import FinetuningDataModule, taught_alone
+from lightning_modules.training.recomputing import recompute_activations
 
 _WAIT = 1.0  # seconds between two looks at what another process teaches
 
@@ -46,11 +47,12 @@ def teach_first(options: UnlearnOptions, splits: Mapping[str, Sequence[Example]]
         work = found.folder.with_name(f"{found.folder.name}.training")
         with _alone(work, found.folder):
             if not is_taught(found.folder):
-                _teach(found, part, [split for split in SPLITS[part] if split in splits], work)
+                taught = [split for split in SPLITS[part] if split in splits]
+                _teach(found, part, taught, work, recompute=options.training.gradient_checkpointing)
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _teach(found: Lesson, part: Part, taught: Sequence[str], work: Path) -> None:
+def _teach(found: Lesson, part: Part, taught: Sequence[str], work: Path, *, recompute: bool) -> None:
     settings, console = found.settings, Console(stderr=True, soft_wrap=True)
     console.print(
         f"Teaching the {part} {' and '.join(reversed(taught))}: {len(found.encoded)} examples, {settings.epochs} epochs, into "
@@ -61,6 +63,8 @@ def _teach(found: Lesson, part: Part, taught: Sequence[str], work: Path) -> None
     started = time.perf_counter()
     L.seed_everything(settings.seed, verbose=False)
     model, tokenizer = load_to_train(found.model, loading=found.loading)
+    if recompute:  # the same weights with less memory, so that the cache need not tell
+        recompute_activations(model)
     last = work / "last.ckpt"
     bar: Callback = RichProgressBar() if console.is_terminal else ProgressLines(f"Teaching the {part}")
     taught_alone(

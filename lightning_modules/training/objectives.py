@@ -63,9 +63,9 @@ def objective(loss: Any, skip_first: int | None = None) -> Objective:
 
     - A loss per token: its mean over the answer tokens of all processes.
     - A loss per sequence (`npo`, `simnpo`, `dpo`): its mean over the sequences of this process.
-    - A loss per row of logits (`undial`, `kl_divergence`, `uniform`, `logit_margin`): as a loss per token, with the
-      start model's logits where it takes them.
-    - An `Objective` of this file, such as `idk` or `rmu(...)`: itself.
+    - A loss per row of logits (`undial`, `kl_divergence`, `uniform`, `logit_margin`, `jensen_shannon`): as a loss per
+      token, with the start model's logits where it takes them.
+    - An `Objective` of this file, such as `idk`, `jensun` (JensUn's forget loss) or `rmu(...)`: itself.
 
     Args:
         loss: The loss, or a `functools.partial` of one.

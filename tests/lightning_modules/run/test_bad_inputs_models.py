@@ -26,8 +26,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from lightning_modules.run.compatible import check_weights
 from lightning_modules.run.loading import load_pretrained
-from lightning_modules.run.soundness import check_weights
 from tests.lightning_modules.run.bad_inputs import FILES, QUESTIONS, Row, changed, given, model_folder, status
 
 FOLDER = ("'model' is a folder without a loadable model: expected config.json, safetensors and a tokenizer, found:",)

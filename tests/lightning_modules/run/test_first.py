@@ -80,7 +80,7 @@ def test_target_and_reference_are_those_of_finetune_bit_for_bit_and_are_taught_o
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     metrics = json.loads(Path("run/metrics.json").read_text())
     assert metrics["reference"]["forget"]["n"] == 4
-    monkeypatch.setattr(teaching, "_teach", lambda *_: pytest.fail("taught again"))
+    monkeypatch.setattr(teaching, "_teach", lambda *_, **__: pytest.fail("taught again"))
     adapter = ["--lora-rank", "2", "--save", "adapter", "--output", "again"]
     assert cli.main([*UNLEARN, *adapter]) == 0
     base = load_file("again/base/model.safetensors")
@@ -88,6 +88,26 @@ def test_target_and_reference_are_those_of_finetune_bit_for_bit_and_are_taught_o
     assert all(torch.equal(base[name], target[name]) for name in target)
     again = json.loads(Path("again/metrics.json").read_text())
     assert (again["before"], again["reference"]) == (metrics["before"], metrics["reference"])
+
+
+def test_layers_are_recomputed_while_it_is_taught_too_with_the_same_weights(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teach, recomputed, kept = teaching.taught_alone, list[bool](), list[dict[str, torch.Tensor]]()
+
+    def watched(model: Any, *given: Any, **settings: Any) -> None:
+        recomputed.append(any(getattr(module, "gradient_checkpointing", False) for module in model.modules()))
+        teach(model, *given, **settings)
+
+    monkeypatch.setattr(teaching, "taught_alone", watched)
+    for recompute in (False, True):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(world / f"cache of {recompute}"))
+        given = options(gradient_checkpointing=recompute, reference="start")
+        splits = read_splits(given)
+        teaching.teach_first(given, splits)
+        kept.append(load_file(Path(str(taught_folder(given, splits, "target"))) / "model.safetensors"))
+    assert recomputed == [False, True]
+    assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
 
 
 def test_whatever_decides_a_taught_model_makes_another_one(world: Path) -> None:
