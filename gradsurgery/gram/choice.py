@@ -34,7 +34,8 @@ class Backend:
     """
 
     def __init__(self, name: str, reason: str, before: Choice) -> None:
-        self.name, self.reason, self._before = name, reason, before
+        self.name, self.reason = name, reason
+        self._before: Choice = before
 
     def __enter__(self) -> Backend:
         return self
