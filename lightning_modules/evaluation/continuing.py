@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from lightning_modules.evaluation.generation import Begun
 from lightning_modules.evaluation.likelihood import Batch, LabelledLogits
@@ -85,7 +86,7 @@ class Continuing:
         answers: list[list[int]] = [[] for _ in waiting]
         left = [self.max_new_tokens - len(begun.said) for begun, _ in waiting]
         steps, rows = max(left), list(range(len(waiting)))
-        cache, mask = _cache_of([states for _, states in waiting])
+        cache, mask = _cache_of([states for _, states in waiting], steps)
         positions = mask.sum(dim=1, keepdim=True)
         tokens = torch.tensor([[[*begun.prompt, *begun.said][-1]] for begun, _ in waiting], device=device)
         for _ in range(steps):
@@ -111,21 +112,45 @@ class Continuing:
         return answers
 
 
-def _cache_of(texts: Sequence[States]) -> tuple[DynamicCache, Tensor]:
+class _Growing(DynamicLayer):
+    """A layer's keys and values with room for those to come, so that a step writes its own and moves no others."""
+
+    def __init__(self, keys: Tensor, values: Tensor, tokens: int) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.both, self.length = (keys, values), tokens
+        self._show()
+
+    def _show(self) -> tuple[Tensor, Tensor]:
+        found = self.both[0][:, :, : self.length], self.both[1][:, :, : self.length]
+        self.keys, self.values = found
+        return found
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        start, self.length = self.length, self.length + key_states.shape[-2]
+        for whole, states in zip(self.both, (key_states, value_states), strict=True):
+            whole[:, :, start : self.length] = states
+        return self._show()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.both = (self.both[0][indices], self.both[1][indices])
+        self._show()
+
+
+def _cache_of(texts: Sequence[States], steps: int) -> tuple[DynamicCache, Tensor]:
     """A cache with a row for each text, padded on the left, and which of its places hold a token."""
     longest = max(states[0][0].shape[1] for states in texts)
-    first = texts[0][0][0]
-    mask = torch.zeros(len(texts), longest, dtype=torch.int64, device=first.device)
     cache = DynamicCache()
-    for layer in range(len(texts[0])):
-        both = [
-            torch.zeros(len(texts), states.shape[0], longest, states.shape[2], dtype=states.dtype, device=states.device)
-            for states in texts[0][layer]
-        ]
-        for row, states in enumerate(texts):
-            for whole, part in zip(both, states[layer], strict=True):
-                whole[row, :, longest - part.shape[1] :] = part
-        cache.update(both[0], both[1], layer)
+    for layer, kinds in enumerate(texts[0]):
+        both: list[Tensor] = []
+        for kind, like in enumerate(kinds):
+            whole = like.new_zeros(len(texts), like.shape[0], longest + steps, like.shape[2])
+            for row, states in enumerate(texts):
+                part = states[layer][kind]
+                whole[row, :, longest - part.shape[1] : longest] = part
+            both.append(whole)
+        cache.layers.append(_Growing(both[0], both[1], longest))
+    mask = torch.zeros(len(texts), longest, dtype=torch.int64, device=texts[0][0][0].device)
     for row, states in enumerate(texts):
         mask[row, longest - states[0][0].shape[1] :] = 1
     return cache, mask

@@ -3,8 +3,7 @@
 Run it: git worktree add ../before 12447b0 && python tests/benchmarks/scoring.py --before ../before --model FOLDER
         [--tofu-dir ../shared/tofu] [--questions 12] [--rounds 1]
 
-Without --model it is SmolLM2's shape with random weights, which say something else at every place: generation has to do
-all its work. As many questions are taken from TOFU's forget set as from its retain set, 2 + 10 authors. Each version runs
+As many questions are taken from TOFU's forget set as from its retain set, 2 + 10 authors. Each version runs
 in processes of its own, in turn and with one thread; seconds are the processor's, because a machine that does other work
 too says little by the clock.
 """
@@ -26,26 +25,18 @@ KINDS = ("likelihoods", "likelihoods and answers")
 NUMBERS = ("nll", "probability", "truth_ratio", "rouge_l_recall")
 
 
-def once(model_folder: str | None, tofu: str, questions: int) -> dict[str, Any]:
+def once(model_folder: str, tofu: str, questions: int) -> dict[str, Any]:
     """Scores the examples by the version that Python finds; runs in a process of its own."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from lightning_modules.data.examples import evenly_spaced
-    from lightning_modules.data.fictional_authors import fictional_authors
     from lightning_modules.data.tofu import tofu_examples
     from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate
-    from lightning_modules.training.scratch import ScratchSettings, scratch_model
 
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    if model_folder is None:
-        tokenizer = scratch_model(fictional_authors(10), ScratchSettings(epochs=1))[1]
-        sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
-        model: Any = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=9, num_key_value_heads=3))
-    else:
-        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
     rows = tofu_examples("forget10", tofu, 12, 2)
     splits = {split: evenly_spaced(rows[split], questions) for split in ("forget", "retain")}
     found: dict[str, Any] = {}
@@ -59,7 +50,7 @@ def once(model_folder: str | None, tofu: str, questions: int) -> dict[str, Any]:
 
 def in_process(root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "--worker", "--tofu-dir", arguments.tofu_dir]
-    command += ["--questions", str(arguments.questions), *(["--model", arguments.model] if arguments.model else [])]
+    command += ["--questions", str(arguments.questions), "--model", arguments.model]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -68,7 +59,7 @@ def in_process(root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, help="a checkout of the version to compare with")
-    parser.add_argument("--model", help="folder of a causal language model")
+    parser.add_argument("--model", required=True, help="folder of a causal language model")
     parser.add_argument("--tofu-dir", default="../shared/tofu", help="TOFU's files")
     parser.add_argument("--questions", type=int, default=12, help="of each split")
     parser.add_argument("--rounds", type=int, default=1)
