@@ -22,7 +22,7 @@ from lightning_modules.evaluation.generation import Begun, finished_answers, gen
 from lightning_modules.evaluation.likelihood import evaluation_mode
 from lightning_modules.evaluation.membership import attack_aucs
 from lightning_modules.evaluation.memorization import AnswerTokens, answer_tokens, memory_scores, token_statistics
-from lightning_modules.evaluation.processes import dealt, several
+from lightning_modules.evaluation.processes import dealt, portions_of, several
 from lightning_modules.evaluation.shared import Read, SharedTexts
 from lightning_modules.evaluation.tasks import score_tasks
 from lightning_modules.evaluation.texts import Item, Texts, context_length, texts_of
@@ -171,16 +171,25 @@ def evaluate(
 
     with bar:
         scoring = _task_of(bar, "Scoring answers", len(found.encoded), lines=progress)
+        answers = {item.answer for item in items} if drafts else set[int]()
+        portions = portions_of(
+            shared.batches, [len(answers.intersection(row)) for row in shared.rows], settings.batch_size
+        )
         score = partial(
             _scored_rows,
             shared,
             found,
+            {rows[0]: batches for rows, batches in portions},
             memorization=settings.memorization,
             draft=draft if drafts else None,
             continuing=continuing,
             advance=scoring,
         )
-        scores = {place: score for row in deal(shared.lengths, shared.batches, score) for place, score in row.items()}
+        scores = {
+            place: score
+            for row in deal(shared.lengths, [rows for rows, _ in portions], score)
+            for place, score in row.items()
+        }
         generations: Sequence[str | None] = [None] * len(items)
         if settings.generate:
             generating = _task_of(bar, "Generating answers", len(items), lines=progress)
@@ -250,14 +259,15 @@ class _Score(NamedTuple):
 def _scored_rows(
     shared: SharedTexts,
     found: Texts,
-    batches: Sequence[Sequence[int]],
+    batches_of: Mapping[int, Sequence[Sequence[int]]],
+    portions: Sequence[Sequence[int]],
     *,
     memorization: bool,
     draft: Callable[[Sequence[int], Encoded, Sequence[int]], Begun] | None,
     continuing: Callable[[], Continuing | None],
     advance: Callable[[int], object],
 ) -> list[dict[int, _Score]]:
-    """The scores of the texts in some batches, row by row."""
+    """The scores of the texts in some portions, row by row; their batches are found by their first rows."""
     answers = {item.answer: (item, prompt) for item, prompt in zip(found.items, found.prompts, strict=True)}
     detailed = torch.zeros(len(found.encoded), dtype=torch.bool)
     detailed[list(answers)] = memorization or draft is not None
@@ -288,10 +298,12 @@ def _scored_rows(
             if not known.ended and said and found.encoded[place].input_ids[: len(said)] == said:
                 goes_on.add(place, Waiting(known, what.states(place, len(said))))
 
-    rows = shared.over(batches, token_statistics(detailed, moments=memorization), advance, read)
-    if goes_on is not None:
-        with evaluation_mode(shared.model):
-            goes_on.flush()
+    rows: list[dict[int, tuple[Tensor, ...]]] = []
+    for portion in portions:
+        rows += shared.over(batches_of[portion[0]], token_statistics(detailed, moments=memorization), advance, read)
+        if goes_on is not None:
+            with evaluation_mode(shared.model):
+                goes_on.flush()
     return [{place: score(place, columns) for place, columns in row.items()} for row in rows]
 
 

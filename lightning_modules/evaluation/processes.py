@@ -135,3 +135,33 @@ def dealt(
         )
     results = {entry: result for _, found in shares for entry, result in found.items()}
     return [results[entry] for entry in range(len(lengths))]
+
+
+def portions_of(
+    batches: Sequence[Sequence[int]], answers: Sequence[int], size: int
+) -> list[tuple[list[int], list[Sequence[int]]]]:
+    """Batches that one process scores together: which answers are generated together depends on no number of processes.
+
+    Args:
+        batches: the rows of each batch.
+        answers: for each row, how many answers in it may have to be generated.
+        size: so many of them make a portion; a batch without any is one.
+
+    Returns:
+        For each portion its rows, and its batches.
+
+    Example:
+        >>> portions_of([[0], [1, 2], [3]], answers=[1, 1, 0, 1], size=2)
+        [([0, 1, 2], [[0], [1, 2]]), ([3], [[3]])]
+    """
+    portions: list[tuple[list[int], list[Sequence[int]]]] = []
+    count = size
+    for batch in batches:
+        mine = sum(answers[row] for row in batch)
+        if count >= size or not mine:
+            portions.append(([], []))
+            count = 0
+        portions[-1][0].extend(batch)
+        portions[-1][1].append(batch)
+        count = count + mine if mine else size
+    return portions

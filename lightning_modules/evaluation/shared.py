@@ -165,7 +165,11 @@ class SharedTexts:
             try:
                 batch = self._tree_batch([trial], cached)
                 found = self._at_labels(batch)
-                whole = not cached or all(type(layer) is DynamicLayer for layer in batch.cache.layers)
+                layers = [] if batch.cache is None else batch.cache.layers
+                # A model may take a cache and leave it empty, or have layers that keep something else.
+                whole = not cached or (
+                    bool(layers) and all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers)
+                )
             except Exception:  # code of the model's own may raise anything where it takes no positions, or no such mask
                 continue
             if whole and agree(found, expected, exact=found.dtype in EXACT):

@@ -29,6 +29,8 @@ from lightning_modules.training.token_count import mean_token_count
 from lightning_modules.training.trainer import number_of_steps
 from lightning_modules.training.warmup import Schedule, Scheduled, with_warmup
 
+_VALIDATED = ("forget", "retain")  # whatever other objectives a subclass has
+
 
 class UnlearningModule(ResumableModule):
     """Forget one set of answers, keep the others, with gradient surgery between the two.
@@ -255,7 +257,7 @@ class UnlearningModule(ResumableModule):
     def on_validation_epoch_start(self) -> None:
         """A fresh metric for each split."""
         exact = torch.device("cpu") if self.device.type == "mps" else self.device  # Apple's GPUs have no float64
-        self._probabilities = {name: AnswerProbability().to(exact) for name in self.objectives}
+        self._probabilities = {name: AnswerProbability().to(exact) for name in _VALIDATED}
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002 (Lightning's signature)
         """Score a batch's answers, as `callbacks.TradeoffCurve` scores them.
@@ -268,8 +270,8 @@ class UnlearningModule(ResumableModule):
             dataloader_idx: Which loader the batch comes from.
         """
         splits: Mapping[str, Any] = batch if isinstance(batch, Mapping) else {}
-        if "input_ids" in splits and len(self.trainer.num_val_batches) == len(self.objectives):
-            splits = {list(self.objectives)[dataloader_idx]: batch}
+        if "input_ids" in splits and len(self.trainer.num_val_batches) == len(_VALIDATED):
+            splits = {_VALIDATED[dataloader_idx]: batch}
         scored = [name for name in self._probabilities if name in splits]
         if not scored:
             rank_zero_warn(

@@ -211,6 +211,13 @@ class UnlearnOptions(Options):
             )
 
     def _check_depth(self) -> None:
+        if self.method.keep_asked_words and (self.method.forget_loss == "idk" or self.data.cuts_texts):
+            found = "--muse or --wmdp, whose texts answer no question"
+            if self.method.forget_loss == "idk":
+                found = "--forget-loss idk, which trains on refusals alone"
+            raise ValueError(
+                f"--keep-asked-words: expected a loss on answers to questions, found {found}; leave it out"
+            )
         if self.method.method == "uld":
             given = {
                 "radius": self.method.radius,

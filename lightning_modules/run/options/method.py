@@ -43,7 +43,8 @@ class MethodOptions:
         ema_decay: weight of the old value in the retain gradient's moving average; null for none
         retain_weight: multiple of the retain gradient to add after the rule
         retain_noise: multiple, added to the retain loss, of the divergence from the model before unlearning on the
-            retain examples with 30 % of their tokens replaced: keeps what no retain example shows
+            retain examples with 30 % of their tokens replaced: keeps what no retain example shows; in the finish it has
+            the weight 1
         retain_inside: multiple of the retain loss inside the forget objective, before the rule
         dual: PDU: weigh the retain loss by a dual variable, for example {limit: 0.3, step_size: 5, initial: 100}
         guard: look at the parameter change itself: measure it, or project it
