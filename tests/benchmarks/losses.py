@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.nn import functional
 
 import gradsurgery as gs
-from tests.benchmarks.limit import HEAP_KEPT, peaks, timed
+from tests.benchmarks.limit import HEAP_KEPT
+from tests.benchmarks.surgery import peaks, timed
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler announces every start
 
