@@ -1,6 +1,6 @@
 """The names of rules and losses, for the parser: the tables that hold the functions need torch, which takes seconds.
 
-A test holds them to the tables, `gradsurgery.rules.RULES`, `gradsurgery.elementwise.ELEMENTWISE` and
+A test holds them to the tables, `gradsurgery.rules.RULES`, `gradsurgery.rules.elementwise.ELEMENTWISE` and
 `objectives.NAMES`.
 """
 
