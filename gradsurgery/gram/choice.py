@@ -59,8 +59,10 @@ def backend(choice: Choice | None = None) -> Backend:
     in `~/.cache/gradsurgery/kernel`.
 
     The same choice gives the same bits on every call, with any number of threads. Both choices agree up to rounding:
-    entries of a Gram matrix within 1e-6 of the rows' norms, and combinations are the same. When ranks train together
-    and not all have the same kernel, `gradsurgery.GradientSurgery` makes all of them eager.
+    entries of a Gram matrix within 1e-6 of the rows' norms, and combinations are the same. The kernel multiplies
+    bfloat16 rows in float32, as both multiply float32 rows: numbers above 1e18 can give inf, and below 1e-18 products
+    lose digits and vanish, where eager products of bfloat16 rows are taken in float64. When ranks train together and
+    not all have the same kernel, `gradsurgery.GradientSurgery` makes all of them eager.
 
     Args:
         choice: "auto", "compiled" or "eager"; None asks and changes nothing.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradsurgery.gram.choice import kernel_for
 from gradsurgery.gram.eager import combine_on_device, combine_on_host
-from gradsurgery.gram.rows import Row, check_rows, local_parts
+from gradsurgery.gram.rows import Row, check_blocks, check_rows, local_parts
 
 
 def combine_(rows: Sequence[Row], coefficients: Tensor) -> list[Tensor | None]:
@@ -56,8 +56,16 @@ def combine_blocks_(
 
     Returns:
         ``rows[0]``.
+
+    Raises:
+        ValueError: As `combine_`, or if a parameter's block is none of the S. Nothing is overwritten then.
     """
-    check_rows(rows)
+    num_rows, num_parameters = check_rows(rows)
+    if coefficients.dim() != 2 or coefficients.shape[1] != num_rows:
+        raise ValueError(
+            f"coefficients: expected [S, {num_rows}], one for each block and row, found {list(coefficients.shape)}"
+        )
+    check_blocks(blocks, num_parameters, len(coefficients))
     first = rows[0]
     members: list[tuple[int, list[Tensor | None]]] = []
     for index, tensors in enumerate(map(list, zip(*rows, strict=True))):

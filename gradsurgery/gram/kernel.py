@@ -51,29 +51,31 @@ class Kernel:
 
     Args:
         library: Path of the built library.
-
-    Attributes:
         about: What it is, in words.
         number: The same for the same machine code on every rank, and not 0.
+
+    Attributes:
+        about: As given.
+        number: As given.
 
     Raises:
         Unavailable: If it cannot be loaded or computes what is wrong.
     """
 
-    def __init__(self, library: Path, about: str) -> None:
+    def __init__(self, library: Path, about: str, number: int) -> None:
         try:
             loaded = ctypes.CDLL(str(library))
             self._products, self._combine = loaded.gradsurgery_products, loaded.gradsurgery_combine
         except (OSError, AttributeError) as error:
             raise Unavailable(f"the built library cannot be loaded ({error})") from error
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
         self._products.argtypes = self._combine.argtypes = [
-            *(number, number, pointer, pointer, pointer, pointer, number),
-            *(number, pointer, pointer),
+            *(integer, integer, pointer, pointer, pointer, pointer, integer),
+            *(integer, pointer, pointer),
         ]
-        self.about = about
-        self.number = int(hashlib.sha256(about.encode() + _SOURCE.read_bytes()).hexdigest()[:8], 16) | 1
-        _check(self)
+        self.about, self.number = about, number
+        with torch.device("cpu"):  # not on the default device, which may be another
+            _check(self)
 
     def add_products(self, batch: Batch, total: Tensor) -> bool:
         """Do the batch's writes, and add its products to ``total``, ``[S, K, K]`` float64 on the CPU.
@@ -116,7 +118,8 @@ class Batch:
     Attributes:
         writes: As given.
         taken: Members in the tables.
-        left: Members of other types, devices or layouts, and all where there are too many rows.
+        left: Members of other types, devices or layouts, or of tensors of different sizes, and all where there are too
+            many rows.
         numbers: How many each row of the tables has.
     """
 
@@ -130,13 +133,15 @@ class Batch:
         for member in members:
             index, local = member
             addresses: list[int] = []
-            size = 0
+            size = -1
             tensors = [*local, *(write.others.get(index) for write in writes)] if writes else local
             for tensor in tensors:
                 if tensor is None:
                     addresses.append(0)
                     continue
-                dtype = tensor.dtype
+                dtype, number = tensor.dtype, tensor.numel()
+                if size < 0:
+                    size = number
                 if (
                     (dtype is torch.float32 or dtype is torch.bfloat16)
                     and tensor.is_cpu
@@ -144,9 +149,9 @@ class Batch:
                     and tensor.layout is torch.strided
                     and tensor.is_contiguous()
                     and not tensor.is_neg()
+                    and number == size  # global shapes are the same, but what this process holds of them need not be
                 ):
                     addresses.append(tensor.data_ptr() | (dtype is torch.bfloat16))  # the mark that kernel.cpp reads
-                    size = tensor.numel()
                 else:
                     break
             if len(addresses) < len(tensors) or len(local) > _MOST_ROWS:
@@ -182,34 +187,49 @@ def build() -> Kernel:
     built for this process alone.
 
     Raises:
-        Unavailable: If there is no compiler, or it fails, or what it built does.
+        Unavailable: If there is no compiler, no place to build in or no source, or the compiler fails, or what it built
+            does.
     """
     compiler = _compiler()
     capability = torch.backends.cpu.get_cpu_capability()
     command = [*compiler, *_FLAGS, *_PROCESSOR_FLAGS.get(capability, ())]
-    about = f"built by {' '.join(compiler)} for {platform.machine()} {capability}"
-    key = repr((command, sys.platform, platform.machine())).encode() + _SOURCE.read_bytes()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gradsurgery" / "kernel"
-    library = folder / f"{hashlib.sha256(key).hexdigest()[:24]}.so"
-    if library.exists():
-        try:
-            return Kernel(library, about)
-        except Unavailable:
-            pass  # of another libc, say, in a home that machines share
+    # A compiler of another version, at the same path, makes other machine code.
+    version = next(iter(_run([*compiler, "--version"]).strip().splitlines()), "")
+    about = f"built by {' '.join(compiler)} ({version}) for {platform.machine()} {capability}"
     try:
+        key = repr((command, version, sys.platform, platform.machine())).encode() + _SOURCE.read_bytes()
+        return _kept(command, about, hashlib.sha256(key).hexdigest())
+    except OSError as error:
+        raise Unavailable(f"it cannot be built ({error})") from error
+
+
+def _kept(command: list[str], about: str, key: str) -> Kernel:
+    number = int(key[:8], 16) | 1
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gradsurgery" / "kernel"
+    library = folder / f"{key[:24]}.so"
+    try:
+        if library.exists():
+            try:
+                return Kernel(library, about, number)
+            except Unavailable:
+                pass  # of another libc, say, in a home that machines share
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as building:
             built = _compiled(command, Path(building))
-            kernel = Kernel(built, about)
+            kernel = Kernel(built, about, number)
             os.replace(built, library)  # whole or not at all: other processes build it at the same time
         return kernel
     except OSError:
         with tempfile.TemporaryDirectory() as building:
-            return Kernel(_compiled(command, Path(building)), about)
+            return Kernel(_compiled(command, Path(building)), about, number)
 
 
 def _compiler() -> list[str]:
-    chosen = shlex.split(os.environ.get("CXX", ""))
+    wanted = os.environ.get("CXX", "")
+    try:
+        chosen = shlex.split(wanted)
+    except ValueError as error:
+        raise Unavailable(f"CXX is not a command, {wanted!r} ({error})") from error
     names = [chosen[0]] if chosen else ["c++", "g++", "clang++"]
     found = next((path for name in names if (path := shutil.which(name))), None)
     if found is None:
@@ -219,16 +239,19 @@ def _compiler() -> list[str]:
 
 def _compiled(command: list[str], folder: Path) -> Path:
     library = folder / "kernel.so"
+    _run([*command, "-o", str(library), str(_SOURCE)])
+    return library
+
+
+def _run(command: list[str]) -> str:
+    """What the compiler says."""
     try:
-        subprocess.run(
-            [*command, "-o", str(library), str(_SOURCE)], check=True, capture_output=True, text=True, timeout=120
-        )
+        return subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=120).stdout
     except subprocess.CalledProcessError as error:
         said = (error.stderr or "").strip().splitlines() or ["it says nothing"]
         raise Unavailable(f"{command[0]} failed: {said[0]}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{command[0]} failed: {error}") from error
-    return library
 
 
 def _check(kernel: Kernel) -> None:

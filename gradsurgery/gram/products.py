@@ -14,7 +14,9 @@ from gradsurgery.gram.rows import (
     Row,
     Sharding,
     Write,
+    check_blocks,
     check_rows,
+    check_writes,
     first_device,
     local_parts,
     local_tensor,
@@ -67,7 +69,7 @@ def block_gram(
 
     Args:
         rows: K rows over the same P parameters.
-        blocks: The block of each parameter, P numbers below ``num_blocks``; all in block 0 when None.
+        blocks: The block of each parameter, P numbers from 0 to ``num_blocks - 1``; all in block 0 when None.
         num_blocks: S.
         metric: Weights of the inner product (see `Metric`); Euclidean when None.
         like: The P parameters. With them a rank knows which ``all_reduce`` it takes part in even where its own gradient
@@ -78,10 +80,13 @@ def block_gram(
         Float64 ``[S, K, K]``.
 
     Raises:
-        ValueError: As `gram`.
+        ValueError: As `gram`, or if a block or what is to be overwritten is not there, or has another number of
+            elements than what overwrites it. Nothing is done then.
         RuntimeError: As `gram`.
     """
-    num_rows, _ = check_rows(rows)
+    num_rows, num_parameters = check_rows(rows)
+    check_blocks(blocks, num_parameters, num_blocks)
+    check_writes(writes, rows)
     # Insertion order is parameter order, the same on every rank, so the collectives of different shardings cannot
     # cross.
     found: dict[Sharding, list[tuple[int, list[Tensor | None]]]] = {}
@@ -98,6 +103,10 @@ def block_gram(
             members.append((index, local))
     device = first_device(rows, like)
     by_kernel = kernel_for(found.values(), blocks, writes) if metric is None and device.type == "cpu" else None
+    if writes:
+        for number, members in enumerate(found.values()):
+            # The kernel takes no tensors of different sizes.
+            _check_sizes(members if by_kernel is None else by_kernel[1][number].left, writes)
     total = torch.zeros(num_blocks * num_rows * num_rows, dtype=torch.float64, device=device)
     for number, (sharding, members) in enumerate(found.items()):
         part = torch.zeros_like(total)
@@ -112,6 +121,17 @@ def block_gram(
                 torch.distributed.all_reduce(part, group=mesh.get_group(dimension))
         total += part
     return total.view(num_blocks, num_rows, num_rows)
+
+
+def _check_sizes(members: list[tuple[int, list[Tensor | None]]], writes: Sequence[Write]) -> None:
+    for index, local in members:
+        for write in writes:
+            target, other = local[write.row], write.others.get(index)
+            if target is not None and other is not None and target.numel() != other.numel():
+                raise ValueError(
+                    f"parameter {index}: expected {target.numel()} numbers to overwrite row {write.row} by, "
+                    f"found {other.numel()}"
+                )
 
 
 def _add_products(

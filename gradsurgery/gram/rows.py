@@ -111,6 +111,29 @@ def first_device(rows: Sequence[Row], like: Sequence[Tensor] | None) -> torch.de
     return local_tensor(candidates[0]).device if candidates else torch.device("cpu")
 
 
+def check_blocks(blocks: Sequence[int] | None, num_parameters: int, num_blocks: int) -> None:
+    """ValueError unless every parameter has a block, and that is one of ``num_blocks``."""
+    if blocks is not None and len(blocks) != num_parameters:
+        raise ValueError(f"blocks: expected one for each of {num_parameters} parameters, found {len(blocks)}")
+    if num_parameters:
+        lowest, highest = (0, 0) if blocks is None else (min(blocks), max(blocks))
+        if not 0 <= lowest <= highest < num_blocks:
+            raise ValueError(f"blocks: expected numbers from 0 to {num_blocks - 1}, found {lowest} to {highest}")
+
+
+def check_writes(writes: Sequence[Write], rows: Sequence[Row]) -> None:
+    """ValueError unless every write has a tensor to overwrite."""
+    for write in writes:
+        if not 0 <= write.row < len(rows):
+            raise ValueError(f"writes: expected a row from 0 to {len(rows) - 1}, found {write.row}")
+        row = rows[write.row]
+        missing = [index for index in write.others if not 0 <= index < len(row) or row[index] is None]
+        if missing:
+            raise ValueError(
+                f"writes: expected tensors to overwrite in row {write.row}, found none of parameters {missing}"
+            )
+
+
 def check_rows(rows: Sequence[Row]) -> tuple[int, int]:
     """The number of rows and of parameters; ValueError if there is no row or they differ in length."""
     if not rows:
