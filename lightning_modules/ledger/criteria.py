@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from lightning_modules.data.files import existing_file, read_yaml
-from lightning_modules.ledger.hashes import file_hash
+from lightning_modules.ledger.hashes import sha256
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ def read_criteria(name: str) -> Criteria:
                 f"--criteria {path}, {key}: expected a number between {kind.lowest:g} and {kind.highest:g}, found {limit!r:.80}"
             )
         limits[key] = float(limit)
-    return Criteria(limits, file_hash(path), path.read_text(encoding="utf-8"))
+    data = path.read_bytes()  # with its line ends: what is kept has the hash
+    return Criteria(limits, sha256(data), data.decode("utf-8"))
 
 
 def verdicts(criteria: Mapping[str, float], found: Mapping[str, float | None]) -> list[dict[str, Any]]:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning_modules.data.examples import Example, read_examples
+from lightning_modules.data.files import existing_file
 from lightning_modules.files import write_text
 from lightning_modules.ledger.chain import Entry, read_chain
-from lightning_modules.ledger.hashes import canonical, request_hash, row_hash
+from lightning_modules.ledger.hashes import canonical, file_hash, request_hash, row_hash
 from lightning_modules.ledger.place import LEDGER
 from lightning_modules.ledger.refusals import FORGOTTEN
 from lightning_modules.ledger.sketch import load_sketch
@@ -55,10 +56,14 @@ def protected(
         ledger: Its folder.
         entries: Its entries.
         rows: At most so many in all, but at least one of each kind.
+
+    Raises:
+        FileNotFoundError: If something that was kept is gone.
+        ValueError: If it is not as it was kept.
     """
     done = [entry for entry in entries if entry["kind"] == FORGOTTEN]
-    texts = [read_examples(ledger / entry["kept"]["text"]["file"]) for entry in done if "text" in entry["kept"]]
-    sketches = [ledger / entry["kept"]["sketch"]["file"] for entry in done if "sketch" in entry["kept"]]
+    texts = [read_examples(_kept(ledger, entry, "text")) for entry in done if "text" in entry["kept"]]
+    sketches = [_kept(ledger, entry, "sketch") for entry in done if "sketch" in entry["kept"]]
     all_of_them = len(texts) + len(sketches)
     of_text = 0
     if texts:
@@ -70,6 +75,18 @@ def protected(
         {name: texts[number::of_text] for number, name in enumerate(names[:of_text])},
         {name: sketches[number::of_sketch] for number, name in enumerate(names[of_text:])},
     )
+
+
+def _kept(ledger: Path, entry: Entry, what: str) -> Path:
+    """The file of what an entry kept, if it is as it was."""
+    kept, name = entry["kept"][what], f"the {what} that entry {entry['number']} kept"
+    path = existing_file(ledger / kept["file"], name)
+    if (found := file_hash(path)) != kept["sha256"]:
+        raise ValueError(
+            f"{path}: expected {name}, with the hash {kept['sha256'][:12]}, found {found[:12]}: what it says now is not what is to be "
+            "protected; put a copy in its place that was whole"
+        )
+    return path
 
 
 def row_counts(ledger: str | None, rows: int) -> tuple[int, int]:
@@ -85,8 +102,16 @@ def row_counts(ledger: str | None, rows: int) -> tuple[int, int]:
 
 
 def keep_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the rows of a request as JSON lines, the whole file or nothing."""
-    write_text(path, "".join(canonical(dict(row)).decode() + "\n" for row in rows))
+    """Write the rows of a request as JSON lines that `read_examples` reads, the whole file or nothing."""
+    write_text(path, "".join(canonical(_as_given(row)).decode() + "\n" for row in rows))
+
+
+def _as_given(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain text is an example with an empty question, which no file may have."""
+    if row["question"]:
+        return dict(row)
+    rest = {name: value for name, value in row.items() if name not in ("question", "answer")}
+    return rest | {"text": row["answer"]}
 
 
 def hashes_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

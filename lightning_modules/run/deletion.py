@@ -127,6 +127,7 @@ def requested(options: UnlearnOptions, splits: Splits) -> Request | None:
     if options.training.resume and path.exists():
         said = read_json(path, "what was said before the run")
         _check_last(said, last)
+        _check_same(said, splits)
         return Request(said, texts, sketches)
     criteria = read_criteria(options.ledger.criteria) if options.ledger.criteria is not None else Criteria({})
     model, tokenizer = load_model(options, splits)
@@ -161,6 +162,14 @@ def _check_last(said: Mapping[str, Any], last: str) -> None:
         raise ValueError(
             f"--ledger: expected the ledger as it was when this run began, found another last entry, {last[:12]}: another request was "
             "done since; begin this one again with the model that it left"
+        )
+
+
+def _check_same(said: Mapping[str, Any], splits: Splits) -> None:
+    if (found := hashes_of(splits["forget"])["sha256"]) != said["sha256"]:
+        raise ValueError(
+            f"--ledger: expected the rows to forget that the run began with, whose hash is {said['sha256'][:12]}, found others, with "
+            f"{found[:12]}; put the file back as it was, and go on with --resume"
         )
 
 
@@ -266,6 +275,8 @@ def _of_model(folder: Path, said: Mapping[str, Any], ledger: Path, entries: list
     if said["kind"] != FORGOTTEN:
         return {"earlier": [], "kept": {}}
     splits = read_splits(options)
+    if options.ledger.ledger_keep_text or options.ledger.ledger_sketch:
+        _check_same(said, splits)  # the rows are read anew; what is kept is what was forgotten
     model: Any = None
     tokenizer: Any = None
     if texts or options.ledger.ledger_sketch:
