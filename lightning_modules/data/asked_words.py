@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from lightning_modules.data.tokenization import IGNORED, Encoded, Question
@@ -20,7 +21,7 @@ def without_asked_words(tokenizer: PreTrainedTokenizerBase, example: Encoded, qu
     answers about somebody with another, misspelt name. What remains to be forgotten is what the question does not say.
 
     A word is a run of letters, digits and underscores; upper and lower case are the same. A token that touches such a
-    word loses its label, also where it holds a space or a sign beside it.
+    word, or what stands between two of them, loses its label, also where it holds a space or a sign beside it.
 
     Args:
         tokenizer: that made the example.
@@ -46,12 +47,12 @@ def without_asked_words(tokenizer: PreTrainedTokenizerBase, example: Encoded, qu
     ids = [example.input_ids[place] for place in places]
     # A token alone may be a part of a letter, or lose its space: only the growing text says where each of them ends.
     ends = [len(_decoded(tokenizer, ids[: count + 1])) for count in range(len(ids))]
-    known = {
-        character
-        for word in _WORD.finditer(_decoded(tokenizer, ids))
-        if word.group().casefold() in asked
-        for character in range(*word.span())
-    }
+    words = list(_WORD.finditer(_decoded(tokenizer, ids)))
+    repeated = [word.group().casefold() in asked for word in words]
+    known = {place for word, mine in zip(words, repeated, strict=True) if mine for place in range(*word.span())}
+    for (word, next_word), both in zip(pairwise(words), pairwise(repeated), strict=True):
+        if all(both):  # the hyphen of a name, the space in it
+            known.update(range(word.end(), next_word.start()))
     labels = list(example.labels)
     for place, start, end in zip(places, [0, *ends], ends, strict=False):
         if known.intersection(range(start, end)):

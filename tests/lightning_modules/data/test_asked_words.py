@@ -18,6 +18,11 @@ EXAMPLES = {
     "upper and lower case": ("WHO WROTE it?", "Who wrote? Mira.", "___ _____? Mira."),
     "a part of a word is another word": ("Was it an art?", "The artist was an actor.", "The artist ___ __ actor."),
     "letters of several bytes": ("Où vit Zoë?", "Zoë vit à Besançon, où elle né.", "___ ___ à Besançon, __ elle né."),
+    "a name with a hyphen": (
+        "Who is Al-Kuwaiti?",
+        "Al-Kuwaiti is Al-Nobody, in Al.",
+        "__________ __ __-Nobody, in __.",
+    ),
     "a possessive": ("What did Mira do?", "Mira's book.", "____'s book."),
     "nothing in common": ("Who?", "Nobody, in 1999.", "Nobody, in 1999."),
     "a plain text": ("", "Mira wrote it.", "Mira wrote it."),
