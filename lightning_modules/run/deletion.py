@@ -25,7 +25,7 @@ from lightning_modules.files import write_text
 from lightning_modules.folder import CHECKPOINTS, CONFIG, METRICS, MODEL, REQUEST, write_config, write_json
 from lightning_modules.ledger.chain import START, append, read_chain
 from lightning_modules.ledger.criteria import Criteria, read_criteria
-from lightning_modules.ledger.entry import contents, limit_of
+from lightning_modules.ledger.entry import contents, limit_of, number
 from lightning_modules.ledger.hashes import file_hash, tensors_hash
 from lightning_modules.ledger.place import CRITERIA, LEDGER, SKETCHES, TEXTS, held
 from lightning_modules.ledger.refusals import FORGOTTEN, NOT_MEMORISED, check_model, check_name, check_rows
@@ -73,6 +73,10 @@ def check_deletion(options: UnlearnOptions, splits: Splits) -> None:
     found = {split: hashes_of(rows)["rows"] for split, rows in splits.items()}
     check_rows(entries, found["forget"], found["retain"])
     check_name(entries, options.ledger.request or hashes_of(splits["forget"])["sha256"][:12])
+    if (scored := options.evaluation.evaluation_examples) < (asked := len(splits["forget"])):
+        raise ValueError(
+            f"--evaluation-examples: expected {asked} or more, every row to forget, found {scored}: the entry speaks of all of them"
+        )
     begun = _said_before(options) is not None
     if options.ledger.criteria is not None and not begun:
         _check_measured(options, splits, read_criteria(options.ledger.criteria))
@@ -311,12 +315,12 @@ def _of_model(folder: Path, said: Mapping[str, Any], ledger: Path, entries: list
     values = _probabilities(options, model, tokenizer, examples) if examples else {}
     earlier = [
         {
-            "number": int(number),
-            "probability": value,
-            "limit": limit_of(texts[number]),
-            "holds": value <= limit_of(texts[number]),
+            "number": int(of),
+            "probability": number(value),
+            "limit": limit_of(texts[of]),
+            "holds": value <= limit_of(texts[of]),
         }
-        for number, value in values.items()
+        for of, value in values.items()
     ]
     kept: dict[str, Any] = {}
     place = f"{len(entries) + 1:04d}"

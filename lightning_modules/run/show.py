@@ -111,11 +111,10 @@ def show_entry(entry: Mapping[str, Any], ledger: Path) -> None:
         found = "not measured" if verdict["found"] is None else f"{verdict['found']:.3g}"
         word = "holds" if verdict["holds"] else "does not hold"
         said.append(f"  {verdict['criterion']}: {found}, {verdict['rule']} {verdict['limit']:g}: {word}")
-    said += [
-        f"  entry {one['number']} is at {one['probability']:.3g}, above its limit of {one['limit']:g}"
-        for one in entry["earlier"]
-        if not one["holds"]
-    ]
+    for one in entry["earlier"]:
+        if not one["holds"]:
+            found = "no number" if one["probability"] is None else f"{one['probability']:.3g}"
+            said.append(f"  entry {one['number']} is at {found}, not at or below its limit of {one['limit']:g}")
     if "sketch" in entry["kept"]:
         sketch = entry["kept"]["sketch"]
         said.append(

@@ -62,6 +62,7 @@ def test_what_the_run_would_not_measure_is_refused_before_it(
         (["--devices", "2"], "found several devices"),
         (["--ledger-sketch", "2", "--ledger-keep-text"], "expected one of them, found both"),
         (["--ledger-rows", "0"], "expected --ledger-rows >= 1, found 0"),
+        (["--evaluation-examples", "3"], "--evaluation-examples: expected 4 or more, every row to forget, found 3"),
         (["--request", "a\nb"], "--request: expected a name in one line"),
     ],
 )
