@@ -57,7 +57,7 @@ def contents(
         "versions": metrics["versions"],
         "seconds": metrics["seconds"],
         "metrics": _metrics(run, metrics),
-        "probes": _probes(run),
+        "probes": probes_of(run),
         "criteria": {"sha256": request["criteria"]["sha256"], "limits": request["criteria"]["limits"]},
         "verdicts": verdicts(request["criteria"]["limits"], found) if trained else [],
         **further,
@@ -74,15 +74,15 @@ def numbers_of(run: Path, metrics: Mapping[str, Any], first: float | None) -> di
     """
     after, before = metrics["after"], metrics["before"] or metrics["after"]
     start = first if first is not None else before["retain"]["probability"]
-    relearned = _probes(run).get("relearn", {})
+    relearned = probes_of(run).get("relearn", {})
     ends = [relearned.get(name, {}).get("after") for name in ("model", "control")]
     utility = (metrics.get("model_utility") or {}).get("after")
     return {
-        "forget_probability": _number(after["forget"]["probability"]),
-        "forget_quality": _number((metrics["forget_quality"] or {}).get("pvalue")),
+        "forget_probability": number(after["forget"]["probability"]),
+        "forget_quality": number((metrics["forget_quality"] or {}).get("pvalue")),
         "relearning_gap": None if None in ends else ends[0] - ends[1],
-        "retention": _ratio(_number(after["retain"]["probability"]), _number(start)),
-        "model_utility": _number(utility),
+        "retention": _ratio(number(after["retain"]["probability"]), number(start)),
+        "model_utility": number(utility),
     }
 
 
@@ -103,7 +103,8 @@ def _ratio(value: float | None, start: float | None) -> float | None:
     return None if value is None or not start else value / start
 
 
-def _number(value: object) -> float | None:
+def number(value: object) -> float | None:
+    """A finite number; None for NaN, for what stands for it in JSON, and for nothing."""
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
@@ -139,7 +140,7 @@ def _interval(values: Sequence[float]) -> list[float] | None:
     return None if found is None else [found.low, found.high]
 
 
-def _probes(run: Path) -> dict[str, Any]:
+def probes_of(run: Path) -> dict[str, Any]:
     """Where the answers that were not taught again went, of the model and of its control, for each relearning probe."""
     path = run / PROBES
     if not path.exists():
@@ -155,11 +156,11 @@ def _probes(run: Path) -> dict[str, Any]:
 
 
 def _ends(probe: Mapping[str, Any]) -> dict[str, Any]:
-    points = probe["points"]
+    points, interval = probe["points"], probe.get("interval")
     return {
         "steps": probe.get("steps"),
         "lr": probe.get("lr"),
-        "before": points[0].get("rest"),
-        "after": points[-1].get("rest"),
-        "interval": probe.get("interval"),
+        "before": number(points[0].get("rest")),
+        "after": number(points[-1].get("rest")),
+        "interval": interval if interval and None not in map(number, interval) else None,
     }

@@ -39,7 +39,7 @@ def write_page(folder: Path, entries: Sequence[Entry], findings: Sequence[Findin
     drawn = None
     if requests:
         names, limits = [entry["request"]["id"] for entry in requests], [limit_of(entry) for entry in requests]
-        picture = figure(names, values, limits, _TITLE)
+        picture = figure(names, values, limits, _TITLE, numbers=[entry["number"] for entry in requests])
         write_picture(folder / PICTURE, picture)
         drawn = Markup(inline(picture, "requests", _words(requests, values)))
     page = environment.get_template("page.html.jinja").render(

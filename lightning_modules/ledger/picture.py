@@ -10,7 +10,14 @@ from typing import Any
 from lightning_modules.files import replacing
 
 
-def figure(names: Sequence[str], values: Sequence[Sequence[float | None]], limits: Sequence[float], title: str) -> Any:
+def figure(
+    names: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    limits: Sequence[float],
+    title: str,
+    *,
+    numbers: Sequence[int] | None = None,
+) -> Any:
     """Draw every request's forget probability after every later one, as a matplotlib figure.
 
     A field is the redder the nearer it is to 1; one above its request's limit has a bold number.
@@ -20,6 +27,7 @@ def figure(names: Sequence[str], values: Sequence[Sequence[float | None]], limit
         values: Request -> after each request; None where there is nothing, or nobody knows.
         limits: Of each request.
         title: Above it.
+        numbers: Of the requests' entries; 1, 2, ... where they are not given.
     """
     import numpy as np
     from matplotlib.figure import Figure
@@ -45,8 +53,10 @@ def figure(names: Sequence[str], values: Sequence[Sequence[float | None]], limit
                 fontsize=9,
                 fontweight="bold" if above else "normal",
             )
-    axes.set_xticks(range(count), [f"after {number}" for number in range(1, count + 1)], fontsize=8)
-    axes.set_yticks(range(count), [f"{number} {name}"[:24] for number, name in enumerate(names, start=1)], fontsize=8)
+    numbers = numbers or range(1, count + 1)
+    axes.set_xticks(range(count), [f"after {number}" for number in numbers], fontsize=8)
+    labels = [f"{number} {name}"[:24] for number, name in zip(numbers, names, strict=True)]
+    axes.set_yticks(range(count), labels, fontsize=8, parse_math=False)
     axes.set_title(title, fontsize=10)
     return drawn
 

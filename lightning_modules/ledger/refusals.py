@@ -84,8 +84,14 @@ def check_model(entries: Sequence[Entry], model: str, name: str) -> None:
     """
     if entries and entries[-1]["model"]["after"] != model:
         last = entries[-1]
+        done = [entry for entry in entries if entry["kind"] == FORGOTTEN]  # the others left no model of their own
+        way = (
+            f"give --model {done[-1]['run']}/model, as seen from the ledger's folder"
+            if done
+            else f"give the model that entry {entries[0]['number']} began with"
+        )
         raise ValueError(
             f"--ledger: expected the model that entry {last['number']}, {last['request']['id']!r}, left, whose tensors have the hash "
-            f"{last['model']['after'][:12]}, found {name} with {model[:12]}; give --model {last['run']}/model, as seen from the ledger's "
-            "folder, or begin another ledger"
+            f"{last['model']['after'][:12]}, found {name} with {model[:12]}; {way}, or begin "
+            "another ledger"
         )

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_modules.ledger.chain import Entry
-from lightning_modules.ledger.entry import limit_of
+from lightning_modules.ledger.entry import limit_of, number
 from lightning_modules.ledger.refusals import FORGOTTEN
 
 HEADINGS = ("entry", "request", "date", "rows", "forget", "limit", "retain", "criteria", "earlier", "hash")
@@ -69,17 +70,17 @@ def over_time(entries: Sequence[Entry]) -> tuple[list[Entry], list[list[float | 
         row: list[float | None] = []
         for entry in requests:
             later = {one["number"]: one["probability"] for one in entry["earlier"]}
-            own = entry["metrics"]["after"]["forget"]["probability"]
-            row.append(float(str(own)) if entry is request else later.get(request["number"]))
+            own = number(entry["metrics"]["after"]["forget"]["probability"])
+            row.append(own if entry is request else later.get(request["number"]))
         found.append(row)
     return requests, found
 
 
 def table(entries: Sequence[Entry], title: str) -> Table:
     """The table for a terminal: of criteria and earlier requests it says how many hold."""
-    drawn = Table(title=title, title_style="bold", header_style="bold")
+    drawn = Table(title=escape(title), title_style="bold", header_style="bold")
     for heading in HEADINGS:
         drawn.add_column(heading, overflow="fold")
     for cells in lines(entries):
-        drawn.add_row(*cells)
+        drawn.add_row(*map(escape, cells))
     return drawn

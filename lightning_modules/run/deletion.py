@@ -17,15 +17,15 @@ from torch import nn
 
 import gradsurgery as gs
 from lightning_modules.data.earlier import EarlierData
-from lightning_modules.data.files import read_json
+from lightning_modules.data.files import read_json, read_yaml
 from lightning_modules.data.pairs import ForgetRetainDataModule, encoded_rows
 from lightning_modules.data.tokenization import padding_id
 from lightning_modules.evaluation.likelihood import on_gpu
 from lightning_modules.files import write_text
-from lightning_modules.folder import CHECKPOINTS, METRICS, MODEL, REQUEST, write_config, write_json
+from lightning_modules.folder import CHECKPOINTS, CONFIG, METRICS, MODEL, REQUEST, write_config, write_json
 from lightning_modules.ledger.chain import START, append, read_chain
 from lightning_modules.ledger.criteria import Criteria, read_criteria
-from lightning_modules.ledger.entry import contents, limit_of
+from lightning_modules.ledger.entry import contents, limit_of, number
 from lightning_modules.ledger.hashes import file_hash, tensors_hash
 from lightning_modules.ledger.place import CRITERIA, LEDGER, SKETCHES, TEXTS, held
 from lightning_modules.ledger.refusals import FORGOTTEN, NOT_MEMORISED, check_model, check_name, check_rows
@@ -39,6 +39,7 @@ from lightning_modules.run.saved import read_options
 from lightning_modules.run.saving import save_model
 from lightning_modules.run.scoring import contents_of_metrics, score
 from lightning_modules.run.settling import USUAL_LEVEL
+from lightning_modules.run.show import show_entry
 from lightning_modules.training.module import UnlearningModule
 from lightning_modules.training.probability import mean_probabilities
 from lightning_modules.training.protecting import ProtectingModule
@@ -72,7 +73,12 @@ def check_deletion(options: UnlearnOptions, splits: Splits) -> None:
     found = {split: hashes_of(rows)["rows"] for split, rows in splits.items()}
     check_rows(entries, found["forget"], found["retain"])
     check_name(entries, options.ledger.request or hashes_of(splits["forget"])["sha256"][:12])
-    if options.ledger.criteria is not None and not options.training.resume:
+    if (scored := options.evaluation.evaluation_examples) < (asked := len(splits["forget"])):
+        raise ValueError(
+            f"--evaluation-examples: expected {asked} or more, every row to forget, found {scored}: the entry speaks of all of them"
+        )
+    begun = _said_before(options) is not None
+    if options.ledger.criteria is not None and not begun:
         _check_measured(options, splits, read_criteria(options.ledger.criteria))
     texts, sketches = protected(Path(name), entries, options.ledger.ledger_rows)
     if sketches and options.training.lora_rank:
@@ -114,7 +120,8 @@ def requested(options: UnlearnOptions, splits: Splits) -> Request | None:
     It loads the model, to see that it is the ledger's last one and knows what it is to forget.
 
     Raises:
-        ValueError: If it is another model, or the ledger went on since a run that is resumed.
+        ValueError: If it is another model, or the ledger or the rows are others since a run that is resumed.
+        FileNotFoundError: If what was said before a run that is resumed is gone.
     """
     name = options.ledger.ledger
     if name is None:
@@ -123,8 +130,7 @@ def requested(options: UnlearnOptions, splits: Splits) -> Request | None:
     entries = read_chain(ledger / LEDGER)
     texts, sketches = protected(ledger, entries, options.ledger.ledger_rows)
     last = entries[-1]["hash"] if entries else START
-    path = options.output.folder / REQUEST
-    if options.training.resume and path.exists():
+    if (path := _said_before(options)) is not None:
         said = read_json(path, "what was said before the run")
         _check_last(said, last)
         _check_same(said, splits)
@@ -155,6 +161,23 @@ def requested(options: UnlearnOptions, splits: Splits) -> Request | None:
         },
     }
     return Request(said, texts, sketches)
+
+
+def _said_before(options: UnlearnOptions) -> Path | None:
+    """request.json of a run that is resumed; None if it has to be said now, because nothing was trained yet."""
+    folder = options.output.folder
+    if not options.training.resume:
+        return None
+    if not (folder / REQUEST).exists() and any((folder / name).exists() for name in (CHECKPOINTS, MODEL, METRICS)):
+        raise _gone(folder)
+    return folder / REQUEST if (folder / REQUEST).exists() else None
+
+
+def _gone(folder: Path) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"--ledger: expected {REQUEST} in {folder}, with what was said before the run, found none, without which it cannot be entered; "
+        "put it back and go on with --resume, or begin the request again in another --output"
+    )
 
 
 def _check_last(said: Mapping[str, Any], last: str) -> None:
@@ -198,8 +221,11 @@ def _probabilities(
 
 
 def begin(run: Run[UnlearnOptions]) -> None:
-    """Write down what was said before the run: request.json in its folder, the criteria in the ledger's."""
-    if run.request is None:
+    """Write down what was said before the run: request.json in its folder, the criteria in the ledger's; once.
+
+    After config.yaml: a run that is killed in between is resumed, and says it then.
+    """
+    if run.request is None or (run.folder / REQUEST).exists():
         return
     said = run.request.said
     criteria = said["criteria"]
@@ -235,8 +261,8 @@ def nothing_done(options: UnlearnOptions, splits: Splits, request: Request) -> N
     run = Run(options, folder, splits, tokenizer, request=request)
     scores = score(run, model)
     found = contents_of_metrics(options.output.seed, scores, scores, None, {"train": 0.0, "evaluate": 0.0})
-    begin(run)
     write_config(folder, "unlearn", options.recorded())
+    begin(run)
     (folder / CHECKPOINTS).mkdir(exist_ok=True)  # until it is entered, so that --resume enters it
     write_json(folder / METRICS, found)
     counts = request.said["counts"]
@@ -252,11 +278,14 @@ def enter(folder: Path) -> None:
     """Append a run that is whole to its ledger, once. Only under the ledger's lock.
 
     Raises:
+        FileNotFoundError: If what was said before the run is gone.
         ValueError: If the ledger went on without it, or is broken.
     """
     path = folder / REQUEST
-    if not path.exists():
+    if read_yaml(folder / CONFIG, "the options of a run").get("ledger") is None:
         return
+    if not path.exists():
+        raise _gone(folder)
     said = read_json(path, "what was said before the run")
     ledger = Path(said["ledger"])
     entries = read_chain(ledger / LEDGER)
@@ -265,12 +294,12 @@ def enter(folder: Path) -> None:
     _check_last(said, entries[-1]["hash"] if entries else START)
     further = {"time": _now(), **_of_model(folder, said, ledger, entries)}
     entry = append(ledger / LEDGER, contents(folder, ledger, said, entries, further))
-    _print(entry, ledger)
+    show_entry(entry, ledger)
 
 
 def _of_model(folder: Path, said: Mapping[str, Any], ledger: Path, entries: list[Any]) -> dict[str, Any]:
     """What only the model that is left can say: how earlier requests fare, and the sketch of this one."""
-    options = UnlearnOptions.of(**read_options(folder / "config.yaml"))
+    options = UnlearnOptions.of(**read_options(folder / CONFIG))
     texts = {str(entry["number"]): entry for entry in entries if "text" in entry["kept"]}
     if said["kind"] != FORGOTTEN:
         return {"earlier": [], "kept": {}}
@@ -286,12 +315,12 @@ def _of_model(folder: Path, said: Mapping[str, Any], ledger: Path, entries: list
     values = _probabilities(options, model, tokenizer, examples) if examples else {}
     earlier = [
         {
-            "number": int(number),
-            "probability": value,
-            "limit": limit_of(texts[number]),
-            "holds": value <= limit_of(texts[number]),
+            "number": int(of),
+            "probability": number(value),
+            "limit": limit_of(texts[of]),
+            "holds": value <= limit_of(texts[of]),
         }
-        for number, value in values.items()
+        for of, value in values.items()
     ]
     kept: dict[str, Any] = {}
     place = f"{len(entries) + 1:04d}"
@@ -319,24 +348,3 @@ def _of_model(folder: Path, said: Mapping[str, Any], ledger: Path, entries: list
 def _as_saved(options: UnlearnOptions, folder: Path) -> UnlearnOptions:
     """The options with the model that the run left in place of the one that it began with."""
     return options.but(model=str(folder / MODEL), finetune_first=False)
-
-
-def _print(entry: Mapping[str, Any], ledger: Path) -> None:
-    console = Console(soft_wrap=True)
-    said = [f"Entry {entry['number']} of {ledger}: {entry['request']['id']}, {entry['kind']}; hash {entry['hash']}"]
-    for verdict in entry["verdicts"]:
-        found = "not measured" if verdict["found"] is None else f"{verdict['found']:.3g}"
-        word = "holds" if verdict["holds"] else "does not hold"
-        said.append(f"  {verdict['criterion']}: {found}, {verdict['rule']} {verdict['limit']:g}: {word}")
-    said += [
-        f"  entry {one['number']} is at {one['probability']:.3g}, above its limit of {one['limit']:g}"
-        for one in entry["earlier"]
-        if not one["holds"]
-    ]
-    if "sketch" in entry["kept"]:
-        sketch = entry["kept"]["sketch"]
-        said.append(
-            f"  a sketch of rank {sketch['rank']} is kept: {sketch['bytes']:,} bytes, {sketch['share']:.0%} of its gradient"
-        )
-    for line in said:
-        console.print(line, markup=False, highlight=False)

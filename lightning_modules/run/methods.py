@@ -114,9 +114,10 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module, log: ScoredSplits | N
     if first and not training.resume:
         # Only after everything that a wrong option can break, so that the corrected command finds the folder free; and
         # before any other file, so that a run that is killed can be resumed.
-        begin(run)
         write_options(run)
         write_radius(started_as, run)
+    if first:
+        begin(run)
     scored: ScoredSplits | None = None
     if before is not None:
         run, scored = settle_target(run, before, log)

@@ -41,6 +41,8 @@ def settle_target(
 ) -> tuple[Run[UnlearnOptions], ScoredSplits | None]:
     """Say at which forget probability the run ends, if no option does: at the reference's own, or else at 0.05.
 
+    With --ledger a criterion of forget_probability counts as such an option.
+
     A reference above 0.1 counts as 0.1. It prints to standard error what it found, and if there is little or nothing to
     forget. A target that the model is below already would end the run before its first step; one that nobody asked for
     is then left out.
@@ -55,10 +57,12 @@ def settle_target(
         The run with --stop-below, and the scores of the reference, if they were needed for it.
     """
     known, asked = float(before.summary["forget"]["probability"] or 0.0), run.options.training.stop_below
+    if asked is None and run.request is not None:
+        asked = run.request.said["criteria"]["limits"].get("forget_probability")
     if asked is not None:
         if is_first():
             show_start(before, asked, "asked")
-        return run, None
+        return replace(run, options=run.options.but(stop_below=asked)), None
     with same_random_numbers():
         reference = log or reference_rows(run.options, run.splits, across_processes=mesh is not None, mesh=mesh)
     found = [row.get("probability") for row in (reference or {}).get("forget", [])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -100,3 +101,24 @@ def show_probes(probes: Mapping[str, Any]) -> None:
         console.print(table)
     for sentence in attack_sentences(probes):
         console.print(sentence, markup=False)
+
+
+def show_entry(entry: Mapping[str, Any], ledger: Path) -> None:
+    """Print what a run was entered with: its criteria, the earlier requests that came back, and its sketch."""
+    console = Console(soft_wrap=True)
+    said = [f"Entry {entry['number']} of {ledger}: {entry['request']['id']}, {entry['kind']}; hash {entry['hash']}"]
+    for verdict in entry["verdicts"]:
+        found = "not measured" if verdict["found"] is None else f"{verdict['found']:.3g}"
+        word = "holds" if verdict["holds"] else "does not hold"
+        said.append(f"  {verdict['criterion']}: {found}, {verdict['rule']} {verdict['limit']:g}: {word}")
+    for one in entry["earlier"]:
+        if not one["holds"]:
+            found = "no number" if one["probability"] is None else f"{one['probability']:.3g}"
+            said.append(f"  entry {one['number']} is at {found}, not at or below its limit of {one['limit']:g}")
+    if "sketch" in entry["kept"]:
+        sketch = entry["kept"]["sketch"]
+        said.append(
+            f"  a sketch of rank {sketch['rank']} is kept: {sketch['bytes']:,} bytes, {sketch['share']:.0%} of its gradient"
+        )
+    for line in said:
+        console.print(line, markup=False, highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from lightning_modules.data.formats import AUTO as AUTO_FORMAT
@@ -315,7 +316,9 @@ class UnlearnOptions(Options):
         training, finish = replace(self.training, **known), self.finish
         if finish.finish_steps and finish.finish_lr is None and isinstance(training.lr, (int, float)):
             finish = replace(finish, finish_lr=training.lr / 2.0)
-        return replace(self, training=training, finish=finish)
+        name = self.ledger.ledger  # wherever the command is started that goes on with the run
+        ledger = self.ledger if name is None else replace(self.ledger, ledger=str(Path(name).resolve()))
+        return replace(self, training=training, finish=finish, ledger=ledger)
 
     def recorded(self) -> dict[str, Any]:
         """What config.yaml holds: every option but --resume and --dry-run, which are no part of what the run is."""

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 from lightning_modules import cli
+from lightning_modules.evaluation.evaluate import Evaluation
 from lightning_modules.ledger.criteria import KINDS, read_criteria, verdicts
+from lightning_modules.ledger.request import Request
+from lightning_modules.run.options import UnlearnOptions
+from lightning_modules.run.run import Run
+from lightning_modules.run.settling import settle_target
 from tests.lightning_modules.ledger.requests import arguments
 
 BAD = {
@@ -62,6 +67,7 @@ def test_what_the_run_would_not_measure_is_refused_before_it(
         (["--devices", "2"], "found several devices"),
         (["--ledger-sketch", "2", "--ledger-keep-text"], "expected one of them, found both"),
         (["--ledger-rows", "0"], "expected --ledger-rows >= 1, found 0"),
+        (["--evaluation-examples", "3"], "--evaluation-examples: expected 4 or more, every row to forget, found 3"),
         (["--request", "a\nb"], "--request: expected a name in one line"),
     ],
 )
@@ -90,3 +96,14 @@ def test_a_dry_run_says_what_would_be_protected_and_enters_nothing(
     assert cli.main(arguments(two_requests, 3, "--dry-run")) == 0
     assert "earlier requests are protected in 2 rows, 1 sketches among them" in capsys.readouterr().out
     assert len((two_requests / "ledger" / "ledger.jsonl").read_bytes().splitlines()) == 2
+
+
+@pytest.mark.parametrize(("given", "level"), [(None, 0.02), (0.3, 0.3)])
+def test_the_criterion_is_where_the_run_ends_unless_an_option_says_so(
+    tmp_path: Path, given: float | None, level: float
+) -> None:
+    request = Request({"criteria": {"limits": {"forget_probability": 0.02}}})
+    options = UnlearnOptions.of(model="gpt2", stop_below=given)
+    run = Run(options, tmp_path, {}, None, request=request)
+    before = Evaluation({"forget": {"probability": 0.9}}, {})
+    assert settle_target(run, before, None)[0].options.training.stop_below == level
