@@ -193,8 +193,8 @@ def test_a_checkpoint_that_is_not_the_runs_own_is_one_sentence(
     spoil(folder / "checkpoints" / "last.ckpt")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")}
     assert cli.main(["unlearn", "--resume", "--output", str(folder)]) == 1
-    warned, error = capsys.readouterr().err.splitlines()
-    assert "little to forget" in warned  # the tiny model knows nothing
+    # Before it a warning, as the tiny model knows nothing, and where its kept scores are from; or that the machine is slow.
+    *_, error = capsys.readouterr().err.splitlines()
     assert error.startswith(f"gradsurgery: {folder / 'checkpoints' / 'last.ckpt'}: expected ")
     assert said in error
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
