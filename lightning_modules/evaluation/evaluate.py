@@ -292,7 +292,7 @@ def _scored_rows(
     def read(what: Read) -> None:
         if goes_on is None:
             return
-        for place in what.found.keys() & answers.keys():
+        for place in sorted(what.found.keys() & answers.keys()):
             known = begun(place, tokens_of(place, what.found[place]))
             said = [*known.prompt, *known.said][:-1]
             if not known.ended and said and found.encoded[place].input_ids[: len(said)] == said:

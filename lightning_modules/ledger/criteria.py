@@ -95,15 +95,15 @@ def verdicts(criteria: Mapping[str, float], found: Mapping[str, float | None]) -
     said: list[dict[str, Any]] = []
     for name, limit in criteria.items():
         value, kind = found.get(name), KINDS[name]
-        known = value is not None and math.isfinite(value)
-        holds = known and (value <= limit if kind.at_most else value >= limit)  # pyright: ignore[reportOptionalOperand]
+        value = value if value is not None and math.isfinite(value) else None
+        holds = value is not None and (value <= limit if kind.at_most else value >= limit)
         said.append(
             {
                 "criterion": name,
                 "limit": limit,
                 "rule": "at most" if kind.at_most else "at least",
-                "found": value if known else None,
-                "holds": bool(holds),
+                "found": value,
+                "holds": holds,
             }
         )
     return said

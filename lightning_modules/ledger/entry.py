@@ -78,11 +78,11 @@ def numbers_of(run: Path, metrics: Mapping[str, Any], first: float | None) -> di
     ends = [relearned.get(name, {}).get("after") for name in ("model", "control")]
     utility = (metrics.get("model_utility") or {}).get("after")
     return {
-        "forget_probability": number(after["forget"]["probability"]),
-        "forget_quality": number((metrics["forget_quality"] or {}).get("pvalue")),
+        "forget_probability": finite(after["forget"]["probability"]),
+        "forget_quality": finite((metrics["forget_quality"] or {}).get("pvalue")),
         "relearning_gap": None if None in ends else ends[0] - ends[1],
-        "retention": _ratio(number(after["retain"]["probability"]), number(start)),
-        "model_utility": number(utility),
+        "retention": _ratio(finite(after["retain"]["probability"]), finite(start)),
+        "model_utility": finite(utility),
     }
 
 
@@ -103,7 +103,7 @@ def _ratio(value: float | None, start: float | None) -> float | None:
     return None if value is None or not start else value / start
 
 
-def number(value: object) -> float | None:
+def finite(value: object) -> float | None:
     """A finite number; None for NaN, for what stands for it in JSON, and for nothing."""
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
@@ -160,7 +160,7 @@ def _ends(probe: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "steps": probe.get("steps"),
         "lr": probe.get("lr"),
-        "before": number(points[0].get("rest")),
-        "after": number(points[-1].get("rest")),
-        "interval": interval if interval and None not in map(number, interval) else None,
+        "before": finite(points[0].get("rest")),
+        "after": finite(points[-1].get("rest")),
+        "interval": interval if interval and None not in map(finite, interval) else None,
     }

@@ -15,7 +15,7 @@ from lightning_modules.ledger.place import PAGE, PICTURE
 from lightning_modules.ledger.refusals import FORGOTTEN
 from lightning_modules.ledger.table import over_time, shown
 from lightning_modules.ledger.verify import Finding
-from lightning_modules.report.html import visible
+from lightning_modules.report.html import templates
 from lightning_modules.report.svg import inline
 
 _HERE = Path(__file__).parent
@@ -24,17 +24,9 @@ _TITLE = "Mean probability of each request's answers after each later request"
 
 def write_page(folder: Path, entries: Sequence[Entry], findings: Sequence[Finding]) -> None:
     """Write report.html and, where something was forgotten, requests.png into a ledger's folder."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        finalize=lambda value: value if isinstance(value, Markup) else visible(value),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(_HERE)
     requests, values = over_time(entries)
     drawn = None
     if requests:

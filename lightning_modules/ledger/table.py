@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_modules.ledger.chain import Entry
-from lightning_modules.ledger.entry import limit_of, number
+from lightning_modules.ledger.entry import finite, limit_of
 from lightning_modules.ledger.refusals import FORGOTTEN
+from lightning_modules.report.finished import shown as score_shown
 
 HEADINGS = ("entry", "request", "date", "rows", "forget", "limit", "retain", "criteria", "earlier", "hash")
 
@@ -55,8 +55,7 @@ def shown(value: object) -> str:
     """A number of a table."""
     if value is None:
         return "not measured"
-    number = float(str(value))
-    return f"{number:.3f}" if math.isfinite(number) and abs(number) >= 0.0005 else f"{number:.2g}"
+    return score_shown(value)
 
 
 def over_time(entries: Sequence[Entry]) -> tuple[list[Entry], list[list[float | None]]]:
@@ -70,7 +69,7 @@ def over_time(entries: Sequence[Entry]) -> tuple[list[Entry], list[list[float | 
         row: list[float | None] = []
         for entry in requests:
             later = {one["number"]: one["probability"] for one in entry["earlier"]}
-            own = number(entry["metrics"]["after"]["forget"]["probability"])
+            own = finite(entry["metrics"]["after"]["forget"]["probability"])
             row.append(own if entry is request else later.get(request["number"]))
         found.append(row)
     return requests, found

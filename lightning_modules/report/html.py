@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -16,6 +16,9 @@ from lightning_modules.report.finished import MODELS, FinishedRun, columns, show
 from lightning_modules.report.samples import degenerate, is_degenerate, samples
 from lightning_modules.report.terminal import about_scores
 from lightning_modules.report.utility import utility_explained, utility_rows
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 _HERE = Path(__file__).parent
 _HINTS = {
@@ -34,6 +37,21 @@ _NOTES = {
 _WORDS = 24  # words of a long text that are shown at first; a click shows the rest
 
 
+def templates(folder: Path) -> Environment:
+    """The templates in a folder. The engine escapes every text, and shows its control characters."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    return Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) else visible(value),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
 def page(run: FinishedRun, by_layer: Path | None = None) -> str:
     """Returns the report as HTML.
 
@@ -43,17 +61,9 @@ def page(run: FinishedRun, by_layer: Path | None = None) -> str:
         run: What the folder holds.
         by_layer: The picture of the conflict by layer, if there is one.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        finalize=lambda value: value if isinstance(value, Markup) else visible(value),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(_HERE)
     environment.filters.update(
         shown=shown, between=findings.between, percent=leakage.percent, code=_code, beginning=_beginning, rest=_rest
     )

@@ -25,7 +25,7 @@ from lightning_modules.files import write_text
 from lightning_modules.folder import CHECKPOINTS, CONFIG, METRICS, MODEL, REQUEST, write_config, write_json
 from lightning_modules.ledger.chain import START, append, read_chain
 from lightning_modules.ledger.criteria import Criteria, read_criteria
-from lightning_modules.ledger.entry import contents, limit_of, number
+from lightning_modules.ledger.entry import contents, finite, limit_of
 from lightning_modules.ledger.hashes import file_hash, tensors_hash
 from lightning_modules.ledger.place import CRITERIA, LEDGER, SKETCHES, TEXTS, held
 from lightning_modules.ledger.refusals import FORGOTTEN, NOT_MEMORISED, check_model, check_name, check_rows
@@ -316,7 +316,7 @@ def _of_model(folder: Path, said: Mapping[str, Any], ledger: Path, entries: list
     earlier = [
         {
             "number": int(of),
-            "probability": number(value),
+            "probability": finite(value),
             "limit": limit_of(texts[of]),
             "holds": value <= limit_of(texts[of]),
         }

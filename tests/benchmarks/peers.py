@@ -75,14 +75,14 @@ def stacked(rows: Rows) -> list[Tensor]:
 def torchjd_passes(rows: Rows) -> dict[str, Callable[[], object]]:
     """TorchJD's aggregation of Jacobians that stay in `.jac`; nothing where it is not installed."""
     try:
-        from torchjd.aggregation import PCGrad, UPGrad  # type: ignore[import-not-found]
-        from torchjd.autojac import jac_to_grad  # type: ignore[import-not-found]
+        from torchjd.aggregation import PCGrad, UPGrad
+        from torchjd.autojac import jac_to_grad
     except ImportError as error:
         print(f"TorchJD is left out: {error}")
         return {}
     parameters = [torch.empty_like(tensor).requires_grad_() for tensor in rows[0]]
     for parameter, *pair in zip(parameters, *rows, strict=True):
-        parameter.jac = torch.stack(pair)  # type: ignore[attr-defined]
+        parameter.jac = torch.stack(pair)
 
     def once(aggregator: Any, **options: Any) -> None:
         for parameter in parameters:

@@ -43,7 +43,7 @@ def limit_table(repeats: int, small: bool) -> None:
             if choice == "limit":
                 continue
             print(f"    {choice:28s} {limit.ratio(seconds, times['limit'])}", end="")
-            with gs.gram.backend(choice.split(",")[0]):  # type: ignore[arg-type]
+            with gs.gram.backend(choice.split(",")[0]):
                 found = gs.gram.gram(limit.rows_of(name, small=small))
             print(f"  <r,r> off by {float((found / exact - 1.0).abs()[1, 1]):.1e}")
 

@@ -263,7 +263,7 @@ def test_the_choice_says_itself_and_is_restored(kernel: Kernel) -> None:
         with pytest.raises(
             ValueError, match=r"backend: expected one of 'auto', 'compiled', 'eager', or None, found 'fast'"
         ):
-            backend("fast")  # type: ignore[arg-type]
+            backend("fast")
         assert backend().name == "compiled"
     assert repr(backend()) == "eager: it was chosen"
 

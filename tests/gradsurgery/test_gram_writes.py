@@ -51,14 +51,14 @@ def test_written_and_multiplied_in_one_pass(name: choice.Choice, dtype: torch.dt
         assert torch.equal(block_gram([forget, there], writes=[write])[0], again)  # nothing is done twice
     assert write.others == {}
     for index, (mine, right) in enumerate(zip(there, expected, strict=True)):
-        assert mine is None if index == 3 else torch.equal(mine, right)  # type: ignore[arg-type]
-    assert all(torch.equal(y, k) for y, k in zip(other, kept, strict=True))  # type: ignore[arg-type]
+        assert mine is None if index == 3 else torch.equal(mine, right)
+    assert all(torch.equal(y, k) for y, k in zip(other, kept, strict=True))
 
 
 def trained(name: choice.Choice, **options: object) -> tuple[Tensor, gs.GradientSurgery]:
     torch.manual_seed(0)
     model = torch.nn.Linear(60, 70)
-    optimizer = gs.GradientSurgery(torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9), **options)  # type: ignore[arg-type]
+    optimizer = gs.GradientSurgery(torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9), **options)
     with backend(name):
         for step in range(4):
             inputs = torch.randn(2, 6, 60, generator=torch.Generator().manual_seed(step))

@@ -10,6 +10,7 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from lightning_modules import cli
+from tests.lightning_modules.evaluation import evaluation_workers
 from tests.lightning_modules.run.bad_inputs import QUESTIONS, REFUSED, Row, forbid_work, model_folder, state, status
 
 
@@ -25,6 +26,22 @@ def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def parser() -> ArgumentParser:
     """The command line's parser, made once: it takes longer than most rows."""
     return cli._make_parser()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where scores are kept: a folder of the test's own, empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "gradsurgery" / "reference"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny model as a folder, with its tokenizer."""
+    model, tokenizer = evaluation_workers.model_and_tokenizer()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
 
 
 @pytest.fixture

@@ -27,20 +27,7 @@ from tests.lightning_modules.data.chat_templates import LLAMA3
 from tests.lightning_modules.evaluation import evaluation_workers
 
 SPLITS: dict[str, Any] = evaluation_workers.SPLITS
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "gradsurgery" / "reference"
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    model, tokenizer = evaluation_workers.model_and_tokenizer()
-    model.save_pretrained(tmp_path / "reference")
-    tokenizer.save_pretrained(tmp_path / "reference")
-    return tmp_path / "reference"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

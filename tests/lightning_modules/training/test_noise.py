@@ -70,7 +70,7 @@ def test_a_step_adds_the_divergence_on_the_noised_examples_to_the_retain_loss(mo
         "enable_model_summary": False,
     }
     trainer = L.Trainer(max_steps=1, accelerator="cpu", precision="64-true", **quiet)
-    trainer.fit(module, DataLoader([data], batch_size=None))  # pyright: ignore[reportArgumentType]
+    trainer.fit(module, DataLoader([data], batch_size=None))
     assert len(seen) == 1
     forget, retain = (module.objectives[name](module_of(before), data, name) for name in ("forget", "retain"))
     wanted = gradients(forget + retain + 0.25 * divergence(before, start, seen[0]), before)
