@@ -1,10 +1,10 @@
 """Six deletion requests one after another, by six methods: does what was forgotten stay forgotten?
 
-Run it: python examples/ledger/experiment.py --tofu-dir FOLDER   (three seeds; about two hours on two CPU cores)
+Run it: python examples/ledger/experiment.py --tofu-dir FOLDER   (three seeds; about an hour of one CPU core)
 It goes on where it was interrupted, and writes table.md and requests.png into --output.
 
-Configuration S (examples/ablation/grid_s.yaml): the text of TOFU, a Llama of 1.7M parameters. It learns 8 authors to
-keep and one author for each request; a request's rows are kept until they are asked for.
+The text of TOFU and a small Llama, as in examples/ablation. It learns some authors to keep and one author for each
+request; a request's rows are kept until they are asked for.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import random
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -24,21 +25,29 @@ from lightning_modules.data.tofu import ROWS_PER_AUTHOR, tofu_examples
 from lightning_modules.data.tokenization import encode, padding_id
 from lightning_modules.files import replacing, write_text
 from lightning_modules.folder import CHECKPOINTS, METRICS, SURGERY
+from lightning_modules.ledger.criteria import read_criteria
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.quiet import quiet
+from lightning_modules.run.settling import ROOM
 from lightning_modules.run.unlearn import unlearn
 from lightning_modules.training.callbacks import RelearnSettings, relearn_probe
 from lightning_modules.training.probability import mean_probabilities
 from lightning_modules.training.scratch import ScratchSettings, scratch_model
 
-KEPT, LIMIT = 8, 0.05
+CONFIGURATIONS = {
+    "S": (8, ScratchSettings()),
+    "A22": (18, ScratchSettings(hidden_size=256, epochs=22, batch_size=16)),
+}
+"""Name -> authors to keep, and the model: of 1.7M and 2.6M parameters."""
+CRITERIA = Path(__file__).with_name("criteria.yaml")
+LIMIT = read_criteria(str(CRITERIA)).limits["forget_probability"]
 COMMON = {
     "lr": 3e-4,
     "warmup_steps": 5,
     "epochs": 60,
     "accumulate": 1,
     "batch_size": 8,
-    "stop_below": LIMIT,
+    "stop_below": ROOM * LIMIT,
     "score_every": 1,
     "max_new_tokens": 1,
     "probes": "none",
@@ -46,11 +55,12 @@ COMMON = {
 }
 PLAIN = {"recipe": "paper", "rule": "gradient_difference", "rule_options": {"alpha": 0.0}, "ema_decay": None}
 RECIPE = {"recipe": "balanced", "retain_weight": 200.0}
+LEDGER = {"criteria": str(CRITERIA)}
 METHODS = {
     "plain sequential": PLAIN,
     "sequential GRU": RECIPE,
-    "protected ledger": RECIPE | {"ledger_keep_text": True},
-    "ledger with sketches": RECIPE | {"ledger_sketch": 4},
+    "protected ledger": RECIPE | LEDGER | {"ledger_keep_text": True},
+    "ledger with sketches": RECIPE | LEDGER | {"ledger_sketch": 4},
     "anew from the original": RECIPE,
     "retrained without": {},
 }
@@ -60,7 +70,7 @@ METHODS = {
 Rows = list[dict[str, Any]]
 
 
-def authors(seed: int, requests: int, tofu_dir: str | None) -> tuple[Rows, list[Rows], list[str]]:
+def authors(seed: int, keep: int, requests: int, tofu_dir: str | None) -> tuple[Rows, list[Rows], list[str]]:
     """The rows to keep, and those of each request, drawn from TOFU by the seed."""
     rows = tofu_examples("forget10", tofu_dir)
     by_author = {
@@ -68,7 +78,7 @@ def authors(seed: int, requests: int, tofu_dir: str | None) -> tuple[Rows, list[
         for split in ("retain", "forget")
     }
     draw = random.Random(seed)
-    kept = draw.sample(by_author["retain"], KEPT)
+    kept = draw.sample(by_author["retain"], keep)
     texts = [f"Q: {row['question']}\nA: {row['answer']}" for split in ("retain", "forget") for row in rows[split]]
     return [row for author in kept for row in author], draw.sample(by_author["forget"], requests), texts
 
@@ -77,14 +87,15 @@ def together(groups: Sequence[Rows]) -> Rows:
     return list(chain.from_iterable(groups))
 
 
-def experiment(folder: Path, seed: int, requests: int, tofu_dir: str | None) -> None:
+def experiment(folder: Path, configuration: str, seed: int, requests: int, tofu_dir: str | None) -> None:
     """All methods and requests of a seed; what is done already is not done again."""
-    kept, asked, texts = authors(seed, requests, tofu_dir)
+    keep, settings = CONFIGURATIONS[configuration]
+    kept, asked, texts = authors(seed, keep, requests, tofu_dir)
 
     def model_of(rows: Rows, name: str) -> Path:
         place = folder / "models" / name
         if not place.exists():
-            model, tokenizer = scratch_model(rows, ScratchSettings(seed=seed), tokenizer_texts=texts)
+            model, tokenizer = scratch_model(rows, replace(settings, seed=seed), tokenizer_texts=texts)
             with replacing(place) as temporary:
                 model.save_pretrained(temporary)
                 tokenizer.save_pretrained(temporary)
@@ -94,15 +105,15 @@ def experiment(folder: Path, seed: int, requests: int, tofu_dir: str | None) -> 
     start = scores(original, kept, asked)
     write_text(folder / "start.json", json.dumps(start))
     for method, options in METHODS.items():
-        for number in range(1, requests + 1):
+        for number in counted(method, requests):
             result = folder / "results" / method.replace(" ", "_") / f"{number}.json"
             if result.exists():
                 continue
             run = folder / "runs" / method.replace(" ", "_") / str(number)
+            started = time.process_time()
             if method == "retrained without":
-                started = time.perf_counter()
                 model = model_of([*kept, *together(asked[number:])], f"without_{number}")
-                cost = {"steps": None, "seconds": time.perf_counter() - started}
+                steps = None
             else:
                 anew = method == "anew from the original"
                 before = original if number == 1 or anew else run.parent / str(number - 1) / "model"
@@ -116,13 +127,17 @@ def experiment(folder: Path, seed: int, requests: int, tofu_dir: str | None) -> 
                 )
                 forget(run, model=str(before), seed=seed, **files, **COMMON, **options, **ledger)
                 model = run / "model"
-                lines = (run / SURGERY).read_text().splitlines()
-                cost = {"steps": len(lines) - 1, "seconds": read_json(run / METRICS, "scores")["seconds"]["train"]}
+                steps = len((run / SURGERY).read_text().splitlines()) - 1
+            cost = {"steps": steps, "seconds": time.process_time() - started}
             found = scores(model, kept, asked[:number]) | cost
-            if number == requests:
-                found["relearned"] = relearned(model, asked)
+            found["relearned"] = relearned(model, asked[:number])
             write_text(result, json.dumps(found))
             print(f"seed {seed}, {method}, request {number}: {shown(found, start)}", flush=True)
+
+
+def counted(method: str, requests: int) -> range:
+    """After which requests a method is looked at: what is retrained after the last one only."""
+    return range(requests if method == "retrained without" else 1, requests + 1)
 
 
 def forget(run: Path, **options: Any) -> None:
@@ -168,7 +183,7 @@ def read(folder: Path, seeds: Sequence[int], requests: int, method: str) -> tupl
     found = [
         [
             read_json(folder / f"seed_{seed}" / "results" / place / f"{number}.json", "a result")
-            for number in range(1, requests + 1)
+            for number in counted(method, requests)
         ]
         for seed in seeds
     ]
@@ -177,18 +192,11 @@ def read(folder: Path, seeds: Sequence[int], requests: int, method: str) -> tupl
 
 def table(folder: Path, seeds: Sequence[int], requests: int) -> str:
     """Markdown: each method after the last request, mean and standard deviation over the seeds."""
-    names = (
-        "requests above their limit",
-        "largest forget probability",
-        "mean forget probability",
-        "retention",
-        "relearned",
-    )
-    names += ("steps, last request", "seconds, first request", "seconds, last request")
+    names = ("requests above their limit", "the highest, at any time", "mean forget probability", "retention")
+    names += ("relearned", "steps, first and last request", "CPU seconds, first and last request")
     lines = [
-        f"After {requests} requests of one author each; limit {LIMIT:g}; mean ± standard deviation over {len(seeds)} data seeds.",
-        "Written by `python examples/ledger/experiment.py`; retention: mean probability of the answers of the 8 authors that are always",
-        "kept, as a share of the start; relearned: of the forgotten answers that were not taught, after a quarter was taught again.",
+        f"After {requests} requests of one author each; limit {LIMIT:g}, runs end at {ROOM * LIMIT:g}; "
+        f"mean ± standard deviation over data seeds {', '.join(map(str, seeds))}.",
         "",
         f"| method | {' | '.join(names)} |",
         "|---|" + "---:|" * len(names),
@@ -198,25 +206,37 @@ def table(folder: Path, seeds: Sequence[int], requests: int) -> str:
         columns = []
         for results, start in zip(found, starts, strict=True):
             last, values = results[-1], results[-1]["requests"]
-            row = [sum(value > LIMIT for value in values), max(values), fmean(values), last["retain"] / start["retain"]]
-            columns.append([*row, last["relearned"], last["steps"], results[0]["seconds"], last["seconds"]])
-        cells = []
-        for number, values in enumerate(zip(*columns, strict=True)):
-            digits = 3 if 1 <= number <= 4 else 1
-            known = [value for value in values if value is not None]
-            cells.append(f"{fmean(known):.{digits}f} ± {pstdev(known):.{digits}f}" if known else "-")
+            highest = max(value for result in results for value in result["requests"])
+            row = [sum(value > LIMIT for value in values), highest, fmean(values), last["retain"] / start["retain"]]
+            ends = [results[at][what] for what in ("steps", "seconds") for at in (0, -1)]
+            columns.append([*row, last["relearned"], *ends])
+        above, *shares, steps, more_steps, seconds, more_seconds = (
+            [value for value in values if value is not None] for values in zip(*columns, strict=True)
+        )
+        cells = [spread(above, 1), *(spread(values, 3) for values in shares)]
+        cells.append(f"{spread(steps, 0)}, {spread(more_steps, 0)}" if steps else "-")
+        one = method == "retrained without"
+        cells.append(spread(more_seconds, 0) if one else f"{spread(seconds, 0)}, {spread(more_seconds, 0)}")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def spread(values: Sequence[float], digits: int) -> str:
+    return f"{fmean(values):.{digits}f} ± {pstdev(values):.{digits}f}"
+
+
 def picture(path: Path, folder: Path, seeds: Sequence[int], requests: int) -> None:
-    """Requests from top to bottom, time from left to right, one field for each method; means over the seeds."""
+    """Requests from top to bottom, time from left to right, one field for each method; and the retention of all."""
     import numpy as np
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(11, 6.5), layout="constrained")
-    for axes, method in zip(drawn.subplots(2, 3).flat, METHODS, strict=True):
-        found, _ = read(folder, seeds, requests, method)
+    *fields, lines = drawn.subplots(2, 3).flat
+    for axes, method in zip(fields, (name for name in METHODS if len(counted(name, 2)) == 2), strict=True):
+        found, starts = read(folder, seeds, requests, method)
+        pairs = list(zip(found, starts, strict=True))
+        kept = [fmean(results[at]["retain"] / start["retain"] for results, start in pairs) for at in range(requests)]
+        lines.plot(range(1, requests + 1), kept, marker="o", markersize=3, label=method)
         field = np.full((requests, requests), np.nan)
         for column in range(requests):
             for row in range(column + 1):
@@ -230,6 +250,9 @@ def picture(path: Path, folder: Path, seeds: Sequence[int], requests: int) -> No
         axes.set_xticks(range(requests), range(1, requests + 1))
         axes.set_yticks(range(requests), range(1, requests + 1))
         axes.set(xlabel="after request", ylabel="request")
+    lines.set(xlabel="after request", ylabel="share of the start", ylim=(None, 1.02))
+    lines.set_title("answers to keep", fontsize=10)
+    lines.legend(fontsize=7)
     drawn.suptitle(
         f"Mean probability of each request's answers after each later request (bold: above {LIMIT:g})", fontsize=11
     )
@@ -241,12 +264,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--tofu-dir", help="folder with TOFU's files; from the hub if not given")
     parser.add_argument("--output", type=Path, default=Path("runs/ledger"))
+    parser.add_argument("--configuration", choices=CONFIGURATIONS, default="S")
     parser.add_argument("--requests", type=int, default=6)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
     quiet()
     for seed in given.seeds:
-        experiment(given.output / f"seed_{seed}", seed, given.requests, given.tofu_dir)
+        experiment(given.output / f"seed_{seed}", given.configuration, seed, given.requests, given.tofu_dir)
     written = table(given.output, given.seeds, given.requests)
     write_text(given.output / "table.md", written)
     picture(given.output / "requests.png", given.output, given.seeds, given.requests)

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from experiment import Rows, authors, loaded, together
+from experiment import CONFIGURATIONS, Rows, authors, loaded, together
 from torch import Tensor
 
 from lightning_modules.data.tofu import ROWS_PER_AUTHOR, tofu_split
@@ -72,7 +72,7 @@ if __name__ == "__main__":
     given = parser.parse_args()
     everything: dict[str, list[dict[str, tuple[list[float], int, float]]]] = {"released": [], "never saw it": []}
     for seed in given.seeds:
-        kept, asked, _ = authors(seed, given.requests, given.tofu_dir)
+        kept, asked, _ = authors(seed, CONFIGURATIONS["S"][0], given.requests, given.tofu_dir)
         seen = {row["question"] for row in [*kept, *together(asked)]}
         strangers = [row for row in tofu_split("forget10", given.tofu_dir) if row["question"] not in seen]
         wrong = [

@@ -11,6 +11,7 @@ from lightning_modules.data.examples import Example, read_examples
 from lightning_modules.data.files import existing_file
 from lightning_modules.files import write_text
 from lightning_modules.ledger.chain import Entry, read_chain
+from lightning_modules.ledger.entry import limit_of
 from lightning_modules.ledger.hashes import canonical, file_hash, request_hash, row_hash
 from lightning_modules.ledger.place import LEDGER
 from lightning_modules.ledger.refusals import FORGOTTEN
@@ -28,11 +29,13 @@ class Request:
         said: What request.json holds: everything about it that is known before the training.
         texts: Protected row -> the requests that take turns in it, each as its examples.
         sketches: Protected row -> the files of the sketches that take turns in it.
+        limits: What `kept_texts` finds: the earlier requests that have to be at most at their limits at the end.
     """
 
     said: Mapping[str, Any]
     texts: Mapping[str, Sequence[Sequence[Example]]] = field(default_factory=dict)
     sketches: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    limits: Mapping[str, tuple[Sequence[Example], float]] = field(default_factory=dict)
 
     @property
     def memorised(self) -> bool:
@@ -75,6 +78,20 @@ def protected(
         {name: texts[number::of_text] for number, name in enumerate(names[:of_text])},
         {name: sketches[number::of_sketch] for number, name in enumerate(names[of_text:])},
     )
+
+
+def kept_texts(ledger: Path, entries: Sequence[Entry]) -> dict[str, tuple[list[Example], float]]:
+    """Number of an entry that kept its text -> the text, and the forget probability that it may have.
+
+    Raises:
+        FileNotFoundError: If something that was kept is gone.
+        ValueError: If it is not as it was kept.
+    """
+    return {
+        str(entry["number"]): (read_examples(_kept(ledger, entry, "text")), limit_of(entry))
+        for entry in entries
+        if entry["kind"] == FORGOTTEN and "text" in entry["kept"]
+    }
 
 
 def _kept(ledger: Path, entry: Entry, what: str) -> Path:

@@ -25,11 +25,11 @@ from lightning_modules.files import write_text
 from lightning_modules.folder import CHECKPOINTS, CONFIG, METRICS, MODEL, REQUEST, write_config, write_json
 from lightning_modules.ledger.chain import START, append, read_chain
 from lightning_modules.ledger.criteria import Criteria, read_criteria
-from lightning_modules.ledger.entry import contents, finite, limit_of
+from lightning_modules.ledger.entry import contents, finite
 from lightning_modules.ledger.hashes import file_hash, tensors_hash
 from lightning_modules.ledger.place import CRITERIA, LEDGER, SKETCHES, TEXTS, held
 from lightning_modules.ledger.refusals import FORGOTTEN, NOT_MEMORISED, check_model, check_name, check_rows
-from lightning_modules.ledger.request import Request, hashes_of, keep_rows, protected
+from lightning_modules.ledger.request import Request, hashes_of, keep_rows, kept_texts, protected
 from lightning_modules.ledger.sketch import request_gradient, save_sketch, share_kept, sketched
 from lightning_modules.run.loading import load_model, read_splits, start_name
 from lightning_modules.run.options import UnlearnOptions
@@ -129,26 +129,27 @@ def requested(options: UnlearnOptions, splits: Splits) -> Request | None:
     ledger = Path(name)
     entries = read_chain(ledger / LEDGER)
     texts, sketches = protected(ledger, entries, options.ledger.ledger_rows)
+    limits = kept_texts(ledger, entries)
     last = entries[-1]["hash"] if entries else START
     if (path := _said_before(options)) is not None:
         said = read_json(path, "what was said before the run")
         _check_last(said, last)
         _check_same(said, splits)
-        return Request(said, texts, sketches)
+        return Request(said, texts, sketches, limits)
     criteria = read_criteria(options.ledger.criteria) if options.ledger.criteria is not None else Criteria({})
     model, tokenizer = load_model(options, splits)
     found = _model_hash(options, splits, model, tokenizer)
     check_model(entries, found, start_name(options, splits))
     known = _probabilities(options, model, tokenizer, {"forget": splits["forget"]})["forget"]
-    asked = criteria.limits.get("forget_probability", options.training.stop_below)
-    level = asked or USUAL_LEVEL
+    asked = criteria.limits.get("forget_probability", options.training.stop_below or None)
+    level = USUAL_LEVEL if asked is None else asked
     hashes = hashes_of(splits["forget"])
     said: dict[str, Any] = {
         "id": options.ledger.request or hashes["sha256"][:12],
         "kind": FORGOTTEN if not known <= level else NOT_MEMORISED,
         **hashes,
         "counts": {"forget": len(splits["forget"]), "retain": len(splits["retain"]), "known": known, "level": level},
-        "asked": bool(asked),
+        "asked": asked is not None,
         "begun": _now(),
         "ledger": str(ledger.resolve()),
         "previous": last,
@@ -160,7 +161,7 @@ def requested(options: UnlearnOptions, splits: Splits) -> Request | None:
             "rows": len(texts) + len(sketches),
         },
     }
-    return Request(said, texts, sketches)
+    return Request(said, texts, sketches, limits)
 
 
 def _said_before(options: UnlearnOptions) -> Path | None:
@@ -300,7 +301,6 @@ def enter(folder: Path) -> None:
 def _of_model(folder: Path, said: Mapping[str, Any], ledger: Path, entries: list[Any]) -> dict[str, Any]:
     """What only the model that is left can say: how earlier requests fare, and the sketch of this one."""
     options = UnlearnOptions.of(**read_options(folder / CONFIG))
-    texts = {str(entry["number"]): entry for entry in entries if "text" in entry["kept"]}
     if said["kind"] != FORGOTTEN:
         return {"earlier": [], "kept": {}}
     splits = read_splits(options)
@@ -308,18 +308,12 @@ def _of_model(folder: Path, said: Mapping[str, Any], ledger: Path, entries: list
         _check_same(said, splits)  # the rows are read anew; what is kept is what was forgotten
     model: Any = None
     tokenizer: Any = None
+    texts = kept_texts(ledger, entries)
     if texts or options.ledger.ledger_sketch:
         model, tokenizer = load_model(_as_saved(options, folder), splits)
-    rows = {number: protected(ledger, [entry], 1)[0] for number, entry in texts.items()}
-    examples = {number: next(iter(found.values()))[0] for number, found in rows.items()}
-    values = _probabilities(options, model, tokenizer, examples) if examples else {}
+    values = _probabilities(options, model, tokenizer, {of: rows for of, (rows, _) in texts.items()}) if texts else {}
     earlier = [
-        {
-            "number": int(of),
-            "probability": finite(value),
-            "limit": limit_of(texts[of]),
-            "holds": value <= limit_of(texts[of]),
-        }
+        {"number": int(of), "probability": finite(value), "limit": texts[of][1], "holds": value <= texts[of][1]}
         for of, value in values.items()
     ]
     kept: dict[str, Any] = {}

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_modules.data.examples import asked, evenly_spaced
-from lightning_modules.data.pairs import VALIDATION_EXAMPLES, VALIDATION_SPLITS
+from lightning_modules.data.pairs import VALIDATION_EXAMPLES, VALIDATION_SPLITS, encoded_rows
 from lightning_modules.data.tokenization import encode, padding_id
 from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.evaluate import Evaluation
@@ -258,18 +258,23 @@ def _last_checkpoint(run: Run[UnlearnOptions]) -> Path | None:
 
 
 def make_curve(run: Run[UnlearnOptions]) -> TradeoffCurve:
-    """The scores while training, on a few examples of both sets."""
-    training = run.options.training
+    """The scores while training, on a few examples of both sets; at the end the ledger's earlier requests count too."""
+    training, limits = run.options.training, {} if run.request is None else run.request.limits
+    longest, pad = run.options.data.max_length, padding_id(run.tokenizer)
     return TradeoffCurve(
         {
             split: [
-                encode(run.tokenizer, asked(row), row["answer"], run.options.data.max_length)
+                encode(run.tokenizer, asked(row), row["answer"], longest)
                 for row in evenly_spaced(run.splits[split], VALIDATION_EXAMPLES)
             ]
             for split in VALIDATION_SPLITS
         },
-        pad_token_id=padding_id(run.tokenizer),
+        pad_token_id=pad,
         every_n_steps=training.score_every,
         stop_below=training.stop_below,
+        at_most={
+            name: (encoded_rows(run.tokenizer, "earlier", rows, longest), limit)
+            for name, (rows, limit) in limits.items()
+        },
         path=run.folder / CURVE,
     )

@@ -30,6 +30,8 @@ USUAL_LEVEL = 0.05
 """The forget probability at which a run ends where nobody names one and there is no reference."""
 HIGHEST_LEVEL = 0.1
 """The highest at which it ends where nobody names one: above it an answer can be drawn often, whoever else gives it."""
+ROOM = 0.6
+"""The share of a ledger's criterion at which a run ends: later requests raise what was forgotten a little."""
 USUAL_RATE = 1e-5
 """The learning rate where none can be found: that of the papers, for models of 7 billion weights."""
 WHOLE_WAY = 0.75
@@ -41,7 +43,7 @@ def settle_target(
 ) -> tuple[Run[UnlearnOptions], ScoredSplits | None]:
     """Say at which forget probability the run ends, if no option does: at the reference's own, or else at 0.05.
 
-    With --ledger a criterion of forget_probability counts as such an option.
+    With --ledger a criterion of forget_probability counts as such an option, and the run ends at `ROOM` of it.
 
     A reference above 0.1 counts as 0.1. It prints to standard error what it found, and if there is little or nothing to
     forget. A target that the model is below already would end the run before its first step; one that nobody asked for
@@ -58,7 +60,8 @@ def settle_target(
     """
     known, asked = float(before.summary["forget"]["probability"] or 0.0), run.options.training.stop_below
     if asked is None and run.request is not None:
-        asked = run.request.said["criteria"]["limits"].get("forget_probability")
+        limit = run.request.said["criteria"]["limits"].get("forget_probability")
+        asked = None if limit is None else ROOM * limit
     if asked is not None:
         if is_first():
             show_start(before, asked, "asked")

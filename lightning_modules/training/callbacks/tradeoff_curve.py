@@ -29,6 +29,8 @@ class TradeoffCurve(Callback):
         every_n_steps: Optimizer steps between scores; the start and the end are scored too. None: a 25th of the steps
             of the whole training, which depend on the number of processes and are known when training starts.
         stop_below: Stop training when the probability of the split "forget" falls below this.
+        at_most: Name -> examples, and the probability that they may have when training is stopped; they are scored only
+            where the split "forget" is below `stop_below`. Training goes on as long as one of them is above.
         batch_size: Examples a forward pass.
         path: A CSV file with a row for each point, which grows while the run goes on; None writes none.
 
@@ -43,12 +45,14 @@ class TradeoffCurve(Callback):
         pad_token_id: int,
         every_n_steps: int | None = None,
         stop_below: float | None = None,
+        at_most: Mapping[str, tuple[Sequence[Encoded], float]] | None = None,
         batch_size: int = 32,
         path: str | Path | None = None,
     ) -> None:
         self.encoded = dict(encoded)
         self.pad_token_id, self.every_n_steps = pad_token_id, every_n_steps
         self.stop_below, self.batch_size = stop_below, batch_size
+        self.at_most = {} if at_most is None else dict(at_most)
         self.points: list[dict[str, float]] = []
         self._file = None if path is None else GrowingRows(path)
 
@@ -64,8 +68,8 @@ class TradeoffCurve(Callback):
             steps = trainer.estimated_stepping_batches
             self.every_n_steps = max(1, int(steps) // _POINTS) if 0 < steps < float("inf") else 1
         self.stop_below = trainer.strategy.broadcast(self.stop_below)  # the first process may have found it alone
-        self._score(trainer, pl_module)
-        self._stop(trainer)
+        if not self._score(trainer, pl_module):
+            self._stop(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Score every so many steps, and the last one, so that its checkpoint knows the score."""
@@ -88,27 +92,38 @@ class TradeoffCurve(Callback):
         """Restore the points."""
         self.points = list(state_dict["points"])
 
-    def _score(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _score(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
+        """Whether there was no score of this step yet."""
         step = trainer.global_step
         if self.points and self.points[-1]["step"] >= step:
-            return
-        model = pl_module.get_submodule("model")
-        scores = mean_probabilities(model, self.encoded, pad_token_id=self.pad_token_id, batch_size=self.batch_size)
-        # The first process's scores are everybody's: what is decided by them, a stop or a checkpoint, is decided by all
-        # processes alike. Each has its own last digits, and one that stops alone leaves the others waiting.
-        scores = trainer.strategy.broadcast(scores)
+            return False
+        scores = self._probabilities(trainer, pl_module, self.encoded)
         self.points.append({"step": step, **scores})
         for logger in trainer.loggers:
             logger.log_metrics({f"curve/{split}": value for split, value in scores.items()}, step)
         self._write(trainer)
-        self._stop(trainer)
+        self._stop(trainer, pl_module)
+        return True
+
+    def _probabilities(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, encoded: Mapping[str, Sequence[Encoded]]
+    ) -> dict[str, float]:
+        model = pl_module.get_submodule("model")
+        scores = mean_probabilities(model, encoded, pad_token_id=self.pad_token_id, batch_size=self.batch_size)
+        # The first process's scores are everybody's: what is decided by them, a stop or a checkpoint, is decided by all
+        # processes alike. Each has its own last digits, and one that stops alone leaves the others waiting.
+        return trainer.strategy.broadcast(scores)
 
     def _write(self, trainer: L.Trainer) -> None:
         if self._file is not None and self.points and trainer.is_global_zero:
             self._file.write(list(self.points[0]), self.points[self._file.written :])
 
-    def _stop(self, trainer: L.Trainer) -> None:
-        if self.stop_below is not None and self.points[-1].get("forget", 1.0) < self.stop_below:
+    def _stop(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.stop_below is None or not self.points[-1].get("forget", 1.0) < self.stop_below:
+            return
+        encoded = {name: rows for name, (rows, _) in self.at_most.items()}
+        found = self._probabilities(trainer, pl_module, encoded) if encoded else {}
+        if all(found[name] <= limit for name, (_, limit) in self.at_most.items()):
             trainer.should_stop = True
 
 

@@ -98,8 +98,8 @@ def test_a_dry_run_says_what_would_be_protected_and_enters_nothing(
     assert len((two_requests / "ledger" / "ledger.jsonl").read_bytes().splitlines()) == 2
 
 
-@pytest.mark.parametrize(("given", "level"), [(None, 0.02), (0.3, 0.3)])
-def test_the_criterion_is_where_the_run_ends_unless_an_option_says_so(
+@pytest.mark.parametrize(("given", "level"), [(None, 0.6 * 0.02), (0.3, 0.3)])
+def test_a_run_ends_at_a_share_of_its_criterion_unless_an_option_says_where(
     tmp_path: Path, given: float | None, level: float
 ) -> None:
     request = Request({"criteria": {"limits": {"forget_probability": 0.02}}})

@@ -97,6 +97,16 @@ class Scripted(TradeoffCurve):
 SIX = ((0.9, 0.9), (0.5, 0.8), (0.04, 0.6), (0.01, 0.7), (0.005, 0.3), (0.001, 0.2), (0.02, 0.1))
 
 
+@pytest.mark.parametrize("level", [0.0, 1.0])
+def test_it_goes_on_until_the_others_are_at_most_at_their_limits_too(level: float) -> None:
+    alone = make_curve(stop_below=0.9)
+    fit([alone])
+    curve = make_curve(stop_below=0.9, at_most={"earlier": (examples(3, 5), level), "always": (examples(2, 6), 1.0)})
+    trainer, _ = fit([curve])
+    assert trainer.global_step == (6 if level == 0.0 else alone.points[-1]["step"])
+    assert set(curve.points[0]) == {"step", "forget", "retain"}
+
+
 class Weights(L.Callback):
     """The model after every step."""
 
