@@ -48,7 +48,8 @@ COMMON = {
     "accumulate": 1,
     "batch_size": 8,
     "stop_below": ROOM * LIMIT,
-    "score_every": 1,
+    "score_every": 2,
+    "evaluation_examples": 120,
     "max_new_tokens": 1,
     "probes": "none",
     "precision": "32-true",
@@ -130,7 +131,8 @@ def experiment(folder: Path, configuration: str, seed: int, requests: int, tofu_
                 steps = len((run / SURGERY).read_text().splitlines()) - 1
             cost = {"steps": steps, "seconds": time.process_time() - started}
             found = scores(model, kept, asked[:number]) | cost
-            found["relearned"] = relearned(model, asked[:number])
+            if number == requests:
+                found["relearned"] = relearned(model, asked)
             write_text(result, json.dumps(found))
             print(f"seed {seed}, {method}, request {number}: {shown(found, start)}", flush=True)
 

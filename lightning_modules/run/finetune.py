@@ -114,6 +114,8 @@ def _taught(options: FinetuneOptions, rows: list[Example]) -> Path:
     if training.save == "merged":
         check_mergeable(model)  # now, and not after hours of training
     module = FinetuningModule(model, options.settings()).train()
+    if training.compile:
+        module.head.compile()
     data = FinetuningDataModule(encoded, padding_id(tokenizer), options.settings())
     trainer = _trainer(options)
     if first and not training.resume:

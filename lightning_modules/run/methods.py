@@ -132,6 +132,8 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module, log: ScoredSplits | N
     seconds["train"] = time.perf_counter() - started
     kind, batches = protecting(run, data)
     module = make_module(model, options.method, run.options.training, reference, kind, options.loading).train()
+    if training.compile:
+        module.head.compile()
     seconds["train"] += fit(run, trainer, module, batches)
     if start is not None:
         started = time.perf_counter()

@@ -20,7 +20,7 @@ from lightning_modules.folder import locked
 from lightning_modules.progress import Stage
 from lightning_modules.run.first import SPLITS, Lesson, Part, is_taught, lesson
 from lightning_modules.run.models import load_to_train
-from lightning_modules.run.options import UnlearnOptions
+from lightning_modules.run.options import TrainingOptions, UnlearnOptions
 from lightning_modules.run.saving import keep_files, save_model
 from lightning_modules.training.callbacks import Checkpoints, ProgressLines
 from lightning_modules.training.checkpoint_file import CheckpointFile
@@ -48,11 +48,11 @@ def teach_first(options: UnlearnOptions, splits: Mapping[str, Sequence[Example]]
         with _alone(work, found.folder):
             if not is_taught(found.folder):
                 taught = [split for split in SPLITS[part] if split in splits]
-                _teach(found, part, taught, work, recompute=options.training.gradient_checkpointing)
+                _teach(found, part, taught, work, options.training)
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _teach(found: Lesson, part: Part, taught: Sequence[str], work: Path, *, recompute: bool) -> None:
+def _teach(found: Lesson, part: Part, taught: Sequence[str], work: Path, training: TrainingOptions) -> None:
     settings, console = found.settings, Console(stderr=True, soft_wrap=True)
     console.print(
         f"Teaching the {part} {' and '.join(reversed(taught))}: {len(found.encoded)} examples, {settings.epochs} epochs, into "
@@ -63,7 +63,7 @@ def _teach(found: Lesson, part: Part, taught: Sequence[str], work: Path, *, reco
     started = time.perf_counter()
     L.seed_everything(settings.seed, verbose=False)
     model, tokenizer = load_to_train(found.model, loading=found.loading)
-    if recompute:  # the same weights with less memory, so that the cache need not tell
+    if training.gradient_checkpointing:  # the same weights with less memory, so that the cache need not tell
         recompute_activations(model)
     last = work / "last.ckpt"
     bar: Callback = RichProgressBar() if console.is_terminal else ProgressLines(f"Teaching the {part}")
@@ -73,6 +73,7 @@ def _teach(found: Lesson, part: Part, taught: Sequence[str], work: Path, *, reco
         settings,
         device=found.device,
         callbacks=[Checkpoints(last, run=asdict(settings)), bar],
+        compiled=training.compile,  # the same to the last digits, which differ between machines too
         precision=found.precision,
         enable_checkpointing=True,
         enable_progress_bar=console.is_terminal,

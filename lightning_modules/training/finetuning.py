@@ -56,11 +56,11 @@ class FinetuningModule(ResumableModule):
         super().__init__()
         self.model = model
         self.settings = settings
-        self._head = AnswerHead(model)
+        self.head = AnswerHead(model)
 
     def training_step(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The mean cross-entropy of the batch's answer tokens, in nats."""
-        states = self._head.states(batch)
+        states = self.head.states(batch)
         hidden, labels = gs.losses.answer_tokens(states.values, batch["labels"])
         if states.head is None or len(labels) * len(states.head.weight) * 4 <= _HELD:
             losses = cross_entropy(logits_of(hidden, states.head), labels, reduction="none")
@@ -141,6 +141,7 @@ def taught_alone(
     *,
     device: torch.device,
     callbacks: Sequence[Callback] = (),
+    compiled: bool = False,
     **trainer: Any,
 ) -> None:
     """Teach a model on one device in this process, whatever launcher started it and whatever group it is in.
@@ -153,6 +154,7 @@ def taught_alone(
         settings: How it is taught.
         device: Where.
         callbacks: Of Lightning.
+        compiled: Compile the model's backbone, see `heads.AnswerHead.compile`.
         trainer: Further arguments of the Trainer, and `ckpt_path` of its `fit`.
 
     Raises:
@@ -172,7 +174,10 @@ def taught_alone(
                 **{"plugins": [LightningEnvironment()]} | trainer,  # srun would want as many devices as it has tasks
             )
         )
-        alone.fit(FinetuningModule(model.train(), settings), data, ckpt_path=checkpoint, weights_only=True)
+        module = FinetuningModule(model.train(), settings)
+        if compiled:
+            module.head.compile()
+        alone.fit(module, data, ckpt_path=checkpoint, weights_only=True)
 
 
 @contextmanager

@@ -39,6 +39,20 @@ class AnswerHead:
         self.model = model
         self._backbone: nn.Module | None = None
         self._tried = False
+        self._compiles = False
+        self._run: Any = None
+
+    def compile(self) -> None:
+        """Have `torch.compile` make one program of the backbone, or of a model that is not split, for any shapes.
+
+        The first step then takes up to minutes. Only what runs through this head is compiled: `model` itself, its
+        `state_dict`, its scores and its generated answers stay as they were. Losses differ in the last digits.
+
+        Raises:
+            RuntimeError: In the first step, by PyTorch, where the compiler is missing: a C++ compiler on a CPU, Triton
+                on a GPU.
+        """
+        self._compiles = True
 
     def states(self, batch: Batch, *, split: bool = True) -> States:
         """Run the model: hidden states and head, or logits where that is not possible or not wanted."""
@@ -46,9 +60,14 @@ class AnswerHead:
         if not self._tried:
             self._tried = True
             self._backbone = self._try(inputs)
-        if self._backbone is None or not split:
+            self._run = self.model if self._backbone is None else self._backbone
+            if self._compiles:
+                self._run = torch.compile(self._run, dynamic=True)
+        if self._backbone is None:
+            return States(self._run(**inputs).logits, None)
+        if not split:
             return States(self.model(**inputs).logits, None)
-        return States(self._backbone(**inputs, use_cache=False).last_hidden_state, self._head())
+        return States(self._run(**inputs, use_cache=False).last_hidden_state, self._head())
 
     def hidden(self, batch: Batch, layer: int) -> Tensor:
         """Hidden states ``[B, T, H]`` after a layer, counted as in `output_hidden_states`.
@@ -82,7 +101,7 @@ class AnswerHead:
         parts = backbone_and_head(self.model)
         reason = "it has no backbone and output embeddings to tell apart, or its weights are sharded"
         if hasattr(self.model, "_orig_mod"):
-            reason = "it is compiled as a whole; compile its backbone instead"
+            reason = "it is compiled as a whole; compile its backbone instead, by head.compile()"
         elif parts is not None and type(parts[1]) is not nn.Linear:
             reason = f"its head is a {type(parts[1]).__name__} and not a plain Linear"
         elif parts is not None:

@@ -30,7 +30,7 @@ from lightning_modules.training.uld_settings import ULDSettings
 OF_SURGERY = (
     *(option.name for option in fields(MethodOptions) if option.name != "method"),
     *("optimizer", "optimizer_options", "accumulate", "max_norm", "stop_below", "score_every", "collapse_below"),
-    *("group_by_length", "gradient_checkpointing"),
+    *("group_by_length", "gradient_checkpointing", "compile"),
     *("strategy", "devices", "num_nodes"),
 )
 """Options without effect under --method uld: they are about losses, rules, steps of surgery or processes."""

@@ -195,6 +195,10 @@ class TrainingOptions(SharedOptions, StepOptions):
                 f"--strategy {FSDP2}: expected no --gradient-checkpointing, found it: that shards gather the same weights for a layer that "
                 "is run again has not been tested; leave it out, and use more devices or a smaller --batch-size"
             )
+        if self.compile:
+            raise ValueError(
+                f"--strategy {FSDP2}: expected no --compile, found it: compiled shards have not been tested; leave it out"
+            )
         if self.lora_init == "fila":
             raise ValueError(
                 f"--strategy {FSDP2}: expected adapters that start at random, found --lora-init fila, whose Fisher information needs the "
