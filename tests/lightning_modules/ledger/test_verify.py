@@ -37,6 +37,9 @@ def test_what_is_as_it_was_written_passes_by_command_with_its_scores(
     )
 
 
+@pytest.mark.supports(
+    "The command", "`--ledger`: whatever was changed in record, model or criteria is found at its entry"
+)
 @pytest.mark.parametrize("entry", [1, 2])
 def test_a_flipped_bit_is_found_at_its_entry(ledger: Path, entry: int) -> None:
     said = read_chain(ledger / "ledger" / "ledger.jsonl")[entry - 1]

@@ -20,7 +20,10 @@ from tests.lightning_modules.training.test_module import Bigram, batches, fit
 from tests.lightning_modules.training.test_recomputing import adapters, llama, weights
 from tests.tolerances import LINEAR, close
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.supports("The command", "`--compile`, on one device"),
+]
 
 
 @pytest.fixture
