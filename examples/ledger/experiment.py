@@ -128,7 +128,8 @@ def experiment(folder: Path, configuration: str, seed: int, requests: int, tofu_
                 )
                 forget(run, model=str(before), seed=seed, **files, **COMMON, **options, **ledger)
                 model = run / "model"
-                steps = len((run / SURGERY).read_text().splitlines()) - 1
+                record = run / SURGERY  # none where nothing was left to forget
+                steps = len(record.read_text().splitlines()) - 1 if record.exists() else 0
             cost = {"steps": steps, "seconds": time.process_time() - started}
             found = scores(model, kept, asked[:number]) | cost
             if number == requests:
