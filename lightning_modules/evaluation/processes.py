@@ -69,12 +69,13 @@ def rank_ahead() -> int:
 def processes_ahead() -> int:
     """How many processes there will be, read from the environment as `rank_ahead` reads the rank; 1 for one alone.
 
-    A Lightning that starts processes itself says so only to those that it starts: options tell the first.
+    A Lightning that starts processes itself says so only to those that it starts: options tell the first. What a Slurm
+    job's script starts without srun is alone, however many tasks the job may have.
     """
     environment = os.environ
     if "WORLD_SIZE" in environment:
         return int(environment["WORLD_SIZE"])
-    if "SLURM_NTASKS" in environment and SLURMEnvironment.job_name() not in _INTERACTIVE:
+    if {"SLURM_NTASKS", "SLURM_PROCID"} <= environment.keys() and SLURMEnvironment.job_name() not in _INTERACTIVE:
         return int(environment["SLURM_NTASKS"])
     if LSFEnvironment.detect():
         return int(environment["JSM_NAMESPACE_SIZE"])

@@ -34,7 +34,8 @@ def row_by_hand(model: Any, encoded: Sequence[Any], *, retain: bool) -> torch.Te
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_gram_matrix_is_that_of_gradients_by_hand(dtype: torch.dtype) -> None:
-    model, tokenizer = model_and_tokenizer()
+    made: Any = model_and_tokenizer()
+    model, tokenizer = made
     model.to(dtype)
     requests = {f"{number}": encoded_rows(tokenizer, "forget", rows(number), None) for number in range(3)}
     retain = encoded_rows(tokenizer, "retain", SPLITS["retain"], None)
