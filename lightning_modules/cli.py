@@ -17,10 +17,15 @@ _COMMANDS = {
     "unlearn": "make a model forget, and measure what it forgot and what it kept",
     "evaluate": "score a model on its splits; writes metrics.json",
     "ablate": "compare methods where they have forgotten equally much: a grid of methods and seeds",
-    "ledger": "show, verify or report a record of deletion requests, which unlearn --ledger makes",
+    "ledger": "show, verify or report a record of deletion requests, which unlearn --ledger makes; plan those that wait",
     "report": "draw report.html, report.md and curves.png again from what is in a run's folder; with more, the spread over seeds",
 }
 
+_ACTIONS = {
+    "show": "print a ledger's table",
+    "verify": "check that a ledger, and everything that it names, is as it was written",
+    "report": "write report.html into a ledger's folder",
+}
 
 _EXIT = """exit status: 0 if it is done; 1 if something has to be mended first, in the options, the data, the model or the folder,
 which a sentence on standard error says (a traceback in its place is a mistake of ours: please report it); 130 if it was
@@ -100,14 +105,7 @@ def _work(command: str, given: Mapping[str, Any]) -> Callable[[], object]:
 
         work = partial(draw, Path(given["folder"]), [Path(other) for other in given.get("others") or ()])
     elif command == "ledger":
-        from lightning_modules.run.options import LedgerCommandOptions
-
-        asked = dict(given)
-        action, folder = asked.pop("action"), Path(asked.pop("folder"))
-        options_of_ledger = LedgerCommandOptions(**asked)
-        from lightning_modules.run.ledger import ledger_command
-
-        work = partial(ledger_command, action, folder, options_of_ledger)
+        work = _work_of_ledger(given["subcommand"], dict(vars(given[given["subcommand"]])))
     elif command == "ablate":
         compared = AblateOptions(**given)
         compared.check()
@@ -141,6 +139,22 @@ def _work(command: str, given: Mapping[str, Any]) -> Callable[[], object]:
     return work
 
 
+def _work_of_ledger(action: Any, given: dict[str, Any]) -> Callable[[], object]:
+    from lightning_modules.run.options import LedgerCommandOptions, LedgerPlanOptions
+
+    if action == "plan":
+        planned = LedgerPlanOptions.of(**given)
+        planned.check()
+        from lightning_modules.run.ledger_plan import plan_requests
+
+        return partial(plan_requests, planned)
+    folder = Path(given.pop("folder"))
+    asked = LedgerCommandOptions(**given)
+    from lightning_modules.run.ledger import ledger_command
+
+    return partial(ledger_command, action, folder, asked)
+
+
 def _not_installed(error: ModuleNotFoundError) -> int:
     sys.stderr.write(f"gradsurgery: {error.name} is not installed; pip install 'gradsurgery[lightning]'\n")
     return 1
@@ -157,7 +171,7 @@ def _said(error: Exception) -> int:
 def _make_parser() -> ArgumentParser:
     from lightning_modules.ablation.options import AblateOptions
     from lightning_modules.run.arguments import Parser
-    from lightning_modules.run.options import EvaluateOptions, FinetuneOptions, LedgerCommandOptions, UnlearnOptions
+    from lightning_modules.run.options import EvaluateOptions, FinetuneOptions, UnlearnOptions
 
     parser = Parser(prog="gradsurgery", description="Gradient surgery for language-model unlearning.", epilog=_EXIT)
     subcommands = parser.add_subcommands(required=True)
@@ -174,11 +188,7 @@ def _make_parser() -> ArgumentParser:
     ablation = Parser(description=str(AblateOptions.__doc__).partition("\n")[0])
     ablation.add_options(AblateOptions)
     subcommands.add_subcommand("ablate", ablation, help=_COMMANDS["ablate"])
-    ledger = Parser(description=str(LedgerCommandOptions.__doc__).partition("\n")[0])
-    ledger.add_argument("action", choices=("show", "verify", "report"), help="what is done with it")
-    ledger.add_argument("folder", type=str, metavar="FOLDER", help="of the ledger")
-    ledger.add_options(LedgerCommandOptions)
-    subcommands.add_subcommand("ledger", ledger, help=_COMMANDS["ledger"])
+    _add_ledger(subcommands)
     report = Parser(description="Draw the report of a run again; with further runs, also the spread over seeds.")
     report.add_argument(
         "folder", type=str, metavar="DIR", help="the output folder of a run, where its report is written"
@@ -193,6 +203,24 @@ def _make_parser() -> ArgumentParser:
     )
     subcommands.add_subcommand("report", report, help=_COMMANDS["report"])
     return parser
+
+
+def _add_ledger(subcommands: Any) -> None:
+    from lightning_modules.run.arguments import Parser
+    from lightning_modules.run.options import LedgerCommandOptions, LedgerPlanOptions
+
+    ledger = Parser(description=_COMMANDS["ledger"])
+    subcommands.add_subcommand("ledger", ledger, help=_COMMANDS["ledger"])
+    actions = ledger.add_subcommands(required=True)
+    for name, what in _ACTIONS.items():
+        action = Parser(description=str(LedgerCommandOptions.__doc__).partition("\n")[0])
+        action.add_argument("folder", type=str, metavar="FOLDER", help="of the ledger")
+        action.add_options(LedgerCommandOptions)
+        actions.add_subcommand(name, action, help=what)
+    plan = Parser(description=LedgerPlanOptions.__doc__)
+    for group in LedgerPlanOptions.groups():
+        plan.add_options(group)
+    actions.add_subcommand("plan", plan, help="estimate which requests that wait are cheap to do together")
 
 
 def _ours(error: Exception) -> bool:

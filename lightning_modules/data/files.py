@@ -94,6 +94,28 @@ def read_yaml(path: str | Path, expected: str) -> Any:
     return _parsed(path, expected, "YAML", yaml.safe_load)
 
 
+def read_names(path: str | Path, expected: str) -> dict[str, str]:
+    """A YAML file of lines `name: text`, each word as it is written: `017` and `2025-03-01` are names, and no numbers.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not YAML, no such lines, or a name is there twice, of which YAML would keep the last.
+    """
+    node = _parsed(path, expected, "YAML", lambda text: yaml.compose(text, Loader=yaml.SafeLoader))
+    if not isinstance(node, yaml.MappingNode) or not node.value:
+        found = {yaml.SequenceNode: "a list", yaml.ScalarNode: "a word", yaml.MappingNode: "{}"}.get(type(node))
+        raise ValueError(f"{path}: expected {expected}, found {found or 'nothing'}")
+    names: dict[str, str] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if not all(isinstance(one, yaml.ScalarNode) and one.value for one in (key, value)):
+            raise ValueError(f"{path}, line {line}: expected {expected}, found another kind of line")
+        if key.value in names:
+            raise ValueError(f"{path}, line {line}: expected every name once, found {key.value!r:.80} again")
+        names[key.value] = value.value
+    return names
+
+
 def _parsed(path: str | Path, expected: str, language: str, parse: Callable[[str], Any]) -> Any:
     text = read_text(path, expected)
     try:

@@ -66,6 +66,22 @@ def rank_ahead() -> int:
     return MPIEnvironment().global_rank() if MPIEnvironment.detect() else 0
 
 
+def processes_ahead() -> int:
+    """How many processes there will be, read from the environment as `rank_ahead` reads the rank; 1 for one alone.
+
+    A Lightning that starts processes itself says so only to those that it starts: options tell the first. What a Slurm
+    job's script starts without srun is alone, however many tasks the job may have.
+    """
+    environment = os.environ
+    if "WORLD_SIZE" in environment:
+        return int(environment["WORLD_SIZE"])
+    if {"SLURM_NTASKS", "SLURM_PROCID"} <= environment.keys() and SLURMEnvironment.job_name() not in _INTERACTIVE:
+        return int(environment["SLURM_NTASKS"])
+    if LSFEnvironment.detect():
+        return int(environment["JSM_NAMESPACE_SIZE"])
+    return MPIEnvironment().world_size() if MPIEnvironment.detect() else 1
+
+
 def every_process(work: Callable[[], T]) -> list[T]:
     """Runs the work in every process of the group, and returns the results of all, by rank, in each of them.
 

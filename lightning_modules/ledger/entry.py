@@ -12,6 +12,7 @@ from typing import Any
 from lightning_modules.data.files import read_json
 from lightning_modules.evaluation.intervals import mean_interval
 from lightning_modules.folder import CONFIG, CURVE, EVALUATION, METRICS, MODEL, PROBES, REQUEST, SURGERY, TRAINING
+from lightning_modules.ledger.batch import PARTS, largest, scored
 from lightning_modules.ledger.chain import Entry
 from lightning_modules.ledger.criteria import verdicts
 from lightning_modules.ledger.hashes import file_hash, other_files, tensors_hash
@@ -42,12 +43,16 @@ def contents(
     if trained:
         model |= {"after": tensors_hash(run / MODEL), "files": other_files(run / MODEL)}
     first = entries[0]["metrics"]["before"]["retain"]["probability"] if entries else None
-    found = numbers_of(run, metrics, first)
+    found, level = numbers_of(run, metrics, first), _level(request, metrics)
+    parts: dict[str, Any] = {}
+    if PARTS in request:  # every one of them has to hold by itself
+        parts[PARTS] = scored(run, request[PARTS], request["criteria"]["limits"].get("forget_probability", level))
+        found["forget_probability"] = largest(parts[PARTS])
     return {
         "version": 1,
         "kind": request["kind"],
         "request": {name: request[name] for name in ("id", "sha256", "rows")},
-        "counts": request["counts"] | {"steps": _steps(run), "level": _level(request, metrics)},
+        "counts": request["counts"] | {"steps": _steps(run), "level": level},
         "begun": request["begun"],
         "run": os.path.relpath(run, ledger),
         "evidence": {name: file_hash(run / name) for name in EVIDENCE if (run / name).exists()},
@@ -60,6 +65,7 @@ def contents(
         "probes": probes_of(run),
         "criteria": {"sha256": request["criteria"]["sha256"], "limits": request["criteria"]["limits"]},
         "verdicts": verdicts(request["criteria"]["limits"], found) if trained else [],
+        **parts,
         **further,
     }
 

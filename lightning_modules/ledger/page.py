@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_modules.files import write_text
+from lightning_modules.ledger.batch import PARTS
 from lightning_modules.ledger.chain import Entry
 from lightning_modules.ledger.criteria import KINDS
 from lightning_modules.ledger.entry import limit_of
@@ -94,6 +95,13 @@ def said(entry: Entry) -> dict[str, Any]:
                 else "all stayed at or below their limits."
             )
         )
+    parts = entry.get(PARTS, [])
+    if parts:
+        above = [part["id"] for part in parts if not part["holds"]]
+        told.append(
+            f"{len(parts)} requests were done together, and each has to be at or below the limit by itself: "
+            + (f"{', '.join(above)} {'is' if len(above) == 1 else 'are'} not." if above else "all are.")
+        )
     rows = [
         {
             "what": KINDS[one["criterion"]].words,
@@ -103,7 +111,17 @@ def said(entry: Entry) -> dict[str, Any]:
         }
         for one in entry["verdicts"]
     ]
-    return {"title": _title(entry), "sentences": told, "verdicts": rows, "hash": entry["hash"]}
+    each = [
+        {
+            **{name: part[name] for name in ("id", "rows")},
+            "before": shown(part["before"]),
+            "after": shown(part["after"]),
+            "limit": f"at most {part['limit']:g}",
+            "verdict": "holds" if part["holds"] else "does not hold",
+        }
+        for part in parts
+    ]
+    return {"title": _title(entry), "sentences": told, "verdicts": rows, "each": each, "hash": entry["hash"]}
 
 
 def _title(entry: Entry) -> str:

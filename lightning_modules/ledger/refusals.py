@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightning_modules.ledger.batch import hashes_in, names_of
 from lightning_modules.ledger.chain import Entry
 from lightning_modules.ledger.hashes import request_hash
 
@@ -12,23 +13,25 @@ FORGOTTEN = "forgotten"
 _NAMED = 5
 
 
-def check_rows(entries: Sequence[Entry], forget: Sequence[str], retain: Sequence[str]) -> None:
+def check_rows(entries: Sequence[Entry], forget: Sequence[str], retain: Sequence[str], name: str | None = None) -> None:
     """Refuse a request that was done before, or that overlaps what is to be kept, and kept rows that were forgotten.
 
     Args:
         entries: Of the ledger.
         forget: Hash of every row to forget.
         retain: Of every row to keep.
+        name: Of the request, where a run has several.
 
     Raises:
         ValueError: In each of these cases; the message names the entry and the rows.
     """
-    whole = request_hash(forget)
+    whole, where = request_hash(forget), "--ledger" if name is None else f"--requests, {name!r}"
+    file = "--forget" if name is None else "its file"
     done: dict[str, int] = {}
     for entry in entries:
-        if entry["request"]["sha256"] == whole and entry["kind"] == FORGOTTEN:
+        if whole in hashes_in(entry) and entry["kind"] == FORGOTTEN:
             raise ValueError(
-                f"--ledger: expected a new request, found that of entry {entry['number']}, {entry['request']['id']!r}, done on "
+                f"{where}: expected a new request, found that of entry {entry['number']}, {entry['request']['id']!r}, done on "
                 f"{entry['time'][:10]}; there is nothing to do"
             )
         if entry["kind"] == FORGOTTEN:
@@ -36,14 +39,14 @@ def check_rows(entries: Sequence[Entry], forget: Sequence[str], retain: Sequence
     again = [(number, done[row]) for number, row in enumerate(forget, start=1) if row in done]
     if again:
         raise ValueError(
-            f"--ledger: expected rows to forget that are new, found {len(again)} of {len(forget)} that were forgotten before, row "
-            f"{_pairs(again, 'entry')}; take them out of --forget"
+            f"{where}: expected rows to forget that are new, found {len(again)} of {len(forget)} that were forgotten before, row "
+            f"{_pairs(again, 'entry')}; take them out of {file}"
         )
     places = {row: number for number, row in reversed(list(enumerate(retain, start=1)))}
     both = [(number, places[row]) for number, row in enumerate(forget, start=1) if row in places]
     if both:
         raise ValueError(
-            f"--ledger: expected rows to forget that are not to be kept, found {len(both)} of {len(forget)} in the retain set too, row "
+            f"{where}: expected rows to forget that are not to be kept, found {len(both)} of {len(forget)} in the retain set too, row "
             f"{_pairs(both, 'retain row')}; take them out of the retain set"
         )
     kept = [(number, done[row]) for number, row in enumerate(retain, start=1) if row in done]
@@ -65,7 +68,7 @@ def check_name(entries: Sequence[Entry], name: str) -> None:
         ValueError: If an entry has it.
     """
     for entry in entries:
-        if entry["request"]["id"] == name:
+        if name in names_of(entry):
             raise ValueError(
                 f"--request: expected a new name, found {name!r} of entry {entry['number']}; choose another"
             )

@@ -12,10 +12,12 @@ from lightning_modules.data.fictional_authors import QUESTIONS_PER_AUTHOR, ficti
 from lightning_modules.data.files import read_yaml
 from lightning_modules.data.formats import set_format
 from lightning_modules.data.heldout import RETAIN_HELDOUT, held_out
+from lightning_modules.data.requests import read_requests, together
 from lightning_modules.data.tofu import tofu_examples
-from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate
+from lightning_modules.evaluation.evaluate import Evaluation, EvaluationSettings, evaluate
 from lightning_modules.evaluation.likelihood import on_gpu
 from lightning_modules.folder import CONFIG, MODEL
+from lightning_modules.ledger.batch import PARTS, divided, mean
 from lightning_modules.ledger.chain import Entry
 from lightning_modules.ledger.hashes import request_hash, row_hash
 from lightning_modules.ledger.refusals import FORGOTTEN
@@ -63,7 +65,10 @@ def rescore(folder: Path, entry: Entry) -> Iterator[Finding]:
     splits = {split: rows[: int(config["evaluation_examples"])] for split, rows in splits.items() if split in expected}
     if not splits:
         return
-    for split, scores in _scores(run / MODEL, config, splits).items():
+    found = _scores(run / MODEL, config, splits)
+    if "forget" in splits:
+        yield from _of_each(entry, [row_hash(row) for row in splits["forget"]], found.examples["forget"])
+    for split, scores in found.summary.items():
         if scores["n"] != expected[split]["n"]:
             yield Finding(
                 number, f"{split}: expected {expected[split]['n']} examples, found {scores['n']}: the data is another"
@@ -77,6 +82,18 @@ def rescore(folder: Path, entry: Entry) -> Iterator[Finding]:
                 )
 
 
+def _of_each(entry: Entry, hashes: list[str], scores: list[dict[str, Any]]) -> Iterator[Finding]:
+    """Compare the probability of each request of a batch, whose rows are known by their hashes."""
+    parts = entry.get(PARTS, [])
+    for part, rows in zip(parts, divided(parts, entry["request"]["rows"]), strict=True):
+        found = mean([score["probability"] for row, score in zip(hashes, scores, strict=True) if row in rows])
+        if not alike(found, part["after"]):
+            yield Finding(
+                entry["number"],
+                f"request {part['id']!r}: expected a probability of {part['after']}, found {found} by scoring again",
+            )
+
+
 def alike(found: object, expected: object) -> bool:
     """Whether two scores are the same but for rounding; NaN, written as text, is as good as NaN."""
     if found is None or expected is None:
@@ -87,7 +104,7 @@ def alike(found: object, expected: object) -> bool:
     return abs(one - other) <= TOLERANCE * max(1.0, abs(other))
 
 
-def _scores(model: Path, config: Mapping[str, Any], splits: Mapping[str, list[Example]]) -> dict[str, Any]:
+def _scores(model: Path, config: Mapping[str, Any], splits: Mapping[str, list[Example]]) -> Evaluation:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
@@ -96,7 +113,7 @@ def _scores(model: Path, config: Mapping[str, Any], splits: Mapping[str, list[Ex
         int(config["evaluation_batch_size"]), max_length=config["max_length"], generate=False, memorization=False
     )
     with on_gpu(loaded.eval()):
-        return evaluate(loaded, tokenizer, splits, settings, progress=False).summary
+        return evaluate(loaded, tokenizer, splits, settings, progress=False)
 
 
 def data_of(config: Mapping[str, Any]) -> dict[str, list[Example]]:
@@ -117,9 +134,15 @@ def data_of(config: Mapping[str, Any]) -> dict[str, list[Example]]:
             general=config["model"] != "scratch",
             heldout_authors=config["heldout_authors"],
         )
-    if config["forget"] is not None:
+    requests = config.get("requests")  # older runs had none
+    if config["forget"] is not None or requests is not None:
         names = {"forget": config["forget"], "retain": config["retain"], RETAIN_HELDOUT: config["retain_heldout"]}
-        return {split: read_examples(name) for split, name in names.items() if name is not None and Path(name).exists()}
+        found = {
+            split: read_examples(name) for split, name in names.items() if name is not None and Path(name).exists()
+        }
+        if requests is not None and Path(requests).exists():
+            found["forget"] = together(read_requests(requests))
+        return found
     authors = config["authors"]
     rows = fictional_authors(authors)
     kept = (authors - (config["forget_authors"] or authors // 5)) * QUESTIONS_PER_AUTHOR

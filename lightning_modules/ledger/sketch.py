@@ -25,9 +25,15 @@ _LEFT, _RIGHT, _WHOLE = ".sketch_left", ".sketch_right", ".sketch_whole"
 
 
 def request_gradient(
-    model: nn.Module, rows: Sequence[Encoded], *, pad_token_id: int, batch_size: int = 8
+    model: nn.Module,
+    rows: Sequence[Encoded],
+    *,
+    pad_token_id: int,
+    batch_size: int = 8,
+    loss: Any = gs.losses.ceu,
+    skip_first: int = 1,
 ) -> dict[str, Tensor]:
-    """The gradient of the mean protected loss of some rows' answer tokens, by the name of each weight, in float32.
+    """The gradient of the mean loss of some rows' answer tokens, by the name of each weight, in float32.
 
     The model's gradients, its mode and which of its weights are trained are left as they were.
 
@@ -36,6 +42,8 @@ def request_gradient(
         rows: Tokenized.
         pad_token_id: Of the tokenizer.
         batch_size: Rows a backward pass.
+        loss: Of a token; that which an earlier request is protected by, and unlearning descends, if not given.
+        skip_first: Answer tokens left out at the start of each answer, by both of them 1.
     """
     training, head = model.training, AnswerHead(model.eval())
     named = dict(model.named_parameters())
@@ -45,7 +53,7 @@ def request_gradient(
             key: value.to(device_of(model))
             for key, value in collate(rows[start : start + batch_size], pad_token_id).items()
         }
-        values, tokens = answer_values(gs.losses.ceu, head.states(batch), batch["labels"], skip_first=1)
+        values, tokens = answer_values(loss, head.states(batch), batch["labels"], skip_first=skip_first)
         count += len(tokens)
         found: Any = torch.autograd.grad(values.sum(), list(named.values()), allow_unused=True)
         for name, gradient in zip(named, found, strict=True):

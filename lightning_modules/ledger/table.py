@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from lightning_modules.ledger.batch import PARTS
 from lightning_modules.ledger.chain import Entry
 from lightning_modules.ledger.entry import finite, limit_of
 from lightning_modules.ledger.refusals import FORGOTTEN
@@ -17,8 +18,14 @@ HEADINGS = ("entry", "request", "date", "rows", "forget", "limit", "retain", "cr
 
 
 def lines(entries: Sequence[Entry]) -> list[list[str]]:
-    """The cells of every entry, under `HEADINGS`."""
-    return [_line(entry) for entry in entries]
+    """The cells of every entry, under `HEADINGS`; below that of a batch, those of its requests."""
+    return [line for entry in entries for line in (_line(entry), *map(_part, entry.get(PARTS, ())))]
+
+
+def _part(part: Mapping[str, Any]) -> list[str]:
+    forget = f"{shown(part['before'])} -> {shown(part['after'])}"
+    verdict = "holds" if part["holds"] else "does not hold"
+    return ["", f"- {part['id']}", "", str(part["rows"]), forget, f"{part['limit']:g}", "", verdict, "", ""]
 
 
 def _line(entry: Entry) -> list[str]:

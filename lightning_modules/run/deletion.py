@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +20,7 @@ from lightning_modules.data.files import read_json, read_yaml
 from lightning_modules.data.pairs import ForgetRetainDataModule, encoded_rows
 from lightning_modules.data.tokenization import padding_id
 from lightning_modules.evaluation.likelihood import on_gpu
+from lightning_modules.evaluation.processes import processes_ahead
 from lightning_modules.files import write_text
 from lightning_modules.folder import CHECKPOINTS, CONFIG, METRICS, MODEL, REQUEST, write_config, write_json
 from lightning_modules.ledger.chain import START, append, read_chain
@@ -28,12 +28,13 @@ from lightning_modules.ledger.criteria import Criteria, read_criteria
 from lightning_modules.ledger.entry import contents, finite
 from lightning_modules.ledger.hashes import file_hash, tensors_hash
 from lightning_modules.ledger.place import CRITERIA, LEDGER, SKETCHES, TEXTS, held
-from lightning_modules.ledger.refusals import FORGOTTEN, NOT_MEMORISED, check_model, check_name, check_rows
+from lightning_modules.ledger.refusals import FORGOTTEN, NOT_MEMORISED, check_model
 from lightning_modules.ledger.request import Request, hashes_of, keep_rows, kept_texts, protected
 from lightning_modules.ledger.sketch import request_gradient, save_sketch, share_kept, sketched
+from lightning_modules.run.batch import batch_of, check_requests, check_same_batch, mean_known, name_of, said_of
 from lightning_modules.run.loading import load_model, read_splits, start_name
+from lightning_modules.run.measured import check_measured
 from lightning_modules.run.options import UnlearnOptions
-from lightning_modules.run.places import is_log
 from lightning_modules.run.run import Run, Splits
 from lightning_modules.run.saved import read_options
 from lightning_modules.run.saving import save_model
@@ -61,7 +62,7 @@ def check_deletion(options: UnlearnOptions, splits: Splits) -> None:
     name = options.ledger.ledger
     if name is None:
         return
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if processes_ahead() > 1:
         raise ValueError(
             "--ledger: expected one process, found several; start the command once, without srun or torchrun"
         )
@@ -70,16 +71,14 @@ def check_deletion(options: UnlearnOptions, splits: Splits) -> None:
             f"--ledger: expected another folder than --output, found {name} for both: give the ledger its own"
         )
     entries = read_chain(Path(name) / LEDGER)
-    found = {split: hashes_of(rows)["rows"] for split, rows in splits.items()}
-    check_rows(entries, found["forget"], found["retain"])
-    check_name(entries, options.ledger.request or hashes_of(splits["forget"])["sha256"][:12])
+    check_requests(options, splits, entries)
     if (scored := options.evaluation.evaluation_examples) < (asked := len(splits["forget"])):
         raise ValueError(
             f"--evaluation-examples: expected {asked} or more, every row to forget, found {scored}: the entry speaks of all of them"
         )
     begun = _said_before(options) is not None
     if options.ledger.criteria is not None and not begun:
-        _check_measured(options, splits, read_criteria(options.ledger.criteria))
+        check_measured(options, splits, read_criteria(options.ledger.criteria))
     texts, sketches = protected(Path(name), entries, options.ledger.ledger_rows)
     if sketches and options.training.lora_rank:
         raise ValueError(
@@ -95,23 +94,6 @@ def check_deletion(options: UnlearnOptions, splits: Splits) -> None:
             f"--rule: expected one of several protected rows, such as gru, with a ledger that has earlier requests, found "
             f"{options.method.rule}: {error}"
         ) from error
-
-
-def _check_measured(options: UnlearnOptions, splits: Splits, criteria: Criteria) -> None:
-    reference = options.evaluation.reference
-    has_reference = options.model.scratch or options.first.finetune_first or reference is not None
-    of_model = has_reference and not (reference is not None and is_log(reference))
-    ratios = any("perturbed_answer" in row for row in splits["forget"])
-    general = {"real_authors", "world_facts"} <= set(splits)
-    needs = {
-        "forget_quality": (has_reference and ratios, "--reference, and perturbed answers in the data"),
-        "relearning_gap": (options.training.probed and of_model, "--probes quick, and a --reference that is a model"),
-        "model_utility": (general, "--tofu with its files about real authors and world facts"),
-    }
-    for name in criteria.limits:
-        there, what = needs.get(name, (True, ""))
-        if not there:
-            raise ValueError(f"--criteria, {name}: expected {what}, found none, without which it is not measured")
 
 
 def requested(options: UnlearnOptions, splits: Splits) -> Request | None:
@@ -130,23 +112,26 @@ def requested(options: UnlearnOptions, splits: Splits) -> Request | None:
     entries = read_chain(ledger / LEDGER)
     texts, sketches = protected(ledger, entries, options.ledger.ledger_rows)
     limits = kept_texts(ledger, entries)
+    batch = batch_of(options, splits)
     last = entries[-1]["hash"] if entries else START
     if (path := _said_before(options)) is not None:
         said = read_json(path, "what was said before the run")
         _check_last(said, last)
         _check_same(said, splits)
+        check_same_batch(said, batch)
         return Request(said, texts, sketches, limits)
     criteria = read_criteria(options.ledger.criteria) if options.ledger.criteria is not None else Criteria({})
     model, tokenizer = load_model(options, splits)
     found = _model_hash(options, splits, model, tokenizer)
     check_model(entries, found, start_name(options, splits))
-    known = _probabilities(options, model, tokenizer, {"forget": splits["forget"]})["forget"]
+    each = _probabilities(options, model, tokenizer, batch or {"forget": splits["forget"]})
+    known = mean_known(batch, each)
     asked = criteria.limits.get("forget_probability", options.training.stop_below or None)
     level = USUAL_LEVEL if asked is None else asked
     hashes = hashes_of(splits["forget"])
     said: dict[str, Any] = {
-        "id": options.ledger.request or hashes["sha256"][:12],
-        "kind": FORGOTTEN if not known <= level else NOT_MEMORISED,
+        "id": name_of(options, splits, batch),
+        "kind": NOT_MEMORISED if all(value <= level for value in each.values()) else FORGOTTEN,
         **hashes,
         "counts": {"forget": len(splits["forget"]), "retain": len(splits["retain"]), "known": known, "level": level},
         "asked": asked is not None,
@@ -160,6 +145,7 @@ def requested(options: UnlearnOptions, splits: Splits) -> Request | None:
             "sketches": sum(map(len, sketches.values())),
             "rows": len(texts) + len(sketches),
         },
+        **said_of(batch, each),
     }
     return Request(said, texts, sketches, limits)
 

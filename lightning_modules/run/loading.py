@@ -14,6 +14,7 @@ from lightning_modules.data.files import read_text
 from lightning_modules.data.formats import set_format
 from lightning_modules.data.heldout import held_out, to_keep
 from lightning_modules.data.pairs import REFUSALS, TARGET, ForgetRetainDataModule, TOFUDataModule
+from lightning_modules.data.requests import read_requests, together
 from lightning_modules.data.tofu import tofu_examples, tofu_split
 from lightning_modules.evaluation.membership import HOLDOUT
 from lightning_modules.run.benchmarks import benchmark_data
@@ -59,8 +60,9 @@ def make_data(options: Options, tokenizer: Any) -> ForgetRetainDataModule:
         return TOFUDataModule(data.tofu, tokenizer, folder=data.tofu_dir, **common)
     if data.cuts_texts:
         return benchmark_data(data, tokenizer, **common)
-    if data.forget is not None and data.retain is not None:
-        return ForgetRetainDataModule(data.forget, data.retain, tokenizer, retain_heldout=data.retain_heldout, **common)
+    forget = data.forget if data.requests is None else together(read_requests(data.requests))
+    if forget is not None and data.retain is not None:
+        return ForgetRetainDataModule(forget, data.retain, tokenizer, retain_heldout=data.retain_heldout, **common)
     forgotten = data.authors // 5 if data.forget_authors is None else data.forget_authors
     if not forgotten:
         raise ValueError(
@@ -206,7 +208,7 @@ def tokenizer_texts(data: DataOptions, splits: Mapping[str, Sequence[Example]]) 
     if data.tofu is not None:
         everything = tofu_examples(data.tofu, data.tofu_dir)
         rows = [*everything["retain"], *everything["forget"]]
-    elif data.forget is not None:
+    elif data.from_files:
         rows = [*to_keep(splits), *splits["forget"]]
     else:
         rows = fictional_authors(_TOKENIZER_AUTHORS)

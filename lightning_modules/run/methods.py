@@ -17,13 +17,14 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_modules.data.examples import asked, evenly_spaced
-from lightning_modules.data.pairs import VALIDATION_EXAMPLES, VALIDATION_SPLITS, encoded_rows
+from lightning_modules.data.pairs import VALIDATION_EXAMPLES, VALIDATION_SPLITS
 from lightning_modules.data.tokenization import encode, padding_id
 from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.evaluate import Evaluation
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import CHECKPOINTS, CURVE, G_EFFECT, LAST_CHECKPOINT, SURGERY
 from lightning_modules.run.assembly import adapted, make_module, make_trainer, start_model
+from lightning_modules.run.batch import held_down
 from lightning_modules.run.deletion import begin, protecting
 from lightning_modules.run.finish import finish, kept_start
 from lightning_modules.run.identity import examples_hash
@@ -261,22 +262,18 @@ def _last_checkpoint(run: Run[UnlearnOptions]) -> Path | None:
 
 def make_curve(run: Run[UnlearnOptions]) -> TradeoffCurve:
     """The scores while training, on a few examples of both sets; at the end the ledger's earlier requests count too."""
-    training, limits = run.options.training, {} if run.request is None else run.request.limits
-    longest, pad = run.options.data.max_length, padding_id(run.tokenizer)
+    training = run.options.training
     return TradeoffCurve(
         {
             split: [
-                encode(run.tokenizer, asked(row), row["answer"], longest)
+                encode(run.tokenizer, asked(row), row["answer"], run.options.data.max_length)
                 for row in evenly_spaced(run.splits[split], VALIDATION_EXAMPLES)
             ]
             for split in VALIDATION_SPLITS
         },
-        pad_token_id=pad,
+        pad_token_id=padding_id(run.tokenizer),
         every_n_steps=training.score_every,
         stop_below=training.stop_below,
-        at_most={
-            name: (encoded_rows(run.tokenizer, "earlier", rows, longest), limit)
-            for name, (rows, limit) in limits.items()
-        },
+        at_most=held_down(run),
         path=run.folder / CURVE,
     )

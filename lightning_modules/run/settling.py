@@ -15,6 +15,7 @@ from lightning_modules.evaluation.processes import is_first
 from lightning_modules.folder import TRAINING
 from lightning_modules.report.terminal import shown
 from lightning_modules.run.assembly import make_module
+from lightning_modules.run.batch import known_of_each
 from lightning_modules.run.loading import make_data
 from lightning_modules.run.options import AUTO, UnlearnOptions, most_steps
 from lightning_modules.run.reference_log import reference_rows
@@ -59,6 +60,7 @@ def settle_target(
         The run with --stop-below, and the scores of the reference, if they were needed for it.
     """
     known, asked = float(before.summary["forget"]["probability"] or 0.0), run.options.training.stop_below
+    known = max([known, *known_of_each(run)])
     if asked is None and run.request is not None:
         limit = run.request.said["criteria"]["limits"].get("forget_probability")
         asked = None if limit is None else ROOM * limit

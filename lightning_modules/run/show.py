@@ -14,6 +14,7 @@ from lightning_modules.data.formats import format_of
 from lightning_modules.data.tasks import apart
 from lightning_modules.data.tokenization import encode, marked
 from lightning_modules.evaluation.evaluate import Evaluation
+from lightning_modules.ledger.batch import PARTS
 from lightning_modules.report.attacks import attack_table
 from lightning_modules.report.attacks import sentences as attack_sentences
 from lightning_modules.report.findings import little_to_forget
@@ -111,6 +112,10 @@ def show_entry(entry: Mapping[str, Any], ledger: Path) -> None:
         found = "not measured" if verdict["found"] is None else f"{verdict['found']:.3g}"
         word = "holds" if verdict["holds"] else "does not hold"
         said.append(f"  {verdict['criterion']}: {found}, {verdict['rule']} {verdict['limit']:g}: {word}")
+    for part in entry.get(PARTS, ()):
+        before, after = ("no number" if part[of] is None else f"{part[of]:.3g}" for of in ("before", "after"))
+        word = "holds" if part["holds"] else "does not hold"
+        said.append(f"  {part['id']}: {before} before, {after} now, at most {part['limit']:g}: {word}")
     for one in entry["earlier"]:
         if not one["holds"]:
             found = "no number" if one["probability"] is None else f"{one['probability']:.3g}"

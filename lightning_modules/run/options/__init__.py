@@ -19,6 +19,7 @@ from lightning_modules.run.options.finish import FinishOptions
 from lightning_modules.run.options.fitted import chosen, fitted, most_steps
 from lightning_modules.run.options.flat import AUTO
 from lightning_modules.run.options.ledger import LedgerCommandOptions, LedgerOptions
+from lightning_modules.run.options.ledger_plan import LedgerPlanOptions
 from lightning_modules.run.options.loading import LoadingOptions
 from lightning_modules.run.options.method import MethodOptions
 from lightning_modules.run.options.recipes import RECIPES, RecipeOptions
@@ -37,6 +38,7 @@ __all__ = [
     "FirstOptions",
     "LedgerCommandOptions",
     "LedgerOptions",
+    "LedgerPlanOptions",
     "LoadingOptions",
     "MethodOptions",
     "ModelOptions",

@@ -59,7 +59,7 @@ class Options(Flat):
         self.evaluation.check()
         self.output.check()
         self.loading.check(scratch=self.model.scratch)
-        files = self.data.forget is not None
+        files = self.data.from_files
         benchmark = next((name for name in BENCHMARKS if getattr(self.data, name) is not None), None)
         if not self.model.scratch and not files and benchmark is None:
             raise ValueError(
@@ -137,6 +137,7 @@ class UnlearnOptions(Options):
             )
         self._check_depth()
         self.ledger.check_beside(self.method, self.training, cuts_texts=self.data.cuts_texts)
+        self.ledger.check_requests(self.data.requests)
         if self.first.finetune_first and self.model.scratch:
             raise ValueError(
                 "--finetune-first: expected --model, which is to be taught first, found the model from scratch, which always is; "

@@ -44,6 +44,8 @@ class DataOptions:
         forget_authors: so many of them, the last ones, are to be forgotten; a fifth if not given
         forget: examples to forget: JSON, JSON lines, CSV or Parquet (question/answer, prompt/response, messages, text)
         retain: examples to keep
+        requests: YAML file of several deletion requests, one `name: file of examples` a line, in place of --forget: one
+            run forgets all of them, and with unlearn --ledger one entry says of each whether it did
         retain_heldout: file of examples to keep that are never trained on, and that the model has learned as it has
             those of --retain; what is left of them tells whether the rest is kept
         tofu: forget this split of TOFU
@@ -71,6 +73,7 @@ class DataOptions:
     forget_authors: int | None = None
     forget: str | None = None
     retain: str | None = None
+    requests: str | None = None
     retain_heldout: str | None = None
     heldout_authors: int = 0
     tofu: TOFUSplit | None = None
@@ -89,9 +92,15 @@ class DataOptions:
         """Whether the data are a benchmark's long texts, which are cut into pieces of the model's tokens."""
         return self.muse is not None or self.wmdp is not None
 
+    @property
+    def from_files(self) -> bool:
+        """Whether what is to be forgotten is given as files of examples."""
+        return self.forget is not None or self.requests is not None
+
     def check(self) -> None:
         """Raise ValueError on options outside their domain, or that contradict each other."""
-        files = (self.forget is not None, self.retain is not None)
+        self._check_requests()
+        files = (self.from_files, self.retain is not None)
         if any(files) and not all(files) and self.wmdp is None:
             raise ValueError("expected --forget and --retain together, found only one of them")
         if any(files) and self.tofu is not None:
@@ -126,6 +135,17 @@ class DataOptions:
         format_by_name(self.prompt_format)
         if self.forget_authors is not None and not 1 <= self.forget_authors < self.authors:
             raise ValueError(f"expected 1 <= --forget-authors < --authors, {self.authors}, found {self.forget_authors}")
+
+    def _check_requests(self) -> None:
+        if self.requests is None:
+            return
+        others = ("forget", *BENCHMARKS)
+        if given := [flag(name) for name in others if getattr(self, name) is not None]:
+            raise ValueError(
+                f"expected either --requests or {given[0]}, which says what is to be forgotten, found both"
+            )
+        if self.retain is None:
+            raise ValueError("expected --requests and --retain together, found only --requests")
 
 
 @dataclass(frozen=True)

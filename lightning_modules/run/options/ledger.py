@@ -55,6 +55,16 @@ class LedgerOptions:
                 "--ledger-keep-text, --ledger-sketch: expected one of them, found both: a sketch is for where the text must be gone"
             )
 
+    def check_requests(self, requests: str | None) -> None:
+        """Raise ValueError where several requests have no ledger, or one name."""
+        if requests is not None and self.ledger is None:
+            raise ValueError(
+                "--requests: expected --ledger FOLDER with it, whose entry says of each request whether it is forgotten, found none; use "
+                "--forget for a run without a ledger"
+            )
+        if requests is not None and self.request is not None:
+            raise ValueError("expected either --requests, whose file has the names, or --request, found both")
+
     def check_beside(self, method: MethodOptions, training: TrainingOptions, *, cuts_texts: bool) -> None:
         """Raise ValueError on a method, a training or data with which a run is not entered in a ledger."""
         if self.ledger is None:

@@ -29,8 +29,9 @@ class TradeoffCurve(Callback):
         every_n_steps: Optimizer steps between scores; the start and the end are scored too. None: a 25th of the steps
             of the whole training, which depend on the number of processes and are known when training starts.
         stop_below: Stop training when the probability of the split "forget" falls below this.
-        at_most: Name -> examples, and the probability that they may have when training is stopped; they are scored only
-            where the split "forget" is below `stop_below`. Training goes on as long as one of them is above.
+        at_most: Name -> examples, and the probability that they may have when training is stopped, None for
+            `stop_below`. They are scored only where the split "forget" is below `stop_below`; training goes on as long
+            as one of them is above.
         batch_size: Examples a forward pass.
         path: A CSV file with a row for each point, which grows while the run goes on; None writes none.
 
@@ -45,7 +46,7 @@ class TradeoffCurve(Callback):
         pad_token_id: int,
         every_n_steps: int | None = None,
         stop_below: float | None = None,
-        at_most: Mapping[str, tuple[Sequence[Encoded], float]] | None = None,
+        at_most: Mapping[str, tuple[Sequence[Encoded], float | None]] | None = None,
         batch_size: int = 32,
         path: str | Path | None = None,
     ) -> None:
@@ -119,11 +120,12 @@ class TradeoffCurve(Callback):
             self._file.write(list(self.points[0]), self.points[self._file.written :])
 
     def _stop(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.stop_below is None or not self.points[-1].get("forget", 1.0) < self.stop_below:
+        below = self.stop_below
+        if below is None or trainer.should_stop or not self.points[-1].get("forget", 1.0) < below:
             return
         encoded = {name: rows for name, (rows, _) in self.at_most.items()}
         found = self._probabilities(trainer, pl_module, encoded) if encoded else {}
-        if all(found[name] <= limit for name, (_, limit) in self.at_most.items()):
+        if all(found[name] <= (below if limit is None else limit) for name, (_, limit) in self.at_most.items()):
             trainer.should_stop = True
 
 

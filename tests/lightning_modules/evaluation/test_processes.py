@@ -70,6 +70,26 @@ def test_and_no_other_takes_itself_for_it(environment: dict[str, str], monkeypat
     assert not processes.will_be_first()
 
 
+ALONE = ("alone", "the process that starts", "the batch script", "task 0", "task 2", "a shell", "a second shell")
+
+
+@pytest.mark.parametrize(("name", "environment"), [*FIRST.items(), *FURTHER.items()], ids=[*FIRST, *FURTHER])
+def test_whether_there_will_be_others_is_known_in_the_first_process_too(
+    name: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch(monkeypatch, environment)
+    if name == "Lightning's first on the second machine":  # whose options say --num-nodes
+        return
+    assert (processes.processes_ahead() == 1) == name.startswith(ALONE)
+    for kind in (TorchElasticEnvironment, SLURMEnvironment):
+        if kind.detect() and ("SLURM_PROCID" in environment or kind is TorchElasticEnvironment):
+            known = processes.processes_ahead()
+            assert known == (
+                kind().world_size() if kind is TorchElasticEnvironment else int(environment["SLURM_NTASKS"])
+            )
+            break
+
+
 @pytest.mark.parametrize("environment", [*FIRST.values(), *FURTHER.values()])
 def test_where_lightning_listens_to_a_launcher_it_finds_the_same_rank(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch

@@ -85,6 +85,19 @@ def test_options_of_a_ledger_without_one_are_refused(tmp_path: Path, capsys: pyt
     assert "expected --ledger FOLDER with --ledger-keep-text, found none" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_ledger_is_refused_in_every_process_that_srun_starts(
+    tmp_path: Path, rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first one too: it would train and enter its own model, and the others theirs."""
+    command = arguments(tmp_path, 1)
+    for name, value in {"JOB_ID": "17", "JOB_NAME": "forget", "NTASKS": "2", "PROCID": rank}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert cli.main(command) == 1
+    assert "--ledger: expected one process, found several" in capsys.readouterr().err
+    assert not (tmp_path / "ledger").exists()
+
+
 def test_the_ledger_and_the_output_are_two_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments(tmp_path, 1, "--output", str(tmp_path / "ledger"))) == 1
     assert "--ledger: expected another folder than --output" in capsys.readouterr().err

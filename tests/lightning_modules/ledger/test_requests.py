@@ -46,6 +46,13 @@ def test_an_entry_says_what_was_asked_done_and_left(two_requests: Path) -> None:
     assert [one["number"] for one in two["earlier"]] == [1]
 
 
+def test_an_entry_of_one_request_has_the_names_that_it_always_had(two_requests: Path) -> None:
+    names = {"version", "kind", "request", "counts", "begun", "run", "evidence", "model", "protected", "seed"}
+    names |= {"seconds", "metrics", "probes", "criteria", "verdicts", "time", "earlier", "kept", "number", "previous"}
+    for entry in entries(two_requests):
+        assert set(entry) == names | {"hash", "versions"}
+
+
 def test_the_text_is_kept_only_if_it_was_asked(two_requests: Path) -> None:
     everything = b"".join(path.read_bytes() for path in (two_requests / "ledger").rglob("*") if path.is_file())
     assert rows(1)[0]["answer"].encode() in everything
