@@ -142,7 +142,8 @@ def decide(
     update = _decide_by_gram(rows, rule, add, max_norm, check)
     first = [None if tensor is None else tensor.clone() for tensor in rows.lists[0]] if keep else rows.lists[0]
     amounts = rows.in_loss_scale(update.amounts)
-    written = combine_blocks_([first, *rows.lists[1:]], amounts, blocks=rows.part_of_parameter)
+    # The amounts are NaN unless every row is finite.
+    written = combine_blocks_([first, *rows.lists[1:]], amounts, blocks=rows.part_of_parameter, finite=True)
     return _without_noise(update, rows, written, max_norm), written
 
 
