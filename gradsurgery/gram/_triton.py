@@ -22,6 +22,9 @@ VERSION = triton.__version__
 CHUNK = 1 << 15
 """Numbers of each row that a program takes. A lane of float32 sums adds at most 32 products one after another."""
 
+LANES = {number: 2048 if number <= 2 else 1024 if number <= 4 else 512 for number in range(1, 9)}
+"""Numbers of each row that a program takes at once, by K. The sums of all pairs are in registers: of more, fewer."""
+
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 _WARPS = 8
@@ -43,13 +46,12 @@ def products(
         ``[K (K + 1) / 2, C]``.
     """
     number, dtypes, aligned = rows
+    # PyTorch's allocator hands the same memory out again on every call, and a graph that is captured its own.
     partial = torch.empty(number * (number + 1) // 2, len(chunks), dtype=torch.float32, device=table.device)
-    # Sums of all pairs live in registers: the more pairs, the fewer lanes.
-    block = min(2048 if number <= 2 else 1024 if number <= 4 else 512, CHUNK)
     with torch.cuda.device_of(table):  # Triton launches on the current device, wherever the tensors are
         _products[(len(chunks),)](
             table, sizes, chunks, partial, len(chunks), K=number, TYPES=tuple(TYPES[dtype] for dtype in dtypes),
-            WRITES=writes, ALIGNED=aligned, CHUNK=CHUNK, BLOCK=block, num_warps=_WARPS,
+            WRITES=writes, ALIGNED=aligned, CHUNK=CHUNK, BLOCK=LANES[number], num_warps=_WARPS,
         )  # fmt: skip
     return partial
 
@@ -96,49 +98,46 @@ def combine(
     with torch.cuda.device_of(table):
         _combine[(len(chunks),)](
             table, sizes, chunks, blocks, coefficients, K=number, TYPES=tuple(TYPES[dtype] for dtype in dtypes),
-            ALIGNED=aligned, SKIP=skip, CHUNK=CHUNK, BLOCK=min(2048, CHUNK), num_warps=_WARPS,
+            ALIGNED=aligned, SKIP=skip, CHUNK=CHUNK, BLOCK=LANES[1], num_warps=_WARPS,
         )  # fmt: skip
 
 
 @triton.jit
-def _line(table, at, COLUMNS: tl.constexpr):
-    found = ()
+def _places(table, at, begin, COLUMNS: tl.constexpr, TYPES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """Of each column, its address, and pointers to the first numbers of a chunk."""
+    line = ()
+    places = ()
     for column in tl.static_range(COLUMNS):
-        found = found + (tl.load(table + at + column),)
-    return found
+        address = tl.load(table + at + column)
+        pointer = address.to(tl.pointer_type(TYPES[column]))
+        if ALIGNED:
+            pointer = tl.multiple_of(pointer, 16)
+        line = line + (address,)
+        places = places + (pointer + (begin + tl.arange(0, BLOCK)),)
+    return line, places
 
 
-@triton.jit
-def _at(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    pointer = address.to(tl.pointer_type(TYPE))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
-
-
-@triton.jit
-def _there(address, offsets, size, MASKED: tl.constexpr):
-    # All lanes alike but in a parameter's last ones: where a mask may differ from lane to lane, each lane loads for
-    # itself, instead of 16 bytes at once. And zeros with a number added, because the interpreter cannot spread a bool.
-    there = (tl.zeros_like(offsets) + address) != 0
-    if MASKED:
-        there = there & (offsets < size)
-    return there
-
-
+# In both passes a mask is alike for all lanes but in a parameter's last numbers: where it may differ from lane to lane,
+# each lane loads for itself, instead of 16 bytes at once. It is made of a block of addresses, because the interpreter
+# cannot spread a bool.
 @triton.jit
 def _multiplied(
-    sums, line, offsets, size,
-    K: tl.constexpr, TYPES: tl.constexpr, WRITES: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
+    sums, line, places, start, mine,
+    K: tl.constexpr, TYPES: tl.constexpr, WRITES: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
+    inside = start + tl.arange(0, BLOCK) < mine
     rows = ()
     for k in tl.static_range(K):
-        place = _at(line[k], TYPES[k], ALIGNED) + offsets
-        x = tl.load(place, mask=_there(line[k], offsets, size, MASKED), other=0.0).to(tl.float32)
+        there = tl.full([BLOCK], line[k], tl.int64) != 0
+        if MASKED:
+            there = there & inside
+        x = tl.load(places[k] + start, mask=there, other=0.0).to(tl.float32)
         for w in tl.static_range(len(WRITES)):
             if WRITES[w][0] == k:
-                there = _there(line[K + w], offsets, size, MASKED)
-                y = tl.load(_at(line[K + w], TYPES[K + w], ALIGNED) + offsets, mask=there, other=0.0).to(tl.float32)
+                there = tl.full([BLOCK], line[K + w], tl.int64) != 0
+                if MASKED:
+                    there = there & inside
+                y = tl.load(places[K + w] + start, mask=there, other=0.0).to(tl.float32)
                 if WRITES[w][1] is None:
                     written = y - x
                 elif WRITES[w][1] < 0.5:
@@ -146,7 +145,7 @@ def _multiplied(
                 else:
                     written = y - (y - x) * (1.0 - WRITES[w][1])
                 written = written.to(TYPES[k])
-                tl.store(place, written, mask=there)
+                tl.store(places[k] + start, written, mask=there)
                 x = tl.where(there, written.to(tl.float32), x)  # what is multiplied is what was rounded and stored
         rows = rows + (x,)
     added = ()
@@ -164,18 +163,18 @@ def _products(
 ):  # fmt: skip
     chunk = tl.program_id(0)
     member = tl.load(chunks + 2 * chunk)
-    offsets = tl.load(chunks + 2 * chunk + 1).to(tl.int64) * CHUNK + tl.arange(0, BLOCK)
-    size = tl.load(sizes + member)
-    mine = tl.minimum(size - tl.load(chunks + 2 * chunk + 1).to(tl.int64) * CHUNK, CHUNK)
-    line = _line(table, member * (K + len(WRITES)), K + len(WRITES))
+    begin = tl.load(chunks + 2 * chunk + 1).to(tl.int64) * CHUNK
+    mine = tl.minimum(tl.load(sizes + member) - begin, CHUNK).to(tl.int32)
+    columns: tl.constexpr = K + len(WRITES)
+    line, places = _places(table, member.to(tl.int64) * columns, begin, columns, TYPES, ALIGNED, BLOCK)
     sums = ()
     for _ in tl.static_range(K * (K + 1) // 2):
-        sums = sums + (tl.zeros([BLOCK], tl.float32),)
-    for _ in range(mine // BLOCK):
-        sums = _multiplied(sums, line, offsets, size, K, TYPES, WRITES, ALIGNED, False)
-        offsets += BLOCK
-    if mine % BLOCK != 0:
-        sums = _multiplied(sums, line, offsets, size, K, TYPES, WRITES, ALIGNED, True)
+        sums = sums + (tl.full([BLOCK], 0.0, tl.float32),)
+    whole = mine // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        sums = _multiplied(sums, line, places, start, mine, K, TYPES, WRITES, False, BLOCK)
+    if whole < mine:
+        sums = _multiplied(sums, line, places, whole, mine, K, TYPES, WRITES, True, BLOCK)
     for pair in tl.static_range(K * (K + 1) // 2):
         tl.store(partial + pair * number + chunk, tl.sum(sums[pair], 0))
 
@@ -189,7 +188,7 @@ def _sums(
     first, last = tl.load(begins + block), tl.load(begins + block + 1)
     found = ()
     for _ in tl.static_range(K * (K + 1) // 2):
-        found = found + (tl.zeros([BLOCK], tl.float64),)
+        found = found + (tl.full([BLOCK], 0.0, tl.float64),)
     for begin in range(first, last, BLOCK):
         at = begin + tl.arange(0, BLOCK)
         added = ()
@@ -234,16 +233,20 @@ def _decided(ff, fr, rr, RULE: tl.constexpr):
 
 @triton.jit
 def _combined(
-    line, numbers, offsets, size,
-    K: tl.constexpr, TYPES: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr
+    line, places, numbers, start, mine,
+    K: tl.constexpr, TYPES: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    place = _at(line[0], TYPES[0], ALIGNED) + offsets
-    there = _there(line[0], offsets, size, MASKED)
-    total = tl.load(place, mask=there, other=0.0).to(tl.float32) * numbers[0]
-    for k in tl.static_range(1, K):
-        mask = _there(line[k], offsets, size, MASKED)
-        total += tl.load(_at(line[k], TYPES[k], ALIGNED) + offsets, mask=mask, other=0.0).to(tl.float32) * numbers[k]
-    tl.store(place, total.to(TYPES[0]), mask=there)
+    inside = start + tl.arange(0, BLOCK) < mine
+    for k in tl.static_range(K):
+        there = tl.full([BLOCK], line[k], tl.int64) != 0
+        if MASKED:
+            there = there & inside
+        term = tl.load(places[k] + start, mask=there, other=0.0).to(tl.float32) * numbers[k]
+        if k == 0:
+            target, total = there, term
+        else:
+            total += term
+    tl.store(places[0] + start, total.to(TYPES[0]), mask=target)
 
 
 @triton.jit
@@ -254,7 +257,9 @@ def _combine(
 ):  # fmt: skip
     chunk = tl.program_id(0)
     member = tl.load(chunks + 2 * chunk)
-    line = _line(table, member * K, K)
+    begin = tl.load(chunks + 2 * chunk + 1).to(tl.int64) * CHUNK
+    mine = tl.minimum(tl.load(sizes + member) - begin, CHUNK).to(tl.int32)
+    line, places = _places(table, member.to(tl.int64) * K, begin, K, TYPES, ALIGNED, BLOCK)
     at = coefficients + tl.load(blocks + member) * K
     numbers = (tl.load(at).to(tl.float32),)
     changes = (numbers[0] != 1.0).to(tl.int32)
@@ -264,12 +269,8 @@ def _combine(
         changes += (numbers[k] != 0.0).to(tl.int32)
     if SKIP and changes == 0:
         return
-    begin = tl.load(chunks + 2 * chunk + 1).to(tl.int64) * CHUNK
-    offsets = begin + tl.arange(0, BLOCK)
-    size = tl.load(sizes + member)
-    mine = tl.minimum(size - begin, CHUNK)
-    for _ in range(mine // BLOCK):
-        _combined(line, numbers, offsets, size, K, TYPES, ALIGNED, False)
-        offsets += BLOCK
-    if mine % BLOCK != 0:
-        _combined(line, numbers, offsets, size, K, TYPES, ALIGNED, True)
+    whole = mine // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        _combined(line, places, numbers, start, mine, K, TYPES, False, BLOCK)
+    if whole < mine:
+        _combined(line, places, numbers, whole, mine, K, TYPES, True, BLOCK)

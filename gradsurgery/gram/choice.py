@@ -103,9 +103,8 @@ def backend(choice: Choice | None = None) -> Backend:
     if _State.choice == "eager":
         return Backend("eager", "it was chosen", before)
     if _State.choice == "triton":
-        return Backend(
-            "triton", f"for float32, bfloat16 and float16 rows on CUDA devices, by {_chosen().about}", before
-        )
+        about = _device_kernel().about
+        return Backend("triton", f"for float32, bfloat16 and float16 rows on CUDA devices, by {about}", before)
     found = built()
     if isinstance(found, str):
         return Backend("eager", found, before)
@@ -130,13 +129,10 @@ def kernel_for(
     Raises:
         RuntimeError: If "triton" was chosen, and a tensor is on the CPU.
     """
-    if _State.choice == "eager" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        return None
-    if _State.choice == "triton":
-        chosen = _chosen()
+    if (chosen := chosen_device_kernel()) is not None:
         pointers = [chosen.batch(members, blocks, writes) for members in found]
         return (chosen, pointers) if any(batch.numbers for batch in pointers) else None
-    if device.type != "cpu":
+    if _State.choice not in ("auto", "compiled") or device.type != "cpu" or _traced():
         return None
     batches = [Batch(members, blocks, writes) for members in found]
     # Plain counts, the same on every rank that holds the same rows.
@@ -152,7 +148,7 @@ def kernel_number(parameters: Sequence[Tensor]) -> int:
     Ranks compare it: the same number gives the same bits.
     """
     if _State.choice == "triton":
-        return _chosen().number
+        return _device_kernel().number
     numbers = sum(parameter.numel() for parameter in parameters if parameter.device.type == "cpu")
     if _State.choice == "eager" or numbers < (SMALLEST if _State.choice == "auto" else 1):
         return 0
@@ -160,7 +156,16 @@ def kernel_number(parameters: Sequence[Tensor]) -> int:
     return 0 if isinstance(kernel, str) else kernel.number
 
 
-def _chosen() -> DeviceKernel:
+def chosen_device_kernel() -> DeviceKernel | None:
+    """Triton's kernels where they were chosen and can be called now."""
+    return _device_kernel() if _State.choice == "triton" and not _traced() else None
+
+
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
+
+def _device_kernel() -> DeviceKernel:
     kernel = device_kernel()
     if isinstance(kernel, str):  # `backend` asked before it changed the choice
         raise RuntimeError(f"gradsurgery.gram.backend: expected Triton's kernels to run, found that {kernel}")
