@@ -58,6 +58,12 @@ KERNEL_GRAM: dict[torch.dtype, Tolerance] = {
     ),
     torch.bfloat16: Tolerance(1e-6, "as float32, of products that are exact but whose sums are often ties"),
 }
+TRITON_GRAM = Tolerance(
+    1e-6, "float32 sums of at most 32 products a lane, then over lanes in a tree; sums of chunks in float64"
+)
+INTERPRETED_BF16 = Tolerance(
+    7.9e-3, "as COMBINED, but Triton's interpreter cuts float32 off to 8 bits where a device rounds: 2^-7, and a hair"
+)
 COMBINED: dict[torch.dtype, Tolerance] = {
     torch.float64: Tolerance(1e-15, "one rounding of float64 (1.1e-16) a row, at most six rows"),
     torch.float32: Tolerance(4e-7, "one rounding of float32 (6e-8) a row, at most six rows"),

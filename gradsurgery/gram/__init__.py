@@ -4,9 +4,10 @@ A *row* is one objective's gradient: a list with one tensor (or ``None``) per pa
 vector. A coordinate-free rule sees nothing of K rows but their Gram matrix ``gram[i, j] = <row_i, row_j>``, and it can
 do nothing with them but a linear combination. This module computes the matrix and applies the combination.
 
-There are two backends. Plain PyTorch works chunk by chunk on every device and type. Large float32 and bfloat16 rows on
-a CPU are read once by a kernel, at the speed of the memory; a C++ compiler builds it in a second and its cache keeps
-it. `backend` says which one runs and why, and chooses.
+There are three backends. Plain PyTorch works chunk by chunk on every device and type. Large float32 and bfloat16 rows
+on a CPU are read once by a kernel, at the speed of the memory; a C++ compiler builds it in a second and its cache keeps
+it. Triton's kernels take all tensors of a CUDA device in few launches; they run only where they are chosen. `backend`
+says which one runs and why, and chooses.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from gradsurgery.gram.choice import Backend, backend, kernel_number
 from gradsurgery.gram.combination import combine_, combine_blocks_
 from gradsurgery.gram.eager import chunk_size, chunks
+from gradsurgery.gram.fused import update_
 from gradsurgery.gram.products import block_gram, gram
 from gradsurgery.gram.rows import Metric, Row, Write, check_rows, dtensor_type, local_parts, local_tensor, numbers_on
 
@@ -35,4 +37,5 @@ __all__ = [
     "local_parts",
     "local_tensor",
     "numbers_on",
+    "update_",
 ]

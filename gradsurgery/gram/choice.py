@@ -1,21 +1,23 @@
-"""Which backend computes: plain PyTorch, or the compiled kernel where rows are large enough to be worth it."""
+"""Which backend computes: plain PyTorch, the compiled kernel for large rows, or Triton's where they are chosen."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from gradsurgery.gram.device import DeviceKernel, device_kernel
 from gradsurgery.gram.kernel import Batch, Kernel, Members, Unavailable, build
+from gradsurgery.gram.pointers import PointerBatch
 from gradsurgery.gram.rows import Write
 
-Choice = Literal["auto", "compiled", "eager"]
-_CHOICES: tuple[Choice, ...] = ("auto", "compiled", "eager")
+Choice = Literal["auto", "compiled", "eager", "triton"]
+_CHOICES: tuple[Choice, ...] = ("auto", "compiled", "eager", "triton")
 # Below this many numbers a row plain PyTorch takes a few milliseconds at most, which no training step notices; and
 # building the kernel takes a second, once.
 SMALLEST = 1 << 22
@@ -29,7 +31,7 @@ class Backend:
     """The backend of Gram matrices and combinations; as a context manager, for as long as the context lasts.
 
     Attributes:
-        name: "compiled" or "eager".
+        name: "compiled", "eager" or "triton".
         reason: Why, in words.
     """
 
@@ -58,21 +60,27 @@ def backend(choice: Choice | None = None) -> Backend:
     of 4 194 304 numbers or more, if there is a C++ compiler. It is built at its first use, in about a second, and kept
     in `~/.cache/gradsurgery/kernel`.
 
-    The same choice gives the same bits on every call, with any number of threads. Both choices agree up to rounding:
+    ``"triton"`` is for float32, bfloat16 and float16 rows on CUDA devices: one launch for the products of all tensors,
+    one for their sums, one for a combination. The host never waits, and a CUDA graph can capture them once they have
+    run on the same tensors. Other types, gradients that are not contiguous, more than 8 rows, and a metric stay eager;
+    tensors on a CPU are refused. It is tested in Triton's interpreter and compiles, but has never run on a device. So
+    ``"auto"`` does not take it, and nothing is said about its speed.
+
+    The same choice gives the same bits on every call, with any number of threads. All choices agree up to rounding:
     entries of a Gram matrix within 1e-6 of the rows' norms, and combinations are the same. The kernel multiplies
     bfloat16 rows in float32, as both multiply float32 rows: numbers above 1e18 can give inf, and below 1e-18 products
     lose digits and vanish, where eager products of bfloat16 rows are taken in float64. When ranks train together and
     not all have the same kernel, `gradsurgery.GradientSurgery` makes all of them eager.
 
     Args:
-        choice: "auto", "compiled" or "eager"; None asks and changes nothing.
+        choice: "auto", "compiled", "eager" or "triton"; None asks and changes nothing.
 
     Returns:
         What runs from now on. Leaving it as a context manager restores what was chosen before.
 
     Raises:
         ValueError: If there is no such backend.
-        RuntimeError: If "compiled" is chosen and cannot be built; nothing is changed.
+        RuntimeError: If "compiled" is chosen and cannot be built, or "triton" and cannot run; nothing is changed.
 
     Cost: where there is no kernel in the cache yet, asking builds it.
 
@@ -89,9 +97,14 @@ def backend(choice: Choice | None = None) -> Backend:
             raise ValueError(f"backend: expected one of {', '.join(map(repr, _CHOICES))}, or None, found {choice!r}")
         if choice == "compiled" and isinstance(found := built(), str):
             raise RuntimeError(f"backend: expected a kernel to be built, found that {found}; or choose 'eager'")
+        if choice == "triton" and isinstance(lacking := device_kernel(), str):
+            raise RuntimeError(f"backend: expected Triton's kernels to run, found that {lacking}; or choose 'auto'")
         _State.choice = choice
     if _State.choice == "eager":
         return Backend("eager", "it was chosen", before)
+    if _State.choice == "triton":
+        about = _device_kernel().about
+        return Backend("triton", f"for float32, bfloat16 and float16 rows on CUDA devices, by {about}", before)
     found = built()
     if isinstance(found, str):
         return Backend("eager", found, before)
@@ -100,10 +113,26 @@ def backend(choice: Choice | None = None) -> Backend:
 
 
 def kernel_for(
-    found: Iterable[Members], blocks: Sequence[int] | None, writes: Sequence[Write] = ()
-) -> tuple[Kernel, list[Batch]] | None:
-    """The kernel and what it takes of each list of members, if it is worth calling; None where it is not."""
-    if _State.choice == "eager" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+    found: Iterable[Members], blocks: Sequence[int] | None, writes: Sequence[Write] = (), *, device: torch.device
+) -> tuple[Any, list[Batch] | list[PointerBatch]] | None:
+    """The kernel and what it takes of each list of members, if it is worth calling; None where it is not.
+
+    Args:
+        found: Lists of members.
+        blocks: The block of each parameter; all in block 0 when None.
+        writes: Overwrites that belong to the pass.
+        device: Of the sums or the coefficients. The compiled kernel has them on the CPU.
+
+    Returns:
+        A `Kernel` with batches, or a `DeviceKernel` with pointer batches.
+
+    Raises:
+        RuntimeError: If "triton" was chosen, and a tensor is on the CPU.
+    """
+    if (chosen := chosen_device_kernel()) is not None:
+        pointers = [chosen.batch(members, blocks, writes) for members in found]
+        return (chosen, pointers) if any(batch.numbers for batch in pointers) else None
+    if _State.choice not in ("auto", "compiled") or device.type != "cpu" or _traced():
         return None
     batches = [Batch(members, blocks, writes) for members in found]
     # Plain counts, the same on every rank that holds the same rows.
@@ -118,11 +147,29 @@ def kernel_number(parameters: Sequence[Tensor]) -> int:
 
     Ranks compare it: the same number gives the same bits.
     """
+    if _State.choice == "triton":
+        return _device_kernel().number
     numbers = sum(parameter.numel() for parameter in parameters if parameter.device.type == "cpu")
     if _State.choice == "eager" or numbers < (SMALLEST if _State.choice == "auto" else 1):
         return 0
     kernel = built()
     return 0 if isinstance(kernel, str) else kernel.number
+
+
+def chosen_device_kernel() -> DeviceKernel | None:
+    """Triton's kernels where they were chosen and can be called now."""
+    return _device_kernel() if _State.choice == "triton" and not _traced() else None
+
+
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
+
+def _device_kernel() -> DeviceKernel:
+    kernel = device_kernel()
+    if isinstance(kernel, str):  # `backend` asked before it changed the choice
+        raise RuntimeError(f"gradsurgery.gram.backend: expected Triton's kernels to run, found that {kernel}")
+    return kernel
 
 
 @functools.cache

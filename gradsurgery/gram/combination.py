@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.gram.choice import kernel_for
+from gradsurgery.gram.device import DeviceKernel
 from gradsurgery.gram.eager import combine_on_device, combine_on_host
 from gradsurgery.gram.rows import Row, check_blocks, check_rows, local_parts
 
@@ -45,7 +46,7 @@ def combine_(rows: Sequence[Row], coefficients: Tensor) -> list[Tensor | None]:
 
 @torch.no_grad()
 def combine_blocks_(
-    rows: Sequence[Row], coefficients: Tensor, *, blocks: Sequence[int] | None = None
+    rows: Sequence[Row], coefficients: Tensor, *, blocks: Sequence[int] | None = None, finite: bool = False
 ) -> list[Tensor | None]:
     """As `combine_` with one set of coefficients for each block of parameters.
 
@@ -53,12 +54,15 @@ def combine_blocks_(
         rows: K rows over P parameters; ``rows[0]`` is overwritten.
         coefficients: ``[S, K]``.
         blocks: The block of each parameter; all in block 0 when None.
+        finite: Whether rows with the coefficient 0 are known to be finite, as they are where the coefficients come from
+            a Gram matrix. Triton's kernels read nothing then where the coefficients are (1, 0, ..., 0).
 
     Returns:
         ``rows[0]``.
 
     Raises:
         ValueError: As `combine_`, or if a parameter's block is none of the S. Nothing is overwritten then.
+        RuntimeError: If Triton's kernels were chosen and a tensor is on the CPU. Nothing is overwritten then.
     """
     num_rows, num_parameters = check_rows(rows)
     if coefficients.dim() != 2 or coefficients.shape[1] != num_rows:
@@ -68,6 +72,7 @@ def combine_blocks_(
     check_blocks(blocks, num_parameters, len(coefficients))
     first = rows[0]
     members: list[tuple[int, list[Tensor | None]]] = []
+    given: dict[int, Tensor] = {}
     for index, tensors in enumerate(map(list, zip(*rows, strict=True))):
         placed = tensors[0]
         if placed is None:
@@ -79,13 +84,17 @@ def combine_blocks_(
                 raise TypeError(
                     f"rows[0]: expected a list, because it is given a tensor at {index}, found {type(first).__name__}"
                 )
-            tensors[0] = first[index] = torch.zeros_like(placed)
+            tensors[0] = given[index] = torch.zeros_like(placed)
         members.append((index, local_parts(placed, tensors, index)[1]))
     # On an accelerator the coefficients stay where they are, because reading them would make the host wait.
     on_host = coefficients.device.type == "cpu"
-    if on_host and (by_kernel := kernel_for([members], blocks)) is not None:
+    by_kernel = kernel_for([members], blocks, device=coefficients.device)
+    if isinstance(first, list):
+        for index, tensor in given.items():
+            first[index] = tensor
+    if by_kernel is not None:
         kernel, (batch,) = by_kernel
-        kernel.combine(batch, coefficients.double())
+        kernel.combine(batch, coefficients.double(), **({"skip": finite} if isinstance(kernel, DeviceKernel) else {}))
         members = batch.left
     numbers = coefficients.tolist() if on_host else None
     for index, local in members:

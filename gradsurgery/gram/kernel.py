@@ -90,7 +90,7 @@ class Kernel:
         for write in batch.writes:
             for index, local in batch.taken:
                 if write.others.pop(index, None) is not None:
-                    _overwritten(local[write.row])
+                    overwritten(local[write.row])
         return True
 
     def combine(self, batch: Batch, coefficients: Tensor) -> None:
@@ -104,7 +104,7 @@ class Kernel:
         """
         batch.call(self._combine, coefficients.shape[-1], coefficients.contiguous())
         for _, local in batch.taken:
-            _overwritten(local[0])
+            overwritten(local[0])
 
 
 class Batch:
@@ -174,7 +174,7 @@ class Batch:
         )
 
 
-def _overwritten(tensor: Tensor | None) -> None:
+def overwritten(tensor: Tensor | None) -> None:
     """Let autograd know, as an operation of PyTorch's own would."""
     if tensor is not None and not tensor.is_inference():
         torch.autograd.graph.increment_version([tensor])

@@ -102,7 +102,7 @@ def block_gram(
         if placed is not None:
             members.append((index, local))
     device = first_device(rows, like)
-    by_kernel = kernel_for(found.values(), blocks, writes) if metric is None and device.type == "cpu" else None
+    by_kernel = kernel_for(found.values(), blocks, writes, device=device) if metric is None else None
     if writes:
         for number, members in enumerate(found.values()):
             # The kernel takes no tensors of different sizes.

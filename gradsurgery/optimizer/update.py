@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gradsurgery import rules
-from gradsurgery.gram import Metric, Row, block_gram, combine_, combine_blocks_, numbers_on
+from gradsurgery.gram import Metric, Row, block_gram, combine_, combine_blocks_, numbers_on, update_
 from gradsurgery.optimizer.elementwise import with_answer
+from gradsurgery.optimizer.ranks import active
 from gradsurgery.optimizer.rows import Rows, check_protected
 from gradsurgery.rules import elementwise
 
@@ -139,10 +140,13 @@ def decide(
     """
     if elementwise.is_elementwise(rule):
         return _decide_by_coordinates(rows, rule, add, max_norm, check)
+    if not (keep or any(add)) and max_norm is None and (found := _decide_on_device(rows, rule)) is not None:
+        return found
     update = _decide_by_gram(rows, rule, add, max_norm, check)
     first = [None if tensor is None else tensor.clone() for tensor in rows.lists[0]] if keep else rows.lists[0]
     amounts = rows.in_loss_scale(update.amounts)
-    written = combine_blocks_([first, *rows.lists[1:]], amounts, blocks=rows.part_of_parameter)
+    # The amounts are NaN unless every row is finite.
+    written = combine_blocks_([first, *rows.lists[1:]], amounts, blocks=rows.part_of_parameter, finite=True)
     return _without_noise(update, rows, written, max_norm), written
 
 
@@ -172,6 +176,26 @@ def _decide_by_gram(
     recorded = coefficients + torch.where(numbers_on(gram.device, rows.averaged), 0.0, added)
     update = _finish(rows, products, gram, amounts * factor, recorded * factor)
     return replace(update, block_gram=block_gram, clipped_by=factor)
+
+
+def _decide_on_device(rows: Rows, rule: Callable[..., Any]) -> tuple[Update, list[Tensor | None]] | None:
+    """As `decide` of two captured rows, in three launches; None, and nothing is done, where that cannot be."""
+    name = next((name for known, name in _THREE_PRODUCTS if rule is known), None)
+    plain = rows.metric is None and rows.parts is None and rows.blocks.names is None and rows.record_blocks is None
+    if name is None or not plain or any(rows.averaged) or len(rows.lists) != 2 or rows.writes or active():
+        return None
+    found = update_(rows.lists, name)
+    if found is None:
+        return None
+    gram, coefficients = found
+    units = rows.units(gram.device)
+    gram = gram * units[:, None] * units
+    update = _finish(rows, gram, gram, coefficients, coefficients)
+    return _without_noise(update, rows, rows.lists[0], None), rows.lists[0]
+
+
+# Rules of two rows' three inner products, which do not depend on the rows' loss scale.
+_THREE_PRODUCTS = ((rules.sum, "sum"), (rules.gru, "gru"), (rules.a_gem, "gru"), (rules.pcgrad, "pcgrad"))
 
 
 def _decide_by_coordinates(

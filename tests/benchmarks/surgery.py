@@ -48,6 +48,44 @@ def limit_table(repeats: int, small: bool) -> None:
             print(f"  <r,r> off by {float((found / exact - 1.0).abs()[1, 1]):.1e}")
 
 
+def device_table(repeats: int, small: bool) -> None:
+    """The same on a CUDA device, whose limit is five halves of a copy: two reads, and two reads and a write, of one row's bytes."""
+    print("\nGram matrix and combination over the limit of the memory: median of rounds (quartiles; best)")
+    for name in limit.LISTS:
+        rows = [[None if t is None else t.cuda() for t in row] for row in limit.rows_of(name, small=small)]
+        numbers = sum(t.numel() for t in rows[0] if t is not None)
+        first, second = (torch.zeros(numbers, dtype=limit.LISTS[name][0], device="cuda") for _ in range(2))
+        coefficients = torch.tensor([1.0, 1e-9], dtype=torch.float64, device="cuda")
+        functions: dict[str, Callable[[], object]] = {
+            "copy": partial(first.copy_, second),
+            "triton": partial(one_pass, rows, coefficients, "triton"),
+            "triton, three launches": partial(three_launches, rows),
+            "eager": partial(one_pass, rows, coefficients, "eager"),
+        }
+        functions["triton, three launches"]()  # a graph is captured of what has run
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            three_launches(rows)
+        functions["triton, a graph of three"] = graph.replay
+        times: dict[str, list[float]] = {kind: [] for kind in functions}
+        for repeat in range(repeats + 1):
+            for kind, function in functions.items():
+                seconds = timed(function, "cuda")
+                if repeat:
+                    times[kind].append(seconds)
+        floor = [2.5 * seconds for seconds in times.pop("copy")]
+        print(
+            f"  {name}, {len(rows[0])} tensors, {numbers / 1e6:.1f}M numbers; the limit: {median(floor) * 1e6:.0f} us"
+        )
+        for kind, seconds in times.items():
+            print(f"    {kind:28s} {limit.ratio(seconds, floor)}  {median(seconds) * 1e6:.0f} us")
+
+
+def three_launches(rows: list[list[torch.Tensor | None]]) -> None:
+    with gs.gram.backend("triton"):
+        gs.gram.update_(rows, "sum")
+
+
 def exact_gram(rows: list[list[torch.Tensor | None]]) -> torch.Tensor:
     """Products and sums in float64, in pieces that need no copy of the whole."""
     total = torch.zeros(2, 2, dtype=torch.float64)
@@ -83,7 +121,7 @@ def loss(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
     return gs.losses.token_mean(gs.losses.cross_entropy(logits, labels), labels)
 
 
-def timed(function: Callable[[], None], device: str) -> float:
+def timed(function: Callable[[], object], device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -222,7 +260,7 @@ if __name__ == "__main__":
     torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, {arguments.device}, {arguments.threads} threads; {gs.gram.backend()!r}")
     if arguments.only in (None, "limit"):
-        limit_table(arguments.repeats, arguments.small)
+        (device_table if arguments.device == "cuda" else limit_table)(arguments.repeats, arguments.small)
     if arguments.only in (None, "ratios"):
         for tokens in (512, 256):
             time_ratios(arguments.device, tokens, arguments.repeats)

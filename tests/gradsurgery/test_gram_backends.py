@@ -261,7 +261,7 @@ def test_the_choice_says_itself_and_is_restored(kernel: Kernel) -> None:
         assert inner.name == backend().name == "compiled"
         assert "a CPU, built by" in repr(inner)
         with pytest.raises(
-            ValueError, match=r"backend: expected one of 'auto', 'compiled', 'eager', or None, found 'fast'"
+            ValueError, match=r"backend: expected one of 'auto', 'compiled', 'eager', 'triton', or None, found 'fast'"
         ):
             backend("fast")
         assert backend().name == "compiled"
