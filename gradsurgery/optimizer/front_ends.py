@@ -20,6 +20,7 @@ from gradsurgery.optimizer.ranks import Ranks
 from gradsurgery.optimizer.record import Record, record_of
 from gradsurgery.optimizer.rows import Rows
 from gradsurgery.optimizer.scope import blocks_of_both
+from gradsurgery.optimizer.trunk import Features, Shared
 from gradsurgery.optimizer.update import decide
 
 
@@ -97,7 +98,7 @@ class FrontEnds(Adjustable):
             agree=partial(self._ranks.agree_to_enter, action, parameters),
         )
 
-    # Four signatures, so that a type checker does not take the values of join(**losses) for the other arguments.
+    # Signatures one by one, so that a type checker does not take the values of join(**losses) for the other arguments.
     @overload
     def join(self, **losses: Tensor | Perturbed) -> Tensor: ...
     @overload
@@ -106,7 +107,29 @@ class FrontEnds(Adjustable):
     def join(self, *, scale: float | Tensor | None, **losses: Tensor | Perturbed) -> Tensor: ...
     @overload
     def join(self, *, retain_graph: bool, scale: float | Tensor | None, **losses: Tensor | Perturbed) -> Tensor: ...
-    def join(self, *, retain_graph: Any = False, scale: Any = None, **losses: Tensor | Perturbed) -> Tensor:
+    @overload
+    def join(self, *, features: Features, **losses: Tensor | Perturbed) -> Tensor: ...
+    @overload
+    def join(self, *, features: Features, batched: bool, **losses: Tensor | Perturbed) -> Tensor: ...
+    @overload
+    def join(
+        self,
+        *,
+        features: Features,
+        batched: bool = ...,
+        retain_graph: bool = ...,
+        scale: float | Tensor | None = ...,
+        **losses: Tensor | Perturbed,
+    ) -> Tensor: ...
+    def join(
+        self,
+        *,
+        features: Any = None,
+        batched: Any = False,
+        retain_graph: Any = False,
+        scale: Any = None,
+        **losses: Tensor | Perturbed,
+    ) -> Tensor:
         """One scalar, the sum of the losses, whose single ``backward()`` captures every row and combines them.
 
         The gradient that reaches it must be the loss scale (of a GradScaler, else 1) divided by the number of
@@ -114,9 +137,20 @@ class FrontEnds(Adjustable):
         far. A loop that does not divide says the loss scale, ``join(..., scale=1.0)``: rows are then sums, as those of
         contexts. A loss that was not divided is noticed by `GradientSurgery.step`, and refused.
 
+        Losses that share one forward pass name the tensors that they are computed from::
+
+            hidden = model.model(**batch).last_hidden_state
+            optimizer.join(forget=forget_loss(hidden), retain=retain_loss(hidden), features=hidden).backward()
+
+        The rows are the same as without it. Every loss runs its head backward to the features, whose graph is freed at
+        once, and then the trunk before the features runs once for each loss.
+
         Args:
+            features: The tensor, or several, from which every loss is computed, as in TorchJD's ``mtl_backward``.
+            batched: Run the trunk backward once, with all losses' gradients of the features at the same time
+                (`torch.autograd.grad` with ``is_grads_batched``).
             retain_graph: Keep the graphs until the last of the inner backward passes: needed when the losses share one
-                forward pass.
+                forward pass and name no features, and when they share a part of the graph behind the features.
             scale: The loss scale that the incoming gradient carries; None reads it from the gradient.
             **losses: One 0-dim loss for each objective, by name; or a `Perturbed`, which the backward pass computes.
 
@@ -124,9 +158,12 @@ class FrontEnds(Adjustable):
             0-dim float32 tensor (float64 where a loss is). A term that is added to it is in no row, and refused.
 
         Raises:
-            ValueError: If an objective is missing or unknown, or a loss is not a single number.
-            RuntimeError: If a loss does not depend on any parameter, under DDP with ``static_graph``, or for FSDP1. Its
-                backward raises as `objective` and `combine` do, and where another term writes to ``.grad``.
+            ValueError: If an objective is missing or unknown, or a loss is not a single number, or features are no
+                tensors.
+            RuntimeError: If a loss does not depend on any parameter, under DDP with ``static_graph``, or for FSDP1; if
+                features have no graph, or a loss is not computed from them. Its backward raises as `objective` and
+                `combine` do, and where another term writes to ``.grad``. With ``batched``: if heads and trunk cannot
+                run apart, or the trunk has an operation that `torch.vmap` cannot run backward.
 
         Cost: the graphs of all losses are alive at once (contexts hold one at a time).
         """
@@ -148,7 +185,13 @@ class FrontEnds(Adjustable):
         end = partial(window.refuse_another_term, parameters)
         joined.look(parameters)
         stages = Stages(begin, arm, self.objective, finish, end)
-        return join(losses, self.objectives, stages, device=parameters[0].device, retain_graph=retain_graph)
+        if batched and features is None:
+            raise ValueError(
+                "join: expected features with batched=True, found none; name the tensors that the losses share, or leave it out"
+            )
+        shared = None if features is None else Shared(features, batched, reduced=self._ranks.reduce(parameters))
+        device = parameters[0].device
+        return join(losses, self.objectives, stages, device=device, retain_graph=retain_graph, shared=shared)
 
     @torch.no_grad()
     def combine(self, *, scale: float | Tensor | None = None) -> Record:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradsurgery.gram import numbers_on
 from gradsurgery.optimizer.perturbation import Perturbation, Perturbed
+from gradsurgery.optimizer.trunk import Shared, Trunk
 
 _ANOTHER_TERM = (
     "join: expected its backward pass to be the only one that writes .grad, found a gradient that came from elsewhere, as from a term "
@@ -150,6 +151,7 @@ def join(
     *,
     device: torch.device,
     retain_graph: bool,
+    shared: Shared | None = None,
 ) -> Tensor:
     """The scalar that `GradientSurgery.join` returns.
 
@@ -159,10 +161,11 @@ def join(
         stages: What its backward pass calls.
         device: Of the parameters.
         retain_graph: Keep the graphs until the last of the backward passes.
+        shared: The features that all losses are computed from.
 
     Raises:
-        ValueError: If an objective is missing or unknown, or a loss is not a single number.
-        RuntimeError: If a loss has no graph.
+        ValueError: If an objective is missing or unknown, or a loss is not a single number, and as `Trunk`.
+        RuntimeError: If a loss has no graph, and as `Trunk`.
     """
     if set(losses) != set(objectives):
         raise ValueError(f"join: expected one loss for each of {list(objectives)}, found {list(losses)}")
@@ -177,15 +180,25 @@ def join(
     ordered = {name: losses[name] for name in (*objectives[1:], objectives[0])}
     autocast = _autocast_now(device.type)
 
+    trunk = None if shared is None else Trunk(shared, known)
+    keep = retain_graph or trunk is not None
+    if trunk is not None and trunk.whole is not None:
+        trunk = None  # whole backward passes, one after another, are exact for every graph
+
     def backward(gradient: Tensor) -> None:
         stages.begin()
+        if trunk is not None:
+            trunk.run_heads({name: known[name] for name in ordered if name in known}, gradient, keep_graph=retain_graph)
         for name, loss in ordered.items():
             if isinstance(loss, Perturbed):
                 _run_perturbed(name, loss, gradient, stages, autocast)
                 continue
             stages.arm(loss)
             with stages.objective(name):
-                _run(loss, gradient, keep_graph=retain_graph and name != objectives[0])
+                if trunk is not None:
+                    trunk.write(name)
+                else:
+                    _run(loss, gradient, keep_graph=keep and name != objectives[0])
         stages.finish(gradient)
         torch.autograd.Variable._execution_engine.queue_callback(stages.end)  # pyright: ignore[reportPrivateUsage]
 

@@ -73,6 +73,12 @@ class Ranks:
         """Whether backward passes are reduced over the ranks: False inside DDP's no_sync()."""
         return all(module.require_backward_grad_sync for module in self.ddp_modules(parameters))
 
+    def reduce(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether DDP or FSDP2 reduces every backward pass, by hooks that count on whole ones."""
+        DTensor = dtensor_type()
+        sharded = DTensor is not None and any(isinstance(parameter, DTensor) for parameter in parameters)
+        return sharded or bool(self.ddp_modules(parameters))
+
     @contextmanager
     def reducing(self, parameters: Sequence[Tensor]) -> Generator[None]:
         """Inside, backward passes are reduced over the ranks even where DDP's no_sync() is on.
