@@ -85,13 +85,16 @@ def test_options_of_a_ledger_without_one_are_refused(tmp_path: Path, capsys: pyt
     assert "expected --ledger FOLDER with --ledger-keep-text, found none" in capsys.readouterr().err
 
 
+SRUN = {"JOB_ID": "17", "JOB_NAME": "forget", "NTASKS": "2", "NTASKS_PER_NODE": "2"}
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_ledger_is_refused_in_every_process_that_srun_starts(
     tmp_path: Path, rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The first one too: it would train and enter its own model, and the others theirs."""
     command = arguments(tmp_path, 1)
-    for name, value in {"JOB_ID": "17", "JOB_NAME": "forget", "NTASKS": "2", "PROCID": rank}.items():
+    for name, value in {**SRUN, "PROCID": rank}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert cli.main(command) == 1
     assert "--ledger: expected one process, found several" in capsys.readouterr().err
