@@ -32,17 +32,11 @@ class DeviceKernel:
     """
 
     def __init__(self) -> None:
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        if not (torch.cuda.is_available() or interpreted):
-            raise Unavailable("there is no CUDA device, and TRITON_INTERPRET=1 was not set before Triton was imported")
-        try:
-            from gradsurgery.gram import _triton
-        except ImportError as error:
-            raise Unavailable(f"Triton cannot be imported ({error})") from error
-        self._kernels: Any = _triton
-        self.device = "cpu" if _triton.INTERPRETED else "cuda"
-        capability = None if _triton.INTERPRETED else torch.cuda.get_device_capability()
-        self.about = f"Triton {_triton.VERSION}{' in its interpreter' if _triton.INTERPRETED else ''}"
+        self._kernels: Any = _imported()
+        interpreted = self._kernels.INTERPRETED
+        self.device = "cpu" if interpreted else "cuda"
+        capability = None if interpreted else torch.cuda.get_device_capability()
+        self.about = f"Triton {self._kernels.VERSION}{' in its interpreter' if interpreted else ''}"
         self.number = int(hashlib.sha256(repr((self.about, capability)).encode()).hexdigest()[:8], 16) | 1
         _check(self)
 
@@ -123,6 +117,20 @@ class DeviceKernel:
         for _, local in batch.taken:
             overwritten(local[0])
         return gram, coefficients
+
+
+def _imported() -> Any:
+    nowhere = Unavailable("there is no CUDA device, and Triton was not imported under TRITON_INTERPRET=1")
+    there = torch.cuda.is_available()
+    if not there and os.environ.get("TRITON_INTERPRET") != "1":
+        raise nowhere  # before anybody waits for an import
+    try:
+        from gradsurgery.gram import _triton
+    except ImportError as error:
+        raise Unavailable(f"Triton cannot be imported ({error})") from error
+    if not (there or _triton.INTERPRETED):
+        raise nowhere
+    return _triton
 
 
 def _rounded(weight: float | None) -> float | None:
