@@ -248,7 +248,7 @@ def picture(path: Path, folder: Path, seeds: Sequence[int], requests: int) -> No
                 axes.text(
                     column, row, f"{field[row, column]:.2f}", ha="center", va="center", fontsize=8, fontweight=bold
                 )
-        axes.imshow(field, cmap="Oranges", vmin=0, vmax=1, aspect="auto")
+        axes.imshow(field, cmap="Oranges", vmin=0, vmax=4 * LIMIT, aspect="auto")
         axes.set_title(method, fontsize=10)
         axes.set_xticks(range(requests), range(1, requests + 1))
         axes.set_yticks(range(requests), range(1, requests + 1))

@@ -83,7 +83,7 @@ if __name__ == "__main__":
         others = {"strangers": strangers[: STRANGERS * ROWS_PER_AUTHOR], "wrong": wrong}
         place = given.output / f"seed_{seed}"
         released = place / "runs" / "ledger_with_sketches" / "1" / "model"
-        models = {"released": released, "never saw it": place / "models" / "without_1"}
+        models = {"released": released, "never saw it": place / "models" / f"without_{given.requests}"}
         for which, model in models.items():
             everything[which].append(attack(released, model, asked[0], others))
     lines = [
