@@ -78,7 +78,11 @@ def checked_beta(beta: float) -> float:
 
 
 class _Divergence(torch.autograd.Function):
-    """Keeps the inputs and five numbers per row for the backward pass, which computes the rows again."""
+    """The forward pass leaves the gradient for the first backward pass, which hands it out.
+
+    A second one, and one of logits of 16 bits, whose gradient would be rounded twice, computes the rows again, from the
+    inputs and five numbers per row.
+    """
 
     @staticmethod
     def forward(
@@ -88,10 +92,14 @@ class _Divergence(torch.autograd.Function):
         compared = _Rows(logits, reference, index, beta)
         values = logits.new_empty(len(logits), dtype=float_type(logits.dtype))
         totals = values.new_empty(len(values), len(Totals._fields))
+        ctx.gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] and logits.dtype == values.dtype else None
+        one = torch.ones_like(values)
         for rows, room in blocks(logits):
             pair = compared.pair(rows, room)
             values[rows] = compared.values(pair)
             torch.cat(pair.totals, 1, out=totals[rows])
+            if ctx.gradient is not None:
+                pair.difference(one[rows], out=ctx.gradient[rows])
         ctx.save_for_backward(logits, reference, labels, index, totals)
         ctx.beta = beta
         return values if labels is None else values.masked_fill_(labels == IGNORED, 0.0)
@@ -100,11 +108,17 @@ class _Divergence(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         logits, reference, labels, index, totals = ctx.saved_tensors
-        compared = _Rows(logits, reference, index, ctx.beta)
-        result = torch.empty_like(logits)
-        for rows, room in blocks(logits):
-            pair = compared.pair(rows, room, Totals(*totals[rows].split(1, 1)))
-            pair.difference(gradients[0][rows], out=result[rows])
+        outer, (result, ctx.gradient) = gradients[0], (ctx.gradient, None)
+        if result is None:
+            result = torch.empty_like(logits)
+            compared = _Rows(logits, reference, index, ctx.beta)
+            # As in the forward pass, so that every backward pass gives the same bits.
+            factor = torch.ones_like(outer) if result.dtype == outer.dtype else outer
+            for rows, room in blocks(logits):
+                pair = compared.pair(rows, room, Totals(*totals[rows].split(1, 1)))
+                pair.difference(factor[rows], out=result[rows])
+        if result.dtype == outer.dtype:
+            result.mul_(outer[:, None])
         if labels is not None:
             ignored = (labels == IGNORED)[:, None]
             # On a CPU it is cheap to look whether any token is ignored, and a mask takes longer than all the rest.

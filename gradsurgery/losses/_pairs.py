@@ -1,7 +1,8 @@
 r"""Two distributions $p$ and $q$ over the vocabulary, one block of rows at a time: divergence, cross-entropy, $p - q$.
 
 With half the log ratio $h = \tfrac12 \log(p/q)$, the difference is $p - q = (p + q) \tanh h$. No digit is lost where
-$p$ and $q$ nearly agree, and nothing overflows where they do not. The divergence of $q$ from $p$ is the sum of
+$p$ and $q$ nearly agree, and nothing overflows where they do not. Where they are far apart, $p - q$ itself is as exact
+and takes a fifth of the time. The divergence of $q$ from $p$ is the sum of
 $p - q - q \log(p/q)$, no term of which is negative. A term equals $(p + q)(\tanh h - h + h \tanh h)$, with
 $\tanh h - h$ by its series where $h$ is small.
 
@@ -127,7 +128,11 @@ class Pair:
 
     def difference(self, outer: Tensor, out: Tensor) -> None:
         """Write p - q, its rows multiplied by ``outer`` ``[n]``, into ``out`` ``[n, V]``."""
-        half, tangent, both, *_ = self._room
+        half, tangent, both, _, plain, _ = self._room
+        scale = outer[:, None] / self.totals.of_q
+        if not self._added and self._subtract(plain):
+            _write(plain, scale, out)
+            return
         self._compare()
         self._add()
         row = tangent if self._bent else half.tanh_()
@@ -138,11 +143,20 @@ class Pair:
             row.sub_(excess)
         else:
             row.addcmul_(self._q, excess, value=-1.0)
-        scale = outer[:, None] / self.totals.of_q
-        if out.dtype == row.dtype:
-            torch.mul(row, scale, out=out)
-        else:
-            out.copy_(row.mul_(scale))
+        _write(row, scale, out)
+
+    def _subtract(self, row: Tensor) -> bool:
+        """Write p - q, in the scale of q's exponentials, as it is into ``row``. Returns whether that is exact enough.
+
+        The difference is off by a rounding of p + q. That is few roundings of the difference where its length is not
+        small beside theirs. Only on a CPU is it cheap to look; a NaN is small.
+        """
+        if row.device.type != "cpu":
+            return False
+        torch.mul(self._room[2], self.totals.share, out=row).sub_(1.0 if self._flat else self._q)
+        # No exponential is larger than 1, or than share, and so no square is larger than that times the exponential.
+        longest = (self.totals.of_q * (1.0 + self.totals.share)).sqrt_()
+        return bool((torch.linalg.vector_norm(row, dim=1, keepdim=True) >= APART * longest).all())
 
     def _compare(self) -> None:
         """Overwrite p's logits by half the log ratio."""
@@ -164,6 +178,13 @@ class Pair:
             p.mul_(self.totals.share).add_(1.0)
         else:
             torch.addcmul(self._q, p, self.totals.share, out=p)
+
+
+def _write(row: Tensor, scale: Tensor, out: Tensor) -> None:
+    if out.dtype == row.dtype:
+        torch.mul(row, scale, out=out)
+    else:
+        out.copy_(row.mul_(scale))
 
 
 def shifted(logits: Tensor, out: Tensor, top: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -189,6 +210,9 @@ def _lowered(logits: Tensor, out: Tensor, top: Tensor | None, lowered: tuple[Ten
 LARGE = 0.25
 """Divergences of at least this size are the plain sum of q log(q/p). Rounding puts it off by about four roundings of 1;
 for a divergence of a quarter or more that is at most sixteen roundings of the divergence itself."""
+APART = 1 / 32
+"""Where p - q is at least this long, beside what p and q can be, it is their plain difference, which is off by at most
+64 roundings of its length."""
 NEAR = 0.125
 """Half log ratios h up to this size take tanh h - h from its series; beyond, the difference loses up to three bits."""
 _SERIES = (-1 / 3, 2 / 15, -17 / 315, 62 / 2835, -1382 / 155925, 21844 / 6081075, -929569 / 638512875)

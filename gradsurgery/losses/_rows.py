@@ -40,8 +40,9 @@ def kl_divergence(logits: Tensor, reference_logits: Tensor) -> Tensor:
         ValueError: If the shapes are not the same ``[N, V]``.
         TypeError: If the logits are not of a floating-point type.
 
-    Gradient row: $p - q$. Cost: temporaries for one block of rows; only the inputs and five numbers per row are kept.
-    The backward pass computes the rows again; `linear` computes value and gradient together in its forward pass.
+    Gradient row: $p - q$. Cost: temporaries for one block of rows. The forward pass makes the gradient of float32 and
+    float64 logits too, which the first backward pass scales in place and hands out; that of other types the backward
+    pass computes, from the inputs and five numbers per row. `linear` never holds ``[N, V]``.
 
     Source: the "KL" retain loss of TOFU (2401.06121) and open-unlearning. Difference from the authors' code: it takes
     the mean over all B T positions, prompt and padding included. Here the caller chooses the rows (`answer_tokens`, or

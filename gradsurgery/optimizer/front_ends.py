@@ -142,13 +142,19 @@ class FrontEnds(Adjustable):
             hidden = model.model(**batch).last_hidden_state
             optimizer.join(forget=forget_loss(hidden), retain=retain_loss(hidden), features=hidden).backward()
 
-        The rows are the same as without it. Every loss runs its head backward to the features, whose graph is freed at
-        once, and then the trunk before the features runs once for each loss.
+        The rows are the same as with ``retain_graph=True``. Every loss runs its head backward to the features, and the
+        graph of the head is freed; then the trunk before the features runs backward once for each loss. It pays where
+        the losses look at the same examples. Losses of different examples, as forgetting and retention usually have,
+        are better given a forward pass each: with one over all examples every loss runs backward through the examples
+        of the others too, whose gradients are zero, and a step of two losses takes 1.2 times as long.
 
         Args:
-            features: The tensor, or several, from which every loss is computed, as in TorchJD's ``mtl_backward``.
+            features: The tensor, or several, from which every loss is computed, as in TorchJD's ``mtl_backward``. Where
+                heads and trunk cannot run apart (DDP, FSDP2, hooks, an embedding that is the head too or another way
+                around the features, features computed from one another), every loss gets a whole backward pass.
             batched: Run the trunk backward once, with all losses' gradients of the features at the same time
-                (`torch.autograd.grad` with ``is_grads_batched``).
+                (`torch.autograd.grad` with ``is_grads_batched``). On a CPU that takes as long; it is meant for a GPU
+                that waits for launches, and not measured there.
             retain_graph: Keep the graphs until the last of the inner backward passes: needed when the losses share one
                 forward pass and name no features, and when they share a part of the graph behind the features.
             scale: The loss scale that the incoming gradient carries; None reads it from the gradient.
@@ -165,7 +171,9 @@ class FrontEnds(Adjustable):
                 `combine` do, and where another term writes to ``.grad``. With ``batched``: if heads and trunk cannot
                 run apart, or the trunk has an operation that `torch.vmap` cannot run backward.
 
-        Cost: the graphs of all losses are alive at once (contexts hold one at a time).
+        Cost: the graphs of all losses are alive at once (contexts hold one at a time). ``features`` walks the graph in
+        Python when the losses are joined. ``batched`` holds the gradients of the trunk's activations of all K losses at
+        once, K times those of a backward pass. ``tests/benchmarks/trunk.py`` measures all of them.
         """
         window, joined, parameters = self._window, self._window.joined, self._parameters()
 

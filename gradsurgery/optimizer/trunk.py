@@ -166,7 +166,7 @@ class _Head(NamedTuple):
 
 
 def _checked(features: Features) -> tuple[Tensor, ...]:
-    found = (features,) if isinstance(features, Tensor) else tuple(features)
+    found: tuple[Any, ...] = tuple(features) if isinstance(features, (tuple, list)) else (features,)
     if not found or not all(isinstance(feature, Tensor) for feature in found):
         raise ValueError(
             f"join: expected features to be a tensor or several, found {[type(feature).__name__ for feature in found]}; give the hidden "

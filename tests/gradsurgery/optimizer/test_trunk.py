@@ -212,7 +212,8 @@ def detached(hidden: Tensor) -> Any:
 
 
 REFUSED: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
-    "no tensor": (lambda hidden: "hidden", ValueError, r"a tensor or several, found \['str'"),
+    "no tensor": (lambda hidden: "hidden", ValueError, r"a tensor or several, found \['str'\]"),
+    "a number": (lambda hidden: 3, ValueError, r"a tensor or several, found \['int'\]"),
     "none": (lambda hidden: [], ValueError, r"a tensor or several, found \[\]"),
     "among others": (lambda hidden: [hidden, None], ValueError, r"found \['Tensor', 'NoneType'\]"),
     "twice": (lambda hidden: (hidden, hidden), ValueError, "distinct features, found the same tensor twice"),
