@@ -11,6 +11,7 @@ from lightning_modules import cli
 from lightning_modules.evaluation.evaluate import Evaluation
 from lightning_modules.ledger.criteria import KINDS, read_criteria, verdicts
 from lightning_modules.ledger.request import Request
+from lightning_modules.run.deletion import check_deletion
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.run import Run
 from lightning_modules.run.settling import settle_target
@@ -87,15 +88,13 @@ def test_options_of_a_ledger_without_one_are_refused(tmp_path: Path, capsys: pyt
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_ledger_is_refused_in_every_process_that_srun_starts(
-    tmp_path: Path, rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, rank: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first one too: it would train and enter its own model, and the others theirs."""
-    command = arguments(tmp_path, 1)
     for name, value in {"JOB_ID": "17", "JOB_NAME": "forget", "NTASKS": "2", "PROCID": rank}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert cli.main(command) == 1
-    assert "--ledger: expected one process, found several" in capsys.readouterr().err
-    assert not (tmp_path / "ledger").exists()
+    with pytest.raises(ValueError, match="--ledger: expected one process, found several"):
+        check_deletion(UnlearnOptions.of(ledger=str(tmp_path / "ledger")), {})
 
 
 def test_the_ledger_and_the_output_are_two_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
