@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_modules.data.examples import Example, asked, evenly_spaced
-from lightning_modules.data.pairs import VALIDATION_EXAMPLES
+from lightning_modules.data.examples import Example
 from lightning_modules.data.requests import read_requests, together
-from lightning_modules.data.tokenization import Encoded, encode
-from lightning_modules.ledger.batch import PARTS, check_apart, divided, name_of_batch, parts_of
+from lightning_modules.ledger.batch import PARTS, check_apart, name_of_batch, parts_of
 from lightning_modules.ledger.chain import Entry
 from lightning_modules.ledger.refusals import check_name, check_rows
 from lightning_modules.ledger.request import hashes_of
@@ -70,15 +68,17 @@ def known_of_each(run: Run[UnlearnOptions]) -> list[float]:
     return [part["known"] for part in _parts(run) if isinstance(part["known"], float)]  # request.json spells NaN
 
 
-def each_to_score(run: Run[UnlearnOptions]) -> list[list[Encoded]]:
-    """Some examples of each request of a batch, of which none may stay above the target; nothing without one."""
-    return [
-        [
-            encode(run.tokenizer, asked(row), row["answer"], run.options.data.max_length)
-            for row in evenly_spaced(rows, VALIDATION_EXAMPLES)
-        ]
-        for rows in divided(_parts(run), run.splits["forget"])
-    ]
+def limits_of(
+    batch: Mapping[str, Sequence[Example]], said: Mapping[str, Any]
+) -> dict[str, tuple[Sequence[Example], float]]:
+    """Each request of a batch with the probability that it may be left with: training goes on until none is above.
+
+    Args:
+        batch: Name -> rows.
+        said: What request.json holds.
+    """
+    limit = said["criteria"]["limits"].get("forget_probability", said["counts"]["level"])
+    return {f"request {name}": (rows, limit) for name, rows in batch.items()}
 
 
 def _parts(run: Run[UnlearnOptions]) -> list[dict[str, Any]]:

@@ -24,7 +24,6 @@ from lightning_modules.evaluation.evaluate import Evaluation
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import CHECKPOINTS, CURVE, G_EFFECT, LAST_CHECKPOINT, SURGERY
 from lightning_modules.run.assembly import adapted, make_module, make_trainer, start_model
-from lightning_modules.run.batch import each_to_score
 from lightning_modules.run.deletion import begin, protecting
 from lightning_modules.run.finish import finish, kept_start
 from lightning_modules.run.identity import examples_hash
@@ -273,5 +272,4 @@ def make_curve(run: Run[UnlearnOptions]) -> TradeoffCurve:
         every_n_steps=training.score_every,
         stop_below=training.stop_below,
         path=run.folder / CURVE,
-        each=each_to_score(run),
     )

@@ -31,8 +31,6 @@ class TradeoffCurve(Callback):
         stop_below: Stop training when the probability of the split "forget" falls below this.
         batch_size: Examples a forward pass.
         path: A CSV file with a row for each point, which grows while the run goes on; None writes none.
-        each: Groups of tokenized examples that have to be below `stop_below` each by itself, beside the split "forget".
-            They are scored where that is below only.
 
     Attributes:
         points: A point for each score, `{"step": ..., split: mean probability, ...}`.
@@ -47,12 +45,10 @@ class TradeoffCurve(Callback):
         stop_below: float | None = None,
         batch_size: int = 32,
         path: str | Path | None = None,
-        each: Sequence[Sequence[Encoded]] = (),
     ) -> None:
         self.encoded = dict(encoded)
         self.pad_token_id, self.every_n_steps = pad_token_id, every_n_steps
         self.stop_below, self.batch_size = stop_below, batch_size
-        self.each = each
         self.points: list[dict[str, float]] = []
         self._file = None if path is None else GrowingRows(path)
 
@@ -69,7 +65,7 @@ class TradeoffCurve(Callback):
             self.every_n_steps = max(1, int(steps) // _POINTS) if 0 < steps < float("inf") else 1
         self.stop_below = trainer.strategy.broadcast(self.stop_below)  # the first process may have found it alone
         self._score(trainer, pl_module)
-        self._stop(trainer, pl_module)
+        self._stop(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Score every so many steps, and the last one, so that its checkpoint knows the score."""
@@ -105,22 +101,14 @@ class TradeoffCurve(Callback):
         for logger in trainer.loggers:
             logger.log_metrics({f"curve/{split}": value for split, value in scores.items()}, step)
         self._write(trainer)
-        self._stop(trainer, pl_module)
+        self._stop(trainer)
 
     def _write(self, trainer: L.Trainer) -> None:
         if self._file is not None and self.points and trainer.is_global_zero:
             self._file.write(list(self.points[0]), self.points[self._file.written :])
 
-    def _stop(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.stop_below is None or not self.points[-1].get("forget", 1.0) < self.stop_below:
-            return
-        splits = {str(number): rows for number, rows in enumerate(self.each)}
-        found: dict[str, float] = {}
-        if splits and not trainer.should_stop:
-            model = pl_module.get_submodule("model")
-            found = mean_probabilities(model, splits, pad_token_id=self.pad_token_id, batch_size=self.batch_size)
-            found = trainer.strategy.broadcast(found)
-        if all(value < self.stop_below for value in found.values()):
+    def _stop(self, trainer: L.Trainer) -> None:
+        if self.stop_below is not None and self.points[-1].get("forget", 1.0) < self.stop_below:
             trainer.should_stop = True
 
 

@@ -6,21 +6,21 @@ import json
 import shutil
 from pathlib import Path
 from statistics import fmean
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lightning_modules import cli
+from lightning_modules.data.requests import read_requests
 from lightning_modules.ledger.batch import check_apart, largest, scored
 from lightning_modules.ledger.chain import read_chain
 from lightning_modules.ledger.hashes import request_hash, row_hash
 from lightning_modules.ledger.rescore import rescore
 from lightning_modules.run import deletion, methods
 from lightning_modules.run import unlearn as unlearn_command
+from lightning_modules.run.batch import limits_of
 from lightning_modules.run.loading import read_splits
 from lightning_modules.run.options import UnlearnOptions
-from lightning_modules.training.callbacks import tradeoff_curve
 from tests.lightning_modules.ledger.requests import arguments, rows
 
 REQUESTS = {"ada": rows(1), "017": [*rows(2, 2), {"text": "A plain text by the canal."}], "2025-03-01": rows(3, 1)}
@@ -184,24 +184,9 @@ def test_a_batch_is_not_memorised_only_if_no_request_is(
     found = deletion.requested(options, read_splits(options))
     assert found is not None
     assert found.said["kind"] == kind
+    limits = limits_of(read_requests(given["requests"]), found.said)
+    assert [(len(part), limit) for part, limit in limits.values()] == [(4, 0.1), (3, 0.1), (1, 0.1)]
     assert found.said["counts"]["known"] == pytest.approx((4 * known[0] + 3 * known[1] + known[2]) / 8)
-
-
-def test_training_stops_only_once_every_request_is_below_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    script = [{"forget": 0.06}, {"forget": 0.04}, {"0": 0.01, "1": 0.07}, {"forget": 0.03}, {"0": 0.01, "1": 0.04}]
-    monkeypatch.setattr(tradeoff_curve, "mean_probabilities", lambda *_, **__: script.pop(0))
-    curve = tradeoff_curve.TradeoffCurve({"forget": []}, pad_token_id=0, stop_below=0.05, each=[[], []])
-    trainer: Any = SimpleNamespace(
-        strategy=SimpleNamespace(broadcast=lambda value: value), loggers=[], should_stop=False, global_step=0
-    )
-    module: Any = SimpleNamespace(get_submodule=lambda _: None)
-    stopped = []
-    for step in range(3):
-        trainer.global_step = step
-        curve.on_train_end(trainer, module)
-        stopped.append(trainer.should_stop)
-    assert stopped == [False, False, True]
-    assert script == []
 
 
 def killed(*_: object, **__: object) -> None:
