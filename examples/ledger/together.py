@@ -32,9 +32,20 @@ from lightning_modules.run.unlearn import unlearn
 from lightning_modules.training.scratch import ScratchSettings, scratch_model
 
 KEPT, PARTS, LIMIT = 8, 2, 0.05
-OPTIONS: dict[str, Any] = {"recipe": "balanced", "retain_weight": 200.0, "lr": 3e-4, "warmup_steps": 5, "epochs": 60}
-OPTIONS |= {"batch_size": 8, "accumulate": 1, "stop_below": LIMIT, "score_every": 1, "max_new_tokens": 1}
-OPTIONS |= {"probes": "none", "precision": "32-true"}
+OPTIONS: dict[str, Any] = {
+    "recipe": "balanced",
+    "retain_weight": 200.0,
+    "lr": 3e-4,
+    "warmup_steps": 5,
+    "epochs": 60,
+    "batch_size": 8,
+    "accumulate": 1,
+    "stop_below": LIMIT,
+    "score_every": 1,
+    "max_new_tokens": 1,
+    "probes": "none",
+    "precision": "32-true",
+}
 
 
 def data(seed: int, requests: int, tofu_dir: str | None) -> tuple[list[Any], dict[str, list[Any]]]:
@@ -109,7 +120,8 @@ def table(pairs: list[dict[str, Any]]) -> str:
     """Markdown: every pair, and the rank correlation of what was predicted with what was saved, seed by seed."""
     ranks: list[float] = []
     for seed in sorted({pair["seed"] for pair in pairs}):
-        found: Any = spearmanr(*zip(*((p["predicted"], p["saved"]) for p in pairs if p["seed"] == seed), strict=True))
+        of_seed = [pair for pair in pairs if pair["seed"] == seed]
+        found: Any = spearmanr([pair["predicted"] for pair in of_seed], [pair["saved"] for pair in of_seed])
         ranks.append(float(found.statistic))
     lines = [
         f"Rank correlation (Spearman) of the estimated with the measured saving, by seed: {', '.join(f'{r:.2f}' for r in ranks)}; mean",
