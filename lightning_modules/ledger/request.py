@@ -10,6 +10,7 @@ from typing import Any
 from lightning_modules.data.examples import Example, read_examples
 from lightning_modules.data.files import existing_file
 from lightning_modules.files import write_text
+from lightning_modules.ledger.batch import PARTS, divided
 from lightning_modules.ledger.chain import Entry, read_chain
 from lightning_modules.ledger.entry import limit_of
 from lightning_modules.ledger.hashes import canonical, file_hash, request_hash, row_hash
@@ -35,7 +36,7 @@ class Request:
     said: Mapping[str, Any]
     texts: Mapping[str, Sequence[Sequence[Example]]] = field(default_factory=dict)
     sketches: Mapping[str, Sequence[Path]] = field(default_factory=dict)
-    limits: Mapping[str, tuple[Sequence[Example], float]] = field(default_factory=dict)
+    limits: Mapping[str, tuple[Sequence[Sequence[Example]], float]] = field(default_factory=dict)
 
     @property
     def memorised(self) -> bool:
@@ -80,18 +81,19 @@ def protected(
     )
 
 
-def kept_texts(ledger: Path, entries: Sequence[Entry]) -> dict[str, tuple[list[Example], float]]:
-    """Number of an entry that kept its text -> the text, and the forget probability that it may have.
+def kept_texts(ledger: Path, entries: Sequence[Entry]) -> dict[str, tuple[list[Sequence[Example]], float]]:
+    """Number of an entry that kept its text -> the rows of each of its requests, and the probability each may have.
 
     Raises:
         FileNotFoundError: If something that was kept is gone.
         ValueError: If it is not as it was kept.
     """
-    return {
-        str(entry["number"]): (read_examples(_kept(ledger, entry, "text")), limit_of(entry))
-        for entry in entries
-        if entry["kind"] == FORGOTTEN and "text" in entry["kept"]
-    }
+    found: dict[str, tuple[list[Sequence[Example]], float]] = {}
+    for entry in entries:
+        if entry["kind"] == FORGOTTEN and "text" in entry["kept"]:
+            rows = read_examples(_kept(ledger, entry, "text"))
+            found[str(entry["number"])] = (divided(entry.get(PARTS, ()), rows) or [rows], limit_of(entry))
+    return found
 
 
 def _kept(ledger: Path, entry: Entry, what: str) -> Path:

@@ -87,7 +87,9 @@ def held_down(run: Run[UnlearnOptions]) -> dict[str, tuple[list[Encoded], float 
     found: dict[str, tuple[list[Encoded], float | None]] = {
         f"part {number}": (encoded(evenly_spaced(rows, VALIDATION_EXAMPLES)), None) for number, rows in enumerate(parts)
     }
-    return found | {f"entry {number}": (encoded(rows), limit) for number, (rows, limit) in run.request.limits.items()}
+    for entry, (requests, limit) in run.request.limits.items():
+        found |= {f"entry {entry}, {number}": (encoded(rows), limit) for number, rows in enumerate(requests)}
+    return found
 
 
 def _parts(run: Run[UnlearnOptions]) -> list[dict[str, Any]]:

@@ -297,7 +297,10 @@ def _of_model(folder: Path, said: Mapping[str, Any], ledger: Path, entries: list
     texts = kept_texts(ledger, entries)
     if texts or options.ledger.ledger_sketch:
         model, tokenizer = load_model(_as_saved(options, folder), splits)
-    values = _probabilities(options, model, tokenizer, {of: rows for of, (rows, _) in texts.items()}) if texts else {}
+    values = {  # of a batch the highest of its requests
+        of: max(_probabilities(options, model, tokenizer, {str(at): rows for at, rows in enumerate(requests)}).values())
+        for of, (requests, _) in texts.items()
+    }
     earlier = [
         {"number": int(of), "probability": finite(value), "limit": texts[of][1], "holds": value <= texts[of][1]}
         for of, value in values.items()

@@ -15,6 +15,7 @@ from lightning_modules import cli
 from lightning_modules.ledger.batch import check_apart, largest, scored
 from lightning_modules.ledger.chain import read_chain
 from lightning_modules.ledger.hashes import request_hash, row_hash
+from lightning_modules.ledger.request import kept_texts
 from lightning_modules.ledger.rescore import rescore
 from lightning_modules.run import deletion, methods
 from lightning_modules.run import unlearn as unlearn_command
@@ -82,6 +83,13 @@ def test_one_entry_says_of_every_request_what_was_asked_and_left(made: Path) -> 
     assert verdict["criterion"] == "forget_probability"
     assert verdict["found"] == max(part["after"] for part in entry["requests"])
     assert verdict["found"] > entry["metrics"]["after"]["forget"]["probability"]
+
+
+def test_later_runs_hold_every_request_of_a_batch_by_itself(made: Path) -> None:
+    ((requests, limit),) = kept_texts(made / "ledger", entries(made)).values()
+    texts = [[row.get("answer") or row["text"] for row in found] for found in REQUESTS.values()]
+    assert [[row["answer"] for row in found] for found in requests] == texts
+    assert limit == 1e-8
 
 
 def test_a_batch_is_shown_reported_and_its_scores_computed_again(
