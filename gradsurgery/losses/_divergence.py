@@ -112,7 +112,7 @@ class _Divergence(torch.autograd.Function):
         if result is None:
             result = torch.empty_like(logits)
             compared = _Rows(logits, reference, index, ctx.beta)
-            # As in the forward pass, so that every backward pass gives the same bits.
+            # With the totals of the forward pass; where p is near q the difference may be rounded in another way.
             factor = torch.ones_like(outer) if result.dtype == outer.dtype else outer
             for rows, room in blocks(logits):
                 pair = compared.pair(rows, room, Totals(*totals[rows].split(1, 1)))

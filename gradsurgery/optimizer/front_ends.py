@@ -146,7 +146,7 @@ class FrontEnds(Adjustable):
         graph of the head is freed; then the trunk before the features runs backward once for each loss. It pays where
         the losses look at the same examples. Losses of different examples, as forgetting and retention usually have,
         are better given a forward pass each: with one over all examples every loss runs backward through the examples
-        of the others too, whose gradients are zero, and a step of two losses takes 1.2 times as long.
+        of the others too, whose gradients are zero, and a step of two losses takes up to 1.4 times as long.
 
         Args:
             features: The tensor, or several, from which every loss is computed, as in TorchJD's ``mtl_backward``. Where

@@ -139,6 +139,8 @@ class Trunk:
             stacks: list[Tensor | None] = list(
                 torch.autograd.grad(features, self._before, cotangents, allow_unused=True, is_grads_batched=True)
             )
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise RuntimeError(
                 "join: expected a trunk whose backward pass takes several cotangents at once (torch.vmap) with batched=True, found an "

@@ -10,9 +10,9 @@ from typing import Any
 from lightning_modules.data.examples import Example, read_examples
 from lightning_modules.data.files import existing_file
 from lightning_modules.files import write_text
-from lightning_modules.ledger.batch import PARTS, divided
+from lightning_modules.ledger.batch import PARTS, divided, largest
 from lightning_modules.ledger.chain import Entry, read_chain
-from lightning_modules.ledger.entry import limit_of
+from lightning_modules.ledger.entry import finite, limit_of
 from lightning_modules.ledger.hashes import canonical, file_hash, request_hash, row_hash
 from lightning_modules.ledger.place import LEDGER
 from lightning_modules.ledger.refusals import FORGOTTEN
@@ -30,7 +30,7 @@ class Request:
         said: What request.json holds: everything about it that is known before the training.
         texts: Protected row -> the requests that take turns in it, each as its examples.
         sketches: Protected row -> the files of the sketches that take turns in it.
-        limits: What `kept_texts` finds: the earlier requests that have to be at most at their limits at the end.
+        limits: Of what `kept_texts` finds, that which was at most at its limit before: it has to be at the end too.
     """
 
     said: Mapping[str, Any]
@@ -79,6 +79,18 @@ def protected(
         {name: texts[number::of_text] for number, name in enumerate(names[:of_text])},
         {name: sketches[number::of_sketch] for number, name in enumerate(names[of_text:])},
     )
+
+
+def held_last(entries: Sequence[Entry]) -> set[str]:
+    """Numbers of the entries whose requests were all at most at their limits when they were last measured."""
+    found: dict[int, bool] = {}
+    for entry in entries:
+        if entry["kind"] == FORGOTTEN:
+            parts, limit = entry.get(PARTS, ()), limit_of(entry)
+            value = largest(parts) if parts else finite(entry["metrics"]["after"]["forget"]["probability"])
+            found[entry["number"]] = value is not None and value <= limit
+        found |= {one["number"]: one["holds"] for one in entry["earlier"]}
+    return {str(number) for number, holds in found.items() if holds}
 
 
 def kept_texts(ledger: Path, entries: Sequence[Entry]) -> dict[str, tuple[list[Sequence[Example]], float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +141,9 @@ def data_of(config: Mapping[str, Any]) -> dict[str, list[Example]]:
         found = {
             split: read_examples(name) for split, name in names.items() if name is not None and Path(name).exists()
         }
-        if requests is not None and Path(requests).exists():
-            found["forget"] = together(read_requests(requests))
+        if requests is not None:
+            with suppress(FileNotFoundError):  # the mapping or one of its files, as a deletion may ask
+                found["forget"] = together(read_requests(requests))
         return found
     authors = config["authors"]
     rows = fictional_authors(authors)

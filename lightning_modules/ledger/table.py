@@ -8,7 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_modules.ledger.batch import PARTS
+from lightning_modules.ledger.batch import PARTS, largest
 from lightning_modules.ledger.chain import Entry
 from lightning_modules.ledger.entry import finite, limit_of
 from lightning_modules.ledger.refusals import FORGOTTEN
@@ -68,7 +68,7 @@ def shown(value: object) -> str:
 def over_time(entries: Sequence[Entry]) -> tuple[list[Entry], list[list[float | None]]]:
     """Every forgotten request, and its probability after every entry: None before it, and where nobody knows.
 
-    An earlier request is known where the ledger kept its text.
+    An earlier request is known where the ledger kept its text. Of a batch it is the highest of its requests.
     """
     requests = [entry for entry in entries if entry["kind"] == FORGOTTEN]
     found: list[list[float | None]] = []
@@ -76,7 +76,9 @@ def over_time(entries: Sequence[Entry]) -> tuple[list[Entry], list[list[float | 
         row: list[float | None] = []
         for entry in requests:
             later = {one["number"]: one["probability"] for one in entry["earlier"]}
-            own = finite(entry["metrics"]["after"]["forget"]["probability"])
+            own = (
+                largest(entry[PARTS]) if PARTS in entry else finite(entry["metrics"]["after"]["forget"]["probability"])
+            )
             row.append(own if entry is request else later.get(request["number"]))
         found.append(row)
     return requests, found

@@ -51,6 +51,11 @@ def not_reached(metrics: Mapping[str, Any]) -> str | None:
         f"The target was not reached: the run took {target['steps']} optimizer steps and ended with a mean probability of the scored "
         f"forget answers of {shown(found)}, which was to fall below {level:g}"
     )
+    if above := target.get("above"):
+        return (
+            f"{text}; what the ledger holds to a limit did not: {', '.join(above)}. Raise --ledger-weight, --steps or --epochs, in a new "
+            "run."
+        )
     if target["stopped_early"]:
         return f"{text}; it was stopped before its last step."
     return f"{text}; raise --lr, or --steps or --epochs, in a new run."

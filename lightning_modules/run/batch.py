@@ -70,6 +70,13 @@ def known_of_each(run: Run[UnlearnOptions]) -> list[float]:
     return [part["known"] for part in _parts(run) if isinstance(part["known"], float)]  # request.json spells NaN
 
 
+def best_known(run: Run[UnlearnOptions], encoded: Sequence[Encoded]) -> Sequence[Encoded]:
+    """The examples by which it is seen how a rate forgets: of a batch those of the request that is known best."""
+    parts = [rows for rows, limit in held_down(run).values() if limit is None]
+    known = known_of_each(run)
+    return parts[known.index(max(known))] if len(parts) == len(known) > 0 else encoded
+
+
 def held_down(run: Run[UnlearnOptions]) -> dict[str, tuple[list[Encoded], float | None]]:
     """What has to be low at a run's end beside the whole forget set: `TradeoffCurve`'s `at_most`.
 

@@ -29,7 +29,7 @@ from lightning_modules.ledger.entry import contents, finite
 from lightning_modules.ledger.hashes import file_hash, tensors_hash
 from lightning_modules.ledger.place import CRITERIA, LEDGER, SKETCHES, TEXTS, held
 from lightning_modules.ledger.refusals import FORGOTTEN, NOT_MEMORISED, check_model
-from lightning_modules.ledger.request import Request, hashes_of, keep_rows, kept_texts, protected
+from lightning_modules.ledger.request import Request, hashes_of, held_last, keep_rows, kept_texts, protected
 from lightning_modules.ledger.sketch import request_gradient, save_sketch, share_kept, sketched
 from lightning_modules.run.batch import batch_of, check_requests, check_same_batch, mean_known, name_of, said_of
 from lightning_modules.run.loading import load_model, read_splits, start_name
@@ -111,7 +111,8 @@ def requested(options: UnlearnOptions, splits: Splits) -> Request | None:
     ledger = Path(name)
     entries = read_chain(ledger / LEDGER)
     texts, sketches = protected(ledger, entries, options.ledger.ledger_rows)
-    limits = kept_texts(ledger, entries)
+    held_before = held_last(entries)
+    limits = {number: found for number, found in kept_texts(ledger, entries).items() if number in held_before}
     batch = batch_of(options, splits)
     last = entries[-1]["hash"] if entries else START
     if (path := _said_before(options)) is not None:
@@ -292,13 +293,21 @@ def _of_model(folder: Path, said: Mapping[str, Any], ledger: Path, entries: list
     splits = read_splits(options)
     if options.ledger.ledger_keep_text or options.ledger.ledger_sketch:
         _check_same(said, splits)  # the rows are read anew; what is kept is what was forgotten
+        check_same_batch(said, batch_of(options, splits))
     model: Any = None
     tokenizer: Any = None
     texts = kept_texts(ledger, entries)
     if texts or options.ledger.ledger_sketch:
         model, tokenizer = load_model(_as_saved(options, folder), splits)
-    values = {  # of a batch the highest of its requests
-        of: max(_probabilities(options, model, tokenizer, {str(at): rows for at, rows in enumerate(requests)}).values())
+    values = {  # of a batch the highest of its requests; NaN if one is
+        of: torch.tensor(
+            list(
+                _probabilities(options, model, tokenizer, {str(at): rows for at, rows in enumerate(requests)}).values()
+            ),
+            dtype=torch.float64,
+        )
+        .amax()
+        .item()
         for of, (requests, _) in texts.items()
     }
     earlier = [

@@ -163,12 +163,14 @@ def ended(training: TrainingOptions, trainer: L.Trainer, curve: TradeoffCurve) -
     if not training.stop_below or not curve.points:
         return None
     found, steps = curve.points[-1]["forget"], trainer.global_step
+    further = {"above": list(curve.above)} if curve.above else {}
     return {
         "forget_probability": training.stop_below,
         "found": found,
-        "reached": found < training.stop_below,
+        "reached": found < training.stop_below and not curve.above,
         "steps": steps,
         "stopped_early": steps < trainer.estimated_stepping_batches,
+        **further,
     }
 
 
@@ -261,7 +263,7 @@ def _last_checkpoint(run: Run[UnlearnOptions]) -> Path | None:
 
 
 def make_curve(run: Run[UnlearnOptions]) -> TradeoffCurve:
-    """The scores while training, on a few examples of both sets; at the end the ledger's earlier requests count too."""
+    """The scores while training, on a few examples of both sets; with a ledger at the end also what `held_down` says."""
     training = run.options.training
     return TradeoffCurve(
         {

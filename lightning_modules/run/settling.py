@@ -15,7 +15,7 @@ from lightning_modules.evaluation.processes import is_first
 from lightning_modules.folder import TRAINING
 from lightning_modules.report.terminal import shown
 from lightning_modules.run.assembly import make_module
-from lightning_modules.run.batch import known_of_each
+from lightning_modules.run.batch import best_known, known_of_each
 from lightning_modules.run.loading import make_data
 from lightning_modules.run.options import AUTO, UnlearnOptions, most_steps
 from lightning_modules.run.reference_log import reference_rows
@@ -60,12 +60,13 @@ def settle_target(
         The run with --stop-below, and the scores of the reference, if they were needed for it.
     """
     known, asked = float(before.summary["forget"]["probability"] or 0.0), run.options.training.stop_below
-    known = max([known, *known_of_each(run)])
+    alone = not (each := known_of_each(run))  # of a batch the mean says little
+    known = max([known, *each])
     if asked is None and run.request is not None:
         limit = run.request.said["criteria"]["limits"].get("forget_probability")
         asked = None if limit is None else ROOM * limit
     if asked is not None:
-        if is_first():
+        if is_first() and alone:
             show_start(before, asked, "asked")
         return replace(run, options=run.options.but(stop_below=asked)), None
     with same_random_numbers():
@@ -79,7 +80,8 @@ def settle_target(
     nothing = known <= level
     if is_first():
         note(run.folder / TRAINING, "target", {"forget_probability": level, "of": of})
-        show_start(before, level, of)
+        if alone:
+            show_start(before, level, of)
         if not nothing:
             whose = "the reference's own" if of == "reference" else "--stop-below names another"
             _say(
@@ -112,7 +114,7 @@ def settle_rate(
     tried = trial(
         make_module(model, options.method, slow, reference, loading=options.loading).train(),
         make_data(options, run.tokenizer),
-        evenly_spaced(curve.encoded["forget"], SCORED),
+        evenly_spaced(best_known(run, curve.encoded["forget"]), SCORED),
         level=level,
         pad_token_id=curve.pad_token_id,
         precision=training.precision,

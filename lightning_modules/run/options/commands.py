@@ -138,6 +138,7 @@ class UnlearnOptions(Options):
         self._check_depth()
         self.ledger.check_beside(self.method, self.training, cuts_texts=self.data.cuts_texts)
         self.ledger.check_requests(self.data.requests)
+        self.training.check_compiled(self.method.retain_inside)
         if self.first.finetune_first and self.model.scratch:
             raise ValueError(
                 "--finetune-first: expected --model, which is to be taught first, found the model from scratch, which always is; "

@@ -71,6 +71,7 @@ class LedgerOptions:
             return
         found = {
             "--method uld, whose model is two": method.method == "uld",
+            "--best-below, which looks at no request by itself": training.best_below is not None,
             "--save adapter, which leaves no whole model": training.save == "adapter",
             "--muse or --wmdp, whose texts are cut": cuts_texts,
             f"--strategy {training.strategy}": training.strategy != "auto",

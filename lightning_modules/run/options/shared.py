@@ -79,6 +79,14 @@ class SharedOptions:
             seed=seed,
         )
 
+    def check_compiled(self, retain_inside: float) -> None:
+        """Raise ValueError on a method whose graphs cannot be compiled."""
+        if self.compile and retain_inside:
+            raise ValueError(
+                f"--retain-inside: expected 0 with --compile, found {retain_inside}: the retain loss's graph is run backward twice, which "
+                "a compiled one cannot; leave one of them out"
+            )
+
     def without_effect(self) -> list[str]:
         """The options about adapters that are given although nothing is adapted."""
         default = SharedOptions()

@@ -37,6 +37,7 @@ class TradeoffCurve(Callback):
 
     Attributes:
         points: A point for each score, `{"step": ..., split: mean probability, ...}`.
+        above: Names of `at_most` that were above when they were scored last.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class TradeoffCurve(Callback):
         self.stop_below, self.batch_size = stop_below, batch_size
         self.at_most = {} if at_most is None else dict(at_most)
         self.points: list[dict[str, float]] = []
+        self.above: list[str] = []
         self._file = None if path is None else GrowingRows(path)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
@@ -125,8 +127,9 @@ class TradeoffCurve(Callback):
             return
         encoded = {name: rows for name, (rows, _) in self.at_most.items()}
         found = self._probabilities(trainer, pl_module, encoded) if encoded else {}
-        if all(found[name] <= (below if limit is None else limit) for name, (_, limit) in self.at_most.items()):
-            trainer.should_stop = True
+        limits = {name: below if limit is None else limit for name, (_, limit) in self.at_most.items()}
+        self.above = [name for name, limit in limits.items() if not found[name] <= limit]
+        trainer.should_stop = not self.above
 
 
 def _is_last(trainer: L.Trainer) -> bool:
