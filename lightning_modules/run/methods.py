@@ -263,7 +263,7 @@ def _last_checkpoint(run: Run[UnlearnOptions]) -> Path | None:
 
 
 def make_curve(run: Run[UnlearnOptions]) -> TradeoffCurve:
-    """The scores while training, on a few examples of both sets; with a ledger at the end also what `held_down` says."""
+    """The scores while training, on a few examples of both sets; with a ledger also of what `held_down` says."""
     training = run.options.training
     return TradeoffCurve(
         {
