@@ -56,7 +56,10 @@ def ledger_command(
     what = "chain, criteria, runs and models" + (", and the scores," * options.rescore)
     last = f"; the last hash is {entries[-1]['hash']}" if entries else ""
     console.print(
-        f"{len(entries)} entries: {what} are as they were written{last}", markup=False, highlight=False, soft_wrap=True
+        f"{len(entries)} {'entry' if len(entries) == 1 else 'entries'}: {what} are as they were written{last}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
     )
 
 
