@@ -51,6 +51,21 @@ def probability(folder: Path) -> float:
     return float(torch.exp(-nll).mean())
 
 
+def test_it_compiles_what_it_trains_if_it_is_told_to(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+
+    def as_it_is(model: torch.nn.Module, **_: Any) -> torch.nn.Module:
+        compiled.append(type(model).__name__)
+        return model
+
+    monkeypatch.setattr(torch, "compile", as_it_is)
+    for number, further in enumerate(([], ["--compile"])):
+        assert cli.main(command(world, tmp_path / str(number), "--epochs", "1", *further)) == 0
+        assert compiled == ["LlamaModel"] * number
+
+
 def test_what_is_taught_is_memorised_measured_and_taken_by_unlearn(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

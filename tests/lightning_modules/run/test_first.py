@@ -90,23 +90,30 @@ def test_target_and_reference_are_those_of_finetune_bit_for_bit_and_are_taught_o
     assert (again["before"], again["reference"]) == (metrics["before"], metrics["reference"])
 
 
-def test_layers_are_recomputed_while_it_is_taught_too_with_the_same_weights(
+def test_layers_are_recomputed_and_compiled_while_it_is_taught_too_with_the_same_weights(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teach, recomputed, kept = teaching.taught_alone, list[bool](), list[dict[str, torch.Tensor]]()
+    compiled: list[str] = []
+
+    def as_it_is(model: Any, **_: Any) -> Any:
+        compiled.append(type(model).__name__)
+        return model
 
     def watched(model: Any, *given: Any, **settings: Any) -> None:
         recomputed.append(any(getattr(module, "gradient_checkpointing", False) for module in model.modules()))
         teach(model, *given, **settings)
 
     monkeypatch.setattr(teaching, "taught_alone", watched)
+    monkeypatch.setattr(torch, "compile", as_it_is)
     for recompute in (False, True):
         monkeypatch.setenv("XDG_CACHE_HOME", str(world / f"cache of {recompute}"))
-        given = options(gradient_checkpointing=recompute, reference="start")
+        given = options(gradient_checkpointing=recompute, compile=recompute, reference="start")
         splits = read_splits(given)
         teaching.teach_first(given, splits)
         kept.append(load_file(Path(str(taught_folder(given, splits, "target"))) / "model.safetensors"))
     assert recomputed == [False, True]
+    assert compiled == ["LlamaModel"]
     assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
 
 
