@@ -1,6 +1,6 @@
 """Does `gradsurgery ledger plan` tell which requests are cheap to forget together? Steps together against steps apart.
 
-Run it: python examples/ledger/together.py [--tofu-dir FOLDER]   (16 short runs a seed; about 15 minutes on one core)
+Run it: python examples/ledger/together.py [--tofu-dir FOLDER]   (16 short runs a seed; about 8 minutes of one core)
 It goes on where it was interrupted, and writes together.md into --output.
 
 A Llama of 1.7M parameters learns 8 authors to keep and two to forget, each of whom is two requests of 10 questions:
