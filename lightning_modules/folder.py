@@ -72,13 +72,26 @@ def claim(folder: Path) -> None:
         PermissionError: If the folder cannot be created or written to.
     """
     check_free(folder)
+    check_writable(folder)
+
+
+def check_writable(folder: Path, option: str = "--output") -> None:
+    """Create the folder, or refuse it if it cannot be written to.
+
+    Args:
+        folder: Afterwards it exists.
+        option: Named in the message.
+
+    Raises:
+        PermissionError: If the folder cannot be created or written to.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise PermissionError(f"--output: expected a folder that can be written, found {folder}: {error}") from error
+    except (OSError, ValueError) as error:  # ValueError: no name of a file, such as one with a NUL
+        raise PermissionError(f"{option}: expected a folder that can be written, found {folder}: {error}") from error
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Six deletion requests one after another, by six methods: does what was forgotten stay forgotten?
 
-Run it: python examples/ledger/experiment.py --tofu-dir FOLDER   (three seeds; about an hour of one CPU core)
+Run it: python examples/ledger/experiment.py --tofu-dir FOLDER   (three seeds; 45 minutes of one CPU core)
 It goes on where it was interrupted, and writes table.md and requests.png into --output.
 
 The text of TOFU and a small Llama, as in examples/ablation. It learns some authors to keep and one author for each

@@ -155,16 +155,21 @@ def _multiplied(
     return added
 
 
+@triton.jit
+def _piece(sizes, chunks, CHUNK: tl.constexpr):
+    # This program's piece: of which parameter, from where on, and how many numbers.
+    member = tl.load(chunks + 2 * tl.program_id(0))
+    begin = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * CHUNK
+    return member, begin, tl.minimum(tl.load(sizes + member) - begin, CHUNK).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["number"])
 def _products(
     table, sizes, chunks, partial, number,
     K: tl.constexpr, TYPES: tl.constexpr, WRITES: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    chunk = tl.program_id(0)
-    member = tl.load(chunks + 2 * chunk)
-    begin = tl.load(chunks + 2 * chunk + 1).to(tl.int64) * CHUNK
-    mine = tl.minimum(tl.load(sizes + member) - begin, CHUNK).to(tl.int32)
+    member, begin, mine = _piece(sizes, chunks, CHUNK)
     columns: tl.constexpr = K + len(WRITES)
     line, places = _places(table, member.to(tl.int64) * columns, begin, columns, TYPES, ALIGNED, BLOCK)
     sums = ()
@@ -176,7 +181,7 @@ def _products(
     if whole < mine:
         sums = _multiplied(sums, line, places, whole, mine, K, TYPES, WRITES, True, BLOCK)
     for pair in tl.static_range(K * (K + 1) // 2):
-        tl.store(partial + pair * number + chunk, tl.sum(sums[pair], 0))
+        tl.store(partial + pair * number + tl.program_id(0), tl.sum(sums[pair], 0))
 
 
 @triton.jit(do_not_specialize=["number"])
@@ -255,10 +260,7 @@ def _combine(
     K: tl.constexpr, TYPES: tl.constexpr, ALIGNED: tl.constexpr, SKIP: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    chunk = tl.program_id(0)
-    member = tl.load(chunks + 2 * chunk)
-    begin = tl.load(chunks + 2 * chunk + 1).to(tl.int64) * CHUNK
-    mine = tl.minimum(tl.load(sizes + member) - begin, CHUNK).to(tl.int32)
+    member, begin, mine = _piece(sizes, chunks, CHUNK)
     line, places = _places(table, member.to(tl.int64) * K, begin, K, TYPES, ALIGNED, BLOCK)
     at = coefficients + tl.load(blocks + member) * K
     numbers = (tl.load(at).to(tl.float32),)

@@ -28,7 +28,7 @@ from lightning_modules.ablation.results import read_results, write_csv
 from lightning_modules.ablation.run import RUNS, content, execute, prepare, read_result, refuse_other
 from lightning_modules.ablation.table import write_table
 from lightning_modules.files import write_text
-from lightning_modules.folder import versions, write_json
+from lightning_modules.folder import check_writable, versions, write_json
 from lightning_modules.progress import Stage
 from lightning_modules.run.assembly import check_hardware
 from lightning_modules.run.quiet import quiet
@@ -63,10 +63,7 @@ def ablate(options: AblateOptions) -> Path | None:
     chosen = _chosen(runs, options)
     there = content(grid) if (folder / RUNS).exists() else {}
     pending = [run for run in chosen if not finished(run, folder, there)]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise PermissionError(f"--output: expected a folder that can be written, found {folder}: {error}") from error
+    check_writable(folder)
     started = time.perf_counter()
     failed = _do(pending, folder, options)
     if options.only is None and options.index is None:

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lightning_modules.files import remove_partial
-from lightning_modules.folder import locked
+from lightning_modules.folder import check_writable, locked
 
 LEDGER, CRITERIA, TEXTS, SKETCHES = "ledger.jsonl", "criteria", "texts", "sketches"
 PICTURE, PAGE = "requests.png", "report.html"
@@ -35,10 +35,7 @@ def held(folder: Path) -> Generator[None]:
         FileExistsError: If another process works with it.
         PermissionError: If the folder cannot be created.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PermissionError(f"--ledger: expected a folder that can be written, found {folder}: {error}") from error
+    check_writable(folder, "--ledger")
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(folder))

@@ -150,7 +150,7 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
             if other not in seen
         ]
     said.append(
-        "Steps: estimated to first order from the gradients at the start, in those that one request needs alone; it tells which requests "
-        "save more together, rather than how much"
+        "Steps: estimated to first order from the gradients at the start, in those that one request needs alone. It tells requests about "
+        "one thing from others, and promises too much: where it was measured, 40 % became 20 %, and 37 % became 6 % (examples/ledger)"
     )
     return said

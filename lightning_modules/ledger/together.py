@@ -18,7 +18,8 @@ $$\mathrm{saved} = 1 - 1 / \sqrt{2 (1 + c)} :$$
 
 a half where one gradient forgets both, .29 where they have nothing to do with each other, and nothing from c = -1/2 on.
 It knows the start only: gradients turn while a model forgets, requests need different numbers of steps, and a step of
-a large group sees only some rows of each. So it says which pairs save more than which, rather than how much.
+a large group sees only some rows of each. Measured (`examples/ledger/together.py`), it tells pairs of requests about
+one author from others, and promises too much: 40 % of the steps where 20 % were saved, 37 % where 6 % were.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from lightning_modules.ledger.refusals import check_name, check_rows
 from lightning_modules.ledger.request import hashes_of
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.run import Run, Splits
+from lightning_modules.training.callbacks import TradeoffCurve
 
 
 def batch_of(options: UnlearnOptions, splits: Splits) -> dict[str, list[Example]]:
@@ -70,11 +71,11 @@ def known_of_each(run: Run[UnlearnOptions]) -> list[float]:
     return [part["known"] for part in _parts(run) if isinstance(part["known"], float)]  # request.json spells NaN
 
 
-def best_known(run: Run[UnlearnOptions], encoded: Sequence[Encoded]) -> Sequence[Encoded]:
+def best_known(run: Run[UnlearnOptions], curve: TradeoffCurve) -> Sequence[Encoded]:
     """The examples by which it is seen how a rate forgets: of a batch those of the request that is known best."""
-    parts = [rows for rows, limit in held_down(run).values() if limit is None]
+    parts = [rows for rows, limit in curve.at_most.values() if limit is None]
     known = known_of_each(run)
-    return parts[known.index(max(known))] if len(parts) == len(known) > 0 else encoded
+    return parts[known.index(max(known))] if len(parts) == len(known) > 0 else curve.encoded["forget"]
 
 
 def held_down(run: Run[UnlearnOptions]) -> dict[str, tuple[list[Encoded], float | None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -299,17 +300,10 @@ def _of_model(folder: Path, said: Mapping[str, Any], ledger: Path, entries: list
     texts = kept_texts(ledger, entries)
     if texts or options.ledger.ledger_sketch:
         model, tokenizer = load_model(_as_saved(options, folder), splits)
-    values = {  # of a batch the highest of its requests; NaN if one is
-        of: torch.tensor(
-            list(
-                _probabilities(options, model, tokenizer, {str(at): rows for at, rows in enumerate(requests)}).values()
-            ),
-            dtype=torch.float64,
-        )
-        .amax()
-        .item()
-        for of, (requests, _) in texts.items()
-    }
+    values: dict[str, float] = {}
+    for of, (requests, _) in texts.items():
+        found = _probabilities(options, model, tokenizer, {str(at): rows for at, rows in enumerate(requests)})
+        values[of] = max(found.values(), key=lambda value: (math.isnan(value), value))  # of a batch the highest, or NaN
     earlier = [
         {"number": int(of), "probability": finite(value), "limit": texts[of][1], "holds": value <= texts[of][1]}
         for of, value in values.items()

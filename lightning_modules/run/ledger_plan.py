@@ -13,7 +13,7 @@ from lightning_modules.data.requests import read_requests
 from lightning_modules.data.tokenization import padding_id
 from lightning_modules.evaluation.likelihood import on_gpu
 from lightning_modules.evaluation.processes import processes_ahead
-from lightning_modules.folder import write_json
+from lightning_modules.folder import check_writable, write_json
 from lightning_modules.ledger.picture import write_picture
 from lightning_modules.ledger.plan_shown import group_table, plan_figure, plan_table
 from lightning_modules.ledger.planned import gram_of, plan_of, probabilities, sentences
@@ -87,7 +87,4 @@ def _check_free(folder: Path) -> None:
         raise FileExistsError(
             f"--output: expected a folder without a plan, found {' and '.join(found)} in {folder}; choose another, or remove them"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PermissionError(f"--output: expected a folder that can be written, found {folder}: {error}") from error
+    check_writable(folder)

@@ -114,7 +114,7 @@ def settle_rate(
     tried = trial(
         make_module(model, options.method, slow, reference, loading=options.loading).train(),
         make_data(options, run.tokenizer),
-        evenly_spaced(best_known(run, curve.encoded["forget"]), SCORED),
+        evenly_spaced(best_known(run, curve), SCORED),
         level=level,
         pad_token_id=curve.pad_token_id,
         precision=training.precision,

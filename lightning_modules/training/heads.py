@@ -45,9 +45,9 @@ class AnswerHead:
     def compile(self) -> None:
         """Have `torch.compile` make one program of the backbone, or of a model that is not split, for any shapes.
 
-        The first step then takes up to minutes. Only what runs through this head is compiled: `model` itself, its
-        `state_dict`, its scores and its generated answers stay as they were. Losses differ in the last digits. A graph
-        that is kept for several backward passes (`retain_inside`) cannot be compiled.
+        The first step then takes long, half a minute for the small Llama. Only what runs through this head is compiled:
+        `model` itself, its `state_dict`, its scores and its generated answers stay as they were. Losses differ in the
+        last digits. A graph that is kept for several backward passes (`retain_inside`) cannot be compiled.
 
         Raises:
             RuntimeError: In the first step, by PyTorch, where the compiler is missing: a C++ compiler on a CPU, Triton

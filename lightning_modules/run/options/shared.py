@@ -31,8 +31,9 @@ class SharedOptions:
         checkpoint_every: optimizer steps between checkpoints, besides one after every epoch; null for epochs only
         gradient_checkpointing: keep the input of every layer alone for the backward pass, which computes the rest
             again: the same steps with less memory, a third more time
-        compile: have torch.compile make one program of the model's layers for the training steps: the first one takes a
-            minute or more, the others less; it needs a C++ compiler on a CPU, and Triton on a GPU
+        compile: have torch.compile make one program of the model's layers for the training steps: the first one takes
+            half a minute for the smallest model, and it pays in long trainings at best; it needs a C++ compiler on a
+            CPU, and Triton on a GPU
         precision: the precision, by Lightning's name; by default bf16-mixed with a CUDA GPU or a CPU that computes
             bfloat16 natively, and 32-true without
         devices: number of devices, or auto

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -32,7 +33,7 @@ class Case(NamedTuple):
     own: int
     make: Callable[[], tuple[Any, list[Tensor]]]
     apart: bool = True
-    options: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
 def tensors(dtype: torch.dtype, *shapes: Sequence[int]) -> list[Tensor]:
