@@ -169,6 +169,11 @@ class Grid:
         if len(self.targets.end) > 1:
             raise ValueError(f"targets, end: expected [own], found {list(self.targets.end)}")
         self._check_attacks()
+        if self.evaluate.utility and (self.data.tofu is None or not isinstance(self.model, str)):
+            raise ValueError(
+                "evaluate, utility: expected data.tofu and a ready model, whose knowledge of real authors and the world can be scored, "
+                f"found tofu: {self.data.tofu} and {'a ready model' if isinstance(self.model, str) else 'the small Llama'}"
+            )
         if not all(0.0 < share < 1.0 for share in self.targets.retained):
             raise ValueError(
                 f"targets, retained: expected shares of the start's retain probability, between 0 and 1, found {self.targets.retained}"
@@ -261,13 +266,13 @@ _LATER = {
 }
 _LATER_SECTIONS = {
     "data": ("forget_authors", "chat_template_kwargs", "retain_heldout", "heldout_authors"),
-    "evaluate": ("attacks", "attack_matches"),
+    "evaluate": ("attacks", "attack_matches", "utility"),
     "targets": ("retained", "end"),
 }
 _COUNTS = tuple(
     ("evaluate", entry.name)
     for entry in fields(Evaluate)
-    if entry.name not in ("tolerance", "attacks", "attack_matches")
+    if entry.name not in ("tolerance", *_LATER_SECTIONS["evaluate"])
 )
 _LEAST = 4  # examples, of which a quarter is taught: only the settings are judged here
 

@@ -10,8 +10,10 @@ from typing import Any
 
 from lightning_modules.ablation.grid import Grid, Run
 from lightning_modules.ablation.run import RUNS, read_result, refuse_other
+from lightning_modules.ablation.scoring import GENERAL
 from lightning_modules.ablation.statistics import Paired, paired
 from lightning_modules.files import write_text
+from lightning_modules.metrics.functional import UTILITY_METRICS
 
 Result = Mapping[str, Any]
 
@@ -35,6 +37,8 @@ _SCORES = (
     "retain_heldout_probability",
     "retain_heldout_n",
     "peak_megabytes",
+    "model_utility",
+    *(f"{split}_{score}" for split in GENERAL for score in (*UTILITY_METRICS, "n")),
 )
 _IDENTITY = ("id", "method", "data_seed", "model_seed", "target", "value", "reached", "reason")
 _COST = ("steps", "seconds", "backward_passes", "conflicts", "raising", "weight", "share_of_start")

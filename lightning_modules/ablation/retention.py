@@ -52,8 +52,8 @@ def own_end(ended: Ended, scorer: Scorer) -> dict[str, Any] | str:
         "step": end["step"],
         "seconds": end["seconds"] + ended.cost.seconds,
         "further_backward_passes": ended.cost.backward_passes,
-        "peak_megabytes": ended.peak_megabytes,
         **ended.matching.progress(),
+        "peak_megabytes": ended.peak_megabytes,
         **scorer.thoroughly(ended.model, attack=True),
     }
 

@@ -18,9 +18,13 @@ from lightning_modules.data.heldout import RETAIN_HELDOUT
 from lightning_modules.data.tokenization import Encoded, encode, padding_id
 from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate, truth_ratios
 from lightning_modules.evaluation.likelihood import answer_nll
-from lightning_modules.metrics.functional import forget_quality
+from lightning_modules.evaluation.utility import utility_inputs
+from lightning_modules.metrics.functional import UTILITY_SPLITS, forget_quality, model_utility
 from lightning_modules.progress import Stage
 from lightning_modules.report.samples import is_degenerate
+
+GENERAL = tuple(split for split in UTILITY_SPLITS if split != "retain")
+"""What model utility asks for besides the retain set."""
 
 
 class Scorer:
@@ -60,7 +64,27 @@ class Scorer:
             for split, rows in (("forget", self.forget), ("retain", curve))
         }
 
+        self.generated = self._generated(splits)
         self.kept = [encode(tokenizer, asked(row), row["answer"], self.max_length) for row in self.retain]
+
+    def _generated(self, splits: Mapping[str, Sequence[Example]]) -> dict[str, list[Example]]:
+        """The examples whose answers are generated; with their wrong answers only where model utility needs them."""
+        given = self.given
+        kept = evenly_spaced(splits["retain"], given.retain_examples)
+        forget, kept = (evenly_spaced(rows, given.generated_examples) for rows in (self.forget, kept))
+        found = {"forget": [answered(row, row["answer"]) for row in forget]}
+        if not given.utility:
+            return found | {"retain": [answered(row, row["answer"]) for row in kept]}
+        lacking = [split for split in GENERAL if not splits.get(split)] + ["perturbed answers of retain"] * (
+            not all(row.get("perturbed_answer") for row in kept)
+        )
+        if lacking:
+            raise ValueError(
+                f"evaluate, utility: expected what model utility is computed from, found no {' and no '.join(lacking)}: add TOFU's "
+                "files real_authors_perturbed.json, world_facts_perturbed.json and retain_perturbed.json to the folder"
+            )
+        general = {split: evenly_spaced(splits[split], given.generated_examples) for split in GENERAL}
+        return found | {"retain": kept} | general
 
     def along(self, model: nn.Module) -> dict[str, float]:
         """The scores of the curve, which can have targets: `forget_probability`, `forget_nll`, `retain_probability`."""
@@ -100,16 +124,7 @@ class Scorer:
         likely = evaluate(
             model, self.tokenizer, splits | heldout, replace(settings, generate=False), progress=lines
         ).examples
-        generated = evaluate(
-            model,
-            self.tokenizer,
-            {
-                split: [answered(row, row["answer"]) for row in evenly_spaced(rows, self.given.generated_examples)]
-                for split, rows in splits.items()
-            },
-            settings,
-            progress=lines,
-        ).examples
+        generated = evaluate(model, self.tokenizer, self.generated, settings, progress=lines).examples
         ratios = truth_ratios(likely["forget"])
         found: dict[str, Any] = {}
         for split in ("forget", "retain"):
@@ -120,6 +135,10 @@ class Scorer:
             found[f"{split}_n"], found[f"{split}_rouge_n"] = len(likely[split]), len(recalls)
         said = [row["generation"] for row in generated["forget"] if row["generation"] is not None]
         found["forget_degenerate"] = fmean(map(is_degenerate, said)) if said else None
+        if nine := utility_inputs(generated):
+            found["model_utility"] = model_utility(nine)
+            found |= {name.replace("/", "_"): value for name, value in nine.items() if not name.startswith("retain/")}
+            found |= {f"{split}_n": len(generated[split]) for split in GENERAL}
         for split in heldout:
             found[f"{split}_probability"] = fmean(row["probability"] for row in likely[split])
             found[f"{split}_n"] = len(likely[split])
@@ -138,6 +157,12 @@ class Scorer:
             "forget_rouge_l_recall": [row["rouge_l_recall"] for row in generated["forget"]],
             "retain_rouge_l_recall": [row["rouge_l_recall"] for row in generated["retain"]],
             "truth_ratio_R": ratios,
+            **{
+                f"{split}_{score}": [row[score] for row in generated[split]]
+                for split in GENERAL
+                for score in ("nll", "rouge_l_recall")
+                if split in generated
+            },
             **{f"{split}_nll": [row["nll"] for row in likely[split]] for split in heldout},
         }
         return found

@@ -75,6 +75,8 @@ class Evaluate:
             {A20: {steps: 20, lr: 5e-5}} (`lightning_modules.training.callbacks.RelearnSettings`). They are run where a
             method ends, and on the reference.
         attack_matches: Run them at every other target too.
+        utility: Score TOFU's Model Utility too, and its nine numbers, on as many examples of retain, real authors and
+            world facts as `generated_examples` says. The data has to have them: TOFU's, with a ready model.
     """
 
     tolerance: float = 0.04
@@ -86,6 +88,7 @@ class Evaluate:
     batch_size: int = 64
     attacks: dict[str, dict[str, float]] = field(default_factory=dict)
     attack_matches: bool = False
+    utility: bool = False
 
 
 @dataclass(frozen=True)

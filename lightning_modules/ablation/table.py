@@ -10,9 +10,15 @@ from statistics import median
 from lightning_modules.ablation.grid import Grid
 from lightning_modules.ablation.results import Result, differences, number
 from lightning_modules.ablation.run import MODELS
+from lightning_modules.ablation.scoring import GENERAL
 from lightning_modules.ablation.statistics import Paired, Spread, spread
 from lightning_modules.files import write_text
 from lightning_modules.report.tables import markdown_table
+
+_UTILITY = (
+    "model_utility",
+    *(f"{split}_{score}" for split in GENERAL for score in ("probability", "rouge_l_recall")),
+)
 
 Column = tuple[str, Callable[[Sequence[Result]], str]]
 
@@ -59,6 +65,7 @@ def write_table(grid: Grid, results: Sequence[Result], folder: Path, path: Path)
     lines += _WEIGHT_NOTE if _weighted(grid) else []
     lines += ["", *_MIX_NOTE] if grid.targets.retained else []
     lines += ["", *_HELDOUT_NOTE] if any(row.get("retain_heldout_probability") is not None for row in results) else []
+    lines += ["", *_UTILITY_NOTE] if grid.evaluate.utility else []
     lines += ["", *_depth_note(grid)] if grid.evaluate.attacks or grid.targets.end else []
     write_text(path, "\n".join(lines) + "\n")
 
@@ -70,7 +77,7 @@ _NOTES = (
     "0. Seconds are of training alone, as long as other processes let it take. Backward passes are those that a method needs (a",
     "loss alone needs one a step, a second loss another; FILA's importance counts); rows that train by a rule were run with both.",
     "Conflict: steps in which the two gradients conflict. Raise retain: steps whose real parameter change has a positive inner",
-    "product with the protected gradient.",
+    "product with the protected gradient. Peak MB: of the whole process in a training step, or of what a GPU had allocated.",
 )
 _WEIGHT_NOTE = (
     "Weight: of what is subtracted, ULD's assistant or a task vector; all its training is done before it is chosen, so that steps and",
@@ -85,6 +92,11 @@ _MIX_NOTE = (
 
 _HELDOUT_NOTE = (
     "Held-out retain probability: of answers that are to be kept, that the start model knows and that no step of any method has seen.",
+)
+
+_UTILITY_NOTE = (
+    "Model utility: TOFU's harmonic mean of nine scores on retain, real authors and world facts; the probability of the last two is the",
+    "true answer's share among the options.",
 )
 
 
@@ -102,7 +114,6 @@ def _depth_note(grid: Grid) -> list[str]:
             "A method's own end: its steps are over, or its forget probability is below its `stop_below`, and its finish or distillation",
             "is done. Depth is measured there"
             + (", and where methods have forgotten equally much." if grid.evaluate.attack_matches else "."),
-            "Peak MB: of the whole process while it trained, or of what a GPU had allocated.",
         ]
     return [*said, "Degenerate: forget answers that are empty or repeat themselves."]
 
@@ -133,6 +144,7 @@ def _kept(metric: str, results: Sequence[Result]) -> list[Column]:
         ("truth ratio", _mean("forget_truth_ratio", 3)),
         ("KS (n)", _ks),
         ("p", _median_p),
+        *(entry for name in _UTILITY for entry in _measured(results, (_words(name), _mean(name, 3), name))),
         ("seconds", _mean("seconds", 1)),
     ]
     if metric == "retained":
@@ -194,6 +206,7 @@ def _models(grid: Grid, folder: Path) -> list[str]:
         "forget_truth_ratio",
     )
     further = ("retain_heldout_probability",) if _holds_out(grid) else ()
+    further += _UTILITY if grid.evaluate.utility else ()
     for seed in grid.seeds.model:
         path = folder / MODELS / f"m{seed}.json"
         if not path.exists():
@@ -211,13 +224,17 @@ def _models(grid: Grid, folder: Path) -> list[str]:
     heads = (
         "model",
         "seed",
-        *(name.replace("_", " ").replace("rouge l recall", "ROUGE-L").replace("nll", "NLL") for name in names),
-        *("held-out retain probability" for _ in further),
+        *map(_words, names),
+        *("held-out retain probability" if name == "retain_heldout_probability" else _words(name) for name in further),
         *grid.evaluate.attacks,
         "KS (n)",
         "p",
     )
     return _drawn(heads, rows) if rows else []
+
+
+def _words(score: str) -> str:
+    return score.replace("_", " ").replace("rouge l recall", "ROUGE-L").replace("nll", "NLL")
 
 
 def _holds_out(grid: Grid) -> bool:

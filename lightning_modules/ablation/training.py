@@ -52,7 +52,7 @@ def train(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: S
         scorer.thoroughly,
         every_n_steps=run.grid.train.evaluate_every,
         tolerance=run.grid.evaluate.tolerance,
-        progress=tally.shares,
+        progress=tally.progress,
         spent=spent,
         stop_below=run.method.stop_below if run.grid.targets.end else None,
         until_end=bool(run.grid.targets.end),
@@ -63,14 +63,16 @@ def train(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: S
     # FILA's importance takes a backward pass for every batch of both sets.
     extra = 2 * len(data.train_dataloader()) if training.lora_init == "fila" else 0
     rows = run.method.retain_rows
-    watched, diverged, cost = reset_peak(), None, Cost()
+    diverged, cost = None, Cost()
     whole: Any = None
     try:
         trained = RowsData(data, rows, run.method.row_examples) if rows else data
         L.Trainer(**on_this_device(run, callbacks)).fit(build_module(adapted, run), trained)
         whole = merged(adapted)
         if run.grid.targets.end:
+            tally.start_watching()
             cost = ended(run, whole, before, tokenizer, lambda steps: on_this_device(run, [], steps))
+            tally.stop_watching()
     except FloatingPointError as error:
         diverged = f"diverged: {error}"
         matching.give_up(diverged)
@@ -83,7 +85,7 @@ def train(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: S
         copy.deepcopy(whole.state_dict()),
         extra,
         cost=cost,
-        peak_megabytes=peak_megabytes() if watched else None,
+        peak_megabytes=tally.peak,
         diverged=diverged,
     )
 
@@ -129,21 +131,39 @@ def on_this_device(run: Run, callbacks: Sequence[Callback], steps: int | None = 
 
 
 class Tally(Callback):
-    """Counts the steps whose gradients conflict, and the steps that raise the retain loss to first order.
+    """Counts the steps whose gradients conflict, and those that raise the retain loss to first order; watches memory.
 
     Attributes:
         steps: Steps so far.
         conflicts: Those in which the gradients conflict.
         raising: Those in which the parameter change raises the retain loss to first order.
         measured: Whether every step so far has measured its change (guard: measure or update).
+        peak: The most memory that a step took so far (`memory.peak_megabytes`), without the scoring between steps; None
+            where the system does not say.
     """
 
     def __init__(self) -> None:
         self.steps = self.conflicts = self.raising = 0
         self.measured = True
+        self.peak: float | None = None
+        self._watching = False
+
+    def start_watching(self) -> None:
+        """Watch the memory from here on."""
+        self._watching = reset_peak()
+
+    def stop_watching(self) -> None:
+        """Take what was watched into `peak`."""
+        found = peak_megabytes() if self._watching else None
+        self.peak = found if self.peak is None else max(self.peak, found or 0.0)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Watch the step's memory."""
+        self.start_watching()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:  # noqa: ARG002 (Lightning's)
-        """Read the step's record."""
+        """Read the step's record and memory."""
+        self.stop_watching()
         if not isinstance(pl_module, UnlearningModule) or (record := pl_module.surgery.record) is None:
             return
         self.steps += 1
@@ -158,6 +178,10 @@ class Tally(Callback):
         """The counts as shares of the steps so far; `raising` is NaN if a step was not measured (guard: none)."""
         steps = max(1, self.steps)
         return {"conflicts": self.conflicts / steps, "raising": self.raising / steps if self.measured else float("nan")}
+
+    def progress(self) -> dict[str, Any]:
+        """What is recorded of a match besides its scores: the shares, and the peak of memory."""
+        return {**self.shares(), "peak_megabytes": self.peak}
 
 
 class MatchTargets(Matching, Callback):
