@@ -13,7 +13,7 @@ from lightning_modules.training.callbacks import RelearnSettings, relearn_probe
 _COUNTS = ("steps", "batch_size", "seed")
 
 
-def relearn_settings(given: Mapping[str, float]) -> RelearnSettings:
+def relearn_settings(given: Mapping[str, float], *, autocast: bool = False) -> RelearnSettings:
     """The settings of an attack; counts are whole numbers, even where a YAML file says 20.0. Only the end is scored.
 
     Raises:
@@ -27,15 +27,21 @@ def relearn_settings(given: Mapping[str, float]) -> RelearnSettings:
     if wrong := [name for name in _COUNTS if name in given and given[name] != int(given[name])]:
         raise ValueError(f"{wrong[0]}: expected a whole number, found {given[wrong[0]]}")
     values: dict[str, Any] = {name: int(value) if name in _COUNTS else value for name, value in given.items()}
-    return RelearnSettings(**{"every": max(1, values["steps"]), **values})
+    return RelearnSettings(autocast=autocast, **{"every": max(1, values["steps"]), **values})
 
 
 def attacked(
-    model: nn.Module, forget: Sequence[Encoded], attacks: Mapping[str, Mapping[str, float]], *, pad_token_id: int
+    model: nn.Module,
+    forget: Sequence[Encoded],
+    attacks: Mapping[str, Mapping[str, float]],
+    *,
+    pad_token_id: int,
+    autocast: bool = False,
 ) -> dict[str, float]:
     """Name of an attack -> mean probability of the untaught forget answers after it. The model stays as it is."""
     found: dict[str, float] = {}
     for name, given in attacks.items():
-        result = relearn_probe(model, forget, pad_token_id=pad_token_id, settings=relearn_settings(given))
+        settings = relearn_settings(given, autocast=autocast)
+        result = relearn_probe(model, forget, pad_token_id=pad_token_id, settings=settings)
         found[name] = float(result["points"][-1]["rest"])
     return found

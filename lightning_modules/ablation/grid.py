@@ -266,7 +266,7 @@ _LATER = {
 }
 _LATER_SECTIONS = {
     "data": ("forget_authors", "chat_template_kwargs", "retain_heldout", "heldout_authors"),
-    "evaluate": ("attacks", "attack_matches", "utility"),
+    "evaluate": ("attacks", "attack_matches", "utility", "autocast"),
     "targets": ("retained", "end"),
 }
 _COUNTS = tuple(

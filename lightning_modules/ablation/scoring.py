@@ -17,7 +17,7 @@ from lightning_modules.data.examples import Example, answered, asked, evenly_spa
 from lightning_modules.data.heldout import RETAIN_HELDOUT
 from lightning_modules.data.tokenization import Encoded, encode, padding_id
 from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate, truth_ratios
-from lightning_modules.evaluation.likelihood import answer_nll
+from lightning_modules.evaluation.likelihood import answer_nll, device_of
 from lightning_modules.evaluation.utility import utility_inputs
 from lightning_modules.metrics.functional import UTILITY_SPLITS, forget_quality, model_utility
 from lightning_modules.progress import Stage
@@ -102,7 +102,11 @@ class Scorer:
     def _nll(self, model: nn.Module, encoded: Sequence[Encoded]) -> torch.Tensor:
         pad, size = padding_id(self.tokenizer), self.given.batch_size
         stage = Stage("Scoring answers", len(encoded))
-        return answer_nll(model, encoded, pad_token_id=pad, batch_size=size, advance=stage.advance)
+        with self._precision(model):
+            return answer_nll(model, encoded, pad_token_id=pad, batch_size=size, advance=stage.advance)
+
+    def _precision(self, model: nn.Module) -> torch.autocast:
+        return torch.autocast(device_of(model).type, torch.bfloat16, enabled=self.given.autocast)
 
     def thoroughly(self, model: nn.Module, *, attack: bool | None = None) -> dict[str, Any]:
         """Means over the examples, forget quality, and under `examples` the values behind them, without texts.
@@ -121,10 +125,11 @@ class Scorer:
         splits = {"forget": self.forget, "retain": self.retain}
         heldout = {RETAIN_HELDOUT: self.heldout} if self.heldout else {}
         lines = not sys.stderr.isatty()  # a terminal shows the bar of all runs
-        likely = evaluate(
-            model, self.tokenizer, splits | heldout, replace(settings, generate=False), progress=lines
-        ).examples
-        generated = evaluate(model, self.tokenizer, self.generated, settings, progress=lines).examples
+        with self._precision(model):
+            likely = evaluate(
+                model, self.tokenizer, splits | heldout, replace(settings, generate=False), progress=lines
+            ).examples
+            generated = evaluate(model, self.tokenizer, self.generated, settings, progress=lines).examples
         ratios = truth_ratios(likely["forget"])
         found: dict[str, Any] = {}
         for split in ("forget", "retain"):
@@ -144,7 +149,9 @@ class Scorer:
             found[f"{split}_n"] = len(likely[split])
         if self.given.attack_matches if attack is None else attack:
             encoded, pad = self.encoded["forget"], padding_id(self.tokenizer)
-            found["attacks"] = attacked(model, encoded, self.given.attacks, pad_token_id=pad)
+            found["attacks"] = attacked(
+                model, encoded, self.given.attacks, pad_token_id=pad, autocast=self.given.autocast
+            )
         known = [row["truth_ratio"] for row in likely["forget"] if row["truth_ratio"] is not None]
         found["forget_truth_ratio"] = fmean(known) if known else None
         diverged = any(ratio != ratio for ratio in ratios)  # NaN has no rank

@@ -38,6 +38,8 @@ class RelearnSettings:
         seed: Of the order of the batches, and of the adapters.
         lora_rank: Teach adapters of this rank on every linear layer but the head, with alpha twice the rank; 0 teaches
             all weights.
+        autocast: Teach and score under autocast to bfloat16, as a run with precision bf16-mixed does; the weights stay
+            float32.
     """
 
     steps: int = 20
@@ -47,6 +49,7 @@ class RelearnSettings:
     share: float = 0.25
     seed: int = 0
     lora_rank: int = 0
+    autocast: bool = False
 
     def check(self, examples: int) -> None:
         """Refuse settings with which nothing can be taught or tested.
@@ -127,8 +130,14 @@ def relearn_probe(
     start = plain_copy(model).float().requires_grad_(True).eval()
     moved = Displacement(start)
     learner = adapt(start, AdapterSettings(settings.lora_rank, seed=settings.seed)).eval()
-    points = [{"step": 0, **mean_probabilities(learner, splits, pad_token_id=pad_token_id)}]
     head, order, device = AnswerHead(learner), torch.Generator().manual_seed(settings.seed), device_of(learner)
+
+    def precision() -> torch.autocast:
+        """Entered anew for every pass: autocast keeps its copies of the weights until it is left."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast)
+
+    with precision():
+        points = [{"step": 0, **mean_probabilities(learner, splits, pad_token_id=pad_token_id)}]
     trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0)
     waiting: list[int] = []
@@ -140,14 +149,17 @@ def relearn_probe(
             rows, waiting = waiting[: settings.batch_size], waiting[settings.batch_size :]
             batch = collate([taught[row] for row in rows], pad_token_id)
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            loss = answer_values(gs.losses.cross_entropy, head.states(batch), batch["labels"])
+            with precision():
+                loss = answer_values(gs.losses.cross_entropy, head.states(batch), batch["labels"])
             gs.losses.token_mean(*loss).backward()
             optimizer.step()
             optimizer.zero_grad()
             stage.advance()
             if step % settings.every == 0 or step == settings.steps:
-                points.append({"step": step, **mean_probabilities(learner, splits, pad_token_id=pad_token_id)})
-    values = answer_probabilities(learner, rest, pad_token_id=pad_token_id)
+                with precision():
+                    points.append({"step": step, **mean_probabilities(learner, splits, pad_token_id=pad_token_id)})
+    with precision():
+        values = answer_probabilities(learner, rest, pad_token_id=pad_token_id)
     interval = mean_interval(values)
     length, relative = moved.to(merged(learner))
     return {
