@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*computes all its logits.*")
 ROUNDED = Tolerance(
     1e-6, "a float32 product and quotient of numbers of order 1; no value is near the middle of two levels"
 )
+HALF = Tolerance(3e-2, "a few bfloat16 products of numbers of order 1, which are exact to 4e-3")
 RELEARNED = Tolerance(2e-5, "as STEPPED_FLOAT32: eight float32 steps of AdamW on numbers of order 1")
 
 
@@ -79,6 +81,21 @@ def test_a_bfloat16_model_is_taught_in_float32() -> None:
     found = relearn_probe(model, examples(8, 3), pad_token_id=0, settings=RelearnSettings(steps=4, lr=1e-4))
     assert found["points"][-1]["taught"] > found["points"][0]["taught"]
     assert model.table.dtype == torch.bfloat16
+
+
+def test_under_autocast_every_step_reads_the_weights_as_they_are() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes))
+    settings = RelearnSettings(steps=20, every=20, lr=1e-2)
+    exact, cast = (
+        relearn_probe(model, examples(8, 3), pad_token_id=0, settings=replace(settings, autocast=autocast))
+        for autocast in (False, True)
+    )
+    close(torch.tensor(cast["points"][0]["rest"]), torch.tensor(exact["points"][0]["rest"]), HALF)
+    assert cast["points"][0]["rest"] != exact["points"][0]["rest"]
+    assert exact["points"][-1]["taught"] > 0.9
+    close(torch.tensor(cast["points"][-1]["taught"]), torch.tensor(exact["points"][-1]["taught"]), HALF)
 
 
 def test_what_else_is_taught_leaves_all_forget_answers_to_be_tested() -> None:
