@@ -82,6 +82,7 @@ class Run:
                 loss_options=method.loss_options,
                 retain_loss=method.retain_loss,
                 retain_inside=method.retain_inside,
+                keep_asked_words=method.keep_asked_words,
                 rule="gradient_difference" if alone else method.rule,
                 rule_options={"alpha": 0.0} if alone else method.rule_options,
                 ema_decay=method.ema_decay,
@@ -261,7 +262,7 @@ _LATER = {
         *("kind", "epochs", "lora_rank", "lora_init", "uld", "max_weight"),
         *("steps", "max_norm", "lr_schedule", "stop_below", "radius", "radius_scale", "adversary"),
         *("retain_rows", "row_examples", "undo", "finish_steps", "finish_lr"),
-        *("retain_noise", "optimizer_options"),
+        *("retain_noise", "optimizer_options", "keep_asked_words"),
     )
 }
 _LATER_SECTIONS = {

@@ -70,6 +70,7 @@ class Method:
     retain_noise: float = 0.0
     retain_inside: float = 0.0
     placebo: bool = False
+    keep_asked_words: bool = False
     lr: float | None = None
     optimizer: str | None = None
     optimizer_options: dict[str, float] = field(default_factory=dict)

@@ -59,7 +59,7 @@ def make_module(
     """
     forget_loss = method.bound_loss()
     if method.imitates:
-        forget_loss = objectives.distillation(teacher(method, loading))
+        forget_loss = objectives.distillation(teacher(method, loading), forget_loss)
     return kind(
         model,
         forget_loss=forget_loss,

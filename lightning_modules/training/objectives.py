@@ -142,7 +142,7 @@ def rmu(layer: int, direction: Tensor | None = None) -> Objective:
     return steer
 
 
-def distillation(teacher: SecondModel) -> Objective:
+def distillation(teacher: SecondModel, loss: Any = gs.losses.kl_divergence) -> Objective:
     r"""Distillation: the answers get the probabilities that a model gives them which never learned them.
 
     $$\mathrm{KL}(q \,\|\, p) = \sum_v q_v \log(q_v / p_v)$$
@@ -150,13 +150,16 @@ def distillation(teacher: SecondModel) -> Objective:
     with the teacher's distribution $q$ and the model's $p$ at each answer token, as a mean over the answer tokens of
     all processes, in nats. It is bounded from below by 0, where nothing distinguishes the two on these texts, so that
     nothing is forgotten further than the teacher would have it: neither fluency nor names, only what was learned since.
+    With `gs.losses.undial` the teacher's logit of each true token is lowered by `beta` first: what the teacher knows
+    well, such as a name that stands in the question, stays likely, and what it only guesses becomes less so.
 
     Args:
         teacher: `references.SecondModel(model)` with the trained model's vocabulary, such as the model before it was
             fine-tuned on what is to be forgotten. It is no copy of the trained model.
+        loss: `gs.losses.kl_divergence` or `gs.losses.undial`, or a `functools.partial` of one.
 
     Raises:
-        ValueError: If the teacher has no model, or, when it is computed, another vocabulary.
+        ValueError: If the loss is another one, the teacher has no model, or, when it is computed, another vocabulary.
 
     Cost: the teacher's weights, and a forward pass of it.
 
@@ -171,9 +174,12 @@ def distillation(teacher: SecondModel) -> Objective:
             "distillation: expected a teacher that never learned the forget set, found SecondModel() without a model"
         )
 
+    if _unbound(loss) not in (gs.losses.kl_divergence, gs.losses.undial):
+        raise ValueError(f"distillation: expected kl_divergence or undial, found {name_of(loss)}")
+
     @as_objective
     def distil(context: Context, batches: Batches, name: str) -> Tensor:
-        return _mean(gs.losses.kl_divergence, 0, teacher, context, batches[name])
+        return _mean(loss, 0, teacher, context, batches[name])
 
     return distil
 

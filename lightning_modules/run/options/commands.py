@@ -106,7 +106,8 @@ class UnlearnOptions(Options):
     Without arguments: a small model and fictional authors.
 
     The defaults of the model from scratch are the papers' (CE-U, GRU), with --model what kept most at equal forgetting
-    (--recipe balanced). What lasts longest when some answers are taught again is --recipe deep.
+    (--recipe balanced), with --finetune-first what a model says that never learned the answers (--recipe imitate). What
+    lasts longest when some answers are taught again is --recipe deep.
     """
 
     recipe: RecipeOptions = field(default_factory=RecipeOptions)
@@ -230,9 +231,14 @@ class UnlearnOptions(Options):
             }
             if unused := [flag(name) for name, value in given.items() if value]:
                 raise ValueError(f"{', '.join(unused)}: expected a run with surgery, found --method uld")
+        if self.recipe.recipe == "imitate" and self.method.teacher is None:
+            raise ValueError(
+                "--recipe imitate: expected a model that never learned the forget answers, --teacher or the --model of --finetune-first "
+                "without --revision, found none"
+            )
         if self.method.teacher is not None and not (self.method.imitates or self.finish.finish_steps):
             raise ValueError(
-                f"--teacher: expected --forget-loss kl_divergence or --finish-steps, which bring the forget answers to the teacher's "
+                f"--teacher: expected --forget-loss kl_divergence or undial, or --finish-steps, which bring the answers to the teacher's "
                 f"probabilities, found --forget-loss {self.method.forget_loss} and no finish"
             )
         if self.method.teacher is not None and self.model.scratch:
@@ -241,8 +247,8 @@ class UnlearnOptions(Options):
             )
         if self.method.imitates and self.training.lr == AUTO:
             raise ValueError(
-                "--lr auto: expected a loss that brings the forget probability below any target, found --forget-loss kl_divergence, which "
-                "brings it to the teacher's; give --lr, for example 1e-4"
+                f"--lr auto: expected a loss that brings the forget probability below any target, found --forget-loss "
+                f"{self.method.forget_loss}, which brings it to the teacher's; give --lr, for example 1e-4"
             )
         if self.method.teacher is not None and self.training.sharded:
             raise ValueError(

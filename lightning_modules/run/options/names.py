@@ -19,3 +19,6 @@ LOSSES = (
     *("undial", "kl_divergence", "uniform", "logit_margin", "jensen_shannon"),
     *("idk", "jensun"),
 )
+
+IMITATING = ("kl_divergence", "undial")
+"""Losses that compare with a teacher where there is one, `objectives.distillation`."""

@@ -41,12 +41,39 @@ def test_options_that_are_given_win_over_the_recipe() -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_what_a_recipe_came_to_repeats_the_run(recipe: str) -> None:
     """As config.yaml holds it: also where a later version has another recipe of that name."""
-    once = UnlearnOptions.of(recipe=recipe).resolved()
+    own = {"model": "m", "tofu": "forget10", "teacher": "base"} if recipe == "imitate" else {}
+    once = UnlearnOptions.of(recipe=recipe, **own).resolved()
     once.check()
     again = UnlearnOptions.of(**once.recorded())
     again.check()
     assert again == again.resolved() == once
     assert UnlearnOptions.of(**once.recorded() | {"recipe": "paper"}).flat() | {"recipe": recipe} == once.flat()
+
+
+FIRST: dict[str, Any] = {"model": "base", "tofu": "forget10", "finetune_first": True}
+
+
+@pytest.mark.parametrize(
+    ("given", "recipe", "teacher"),
+    [
+        (FIRST, "imitate", "base"),
+        (FIRST | {"teacher": "mine"}, "imitate", "mine"),
+        (FIRST | {"recipe": "imitate", "forget_loss": "kl_divergence"}, "imitate", "base"),
+        (FIRST | {"forget_loss": "npo"}, "balanced", None),
+        (FIRST | {"revision": "v1"}, "balanced", None),
+        (FIRST | {"strategy": "fsdp2"}, "balanced", None),
+        (FIRST | {"recipe": "deep"}, "deep", None),
+        (FIRST | {"method": "uld"}, "paper", None),
+        ({"model": "base", "tofu": "forget10"}, "balanced", None),
+    ],
+)
+def test_a_model_that_is_taught_first_is_its_own_teacher(
+    given: dict[str, Any], recipe: str, teacher: str | None
+) -> None:
+    found = UnlearnOptions.of(**given)
+    found.check()
+    assert (found.recipe.recipe, found.method.teacher) == (recipe, teacher)
+    assert found.method.imitates == (recipe == "imitate")
 
 
 @pytest.fixture(scope="module")
@@ -114,13 +141,16 @@ def test_the_finish_teaches_the_substitutes(tmp_path: Path) -> None:
 
 
 REFUSED = [
-    (["--recipe", "deeep"], "--recipe: expected one of paper, balanced, deep, found 'deeep'; did you mean deep?"),
+    (
+        ["--recipe", "deeep"],
+        "--recipe: expected one of paper, balanced, deep, imitate, found 'deeep'; did you mean deep?",
+    ),
     *(
         (
             ["--recipe", name, "--method", "uld"],
             f"gradsurgery: --recipe {name}: expected a run with surgery, found --method uld,",
         )
-        for name in ("balanced", "deep")
+        for name in ("balanced", "deep", "imitate")
     ),
     (["--radius", "{end: 1}"], "--radius: expected start, and end if it grows"),
     (["--radius", "{start: 0}"], "--radius: perturb, start: expected a radius > 0, found 0"),
