@@ -106,8 +106,8 @@ class UnlearnOptions(Options):
     Without arguments: a small model and fictional authors.
 
     The defaults of the model from scratch are the papers' (CE-U, GRU), with --model what kept most at equal forgetting
-    (--recipe balanced), with --finetune-first what a model says that never learned the answers (--recipe imitate). What
-    lasts longest when some answers are taught again is --recipe deep.
+    (--recipe balanced). What lasts longest when some answers are taught again is --recipe deep, what is most like the
+    answers of a model that never learned them --recipe imitate.
     """
 
     recipe: RecipeOptions = field(default_factory=RecipeOptions)

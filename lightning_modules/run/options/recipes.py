@@ -8,7 +8,6 @@ from typing import Any
 
 from lightning_modules.run.options.data import ModelOptions
 from lightning_modules.run.options.flat import one_of
-from lightning_modules.run.options.shared import FSDP2
 
 _BALANCED: dict[str, Any] = {"ema_decay": 0.7, "retain_weight": 200.0, "guard": "update"}
 _BALANCED_OTHER: dict[str, Any] = {"retain_weight": 50.0}
@@ -32,12 +31,13 @@ _DEEP_SCRATCH: dict[str, Any] = {
 }
 _DEEP_OTHER: dict[str, Any] = {"lr": 1e-4, "steps": 32, "radius": "auto", "finish_steps": 16}
 _IMITATE: dict[str, Any] = {
-    "forget_loss": "undial",
-    "loss_options": {"beta": 1.5},
+    "forget_loss": "kl_divergence",
     "ema_decay": 0.7,
     "retain_weight": 10.0,
     "guard": "update",
-    "lr": 1e-4,
+    "lr": 5e-5,
+    "steps": 56,
+    "stop_below": 0.0,
 }
 
 RECIPES: dict[str, dict[str, Any]] = {"paper": {}, "balanced": _BALANCED, "deep": _DEEP, "imitate": _IMITATE}
@@ -53,9 +53,9 @@ class RecipeOptions:
             and GRU as published; balanced keeps most at equal forgetting (--ema-decay 0.7 --guard update, and
             --retain-weight 200 for the model from scratch, 50 for another) and is the default with --model; deep lasts
             when the answers are taught again: it forgets at weights that remember better, over a growing --radius, and
-            then finishes (for another model than scratch, --radius auto); imitate gives the forget answers the
-            probabilities that they have in a model that never learned them, --teacher, a little lowered, and leaves
-            names and fluency as they are there; it is the default with --finetune-first, where the teacher is --model
+            then finishes (for another model than scratch, --radius auto); imitate brings the forget answers to what a
+            model says that never learned them, --teacher, by default the --model of --finetune-first: fluent, with the
+            names of the question, and never further than the teacher
     """
 
     recipe: str = one_of(list(RECIPES), "paper")
@@ -74,30 +74,20 @@ def expanded(values: Mapping[str, Any]) -> dict[str, Any]:
         {'ema_decay': 0.7, 'retain_weight': 5.0, 'guard': 'update', 'recipe': 'balanced'}
         >>> expanded({"model": "m"})
         {'ema_decay': 0.7, 'retain_weight': 50.0, 'guard': 'update', 'recipe': 'balanced', 'model': 'm'}
-        >>> expanded({"model": "m", "finetune_first": True})["teacher"]
+        >>> expanded({"model": "m", "finetune_first": True, "recipe": "imitate"})["teacher"]
         'm'
     """
     model = values.get("model", ModelOptions.model)
     scratch = ModelOptions(model).scratch
-    # The teacher is loaded whole, in every process, and not at a revision.
-    taught = not scratch and values.get("finetune_first") and values.get("revision") is None
-    recipe = values.get("recipe", _by_default(values, scratch, bool(taught)))
+    by_default = "paper" if scratch or values.get("method") == "uld" else "balanced"
+    recipe = values.get("recipe", by_default)
     own = dict(RECIPES.get(recipe, {}))
-    if recipe == "imitate":
-        own |= {"teacher": model} if taught else {}
-        if values.get("forget_loss", own["forget_loss"]) != own["forget_loss"]:
-            own.pop("loss_options")
+    if recipe == "imitate" and values.get("finetune_first") and values.get("revision") is None:
+        own["teacher"] = model  # which is loaded as a reference is: not at a revision
     if recipe == "balanced" and not scratch:
         own |= _BALANCED_OTHER
     if recipe == "deep":
         own |= _DEEP_SCRATCH if scratch else _DEEP_OTHER
-        if values.get("epochs") is not None:
-            own.pop("steps")
+    if values.get("epochs") is not None:
+        own.pop("steps", None)
     return own | ({} if recipe == "paper" else {"recipe": recipe}) | dict(values)
-
-
-def _by_default(values: Mapping[str, Any], scratch: bool, taught: bool) -> str:
-    if scratch or values.get("method") == "uld":
-        return "paper"
-    other = values.get("forget_loss") is not None or values.get("strategy") == FSDP2
-    return "imitate" if taught and not other else "balanced"

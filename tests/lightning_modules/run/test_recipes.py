@@ -56,18 +56,14 @@ FIRST: dict[str, Any] = {"model": "base", "tofu": "forget10", "finetune_first": 
 @pytest.mark.parametrize(
     ("given", "recipe", "teacher"),
     [
-        (FIRST, "imitate", "base"),
-        (FIRST | {"teacher": "mine"}, "imitate", "mine"),
-        (FIRST | {"recipe": "imitate", "forget_loss": "kl_divergence"}, "imitate", "base"),
-        (FIRST | {"forget_loss": "npo"}, "balanced", None),
-        (FIRST | {"revision": "v1"}, "balanced", None),
-        (FIRST | {"strategy": "fsdp2"}, "balanced", None),
+        (FIRST | {"recipe": "imitate"}, "imitate", "base"),
+        (FIRST | {"recipe": "imitate", "teacher": "mine"}, "imitate", "mine"),
+        (FIRST | {"recipe": "imitate", "forget_loss": "undial", "loss_options": {"beta": 1.0}}, "imitate", "base"),
+        (FIRST, "balanced", None),
         (FIRST | {"recipe": "deep"}, "deep", None),
-        (FIRST | {"method": "uld"}, "paper", None),
-        ({"model": "base", "tofu": "forget10"}, "balanced", None),
     ],
 )
-def test_a_model_that_is_taught_first_is_its_own_teacher(
+def test_a_model_that_is_taught_first_imitates_itself_as_it_was(
     given: dict[str, Any], recipe: str, teacher: str | None
 ) -> None:
     found = UnlearnOptions.of(**given)
