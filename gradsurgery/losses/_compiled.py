@@ -169,14 +169,11 @@ class Kernel:
 def kernel_for(compared: Compared) -> Kernel | None:
     """The kernel, if it takes these rows and is worth calling."""
     logits, reference, labels, beta = compared
-    smallest = SMALLEST if _State.choice == "auto" else 1
-    if _State.choice == "eager" or logits.numel() < smallest or not _taken(logits):
+    if _State.choice == "eager" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return None
-    if (
-        (reference is not None and not _taken(reference))
-        or torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
-    ):
+    if logits.numel() < (SMALLEST if _State.choice == "auto" else 1):
+        return None
+    if not _taken(logits) or not (reference is None or _taken(reference)):
         return None
     if labels is not None and beta is not None:
         least, most = torch.where(labels == IGNORED, 0, labels).aminmax()
