@@ -1,7 +1,7 @@
 """Divergences and cross-entropies of rows on a CPU by divergence.cpp, and the choice between it and plain PyTorch.
 
-The kernel reads a row from memory once, and holds nothing but six numbers of it. `_divergence` does the same in plain
-PyTorch. The tests compare the two.
+The kernel reads a row from memory once for its value and once for its gradient, and keeps nothing but six numbers of
+it in between. `_divergence` does the same in plain PyTorch. Both pass the same tests.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def backend(choice: Choice | None = None) -> Backend:
     """Say what computes `kl_divergence`, `uniform` and `undial` on a CPU, and why; or choose it, for the whole process.
 
     ``"eager"`` is plain PyTorch. ``"compiled"`` is a C++ kernel for float32 and bfloat16 logits and reference logits
-    whose rows are contiguous, on logits and in `linear`. It reads a row from memory once, and takes a part of the time.
-    What it does not take (other types and devices) stays eager. ``"auto"``, from the start on, takes the kernel for
-    262 144 logits or more, if there is a C++ compiler. It is built at its first use, in a few seconds, and kept in
-    `~/.cache/gradsurgery/kernel`.
+    whose rows are contiguous, on logits and in `linear`. It reads a row from memory once for its value and once for its
+    gradient, and makes no temporaries. What it does not take (other types and devices) stays eager. ``"auto"``, from
+    the start on, takes the kernel for 262 144 logits or more, if there is a C++ compiler. It is built at its first use,
+    in a few seconds, and kept in `~/.cache/gradsurgery/kernel`.
 
     The same choice gives the same bits on every call, with any number of threads. Both agree up to rounding, and have
     the same digits where the two distributions hardly differ, or hardly overlap.
@@ -93,7 +93,7 @@ class Compared(NamedTuple):
         reference: ``[n, V]``, the reference's; None for the uniform distribution.
         labels: ``[n]`` int64, tokens whose reference logits are lowered by ``beta``, -100 in rows that do not count;
             they matter only with a beta.
-        beta: With a beta the loss is the cross-entropy, without one the divergence.
+        beta: With a beta, and labels, the loss is the cross-entropy, without one the divergence.
     """
 
     logits: Tensor

@@ -3,7 +3,7 @@ r"""A model's distribution compared with another one: the divergence or the cros
 The divergence of $q$ from $p$ is computed as $\sum_i q_i (e^{u_i} - 1 - u_i)$ with the log ratios
 $u_i = \log(p_i / q_i)$. No term is negative, and an error in a normaliser enters only by its square. Two models that
 hardly differ therefore get a small divergence, and not the rounding noise of two large sums. The gradient
-$q_i (e^{u_i} - 1)$ is as exact. `_pairs` does this arithmetic, one block of rows at a time.
+$q_i (e^{u_i} - 1)$ is as exact. `_pairs` does this arithmetic, one block of rows at a time, or a kernel (`_compiled`).
 """
 
 from __future__ import annotations
@@ -68,10 +68,11 @@ def checked_beta(beta: float) -> float:
 
 
 class _Divergence(torch.autograd.Function):
-    """The forward pass leaves the gradient for the first backward pass, which hands it out.
+    """By the kernel where it takes these rows, and the backward pass computes them again.
 
-    A second one, and one of logits of 16 bits, whose gradient would be rounded twice, computes the rows again, from the
-    inputs and five numbers per row.
+    In plain PyTorch the forward pass leaves the gradient for the first backward pass, which hands it out. A second one,
+    and one of logits of 16 bits, whose gradient would be rounded twice, computes the rows again, from the inputs and
+    five numbers per row.
     """
 
     @staticmethod

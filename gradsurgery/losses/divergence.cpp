@@ -1,7 +1,8 @@
 // Divergences and cross-entropies of rows of logits from those of a reference, and their gradients p - q, in float32
 // with sums in float64. gradsurgery/losses/_compiled.py compiles and calls this; _divergence.py has the mathematics.
 //
-// A row is read from memory once, and three times more from the cache. Its bits depend on no other row and no thread.
+// The values take three passes over a row, of which the first reads it from memory, and the gradient takes one. A row's
+// bits depend on no other row and no thread.
 
 #include "../native/lanes.h"
 
@@ -20,7 +21,7 @@ struct Work {
     int64_t logits_stride, logits_low;  // in bytes; whether they are of bfloat16
     const char* reference;              // null for the uniform distribution
     int64_t reference_stride, reference_low;
-    const int64_t* labels;  // whose reference logits are lowered, -100 in rows that do not count; null asks for the divergence
+    const int64_t* labels;  // whose reference logits are lowered, -100 in rows that do not count; null for the divergence
     double beta;            // by how much
     float* values;          // to write with the totals, or null: the totals are given
     double* totals;
