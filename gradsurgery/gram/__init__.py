@@ -12,12 +12,13 @@ says which one runs and why, and chooses.
 
 from __future__ import annotations
 
-from gradsurgery.gram.choice import Backend, backend, kernel_number
+from gradsurgery.gram.choice import backend, kernel_number
 from gradsurgery.gram.combination import combine_, combine_blocks_
 from gradsurgery.gram.eager import chunk_size, chunks
 from gradsurgery.gram.fused import update_
 from gradsurgery.gram.products import block_gram, gram
 from gradsurgery.gram.rows import Metric, Row, Write, check_rows, dtensor_type, local_parts, local_tensor, numbers_on
+from gradsurgery.native import Backend
 
 __all__ = [
     "Backend",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -12,9 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from gradsurgery.gram.device import DeviceKernel, device_kernel
-from gradsurgery.gram.kernel import Batch, Kernel, Members, Unavailable, build
+from gradsurgery.gram.kernel import Batch, Kernel, Members, build
 from gradsurgery.gram.pointers import PointerBatch
 from gradsurgery.gram.rows import Write
+from gradsurgery.native import Backend, Unavailable
 
 Choice = Literal["auto", "compiled", "eager", "triton"]
 _CHOICES: tuple[Choice, ...] = ("auto", "compiled", "eager", "triton")
@@ -27,28 +27,8 @@ class _State:
     choice: Choice = "auto"
 
 
-class Backend:
-    """The backend of Gram matrices and combinations; as a context manager, for as long as the context lasts.
-
-    Attributes:
-        name: "compiled", "eager" or "triton".
-        reason: Why, in words.
-    """
-
-    def __init__(self, name: str, reason: str, before: Choice) -> None:
-        self.name, self.reason = name, reason
-        self._before: Choice = before
-
-    def __enter__(self) -> Backend:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        _State.choice = self._before
-
-    def __repr__(self) -> str:
-        return f"{self.name}: {self.reason}"
+def _choose(choice: Choice) -> None:
+    _State.choice = choice
 
 
 def backend(choice: Choice | None = None) -> Backend:
@@ -91,7 +71,7 @@ def backend(choice: Choice | None = None) -> Backend:
         ...     chosen.name, gs.gram.gram(rows).tolist()
         ('eager', [[4.0, 8.0], [8.0, 16.0]])
     """
-    before = _State.choice
+    restore = functools.partial(_choose, _State.choice)
     if choice is not None:
         if choice not in _CHOICES:
             raise ValueError(f"backend: expected one of {', '.join(map(repr, _CHOICES))}, or None, found {choice!r}")
@@ -99,17 +79,17 @@ def backend(choice: Choice | None = None) -> Backend:
             raise RuntimeError(f"backend: expected a kernel to be built, found that {found}; or choose 'eager'")
         if choice == "triton" and isinstance(lacking := device_kernel(), str):
             raise RuntimeError(f"backend: expected Triton's kernels to run, found that {lacking}; or choose 'auto'")
-        _State.choice = choice
+        _choose(choice)
     if _State.choice == "eager":
-        return Backend("eager", "it was chosen", before)
+        return Backend("eager", "it was chosen", restore)
     if _State.choice == "triton":
         about = _device_kernel().about
-        return Backend("triton", f"for float32, bfloat16 and float16 rows on CUDA devices, by {about}", before)
+        return Backend("triton", f"for float32, bfloat16 and float16 rows on CUDA devices, by {about}", restore)
     found = built()
     if isinstance(found, str):
-        return Backend("eager", found, before)
+        return Backend("eager", found, restore)
     smallest = f" of {SMALLEST} numbers or more" if _State.choice == "auto" else ""
-    return Backend("compiled", f"for float32 and bfloat16 rows{smallest} on a CPU, {found.about}", before)
+    return Backend("compiled", f"for float32 and bfloat16 rows{smallest} on a CPU, {found.about}", restore)
 
 
 def kernel_for(

@@ -3,60 +3,15 @@
 // An address with its lowest bit set is of bfloat16 numbers, any other of float32; 0 is a missing gradient.
 // Sums are taken in 16 lanes whatever the processor's registers are, and in the same order with any number of threads.
 
-#include <pthread.h>
-#include <stdint.h>
+#include "../native/lanes.h"
+
 #include <stdlib.h>
-#include <string.h>
 
 namespace {
 
 constexpr int64_t kBlock = 1024;       // numbers of a row whose products are summed in float32: 64 a lane
 constexpr int64_t kChunk = 1 << 16;    // what a thread takes at a time, a multiple of kBlock
 constexpr int64_t kMostRows = 16;
-constexpr int kLanes = 16;
-#if defined(__AVX512F__)
-constexpr int kNative = 16;
-#elif defined(__AVX2__)
-constexpr int kNative = 8;
-#else
-constexpr int kNative = 4;
-#endif
-constexpr int kParts = kLanes / kNative;
-
-typedef float Floats __attribute__((vector_size(4 * kNative)));
-typedef uint32_t Bits __attribute__((vector_size(4 * kNative)));
-typedef uint16_t Halves __attribute__((vector_size(2 * kNative)));
-typedef uint16_t Bfloat;
-
-static inline Floats load(const float* from) {
-    Floats values;
-    memcpy(&values, from, sizeof values);
-    return values;
-}
-
-static inline Floats load(const Bfloat* from) {
-    Halves halves;
-    memcpy(&halves, from, sizeof halves);
-    const Bits bits = __builtin_convertvector(halves, Bits) << 16;
-    Floats values;
-    memcpy(&values, &bits, sizeof values);
-    return values;
-}
-
-static inline void store(float* to, const Floats& values) { memcpy(to, &values, sizeof values); }
-
-// A bfloat16 in the upper half of each number: to the nearest, ties to even; a NaN stays one.
-static inline Bits rounded(const Floats& values) {
-    Bits bits;
-    memcpy(&bits, &values, sizeof bits);
-    const Bits nan = (Bits)(values != values);
-    return (nan & 0x7fc00000) | (~nan & (bits + 0x7fff + ((bits >> 16) & 1)));
-}
-
-static inline void store(Bfloat* to, const Floats& values) {
-    const Halves halves = __builtin_convertvector(rounded(values) >> 16, Halves);
-    memcpy(to, &halves, sizeof halves);
-}
 
 // Twice as many bfloat16 numbers, as two vectors: those of even and those of odd places. It takes fewer instructions
 // than spreading them in their order, and sums do not mind.
@@ -310,24 +265,6 @@ static void* run(void* argument) {
     return nullptr;
 }
 
-static void run_all(Work work, int64_t chunks, int64_t threads) {
-    threads = threads < 1 ? 1 : threads > 256 ? 256 : threads;
-    if (threads > chunks) threads = chunks;
-    pthread_t others[256];
-    Work parts[256];
-    bool started[256] = {};
-    for (int64_t i = 0; i < threads; i++) {
-        parts[i] = work;
-        parts[i].first = chunks * i / threads;
-        parts[i].last = chunks * (i + 1) / threads;
-    }
-    for (int64_t i = 1; i < threads; i++) started[i] = pthread_create(&others[i], nullptr, run, &parts[i]) == 0;
-    for (int64_t i = 0; i < threads; i++)
-        if (!started[i]) run(&parts[i]);
-    for (int64_t i = 1; i < threads; i++)
-        if (started[i]) pthread_join(others[i], nullptr);
-}
-
 static int64_t all_chunks(int64_t tensors, const int64_t* sizes) {
     int64_t chunks = 0;
     for (int64_t t = 0; t < tensors; t++) chunks += chunks_of(sizes[t]);
@@ -344,7 +281,7 @@ extern "C" int32_t gradsurgery_products(
     const int64_t chunks = all_chunks(tensors, sizes);
     double* partial = (double*)calloc(chunks * rows * rows + 1, sizeof(double));
     if (!partial) return 1;
-    run_all(Work{rows, tensors, addresses, sizes, blocks, nullptr, writes, written, weights, partial, 0, 0}, chunks, threads);
+    in_parts(Work{rows, tensors, addresses, sizes, blocks, nullptr, writes, written, weights, partial, 0, 0}, chunks, threads, run);
     const double* from = partial;
     for (int64_t t = 0; t < tensors; t++) {
         double* to = total + blocks[t] * rows * rows;
@@ -367,6 +304,6 @@ extern "C" int32_t gradsurgery_combine(
     const double* coefficients, int64_t threads, int64_t, const int64_t*, const double*
 ) {
     const Work work{rows, tensors, addresses, sizes, blocks, coefficients, 0, nullptr, nullptr, nullptr, 0, 0};
-    run_all(work, all_chunks(tensors, sizes), threads);
+    in_parts(work, all_chunks(tensors, sizes), threads, run);
     return 0;
 }

@@ -1,4 +1,4 @@
-"""The compiled kernel: kernel.cpp, built once by the machine's C++ compiler, kept in a cache, called by address.
+"""The compiled kernel: kernel.cpp, built by `native`, called by address.
 
 It knows neither Python nor PyTorch, so that it builds in half a second, serves every version of both, and takes a whole
 list of tensors in one call.
@@ -7,15 +7,7 @@ list of tensors in one call.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import math
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,25 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from gradsurgery import native
 from gradsurgery.gram.rows import Write
+from gradsurgery.native import Unavailable
 
 Members = list[tuple[int, list[Tensor | None]]]
 """Parameters' indices, with what this process holds of each row's tensor."""
 
 _SOURCE = Path(__file__).with_name("kernel.cpp")
-_FLAGS = ("-std=c++14", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
-# By what PyTorch found that the processor can do. A library built with -march=native could be loaded from a cache that
-# machines share, by one that has not all its instructions.
-_PROCESSOR_FLAGS = {
-    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
-    "AVX2": ("-mavx2", "-mfma"),
-}
 _MOST_ROWS = 16  # as in kernel.cpp
 _TYPES = (Tensor, Parameter)  # not a subclass, which may hold its numbers elsewhere
-
-
-class Unavailable(Exception):
-    """Why there is no kernel, in words."""
 
 
 class Kernel:
@@ -183,75 +166,10 @@ def overwritten(tensor: Tensor | None) -> None:
 def build() -> Kernel:
     """The kernel from the cache, or built anew where there is none or a broken one.
 
-    The cache is `$XDG_CACHE_HOME/gradsurgery/kernel`, or in `~/.cache`; where that cannot be written to, the kernel is
-    built for this process alone.
-
     Raises:
-        Unavailable: If there is no compiler, no place to build in or no source, or the compiler fails, or what it built
-            does.
+        Unavailable: As `native.build`.
     """
-    compiler = _compiler()
-    capability = torch.backends.cpu.get_cpu_capability()
-    command = [*compiler, *_FLAGS, *_PROCESSOR_FLAGS.get(capability, ())]
-    # A compiler of another version, at the same path, makes other machine code.
-    version = next(iter(_run([*compiler, "--version"]).strip().splitlines()), "")
-    about = f"built by {' '.join(compiler)} ({version}) for {platform.machine()} {capability}"
-    try:
-        key = repr((command, version, sys.platform, platform.machine())).encode() + _SOURCE.read_bytes()
-        return _kept(command, about, hashlib.sha256(key).hexdigest())
-    except OSError as error:
-        raise Unavailable(f"it cannot be built ({error})") from error
-
-
-def _kept(command: list[str], about: str, key: str) -> Kernel:
-    number = int(key[:8], 16) | 1
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gradsurgery" / "kernel"
-    library = folder / f"{key[:24]}.so"
-    try:
-        if library.exists():
-            try:
-                return Kernel(library, about, number)
-            except Unavailable:
-                pass  # of another libc, say, in a home that machines share
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as building:
-            built = _compiled(command, Path(building))
-            kernel = Kernel(built, about, number)
-            os.replace(built, library)  # whole or not at all: other processes build it at the same time
-        return kernel
-    except OSError:
-        with tempfile.TemporaryDirectory() as building:
-            return Kernel(_compiled(command, Path(building)), about, number)
-
-
-def _compiler() -> list[str]:
-    wanted = os.environ.get("CXX", "")
-    try:
-        chosen = shlex.split(wanted)
-    except ValueError as error:
-        raise Unavailable(f"CXX is not a command, {wanted!r} ({error})") from error
-    names = [chosen[0]] if chosen else ["c++", "g++", "clang++"]
-    found = next((path for name in names if (path := shutil.which(name))), None)
-    if found is None:
-        raise Unavailable(f"no C++ compiler was found ({', '.join(names)}); install one, or set CXX")
-    return [found, *chosen[1:]]
-
-
-def _compiled(command: list[str], folder: Path) -> Path:
-    library = folder / "kernel.so"
-    _run([*command, "-o", str(library), str(_SOURCE)])
-    return library
-
-
-def _run(command: list[str]) -> str:
-    """What the compiler says."""
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=120).stdout
-    except subprocess.CalledProcessError as error:
-        said = (error.stderr or "").strip().splitlines() or ["it says nothing"]
-        raise Unavailable(f"{command[0]} failed: {said[0]}") from error
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"{command[0]} failed: {error}") from error
+    return native.build(_SOURCE, Kernel)
 
 
 def _check(kernel: Kernel) -> None:

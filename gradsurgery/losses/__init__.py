@@ -56,6 +56,7 @@ tensor([0.6931, 0.0000])
 from gradsurgery.losses import _rows, _sequences, _tokens
 from gradsurgery.losses._answers import answer_lengths, answer_tokens, sequence_sum, token_mean
 from gradsurgery.losses._checks import IGNORED
+from gradsurgery.losses._compiled import backend
 from gradsurgery.losses._head import Head, Reference
 from gradsurgery.losses._linear import linear
 from gradsurgery.losses._loss import Loss
@@ -80,6 +81,7 @@ __all__ = [
     "answer_lengths",
     "answer_tokens",
     "as_row_loss",
+    "backend",
     "by_name",
     "linear",
     "rmu",

@@ -3,61 +3,51 @@ r"""A model's distribution compared with another one: the divergence or the cros
 The divergence of $q$ from $p$ is computed as $\sum_i q_i (e^{u_i} - 1 - u_i)$ with the log ratios
 $u_i = \log(p_i / q_i)$. No term is negative, and an error in a normaliser enters only by its square. Two models that
 hardly differ therefore get a small divergence, and not the rounding noise of two large sums. The gradient
-$q_i (e^{u_i} - 1)$ is as exact. `_pairs` does this arithmetic, one block of rows at a time.
+$q_i (e^{u_i} - 1)$ is as exact. `_pairs` does this arithmetic, one block of rows at a time, or a kernel (`_compiled`).
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradsurgery.losses._checks import IGNORED, float_type
+from gradsurgery.losses._compiled import Compared, kernel_for
 from gradsurgery.losses._pairs import Pair, Room, Totals, blocks
 
 
-class _Rows(NamedTuple):
-    """Rows of logits, ``[n, V]``, and those they are compared with.
+def _pair(compared: Compared, rows: slice, room: Room, totals: Totals | None = None) -> Pair:
+    logits, reference, labels, beta = compared
+    lowered = None if labels is None or beta is None else (labels[rows], beta)
+    return Pair(logits[rows], None if reference is None else reference[rows], room, lowered, totals)
 
-    Attributes:
-        logits: The model's.
-        reference: The reference's; None for the uniform distribution.
-        labels: Tokens ``[n]`` whose reference logits are lowered by ``beta``; they matter only with a beta.
-        beta: With a beta the loss is the cross-entropy, without one the divergence.
-    """
 
-    logits: Tensor
-    reference: Tensor | None
-    labels: Tensor | None
-    beta: float | None
-
-    def pair(self, rows: slice, room: Room, totals: Totals | None = None) -> Pair:
-        lowered = None if self.labels is None or self.beta is None else (self.labels[rows], self.beta)
-        return Pair(self.logits[rows], None if self.reference is None else self.reference[rows], room, lowered, totals)
-
-    def values(self, pair: Pair) -> Tensor:
-        return pair.divergence() if self.beta is None else pair.cross_entropy()
+def _values(compared: Compared, pair: Pair) -> Tensor:
+    return pair.divergence() if compared.beta is None else pair.cross_entropy()
 
 
 def divergence_(logits: Tensor, labels: Tensor, reference: Tensor | None, weights: Tensor | None) -> Tensor:
     """Divergences ``[n]`` of float logits, which are overwritten by the gradient of the weighted sum, given weights."""
-    return _overwritten(_Rows(logits, reference, labels, None), weights)
+    return _overwritten(Compared(logits, reference, labels, None), weights)
 
 
 def cross_entropy_(
     logits: Tensor, labels: Tensor, reference: Tensor | None, weights: Tensor | None, *, beta: float
 ) -> Tensor:
     """As `divergence_`, of the cross-entropy against a reference whose labels' logits are lowered by ``beta``."""
-    return _overwritten(_Rows(logits, reference, labels, checked_beta(beta)), weights)
+    return _overwritten(Compared(logits, reference, labels, checked_beta(beta)), weights)
 
 
-def _overwritten(compared: _Rows, weights: Tensor | None) -> Tensor:
+def _overwritten(compared: Compared, weights: Tensor | None) -> Tensor:
+    if (kernel := kernel_for(compared)) is not None:
+        return kernel.measure(compared, None if weights is None else weights.contiguous())[0]
     logits = compared.logits
     values = torch.empty_like(logits[:, 0])
     for rows, room in blocks(logits):
-        pair = compared.pair(rows, room)
-        values[rows] = compared.values(pair)
+        pair = _pair(compared, rows, room)
+        values[rows] = _values(compared, pair)
         if weights is not None:
             pair.difference(weights[rows], out=logits[rows])
     return values
@@ -78,44 +68,54 @@ def checked_beta(beta: float) -> float:
 
 
 class _Divergence(torch.autograd.Function):
-    """The forward pass leaves the gradient for the first backward pass, which hands it out.
+    """By the kernel where it takes these rows, and the backward pass computes them again.
 
-    A second one, and one of logits of 16 bits, whose gradient would be rounded twice, computes the rows again, from the
-    inputs and five numbers per row.
+    In plain PyTorch the forward pass leaves the gradient for the first backward pass, which hands it out. A second one,
+    and one of logits of 16 bits, whose gradient would be rounded twice, computes the rows again, from the inputs and
+    five numbers per row.
     """
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, reference: Tensor | None, labels: Tensor | None, beta: float | None
     ) -> Tensor:
+        ctx.beta, ctx.gradient = beta, None
+        given = Compared(logits, reference, None if labels is None else labels.long(), beta)
+        ctx.kernel = kernel_for(given)
+        if ctx.kernel is not None:
+            values, totals = ctx.kernel.measure(given)
+            ctx.save_for_backward(*given[:3], None, totals)
+            return values
         index = None if labels is None else torch.where(labels == IGNORED, 0, labels).long()
-        compared = _Rows(logits, reference, index, beta)
+        compared = Compared(logits, reference, index, beta)
         values = logits.new_empty(len(logits), dtype=float_type(logits.dtype))
         totals = values.new_empty(len(values), len(Totals._fields))
         ctx.gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] and logits.dtype == values.dtype else None
         one = torch.ones_like(values)
         for rows, room in blocks(logits):
-            pair = compared.pair(rows, room)
-            values[rows] = compared.values(pair)
+            pair = _pair(compared, rows, room)
+            values[rows] = _values(compared, pair)
             torch.cat(pair.totals, 1, out=totals[rows])
             if ctx.gradient is not None:
                 pair.difference(one[rows], out=ctx.gradient[rows])
         ctx.save_for_backward(logits, reference, labels, index, totals)
-        ctx.beta = beta
         return values if labels is None else values.masked_fill_(labels == IGNORED, 0.0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         logits, reference, labels, index, totals = ctx.saved_tensors
+        if ctx.kernel is not None:
+            compared = Compared(logits, reference, labels, ctx.beta)
+            return ctx.kernel.gradient(compared, totals, gradients[0].contiguous()), None, None, None
         outer, (result, ctx.gradient) = gradients[0], (ctx.gradient, None)
         if result is None:
             result = torch.empty_like(logits)
-            compared = _Rows(logits, reference, index, ctx.beta)
+            compared = Compared(logits, reference, index, ctx.beta)
             # With the totals of the forward pass; where p is near q the difference may be rounded in another way.
             factor = torch.ones_like(outer) if result.dtype == outer.dtype else outer
             for rows, room in blocks(logits):
-                pair = compared.pair(rows, room, Totals(*totals[rows].split(1, 1)))
+                pair = _pair(compared, rows, room, Totals(*totals[rows].split(1, 1)))
                 pair.difference(factor[rows], out=result[rows])
         if result.dtype == outer.dtype:
             result.mul_(outer[:, None])

@@ -291,6 +291,7 @@ def test_losses_of_rows_and_of_a_reference(name: str, own_head: bool) -> None:
     agree(*results, torch.float64)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"scale": 0.5, "softcap": 3.0}])
 @pytest.mark.parametrize("near", [False, True])
