@@ -76,8 +76,8 @@ def test_every_table_and_panel_comes_out_and_takes_its_place_in_the_results(tmp_
     (refused,) = (line for line in lines if line.startswith("| `mgda`"))
     assert "| - / - |" in refused  # 11 rows are one more than it takes
     assert "nan" not in text
-    for name in ("picture.svg", "picture.png"):
-        draw(studies, tmp_path / name)
+    for name, drawn in (("picture.svg", studies), ("picture.png", studies[:1])):
+        draw(drawn, tmp_path / name)
         assert (tmp_path / name).stat().st_size > 10_000
     results = tmp_path / "RESULTS.md"
     results.write_text(f"before\n{scaling.BEGIN}\nold\n{scaling.END}\nafter\n")
