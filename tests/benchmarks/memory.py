@@ -23,7 +23,8 @@ def peaks(backward: Callable[[], None], step: Callable[[], None]) -> dict[str, i
             backward()
             with record_function("the step"):
                 step()
-    events = recorded.profiler.kineto_results.events()
+    profiler: Any = recorded.profiler
+    events = profiler.kineto_results.events()
     steps = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == "the step"]
     live, found = 0, {"backward": 0, "step": 0}
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
