@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.marked import marked, write_marked
+
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- support: python tests/support.py --write -->", "<!-- /support -->"
 
@@ -94,9 +96,7 @@ def _links(found: list[Declared]) -> str:
 
 def block(text: str) -> str | None:
     """What stands between the two comment lines; None where they are not."""
-    if BEGIN not in text or END not in text:
-        return None
-    return text.split(BEGIN, 1)[1].split(END, 1)[0].strip()
+    return marked(text, BEGIN, END)
 
 
 def main() -> int:
@@ -104,15 +104,11 @@ def main() -> int:
     if "--write" not in sys.argv[1:]:
         sys.stdout.write(f"{BEGIN}\n{tables()}\n{END}\n")
         return 0
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    if block(text) is None:
-        sys.stderr.write(
-            f"README.md: expected the lines {BEGIN} and {END}, found none; put them where the tables belong\n"
-        )
+    try:
+        write_marked(ROOT / "README.md", BEGIN, END, tables())
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
         return 1
-    before, rest = text.split(BEGIN, 1)
-    readme.write_text(f"{before}{BEGIN}\n{tables()}\n{END}{rest.split(END, 1)[1]}")
     return 0
 
 

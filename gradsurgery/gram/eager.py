@@ -46,14 +46,21 @@ def products(
     for parts in chunks(operands, chunk_size(device), copy=True):
         for number, (write, *_) in enumerate(in_chunks):
             write.do(parts[written + 2 * number], parts[written + 2 * number + 1])
-        left = wide = [part.to(dtype) for part in parts[: len(present)]]
-        if weights is not None:
-            weight = weights[1](parts[len(present)].to(dtype))
-            left = [part * weight for part in wide]
-        for sums, (a, b) in zip(partial, pairs, strict=True):
-            sums.append(torch.dot(left[a], wide[b]))
+        weight = None if weights is None else weights[1](parts[len(present)].to(dtype))
+        for sums, product in zip(partial, _of_chunk(parts[: len(present)], weight, pairs, dtype), strict=True):
+            sums.append(product)
     total = [sums[0].double() if len(sums) == 1 else torch.stack(sums).sum(dtype=torch.float64) for sums in partial]
     return [(present[a][0], present[b][0], value) for (a, b), value in zip(pairs, total, strict=True)]
+
+
+def _of_chunk(
+    parts: Sequence[Tensor], weight: Tensor | None, pairs: Sequence[tuple[int, int]], dtype: torch.dtype
+) -> list[Tensor]:
+    """The products of a chunk. Its copies in another type are gone before those of the next chunk are made."""
+    left = wide = [part.to(dtype) for part in parts]
+    if weight is not None:
+        left = [part * weight for part in wide]
+    return [torch.dot(left[a], wide[b]) for a, b in pairs]
 
 
 def combine_on_host(target: Tensor, scale: float, others: list[tuple[float, Tensor]]) -> None:

@@ -8,13 +8,14 @@ up what it reads, and `torch.Tensor.add_`, which is as fast as the memory on a C
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -57,7 +58,7 @@ def keep_heap() -> None:
     """Start this process again with a heap that is kept: glibc reads its settings when a process starts."""
     if any(os.environ.get(name) != value for name, value in HEAP_KEPT.items()):
         os.environ.update(HEAP_KEPT)
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # "-m module" too
 
 
 def shapes(adapters: bool, small: bool = False) -> list[tuple[int, ...]]:
@@ -70,11 +71,16 @@ def shapes(adapters: bool, small: bool = False) -> list[tuple[int, ...]]:
 
 
 def rows_of(name: str, number: int = 2, small: bool = False) -> list[list[Tensor | None]]:
-    """Rows whose numbers have a mean, so that their inner products do not vanish."""
+    """The rows of a list of `LISTS`."""
     dtype, adapters = LISTS[name]
+    return [list(row) for row in filled(shapes(adapters, small), number, dtype)]
+
+
+def filled(sizes: Sequence[tuple[int, ...]], number: int, dtype: torch.dtype = torch.float32) -> list[list[Tensor]]:
+    """Rows whose numbers have a mean, so that inner products do not vanish: negative with the first, where rows are long."""
     generator = torch.Generator().manual_seed(0)
     return [
-        [torch.randn(shape, generator=generator).add_(0.3 * k - 0.2).to(dtype) for shape in shapes(adapters, small)]
+        [torch.randn(shape, generator=generator).add_(0.3 * k - 0.2).to(dtype) for shape in sizes]
         for k in range(number)
     ]
 
@@ -82,7 +88,11 @@ def rows_of(name: str, number: int = 2, small: bool = False) -> list[list[Tensor
 def limit_of(rows: list[list[Tensor | None]]) -> Callable[[], object]:
     """A pass over as many bytes as two rows have, at the speed of the memory."""
     size = sum(t.numel() * t.element_size() for t in rows[0] if t is not None)
-    first, second = (torch.zeros(size // 4) for _ in range(2))
+    return pass_over(torch.zeros(size // 4), torch.zeros(size // 4))
+
+
+def pass_over(first: Tensor, second: Tensor) -> Callable[[], object]:
+    """Two flat float32 buffers read, and read once more while the first is overwritten."""
     read = _reader()
 
     def once() -> None:
@@ -92,6 +102,7 @@ def limit_of(rows: list[list[Tensor | None]]) -> Callable[[], object]:
     return once
 
 
+@functools.cache
 def _reader() -> Callable[[Tensor, Tensor], object]:
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -107,12 +118,16 @@ def _reader() -> Callable[[Tensor, Tensor], object]:
     return lambda a, b: read(a.data_ptr(), b.data_ptr(), a.numel())
 
 
-def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def interleaved(
+    functions: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] | None = None
+) -> dict[str, list[float]]:
     """Seconds of every function in every round; each round runs all of them, and the first is not counted.
 
-    With one thread they are the process's CPU time, which neighbours on a shared machine change little.
+    With one thread they are the process's CPU time, which neighbours on a shared machine change little; with more, or
+    by another clock, what that says.
     """
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    if clock is None:
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats + 1):
         for name, function in functions.items():

@@ -28,7 +28,8 @@ from torch.nn import functional
 
 import gradsurgery as gs
 from tests.benchmarks.limit import HEAP_KEPT
-from tests.benchmarks.surgery import peaks, timed
+from tests.benchmarks.memory import peaks
+from tests.benchmarks.surgery import timed
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler announces every start
 

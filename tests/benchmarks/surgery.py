@@ -9,7 +9,6 @@ parameters (vocabulary 32000, width 512, 8 layers, tied head, float32).
 from __future__ import annotations
 
 import argparse
-import gc
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,11 +16,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gradsurgery as gs
 from tests.benchmarks import limit
+from tests.benchmarks.memory import pass_table, peaks
 
 
 def limit_table(repeats: int, small: bool) -> None:
@@ -184,24 +183,6 @@ def time_ratios(device: str, tokens: int, repeats: int) -> None:
         )
 
 
-def peaks(backward: Callable[[], None], step: Callable[[], None]) -> dict[str, int]:
-    """Largest sum of live allocations on the CPU in three rounds, while backward passes run and while a step is made."""
-    gc.collect()  # what is freed inside must have been allocated inside
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        for _ in range(3):
-            backward()
-            with record_function("the step"):
-                step()
-    events = recorded.profiler.kineto_results.events()
-    steps = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == "the step"]
-    live, found = 0, {"backward": 0, "step": 0}
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        phase = "step" if any(start <= event.start_ns() <= end for start, end in steps) else "backward"
-        found[phase] = max(found[phase], live, live + event.nbytes())
-        live += event.nbytes()
-    return found
-
-
 def memory_table() -> None:
     """An additional copy that lives in the step only, when activations are gone, must be seen there: compare phase by phase."""
     tokens = torch.randint(32000, (1, 8))
@@ -240,9 +221,10 @@ def memory_table() -> None:
         )
         measured = max(found[phase] - plain[phase] for phase in plain)
         estimate = optimizer.memory_estimate()
+        copy = sum(parameter.nbytes for parameter in model.parameters())
         print(
             f"  {name:20s} measured {measured / 2**20:6.1f} MiB, memory_estimate() {estimate / 2**20:6.1f} MiB, "
-            f"ratio {measured / estimate:.3f}"
+            f"ratio {measured / estimate:.3f}, beyond it {(measured - estimate) / copy:.3f} gradient copies"
         )
 
 
@@ -265,4 +247,5 @@ if __name__ == "__main__":
         for tokens in (512, 256):
             time_ratios(arguments.device, tokens, arguments.repeats)
     if arguments.only in (None, "memory"):
+        pass_table(arguments.small)
         memory_table()
