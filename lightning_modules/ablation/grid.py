@@ -270,11 +270,7 @@ _LATER_SECTIONS = {
     "evaluate": ("attacks", "attack_matches", "utility", "autocast"),
     "targets": ("retained", "end"),
 }
-_COUNTS = tuple(
-    ("evaluate", entry.name)
-    for entry in fields(Evaluate)
-    if entry.name not in ("tolerance", *_LATER_SECTIONS["evaluate"])
-)
+_COUNTS = tuple(("evaluate", entry.name) for entry in fields(Evaluate) if entry.type == "int")
 _LEAST = 4  # examples, of which a quarter is taught: only the settings are judged here
 
 

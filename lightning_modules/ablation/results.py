@@ -38,6 +38,7 @@ _SCORES = (
     "retain_heldout_n",
     "peak_megabytes",
     "model_utility",
+    *(f"utility_retain_{score}" for score in UTILITY_METRICS),
     *(f"{split}_{score}" for split in GENERAL for score in (*UTILITY_METRICS, "n")),
 )
 _IDENTITY = ("id", "method", "data_seed", "model_seed", "target", "value", "reached", "reason")

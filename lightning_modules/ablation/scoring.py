@@ -70,15 +70,17 @@ class Scorer:
     def _generated(self, splits: Mapping[str, Sequence[Example]]) -> dict[str, list[Example]]:
         """The examples whose answers are generated; with their wrong answers only where model utility needs them."""
         given = self.given
-        kept = evenly_spaced(splits["retain"], given.retain_examples)
-        forget, kept = (evenly_spaced(rows, given.generated_examples) for rows in (self.forget, kept))
+        # TOFU has wrong answers to its first 400 retain questions alone.
+        kept = [row for row in splits["retain"] if row.get("perturbed_answer") or not given.utility]
+        forget, kept = (
+            evenly_spaced(rows, given.generated_examples)
+            for rows in (self.forget, evenly_spaced(kept, given.retain_examples))
+        )
         found = {"forget": [answered(row, row["answer"]) for row in forget]}
         if not given.utility:
             return found | {"retain": [answered(row, row["answer"]) for row in kept]}
-        lacking = [split for split in GENERAL if not splits.get(split)] + ["perturbed answers of retain"] * (
-            not all(row.get("perturbed_answer") for row in kept)
-        )
-        if lacking:
+        lacking = [split for split in GENERAL if not splits.get(split)]
+        if lacking := lacking + ["perturbed answers of retain"] * (not kept):
             raise ValueError(
                 f"evaluate, utility: expected what model utility is computed from, found no {' and no '.join(lacking)}: add TOFU's "
                 "files real_authors_perturbed.json, world_facts_perturbed.json and retain_perturbed.json to the folder"
@@ -142,7 +144,8 @@ class Scorer:
         found["forget_degenerate"] = fmean(map(is_degenerate, said)) if said else None
         if nine := utility_inputs(generated):
             found["model_utility"] = model_utility(nine)
-            found |= {name.replace("/", "_"): value for name, value in nine.items() if not name.startswith("retain/")}
+            # The retain set's other scores are of more examples.
+            found |= {name.replace("retain/", "utility_retain_").replace("/", "_"): nine[name] for name in nine}
             found |= {f"{split}_n": len(generated[split]) for split in GENERAL}
         for split in heldout:
             found[f"{split}_probability"] = fmean(row["probability"] for row in likely[split])

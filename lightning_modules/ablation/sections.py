@@ -77,8 +77,8 @@ class Evaluate:
         attack_matches: Run them at every other target too.
         utility: Score TOFU's Model Utility too, and its nine numbers, on as many examples of retain, real authors and
             world facts as `generated_examples` says. The data has to have them: TOFU's, with a ready model.
-        autocast: Score and attack under autocast to bfloat16: about twice as fast where the processor multiplies
-            bfloat16, and less exact in the third digit. `train.precision` says how the methods train.
+        autocast: Score and attack under autocast to bfloat16: faster where the processor multiplies bfloat16, and
+            less exact. `train.precision` says how the methods train.
     """
 
     tolerance: float = 0.04

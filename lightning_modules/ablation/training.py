@@ -138,8 +138,8 @@ class Tally(Callback):
         conflicts: Those in which the gradients conflict.
         raising: Those in which the parameter change raises the retain loss to first order.
         measured: Whether every step so far has measured its change (guard: measure or update).
-        peak: The most memory that a step took so far (`memory.peak_megabytes`), without the scoring between steps; None
-            where the system does not say.
+        peak: The most memory of the process or device during a step so far (`memory.peak_megabytes`); None where the
+            system does not say. On a CPU it counts what the scoring between steps has left with the allocator.
     """
 
     def __init__(self) -> None:

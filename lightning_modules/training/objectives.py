@@ -150,8 +150,7 @@ def distillation(teacher: SecondModel, loss: Any = gs.losses.kl_divergence) -> O
     with the teacher's distribution $q$ and the model's $p$ at each answer token, as a mean over the answer tokens of
     all processes, in nats. It is bounded from below by 0, where nothing distinguishes the two on these texts, so that
     nothing is forgotten further than the teacher would have it: neither fluency nor names, only what was learned since.
-    With `gs.losses.undial` the teacher's logit of each true token is lowered by `beta` first: what the teacher knows
-    well, such as a name that stands in the question, stays likely, and what it only guesses becomes less so.
+    `gs.losses.undial` lowers the teacher's logit of each true token by `beta` first, and so forgets further.
 
     Args:
         teacher: `references.SecondModel(model)` with the trained model's vocabulary, such as the model before it was

@@ -232,6 +232,10 @@ class UnlearnOptions(Options):
             if unused := [flag(name) for name, value in given.items() if value]:
                 raise ValueError(f"{', '.join(unused)}: expected a run with surgery, found --method uld")
         if self.recipe.recipe == "imitate" and self.method.teacher is None:
+            if self.model.scratch:
+                raise ValueError(
+                    "--recipe imitate: expected --model, and a model that never learned the forget answers, found the model from scratch"
+                )
             raise ValueError(
                 "--recipe imitate: expected a model that never learned the forget answers, --teacher or the --model of --finetune-first "
                 "without --revision, found none"
@@ -248,7 +252,7 @@ class UnlearnOptions(Options):
         if self.method.imitates and self.training.lr == AUTO:
             raise ValueError(
                 f"--lr auto: expected a loss that brings the forget probability below any target, found --forget-loss "
-                f"{self.method.forget_loss}, which brings it to the teacher's; give --lr, for example 1e-4"
+                f"{self.method.forget_loss}, which ends at a teacher's; give --lr, for example 5e-5"
             )
         if self.method.teacher is not None and self.training.sharded:
             raise ValueError(

@@ -34,7 +34,7 @@ class MethodOptions:
             and dpo, which need no more)
         teacher: folder or hub name of a model that never learned the forget answers, such as the one before
             fine-tuning; --forget-loss kl_divergence brings these answers to the probabilities that the teacher gives
-            them, and so does the finish; --forget-loss undial lowers what the teacher only guesses by beta more
+            them, and so does the finish; --forget-loss undial lowers the true tokens' logits there by its beta first
         refusals: text file with a refusal a line, for dpo and idk; some of our own if not given
         keep_asked_words: forget only what the question does not say itself: a word of the answer that is in the
             question, such as the name of who is asked about, is left alone

@@ -49,9 +49,11 @@ def test_a_guard_and_accumulation_hold_the_copies_that_the_estimate_names(choice
     assert abs(found.copies) <= COPIES
 
 
-def test_the_compiled_kernel_takes_as_little_of_the_system() -> None:
+def test_what_the_kernel_allocates_by_itself_is_as_little() -> None:
     if "compiled" not in backends():
         pytest.skip("no C++ compiler")
+    if torch.cuda.is_available():
+        pytest.skip("peak_megabytes would say what a GPU has allocated")
     if not reset_peak():
         pytest.skip("the system does not say")
     rows = limit.filled([(1 << 22,)] * 4, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, harmonic_mean
 from typing import Any
@@ -15,8 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_modules import cli
 from lightning_modules.ablation.reading import read_grid
+from lightning_modules.ablation.scoring import Scorer
 from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate
 from lightning_modules.metrics.functional import UTILITY_SPLITS
+from lightning_modules.run.loading import make_data
 from tests.lightning_modules.run.bad_inputs import model_folder
 
 Rows = list[dict[str, Any]]
@@ -37,7 +40,7 @@ def rows(name: str, count: int, wrong: int) -> Rows:
 FILES = {
     "forget01": rows("f", 40, 0),
     "forget01_perturbed": rows("f", 40, 2),
-    "retain99": rows("r", 20, 0),
+    "retain99": rows("r", 40, 0),
     "retain_perturbed": rows("r", 20, 2),
     "real_authors_perturbed": rows("a", 7, 3),
     "world_facts_perturbed": rows("w", 9, 3),
@@ -113,3 +116,23 @@ def test_it_says_which_files_are_missing(tmp_path: Path, capsys: pytest.CaptureF
 def test_only_tofu_and_a_ready_model_have_it(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"utility: expected data\.tofu and a ready model"):
         read_grid(grid_in(tmp_path, FILES, **changes))
+
+
+def test_scores_under_autocast_are_those_of_bfloat16(tmp_path: Path) -> None:
+    grid = read_grid(grid_in(tmp_path, FILES))
+    cast = replace(grid, evaluate=replace(grid.evaluate, autocast=True))
+    splits = make_data(grid.runs()[0].options(), None).read()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    exact, half = (Scorer(of, splits, tokenizer).thoroughly(model) for of in (grid, cast))
+    for name in ("forget_nll", "retain_nll", "world_facts_probability"):
+        assert half[name] != exact[name]
+        assert half[name] == pytest.approx(exact[name], rel=0.02), name  # a few products, each exact to 4e-3
+    assert half["examples"]["forget_nll"] != exact["examples"]["forget_nll"]
+
+
+def test_a_row_can_keep_asked_words(tmp_path: Path) -> None:
+    (run,) = read_grid(
+        grid_in(tmp_path, FILES, methods=[{"name": "CE-U", "steps": 1, "keep_asked_words": True}])
+    ).runs()
+    assert run.options().method.keep_asked_words
