@@ -106,8 +106,7 @@ class UnlearnOptions(Options):
     Without arguments: a small model and fictional authors.
 
     The defaults of the model from scratch are the papers' (CE-U, GRU), with --model what kept most at equal forgetting
-    (--recipe balanced). What lasts longest when some answers are taught again is --recipe deep, what is most like the
-    answers of a model that never learned them --recipe imitate.
+    (--recipe balanced). deep lasts longest when some answers are taught again, imitate sounds like a model without them.
     """
 
     recipe: RecipeOptions = field(default_factory=RecipeOptions)
@@ -231,15 +230,7 @@ class UnlearnOptions(Options):
             }
             if unused := [flag(name) for name, value in given.items() if value]:
                 raise ValueError(f"{', '.join(unused)}: expected a run with surgery, found --method uld")
-        if self.recipe.recipe == "imitate" and self.method.teacher is None:
-            if self.model.scratch:
-                raise ValueError(
-                    "--recipe imitate: expected --model, and a model that never learned the forget answers, found the model from scratch"
-                )
-            raise ValueError(
-                "--recipe imitate: expected a model that never learned the forget answers, --teacher or the --model of --finetune-first "
-                "without --revision, found none"
-            )
+        self.recipe.check_teacher(self.model, self.method)
         if self.method.teacher is not None and not (self.method.imitates or self.finish.finish_steps):
             raise ValueError(
                 f"--teacher: expected --forget-loss kl_divergence or undial, or --finish-steps, which bring the answers to the teacher's "

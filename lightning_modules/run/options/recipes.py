@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_modules.run.options.data import ModelOptions
 from lightning_modules.run.options.flat import one_of
+from lightning_modules.run.options.method import MethodOptions
 
 _BALANCED: dict[str, Any] = {"ema_decay": 0.7, "retain_weight": 200.0, "guard": "update"}
 _BALANCED_OTHER: dict[str, Any] = {"retain_weight": 50.0}
@@ -64,6 +65,15 @@ class RecipeOptions:
         """Raise ValueError on an unknown name."""
         if self.recipe not in RECIPES:
             raise ValueError(f"--recipe: expected one of {', '.join(RECIPES)}, found {self.recipe!r}")
+
+    def check_teacher(self, model: ModelOptions, method: MethodOptions) -> None:
+        """Raise ValueError if the recipe imitates a model that nobody named."""
+        if self.recipe != "imitate" or method.teacher is not None:
+            return
+        expected = "--recipe imitate: expected --model, and a model that never learned the forget answers"
+        if model.scratch:
+            raise ValueError(f"{expected}, found the model from scratch")
+        raise ValueError(f"{expected}, --teacher or the --model of --finetune-first without --revision, found none")
 
 
 def expanded(values: Mapping[str, Any]) -> dict[str, Any]:
