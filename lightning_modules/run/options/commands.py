@@ -106,7 +106,7 @@ class UnlearnOptions(Options):
     Without arguments: a small model and fictional authors.
 
     The defaults of the model from scratch are the papers' (CE-U, GRU), with --model what kept most at equal forgetting
-    (--recipe balanced). deep lasts longest when some answers are taught again, imitate sounds like a model without them.
+    (--recipe balanced). deep lasts longest when answers are taught again, imitate sounds like a model without them.
     """
 
     recipe: RecipeOptions = field(default_factory=RecipeOptions)
