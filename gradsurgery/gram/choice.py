@@ -14,21 +14,20 @@ from gradsurgery.gram.device import DeviceKernel, device_kernel
 from gradsurgery.gram.kernel import Batch, Kernel, Members, build
 from gradsurgery.gram.pointers import PointerBatch
 from gradsurgery.gram.rows import Write
-from gradsurgery.native import Backend, Unavailable
+from gradsurgery.native import Backend, Chosen, Needs, Unavailable
 
 Choice = Literal["auto", "compiled", "eager", "triton"]
-_CHOICES: tuple[Choice, ...] = ("auto", "compiled", "eager", "triton")
 # Below this many numbers a row plain PyTorch takes a few milliseconds at most, which no training step notices; and
 # building the kernel takes a second, once.
 SMALLEST = 1 << 22
-
-
-class _State:
-    choice: Choice = "auto"
-
-
-def _choose(choice: Choice) -> None:
-    _State.choice = choice
+_chosen = Chosen(
+    {
+        "auto": None,
+        "compiled": Needs("a kernel to be built", lambda: built(), "eager"),
+        "eager": None,
+        "triton": Needs("Triton's kernels to run", lambda: device_kernel(), "auto"),
+    }
+)
 
 
 def backend(choice: Choice | None = None) -> Backend:
@@ -71,24 +70,16 @@ def backend(choice: Choice | None = None) -> Backend:
         ...     chosen.name, gs.gram.gram(rows).tolist()
         ('eager', [[4.0, 8.0], [8.0, 16.0]])
     """
-    restore = functools.partial(_choose, _State.choice)
-    if choice is not None:
-        if choice not in _CHOICES:
-            raise ValueError(f"backend: expected one of {', '.join(map(repr, _CHOICES))}, or None, found {choice!r}")
-        if choice == "compiled" and isinstance(found := built(), str):
-            raise RuntimeError(f"backend: expected a kernel to be built, found that {found}; or choose 'eager'")
-        if choice == "triton" and isinstance(lacking := device_kernel(), str):
-            raise RuntimeError(f"backend: expected Triton's kernels to run, found that {lacking}; or choose 'auto'")
-        _choose(choice)
-    if _State.choice == "eager":
+    restore = _chosen.choose(choice)
+    if _chosen.name == "eager":
         return Backend("eager", "it was chosen", restore)
-    if _State.choice == "triton":
+    if _chosen.name == "triton":
         about = _device_kernel().about
         return Backend("triton", f"for float32, bfloat16 and float16 rows on CUDA devices, by {about}", restore)
     found = built()
     if isinstance(found, str):
         return Backend("eager", found, restore)
-    smallest = f" of {SMALLEST} numbers or more" if _State.choice == "auto" else ""
+    smallest = f" of {SMALLEST} numbers or more" if _chosen.name == "auto" else ""
     return Backend("compiled", f"for float32 and bfloat16 rows{smallest} on a CPU, {found.about}", restore)
 
 
@@ -112,11 +103,11 @@ def kernel_for(
     if (chosen := chosen_device_kernel()) is not None:
         pointers = [chosen.batch(members, blocks, writes) for members in found]
         return (chosen, pointers) if any(batch.numbers for batch in pointers) else None
-    if _State.choice not in ("auto", "compiled") or device.type != "cpu" or _traced():
+    if _chosen.name not in ("auto", "compiled") or device.type != "cpu" or _traced():
         return None
     batches = [Batch(members, blocks, writes) for members in found]
     # Plain counts, the same on every rank that holds the same rows.
-    if sum(batch.numbers for batch in batches) < (SMALLEST if _State.choice == "auto" else 1):
+    if sum(batch.numbers for batch in batches) < (SMALLEST if _chosen.name == "auto" else 1):
         return None
     kernel = built()
     return None if isinstance(kernel, str) else (kernel, batches)
@@ -127,10 +118,10 @@ def kernel_number(parameters: Sequence[Tensor]) -> int:
 
     Ranks compare it: the same number gives the same bits.
     """
-    if _State.choice == "triton":
+    if _chosen.name == "triton":
         return _device_kernel().number
     numbers = sum(parameter.numel() for parameter in parameters if parameter.device.type == "cpu")
-    if _State.choice == "eager" or numbers < (SMALLEST if _State.choice == "auto" else 1):
+    if _chosen.name == "eager" or numbers < (SMALLEST if _chosen.name == "auto" else 1):
         return 0
     kernel = built()
     return 0 if isinstance(kernel, str) else kernel.number
@@ -138,7 +129,7 @@ def kernel_number(parameters: Sequence[Tensor]) -> int:
 
 def chosen_device_kernel() -> DeviceKernel | None:
     """Triton's kernels where they were chosen and can be called now."""
-    return _device_kernel() if _State.choice == "triton" and not _traced() else None
+    return _device_kernel() if _chosen.name == "triton" and not _traced() else None
 
 
 def _traced() -> bool:

@@ -15,39 +15,35 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from gradsurgery import native
 from gradsurgery.gram.rows import Write
-from gradsurgery.native import Unavailable
+from gradsurgery.native import PLAIN, Library, Unavailable
 
 Members = list[tuple[int, list[Tensor | None]]]
 """Parameters' indices, with what this process holds of each row's tensor."""
 
 _SOURCE = Path(__file__).with_name("kernel.cpp")
 _MOST_ROWS = 16  # as in kernel.cpp
-_TYPES = (Tensor, Parameter)  # not a subclass, which may hold its numbers elsewhere
 
 
 class Kernel:
     """The two functions of a library, over lists of tensors.
 
     Args:
-        library: Path of the built library.
-        about: What it is, in words.
-        number: The same for the same machine code on every rank, and not 0.
+        library: As `native.build` gives it.
 
     Attributes:
-        about: As given.
-        number: As given.
+        about: What it is, in words.
+        number: The same for the same machine code on every rank, and not 0.
 
     Raises:
         Unavailable: If it cannot be loaded or computes what is wrong.
     """
 
-    def __init__(self, library: Path, about: str, number: int) -> None:
+    def __init__(self, library: Library) -> None:
         try:
-            loaded = ctypes.CDLL(str(library))
+            loaded = ctypes.CDLL(str(library.path))
             self._products, self._combine = loaded.gradsurgery_products, loaded.gradsurgery_combine
         except (OSError, AttributeError) as error:
             raise Unavailable(f"the built library cannot be loaded ({error})") from error
@@ -56,7 +52,7 @@ class Kernel:
             *(integer, integer, pointer, pointer, pointer, pointer, integer),
             *(integer, pointer, pointer),
         ]
-        self.about, self.number = about, number
+        self.about, self.number = library.about, library.number
         with torch.device("cpu"):  # not on the default device, which may be another
             _check(self)
 
@@ -128,7 +124,7 @@ class Batch:
                 if (
                     (dtype is torch.float32 or dtype is torch.bfloat16)
                     and tensor.is_cpu
-                    and type(tensor) in _TYPES
+                    and type(tensor) in PLAIN
                     and tensor.layout is torch.strided
                     and tensor.is_contiguous()
                     and not tensor.is_neg()

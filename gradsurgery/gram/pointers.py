@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from gradsurgery.gram.kernel import Members
 from gradsurgery.gram.rows import Write, numbers_on
+from gradsurgery.native import PLAIN
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TYPES = (Tensor, Parameter)  # not a subclass, which may hold its numbers elsewhere
 _MOST_ROWS = 8  # the sums of all their pairs are held in registers
 _MOST_TABLES = 64
 
@@ -138,7 +137,7 @@ class PointerBatch:
 def _readable(tensor: Tensor, first: Tensor) -> bool:
     return (
         tensor.dtype in _DTYPES
-        and type(tensor) in _TYPES
+        and type(tensor) in PLAIN
         and tensor.device == first.device
         and tensor.layout is torch.strided
         and tensor.is_contiguous()

@@ -14,14 +14,12 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from gradsurgery.losses._checks import IGNORED
-from gradsurgery.native import Backend, Unavailable, build
+from gradsurgery.native import PLAIN, Backend, Chosen, Library, Needs, Unavailable, build
 
 Choice = Literal["auto", "compiled", "eager"]
-_CHOICES: tuple[Choice, ...] = ("auto", "compiled", "eager")
 # Below this many logits plain PyTorch takes a few milliseconds at most; building the kernel takes seconds, once.
 SMALLEST = 1 << 18
 _A_THREAD = 1 << 16
@@ -30,15 +28,9 @@ TOTALS = 6
 """Numbers that are kept of a row, as in divergence.cpp."""
 
 _SOURCE = Path(__file__).with_name("divergence.cpp")
-_TYPES = (Tensor, Parameter)  # not a subclass, which may hold its numbers elsewhere
-
-
-class _State:
-    choice: Choice = "auto"
-
-
-def _choose(choice: Choice) -> None:
-    _State.choice = choice
+_chosen = Chosen(
+    {"auto": None, "compiled": Needs("a kernel to be built", lambda: built(), "eager"), "eager": None},
+)
 
 
 def backend(choice: Choice | None = None) -> Backend:
@@ -71,19 +63,13 @@ def backend(choice: Choice | None = None) -> Backend:
         ...     chosen.name
         'eager'
     """
-    restore = functools.partial(_choose, _State.choice)
-    if choice is not None:
-        if choice not in _CHOICES:
-            raise ValueError(f"backend: expected one of {', '.join(map(repr, _CHOICES))}, or None, found {choice!r}")
-        if choice == "compiled" and isinstance(lacking := built(), str):
-            raise RuntimeError(f"backend: expected a kernel to be built, found that {lacking}; or choose 'eager'")
-        _choose(choice)
-    if _State.choice == "eager":
+    restore = _chosen.choose(choice)
+    if _chosen.name == "eager":
         return Backend("eager", "it was chosen", restore)
     found = built()
     if isinstance(found, str):
         return Backend("eager", found, restore)
-    smallest = f" {SMALLEST} or more" if _State.choice == "auto" else ""
+    smallest = f" {SMALLEST} or more" if _chosen.name == "auto" else ""
     return Backend("compiled", f"for{smallest} float32 and bfloat16 logits on a CPU, {found.about}", restore)
 
 
@@ -119,22 +105,19 @@ class Kernel:
     """The function of the library.
 
     Args:
-        library: Path of the built library.
-        about: What it is, in words.
-        number: Not used.
+        library: As `native.build` gives it.
 
     Raises:
         Unavailable: If it cannot be loaded or computes what is wrong.
     """
 
-    def __init__(self, library: Path, about: str, number: int) -> None:
-        del number
+    def __init__(self, library: Library) -> None:
         try:
-            self._compare = ctypes.CDLL(str(library)).gradsurgery_compare_rows
+            self._compare = ctypes.CDLL(str(library.path)).gradsurgery_compare_rows
         except (OSError, AttributeError) as error:
             raise Unavailable(f"the built library cannot be loaded ({error})") from error
         self._compare.argtypes, self._compare.restype = [ctypes.POINTER(_Work), ctypes.c_int64], None
-        self.about = about
+        self.about = library.about
         with torch.device("cpu"):  # not on the default device, which may be another
             _check(self)
 
@@ -177,9 +160,9 @@ class Kernel:
 def kernel_for(compared: Compared) -> Kernel | None:
     """The kernel, if it takes these rows and is worth calling."""
     logits, reference, labels, beta = compared
-    if _State.choice == "eager" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+    if _chosen.name == "eager" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return None
-    if logits.numel() < (SMALLEST if _State.choice == "auto" else 1):
+    if logits.numel() < (SMALLEST if _chosen.name == "auto" else 1):
         return None
     if not _taken(logits) or not (reference is None or _taken(reference)):
         return None
@@ -206,7 +189,7 @@ def _taken(rows: Tensor) -> bool:
     return (
         (rows.dtype is torch.float32 or rows.dtype is torch.bfloat16)
         and rows.is_cpu
-        and type(rows) in _TYPES
+        and type(rows) in PLAIN
         and rows.layout is torch.strided
         and rows.stride(1) == 1
         and not rows.is_neg()

@@ -4,7 +4,13 @@ A source knows neither Python nor PyTorch, so that it builds in seconds and serv
 what the sources share.
 """
 
-from gradsurgery.native.backend import Backend
-from gradsurgery.native.building import Unavailable, build
+from torch import Tensor
+from torch.nn import Parameter
 
-__all__ = ["Backend", "Unavailable", "build"]
+from gradsurgery.native.backend import Backend, Chosen, Needs
+from gradsurgery.native.building import Library, Unavailable, build
+
+__all__ = ["PLAIN", "Backend", "Chosen", "Library", "Needs", "Unavailable", "build"]
+
+PLAIN = (Tensor, Parameter)
+"""Types of tensors that kernels take: not a subclass, which may hold its numbers elsewhere."""

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -32,7 +32,21 @@ class Unavailable(Exception):
     """Why there is no kernel, in words."""
 
 
-def build(source: Path, load: Callable[[Path, str, int], K]) -> K:
+class Library(NamedTuple):
+    """What was built.
+
+    Attributes:
+        path: Of the library.
+        about: What it is, in words.
+        number: The same for the same machine code on every rank, and not 0.
+    """
+
+    path: Path
+    about: str
+    number: int
+
+
+def build(source: Path, load: Callable[[Library], K]) -> K:
     """A kernel from the cache, or built anew where there is none or a broken one.
 
     The cache is `$XDG_CACHE_HOME/gradsurgery/kernel`, or in `~/.cache`; where that cannot be written to, the kernel is
@@ -40,9 +54,8 @@ def build(source: Path, load: Callable[[Path, str, int], K]) -> K:
 
     Args:
         source: The C++ file.
-        load: ``(library, about, number)`` -> the kernel: the path of the built library, what it is in words, and a
-            number that is the same for the same machine code on every rank, and not 0. It raises `Unavailable` if the
-            library cannot be loaded or computes what is wrong.
+        load: Makes the kernel of the built library. It raises `Unavailable` if that cannot be loaded or computes what
+            is wrong.
 
     Raises:
         Unavailable: If there is no compiler, no place to build in or no source, or the compiler fails, or what it built
@@ -57,7 +70,7 @@ def build(source: Path, load: Callable[[Path, str, int], K]) -> K:
     try:
         key = repr((command, version, sys.platform, platform.machine())).encode()
         key = hashlib.sha256(key + source.read_bytes() + _SHARED.read_bytes()).hexdigest()
-        return _kept([*command, str(source)], key, lambda library: load(library, about, int(key[:8], 16) | 1))
+        return _kept([*command, str(source)], key, lambda path: load(Library(path, about, int(key[:8], 16) | 1)))
     except OSError as error:
         raise Unavailable(f"it cannot be built ({error})") from error
 

@@ -16,6 +16,9 @@ import gradsurgery as gs
 from lightning_modules.training.heads import AnswerHead, Batch, answer_values
 from lightning_modules.training.references import Reference, SecondModel, sequence_nll
 
+IMITATING: tuple[str, ...] = ("kl_divergence", "undial")
+"""Losses that can compare with a teacher, `distillation`."""
+
 Batches: TypeAlias = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -173,8 +176,8 @@ def distillation(teacher: SecondModel, loss: Any = gs.losses.kl_divergence) -> O
             "distillation: expected a teacher that never learned the forget set, found SecondModel() without a model"
         )
 
-    if _unbound(loss) not in (gs.losses.kl_divergence, gs.losses.undial):
-        raise ValueError(f"distillation: expected kl_divergence or undial, found {name_of(loss)}")
+    if _unbound(loss) not in map(by_name, IMITATING):
+        raise ValueError(f"distillation: expected {' or '.join(IMITATING)}, found {name_of(loss)}")
 
     @as_objective
     def distil(context: Context, batches: Batches, name: str) -> Tensor:

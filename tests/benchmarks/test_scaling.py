@@ -79,6 +79,11 @@ def test_every_table_and_panel_comes_out_and_takes_its_place_in_the_results(tmp_
     for name, drawn in (("picture.svg", studies), ("picture.png", studies[:1])):
         draw(drawn, tmp_path / name)
         assert (tmp_path / name).stat().st_size > 10_000
+    picture = (tmp_path / "picture.svg").read_text()  # which has every text as a comment beside its outlines
+    for study in studies:
+        assert f"<!-- {study.title} -->" in picture
+        for series in study.series:
+            assert f"<!-- {series.name}: {fit(series).exponent:.2f} -->" in picture
     results = tmp_path / "RESULTS.md"
     results.write_text(f"before\n{scaling.BEGIN}\nold\n{scaling.END}\nafter\n")
     write_marked(results, scaling.BEGIN, scaling.END, text)

@@ -106,6 +106,7 @@ def test_importing_gradsurgery_imports_nothing_but_itself_beyond_torch(tmp_path:
 def test_the_names_of_the_command_line_are_those_of_the_tables() -> None:
     assert list(names.RULES) == [*gs.rules.RULES, *gs.elementwise.ELEMENTWISE]
     assert names.LOSSES == objectives.NAMES
+    assert names.IMITATING == objectives.IMITATING
 
 
 def test_half_a_flag_is_refused_with_the_whole_ones_that_it_may_mean(answers: dict[str, Any]) -> None:

@@ -55,8 +55,7 @@ class RecipeOptions:
             --retain-weight 200 for the model from scratch, 50 for another) and is the default with --model; deep lasts
             when the answers are taught again: it forgets at weights that remember better, over a growing --radius, and
             then finishes (for another model than scratch, --radius auto); imitate brings the forget answers to what a
-            model says that never learned them, --teacher, by default the --model of --finetune-first: fluent, with the
-            names of the question, and never further than the teacher
+            model says that never learned them, --teacher, by default the --model of --finetune-first
     """
 
     recipe: str = one_of(list(RECIPES), "paper")
