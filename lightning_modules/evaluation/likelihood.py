@@ -3,14 +3,15 @@ r"""The mean negative log-likelihood per answer token: the number that probabili
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_modules.data.tokenization import IGNORED, Encoded, collate
-from lightning_modules.evaluation.heads import backbone_and_head, gives_logits
+from lightning_modules.evaluation.heads import EXACT, backbone_and_head, gives_logits
 
 # Rows of logits held at once, in float32: 0.5 GB with a vocabulary of 128,000.
 _HEAD_ROWS = 1024
@@ -187,6 +188,43 @@ def on_gpu(model: nn.Module) -> Generator[None]:
         model.to(home)
 
 
+@contextmanager
+def autocasting(model: nn.Module, *, enabled: bool = True) -> Generator[None]:
+    """Computes a model's matrix products in bfloat16, as a training with precision bf16-mixed does, without gradients.
+
+    The weights stay as they are, and with them what is summed up over layers; logits are bfloat16. Autocast makes
+    copies of the weights and keeps them until it is left, which costs half of their float32 memory: so enter it once
+    around all the work, in which nothing may change a weight, and after the model was moved to its device.
+
+    Args:
+        model: in any dtype; of bfloat16 weights it needs no copies.
+        enabled: `False` leaves everything as it is, an autocast around it too.
+    """
+    if not enabled:
+        yield
+        return
+    weights = list(model.parameters())
+    # Shards are gathered for every pass: kept copies of what was gathered would be the whole model on every device.
+    sharded = any(isinstance(weight, DTensor) for weight in weights)
+    frozen = [weight for weight in weights if weight.dtype == torch.float32 and not (weight.requires_grad or sharded)]
+    try:
+        for weight in frozen:  # autocast keeps no copies of weights that want no gradient: every pass would make them
+            weight.requires_grad_(True)
+        with torch.no_grad(), torch.autocast(device_of(model).type, torch.bfloat16, cache_enabled=not sharded):
+            yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+
+
+def exactly(model: nn.Module) -> AbstractContextManager[Any]:
+    """Leaves autocast for a trial of float32 weights: rounding to bfloat16 would hide a difference that matters."""
+    floating = (weight.dtype for weight in model.parameters() if weight.is_floating_point())
+    if all(dtype in EXACT for dtype in floating):
+        return torch.autocast(device_of(model).type, enabled=False)
+    return nullcontext()
+
+
 def padded(model: nn.Module, encoded: Sequence[Encoded], pad_token_id: int) -> Batch:
     """Examples as a batch on the model's device, one row each."""
     batch = {name: tensor.to(device_of(model)) for name, tensor in collate(encoded, pad_token_id).items()}
@@ -218,7 +256,9 @@ def labelled_logits(model: nn.Module, encoded: Sequence[Encoded], pad_token_id: 
         return lambda places: head(hidden[places])
 
     shortest = min(encoded, key=lambda example: len(example.input_ids))
-    return gathered if gives_logits(model, backbone, head, padded(model, [shortest], pad_token_id).inputs) else plain
+    with exactly(model):
+        same = gives_logits(model, backbone, head, padded(model, [shortest], pad_token_id).inputs)
+    return gathered if same else plain
 
 
 def _cached(batch: Batch) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from lightning_modules.evaluation.likelihood import (
     Summary,
     device_of,
     evaluation_mode,
+    exactly,
     labelled_logits,
     padded,
     summarized,
@@ -152,10 +153,17 @@ class SharedTexts:
     def _allowed(self) -> tuple[bool, bool]:
         """Whether trees give the logits that the texts by themselves give, and whether they do so with a cache.
 
-        It is tried on the longest text and a second one.
+        It is tried on the longest text and a second one, without autocast.
         """
         if not self.trees:
             return False, False
+        with exactly(self.model):
+            found = self._tried()
+        if torch.is_autocast_enabled(device_of(self.model).type):
+            vars(self).pop("_prefix_states", None)  # those of the trial are float32
+        return found
+
+    def _tried(self) -> tuple[bool, bool]:
         longest = max(self.encoded, key=lambda text: len(text.input_ids))
         # One that parts early, whether or not they share a row: the more tokens must not be seen, the better the trial.
         other = min(self.encoded, key=lambda text: (_common(text, longest), len(text.input_ids)))

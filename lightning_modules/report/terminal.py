@@ -103,6 +103,10 @@ def sentences(metrics: Mapping[str, Any]) -> list[str]:
 def about_scores(metrics: Mapping[str, Any]) -> list[str]:
     """Returns what the numbers of `table` mean."""
     said: list[str] = []
+    if metrics.get("evaluation_precision") == "bf16-mixed":
+        said.append(
+            "The scores were computed in bf16-mixed, which gives two or three digits; --evaluation-precision 32-true gives all."
+        )
     if metrics["reference"]:
         said.append(
             "The reference stands for a model that never saw the forget set: its scores on forget are the values to reach."

@@ -57,7 +57,8 @@ def _scored(options: EvaluateOptions, splits: Splits, log: ScoredSplits | None) 
     started = time.perf_counter()
     after = score(Run(options, folder, splits, tokenizer), model)
     reference = log or reference_rows(options, splits)
-    found = contents_of_metrics(seed, None, after, reference, {"train": 0.0, "evaluate": time.perf_counter() - started})
+    seconds = {"train": 0.0, "evaluate": time.perf_counter() - started}
+    found = contents_of_metrics(seed, None, after, reference, seconds, options.evaluation.scored_in)
     if options.output.log:
         write_evaluation(folder / EVALUATION, examples_by_model(None, after, reference))
     write_json(folder / METRICS, found)

@@ -56,6 +56,7 @@ def path_of(options: Options, splits: Splits, identity: object, tokenizer: tuple
             options.data.max_length,
             evaluation.evaluation_batch_size,
             evaluation.evaluation_batch_tokens,
+            evaluation.scored_in,
         ],
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }

@@ -13,12 +13,13 @@ from lightning_modules.data.tasks import apart
 from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.benchmarks import benchmark_scores
 from lightning_modules.evaluation.evaluate import Evaluation, EvaluationSettings, evaluate, summary, truth_ratios
-from lightning_modules.evaluation.likelihood import on_gpu
+from lightning_modules.evaluation.likelihood import autocasting, on_gpu
 from lightning_modules.evaluation.membership import membership
 from lightning_modules.evaluation.utility import model_utilities
 from lightning_modules.folder import versions
 from lightning_modules.metrics.functional import forget_quality
 from lightning_modules.run.options import EvaluationOptions, Options
+from lightning_modules.run.options.precision import EXACT_SCORES
 from lightning_modules.run.run import Run, Splits
 
 ScoredSplits = dict[str, list[dict[str, Any]]]
@@ -31,7 +32,7 @@ def to_score(evaluation: EvaluationOptions, splits: Splits) -> dict[str, list[Ex
 
 
 def score(run: Run[Options], model: nn.Module, *, across_processes: bool = False) -> Evaluation:
-    """Score a model on the run's examples, on the GPU if there is one.
+    """Score a model on the run's examples, on the GPU if there is one, in the precision that the options say.
 
     Args:
         run: Its tokenizer is the model's.
@@ -45,7 +46,7 @@ def score(run: Run[Options], model: nn.Module, *, across_processes: bool = False
         run.options.data.max_length,
         batch_tokens=evaluation.evaluation_batch_tokens,
     )
-    with on_gpu(model):
+    with on_gpu(model), autocasting(model, enabled=evaluation.autocast):
         return evaluate(
             model,
             run.tokenizer,
@@ -69,13 +70,14 @@ def contents_of_metrics(
     after: Evaluation,
     reference: ScoredSplits | None,
     seconds: Mapping[str, float],
+    precision: str = EXACT_SCORES,
 ) -> dict[str, Any]:
     """What metrics.json holds. All scores in it are computed from the examples that evaluation.jsonl holds.
 
     `membership` is None without a split called "holdout": an attack has to tell the forget set from examples that
     neither model has seen, and no other split has such examples. `model_utility` and its inputs are keys only where a
     model has all nine inputs (`evaluation.utility.model_utilities`), `benchmarks` only where there are tasks of one
-    (`evaluation.benchmarks.benchmark_scores`).
+    (`evaluation.benchmarks.benchmark_scores`), and `evaluation_precision` only where it is not 32-true.
 
     Args:
         seed: Of the run.
@@ -83,6 +85,7 @@ def contents_of_metrics(
         after: The model that is left.
         reference: Scores of a model that never saw the forget set, if there is one.
         seconds: What took how long.
+        precision: In which the three were scored, by Lightning's name.
     """
     examples = examples_by_model(before, after, reference)
     return {
@@ -98,6 +101,7 @@ def contents_of_metrics(
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "seed": seed,
         "versions": versions(),
+        **({} if precision == EXACT_SCORES else {"evaluation_precision": precision}),
     }
 
 

@@ -46,8 +46,9 @@ def by_shards(
     """As `methods.by_surgery`, with the model sharded over all processes by FSDP2.
 
     The processes are started before the model is loaded, and only the first one loads it. Scores are those of float32
-    shards of the whole model, before and after, so that they are the same as in one process; under bf16-mixed only the
-    training, with the curve that watches it, gathers bfloat16 weights.
+    shards of the whole model, before and after, so that they are the same as in one process, also where
+    --evaluation-precision has them computed under autocast; with --precision bf16-mixed only the training, with the
+    curve that watches it, gathers bfloat16 weights.
 
     Returns:
         The run, and in every process what it leaves.

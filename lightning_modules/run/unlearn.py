@@ -160,7 +160,8 @@ def _leave(run: Run[UnlearnOptions], unlearned: Unlearned, log: ScoredSplits | N
     if unlearned.probe is not None:
         unlearned.probe()
     before = unlearned.before
-    found = contents_of_metrics(run.options.output.seed, before, after, reference, seconds)
+    seed, precision = run.options.output.seed, run.options.evaluation.scored_in
+    found = contents_of_metrics(seed, before, after, reference, seconds, precision)
     if unlearned.target is not None:
         found["target"] = dict(unlearned.target)
     write_evaluation(folder / EVALUATION, examples_by_model(before, after, reference))

@@ -136,7 +136,7 @@ class UnlearnOptions(Options):
                 f"--recipe {self.recipe.recipe}: expected a run with surgery, found --method uld, which combines no gradients; leave it out"
             )
         self._check_depth()
-        self.ledger.check_beside(self.method, self.training, cuts_texts=self.data.cuts_texts)
+        self.ledger.check_beside(self.method, self.training, self.evaluation, cuts_texts=self.data.cuts_texts)
         self.ledger.check_requests(self.data.requests)
         self.training.check_compiled(self.method.retain_inside)
         if self.first.finetune_first and self.model.scratch:
@@ -294,8 +294,7 @@ class UnlearnOptions(Options):
 
     def resolved(self) -> UnlearnOptions:
         """A copy in which no value depends on another option or on the machine any more: what config.yaml holds."""
-        scratch = self.model.scratch
-        uld = self.method.method == "uld"
+        scratch, uld = self.model.scratch, self.method.method == "uld"
         depends: dict[str, Any] = {
             "lr": 5e-5 if scratch else 1e-5,
             "epochs": 20 if scratch else 5,
@@ -321,7 +320,8 @@ class UnlearnOptions(Options):
             finish = replace(finish, finish_lr=training.lr / 2.0)
         name = self.ledger.ledger  # wherever the command is started that goes on with the run
         ledger = self.ledger if name is None else replace(self.ledger, ledger=str(Path(name).resolve()))
-        return replace(self, training=training, finish=finish, ledger=ledger)
+        evaluation = self.evaluation.resolved(training.precision, ledger=name is not None, sharded=training.sharded)
+        return replace(self, evaluation=evaluation, training=training, finish=finish, ledger=ledger)
 
     def recorded(self) -> dict[str, Any]:
         """What config.yaml holds: every option but --resume and --dry-run, which are no part of what the run is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from lightning_modules.run.options.data import EvaluationOptions
 from lightning_modules.run.options.flat import at_least_one, flag, not_negative
 from lightning_modules.run.options.method import MethodOptions
 from lightning_modules.run.options.training import TrainingOptions
@@ -65,10 +66,17 @@ class LedgerOptions:
         if requests is not None and self.request is not None:
             raise ValueError("expected either --requests, whose file has the names, or --request, found both")
 
-    def check_beside(self, method: MethodOptions, training: TrainingOptions, *, cuts_texts: bool) -> None:
-        """Raise ValueError on a method, a training or data with which a run is not entered in a ledger."""
+    def check_beside(
+        self, method: MethodOptions, training: TrainingOptions, evaluation: EvaluationOptions, *, cuts_texts: bool
+    ) -> None:
+        """Raise ValueError on a method, a training, scores or data with which a run is not entered in a ledger."""
         if self.ledger is None:
             return
+        if evaluation.autocast:
+            raise ValueError(
+                "--evaluation-precision: expected 32-true with --ledger, whose scores have to come out again on other machines, found "
+                f"{evaluation.scored_in}, which gives two or three digits; leave it out"
+            )
         found = {
             "--method uld, whose model is two": method.method == "uld",
             "--best-below, which looks at no request by itself": training.best_below is not None,
