@@ -123,3 +123,7 @@ LINEAR: dict[torch.dtype, Tolerance] = {
     torch.float32: Tolerance(2e-5, "as LOSS, through one more product of at most 40 terms"),
     torch.bfloat16: Tolerance(1.5e-2, "logits' gradients rounded to 8 bits before the products, and those once more"),
 }
+
+AUTOCAST = Tolerance(
+    2e-3, "a mean nll of products rounded to 8 bits, 2^-9 each and random in sign; batches and trees round other sums"
+)

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightning_modules.data.tasks import multiple_choice
 from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate
+from lightning_modules.evaluation.likelihood import autocasting
 from lightning_modules.run import reference_log
 from lightning_modules.run.options import EvaluateOptions
 from lightning_modules.training import scratch
@@ -138,6 +139,8 @@ def sharded_weights_are_refused_before_anybody_waits(rank: int) -> None:
     model, tokenizer = model_and_tokenizer()
     settings = EvaluationSettings(batch_size=4, max_new_tokens=2, memorization=False)
     alone = evaluate(model, tokenizer, SPLITS, settings, progress=False)
+    with autocasting(model):
+        half = evaluate(model, tokenizer, SPLITS, settings, progress=False)
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     if rank == 0:  # alone: a collective would wait for the other process, and fail otherwise
         with pytest.raises(RuntimeError, match=r"found 21 sharded ones, such as model.embed_tokens.weight; gather"):
@@ -145,6 +148,9 @@ def sharded_weights_are_refused_before_anybody_waits(rank: int) -> None:
     assert repr(evaluate(model, tokenizer, SPLITS, settings, progress=False)) == repr(
         alone
     )  # the way out that is named
+    with autocasting(model):
+        assert not torch.is_autocast_cache_enabled()  # it would hold whole weights
+        assert repr(evaluate(model, tokenizer, SPLITS, settings, progress=False)) == repr(half) != repr(alone)
 
 
 def reference_is_loaded_once(rank: int, folder: str) -> None:

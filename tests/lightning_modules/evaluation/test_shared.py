@@ -28,6 +28,7 @@ from lightning_modules.evaluation import trees
 from lightning_modules.evaluation.drafts import drafted, says_the_likeliest
 from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate
 from lightning_modules.evaluation.generation import generate_greedily
+from lightning_modules.evaluation.likelihood import autocasting
 from lightning_modules.evaluation.memorization import answer_tokens, token_statistics
 from lightning_modules.evaluation.shared import SharedTexts, batches_of
 from lightning_modules.evaluation.texts import texts_of
@@ -194,6 +195,18 @@ def test_what_a_score_has_shown_is_not_generated_and_the_answers_are_those_of_pl
     assert generated(half_known, SPLITS, memorization=memorization, batch_size=batch_size) == expected[: len(ROWS) + 1]
     hook.remove()
     assert learned < len(read) - 10  # what is known by heart takes no step
+
+
+def test_under_autocast_answers_go_on_from_the_cache_that_scoring_left(
+    half_known: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the types of its keys and values are; the answers are known by heart, so that no rounding decides."""
+    told = {"told": [row | {"answer": row["answer"].replace("l", "n")} for row in ROWS]}  # half right, then wrong
+    prompts = texts_of(byte_level(None), told, max_length=None, max_new_tokens=24).prompts
+    with autocasting(half_known):
+        expected = generate_greedily(half_known, byte_level(None), prompts, max_new_tokens=24)
+        monkeypatch.setattr("transformers.GenerationMixin.generate", lambda *_, **__: pytest.fail("generated anew"))
+        assert generated(half_known, told, batch_size=2) == expected == [row["answer"] for row in ROWS]
 
 
 @pytest.mark.parametrize(

@@ -59,12 +59,14 @@ def test_what_changes_the_model_or_how_it_is_scored_has_another_name_or_none(
             options.but(lora_rank=4),
             options.but(lora_rank=4, lora_kind="dora"),
             options.but(max_new_tokens=4),
+            options.but(evaluation_precision="bf16-mixed"),
             small,
             small.but(seed=1),
         )
     ]
     assert len({*names, cache_path(small, SPLITS)}) == len(names) + 1
     assert None not in names
+    assert start_path(options.but(evaluation_precision="32-true"), SPLITS) == names[0]
     assert start_path(options.but(lora_rank=4, lora_init="fila"), SPLITS) is None
     (folder / "adapter_config.json").write_text("{}")  # names a base that may change
     assert start_path(options, SPLITS) is None

@@ -99,6 +99,7 @@ def test_everything_that_determines_the_scores_is_in_the_name_and_nothing_else(
         name(options.but(max_length=99)),
         name(options.but(evaluation_batch_size=5)),
         name(options.but(evaluation_batch_tokens=99)),
+        name(options.but(evaluation_precision="bf16-mixed")),
         name(options.but(evaluation_examples=2)),
     ]
     for module in (transformers, torch, gs):
