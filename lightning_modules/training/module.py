@@ -278,7 +278,7 @@ class UnlearningModule(ResumableModule):
                 "validation: expected two loaders, of forget and of retain examples, or batches with both, found others; "
                 "they are not scored"
             )
-        with torch.autocast(self.device.type, enabled=False):  # as the curve and the evaluation score
+        with torch.autocast(self.device.type, enabled=False):  # as the curve scores
             for name in scored:
                 rows = uncollated(splits[name])
                 add_answers(self._probabilities[name], self.model, rows, pad_token_id=0, batch_size=len(rows))

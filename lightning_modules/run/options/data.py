@@ -198,7 +198,7 @@ class EvaluationOptions:
     @property
     def scored_in(self) -> str:
         """The precision of the scores; what is not resolved is that of `evaluate`."""
-        return self.evaluation_precision or EXACT_SCORES
+        return EXACT_SCORES if self.evaluation_precision is None else self.evaluation_precision
 
     @property
     def autocast(self) -> bool:

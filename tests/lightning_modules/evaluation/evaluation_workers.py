@@ -145,12 +145,12 @@ def sharded_weights_are_refused_before_anybody_waits(rank: int) -> None:
     if rank == 0:  # alone: a collective would wait for the other process, and fail otherwise
         with pytest.raises(RuntimeError, match=r"found 21 sharded ones, such as model.embed_tokens.weight; gather"):
             evaluate(model, tokenizer, SPLITS, settings, across_processes=True, progress=False)
-    assert repr(evaluate(model, tokenizer, SPLITS, settings, progress=False)) == repr(
-        alone
-    )  # the way out that is named
     with autocasting(model):
         assert not torch.is_autocast_cache_enabled()  # it would hold whole weights
         assert repr(evaluate(model, tokenizer, SPLITS, settings, progress=False)) == repr(half) != repr(alone)
+    assert repr(evaluate(model, tokenizer, SPLITS, settings, progress=False)) == repr(
+        alone
+    )  # the way out that is named
 
 
 def reference_is_loaded_once(rank: int, folder: str) -> None:
