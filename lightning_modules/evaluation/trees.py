@@ -95,10 +95,11 @@ def collate_trees(trees: Sequence[Tree], pad_token_id: int, dtype: torch.dtype, 
     for row, tree in enumerate(trees):
         input_ids[row, : len(tree.tokens)] = torch.tensor(tree.tokens)
         depths: list[int] = []
-        for place, parent in enumerate(tree.parents):
+        for parent in tree.parents:
             depths.append(depths[parent] + 1 if parent >= 0 else before)
-            if parent >= 0:
-                seen[row, place] |= seen[row, parent]
+        for path in tree.paths:
+            places = torch.tensor(path, dtype=torch.long)
+            seen[row, places[:, None], places] = torch.ones(len(path), len(path), dtype=torch.bool).tril()
         positions[row, : len(depths)] = torch.tensor(depths)
     seen = torch.nn.functional.pad(seen, (before, 0), value=True)
     mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)

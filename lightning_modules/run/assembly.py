@@ -60,7 +60,7 @@ def make_module(
     forget_loss = method.bound_loss()
     if method.imitates:
         forget_loss = objectives.distillation(teacher(method, loading), forget_loss)
-    return kind(
+    module = kind(
         model,
         forget_loss=forget_loss,
         retain_loss=objectives.by_name(method.retain_loss),
@@ -74,6 +74,9 @@ def make_module(
         retain_inside=method.retain_inside,
         dual=gs.losses.DualVariable(**method.dual) if method.dual else None,
     )
+    if training.padding_free:
+        module.head.pack()
+    return module
 
 
 def teacher(method: MethodOptions, loading: LoadingOptions) -> SecondModel:

@@ -116,6 +116,8 @@ def _taught(options: FinetuneOptions, rows: list[Example]) -> Path:
     module = FinetuningModule(model, options.settings()).train()
     if training.compile:
         module.head.compile()
+    if training.padding_free:
+        module.head.pack()
     data = FinetuningDataModule(encoded, padding_id(tokenizer), options.settings())
     trainer = _trainer(options)
     if first and not training.resume:

@@ -142,6 +142,7 @@ def taught_alone(
     device: torch.device,
     callbacks: Sequence[Callback] = (),
     compiled: bool = False,
+    packed: bool = False,
     **trainer: Any,
 ) -> None:
     """Teach a model on one device in this process, whatever launcher started it and whatever group it is in.
@@ -155,6 +156,7 @@ def taught_alone(
         device: Where.
         callbacks: Of Lightning.
         compiled: Compile the model's backbone, see `heads.AnswerHead.compile`.
+        packed: Read batches without padding, see `heads.AnswerHead.pack`.
         trainer: Further arguments of the Trainer, and `ckpt_path` of its `fit`.
 
     Raises:
@@ -177,6 +179,8 @@ def taught_alone(
         module = FinetuningModule(model.train(), settings)
         if compiled:
             module.head.compile()
+        if packed:
+            module.head.pack()
         alone.fit(module, data, ckpt_path=checkpoint, weights_only=True)
 
 

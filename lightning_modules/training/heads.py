@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import gradsurgery as gs
-from lightning_modules.evaluation.heads import backbone_and_head, gives_logits
-from lightning_modules.evaluation.likelihood import evaluation_mode
+from lightning_modules.evaluation.heads import EXACT, agree, backbone_and_head, gives_logits
+from lightning_modules.evaluation.likelihood import evaluation_mode, exactly
+from lightning_modules.training.padding_free import Rows, has_dropout, rows_without_padding
 
 Batch = Mapping[str, Tensor]
 
@@ -41,6 +42,8 @@ class AnswerHead:
         self._tried = False
         self._compiles = False
         self._run: Any = None
+        self._packs = False
+        self._packable: bool | None = None
 
     def compile(self) -> None:
         """Have `torch.compile` make one program of the backbone, or of a model that is not split, for any shapes.
@@ -55,6 +58,20 @@ class AnswerHead:
         """
         self._compiles = True
 
+    def pack(self) -> None:
+        """Read the texts of a batch without padding, and what they begin with in common once (`padding_free`).
+
+        States and gradients are the same up to rounding. On the first batch that is tried out on two of its texts; a
+        model that cannot read texts in that way, such as one with a state or a window, goes on with padding, and so do
+        one that is not split, one with dropout, one that is compiled, and a batch with hardly any padding.
+        """
+        self._packs = True
+
+    @property
+    def packs(self) -> bool:
+        """Whether `pack` was called."""
+        return self._packs
+
     def states(self, batch: Batch, *, split: bool = True) -> States:
         """Run the model: hidden states and head, or logits where that is not possible or not wanted."""
         inputs = _inputs(batch)
@@ -68,7 +85,50 @@ class AnswerHead:
             return States(self._run(**inputs).logits, None)
         if not split:
             return States(self.model(**inputs).logits, None)
+        packed = self._packed(batch)
+        if packed is not None:
+            return States(packed, self._head())
         return States(self._run(**inputs, use_cache=False).last_hidden_state, self._head())
+
+    def _packed(self, batch: Batch) -> Tensor | None:
+        """Hidden states of the batch, `[B, T, H]`, read without padding; None where it is to be read with padding."""
+        if not self._packs or self._compiles or (self.model.training and has_dropout(self.model)):
+            return None
+        rows = self._rows(batch)
+        if rows is None:
+            return None
+        if self._packable is None:
+            self._packable = self._try_rows(batch)
+        return self._read(rows) if self._packable else None
+
+    def _rows(self, batch: Batch, *, together: bool = False) -> Rows | None:
+        kinds = (weight.dtype for weight in self.model.parameters() if weight.is_floating_point())
+        return rows_without_padding(batch, next(kinds, torch.float32), together=together)
+
+    def _read(self, rows: Rows) -> Tensor:
+        hidden = self._run(**rows.inputs, use_cache=False).last_hidden_state
+        # Not by indexing: its backward pass adds up tokens that several texts share in an order that may change.
+        return nn.functional.embedding(rows.places, hidden.flatten(0, 1))
+
+    def _try_rows(self, batch: Batch) -> bool | None:
+        """Whether the longest text and the shortest have the same states in one row; None if they are the same text.
+
+        It is tried without autocast, whose rounding would hide a difference.
+        """
+        real = batch["attention_mask"].bool()
+        lengths = real.sum(1)
+        chosen = torch.stack([lengths.argmax(), lengths.argmin()])
+        trial, kept = {name: tensor[chosen] for name, tensor in _inputs(batch).items()}, real[chosen]
+        if torch.equal(trial["input_ids"][0], trial["input_ids"][1]):
+            return None
+        with evaluation_mode(self.model), exactly(self.model):
+            expected = self._run(**trial, use_cache=False).last_hidden_state[kept]
+            try:
+                rows = self._rows(trial, together=True)
+                found = expected if rows is None else self._read(rows)[kept]
+            except Exception:  # code of the model's own may raise anything where it takes no positions, or no such mask
+                return False
+        return agree(found, expected, exact=expected.dtype in EXACT)
 
     def hidden(self, batch: Batch, layer: int) -> Tensor:
         """Hidden states ``[B, T, H]`` after a layer, counted as in `output_hidden_states`.

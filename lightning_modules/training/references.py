@@ -90,6 +90,8 @@ class SecondModel:
             raise RuntimeError("expected prepare(model) before the first batch")
         if device_of(self.model) != batch["input_ids"].device:
             self.model.to(batch["input_ids"].device)
+        if head.packs:
+            self._head.pack()
         return self._head
 
     def nll(self, head: AnswerHead, batch: Batch, skip_first: int, name: str) -> Tensor:

@@ -20,8 +20,8 @@ from lightning_modules.run.options.finish import FinishOptions
 from lightning_modules.run.options.flat import AUTO, Flat, check_finite, flag
 from lightning_modules.run.options.ledger import LedgerOptions
 from lightning_modules.run.options.loading import LoadingOptions
+from lightning_modules.run.options.machine import by_machine
 from lightning_modules.run.options.method import MethodOptions
-from lightning_modules.run.options.precision import default_precision
 from lightning_modules.run.options.recipes import RecipeOptions, expanded
 from lightning_modules.run.options.shared import FSDP2, NO_PART
 from lightning_modules.run.options.training import TrainingOptions, uld_numbers
@@ -30,7 +30,7 @@ from lightning_modules.training.uld_settings import ULDSettings
 OF_SURGERY = (
     *(option.name for option in fields(MethodOptions) if option.name != "method"),
     *("optimizer", "optimizer_options", "accumulate", "max_norm", "stop_below", "score_every", "collapse_below"),
-    *("group_by_length", "gradient_checkpointing", "compile"),
+    *("group_by_length", "gradient_checkpointing", "padding_free", "compile"),
     *("strategy", "devices", "num_nodes"),
 )
 """Options without effect under --method uld: they are about losses, rules, steps of surgery or processes."""
@@ -302,7 +302,7 @@ class UnlearnOptions(Options):
             "stop_below": 0.05 if scratch and not uld else None,
             "score_every": 1 if scratch and not uld else None,
             "probes": "quick" if scratch and not uld else "none",
-            "precision": default_precision(scratch=scratch),
+            **by_machine(scratch=scratch),
         }
         if self.training.steps is not None:
             del depends["epochs"]

@@ -9,7 +9,7 @@ from lightning_modules.data.formats import AUTO, format_by_name
 from lightning_modules.run.options.data import OutputOptions
 from lightning_modules.run.options.flat import Flat, at_least_one, check_finite, flag
 from lightning_modules.run.options.loading import LoadingOptions
-from lightning_modules.run.options.precision import default_precision
+from lightning_modules.run.options.machine import by_machine
 from lightning_modules.run.options.shared import FSDP2, NO_PART, SharedOptions
 from lightning_modules.run.options.training import TrainingOptions
 from lightning_modules.training.finetuning_settings import FinetuningSettings
@@ -139,9 +139,7 @@ class FinetuneOptions(Flat):
     def resolved(self) -> FinetuneOptions:
         """A copy in which no value depends on another option or on the machine any more: what config.yaml holds."""
         training = self.training
-        known: dict[str, Any] = {}
-        if training.precision is None:
-            known["precision"] = default_precision()
+        known = {name: value for name, value in by_machine().items() if getattr(training, name) is None}
         if training.lora_rank and training.lora_alpha is None:
             known["lora_alpha"] = 2.0 * training.lora_rank
         return self.but(**known)

@@ -31,6 +31,9 @@ class SharedOptions:
         checkpoint_every: optimizer steps between checkpoints, besides one after every epoch; null for epochs only
         gradient_checkpointing: keep the input of every layer alone for the backward pass, which computes the rest
             again: the same steps with less memory, a third more time
+        padding_free: read the texts of a batch without padding, several in a row, and what they begin with in common,
+            such as a system prompt, once: the same steps up to rounding, of fewer tokens; a model whose attention does
+            not allow it, which the first batch tells, goes on with padding; by default with a --model on a CPU
         compile: have torch.compile make one program of the model's layers for the training steps: the first one takes
             half a minute for the smallest model, and it pays in long trainings at best; it needs a C++ compiler on a
             CPU, and Triton on a GPU
@@ -54,6 +57,7 @@ class SharedOptions:
     lora_kind: Literal["lora", "dora", "rslora"] = "lora"
     checkpoint_every: int | None = None
     gradient_checkpointing: bool = False
+    padding_free: bool | None = None
     compile: bool = False
     precision: str | None = None
     devices: str = "auto"
