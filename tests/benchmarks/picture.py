@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from lightning_modules.files import replacing
 
-_RATIO = re.compile(r"\**(\d+\.\d+)\**(?=$| \()")  # and what stands in brackets behind it
+_RATIO = re.compile(r"(\d+\.\d+)\**(?=$| \()")  # and what stands in brackets behind it
 _RULE = re.compile(r"\|[-:| ]+")
 
 
@@ -51,15 +51,15 @@ def panels(name: str, text: str) -> Iterator[Panel]:
                         cases[head][row] = float(ratio[1])
             rows = [row for row, *_ in lines if any(row in case for case in cases.values())]
             if rows:
-                yield Panel(f"{name}: {corner}", rows, cases)
+                yield Panel(f"{name}: {corner}", rows, {case: ratios for case, ratios in cases.items() if ratios})
 
 
 def _cells(line: str) -> list[str]:
-    return [cell.strip().replace("`", "") for cell in line.strip().strip("|").split("|")]
+    return [cell.strip().strip("*").replace("`", "") for cell in line.strip().strip("|").split("|")]
 
 
 def draw(found: Iterable[Panel], path: Path) -> bool:
-    """Draw a panel for each table: a line a row, a point a case, on a logarithmic axis with 1 marked.
+    """Draw a panel for each table: a line a row, a point a case, 1 marked; a wide range is logarithmic.
 
     Returns:
         Whether there was anything to draw; nothing is written if not.
@@ -82,12 +82,15 @@ def draw(found: Iterable[Panel], path: Path) -> bool:
             for case, ratios in panel.cases.items():
                 axes.plot(list(ratios.values()), [panel.rows.index(row) for row in ratios], "o", ms=4, label=case)
             axes.axvline(1.0, color="grey", lw=0.8)
-            axes.set(xscale="log", ylim=(len(panel.rows) - 0.5, -0.5))
+            axes.set(ylim=(len(panel.rows) - 0.5, -0.5))
             axes.set_yticks(range(len(panel.rows)), panel.rows, fontsize=8)
             axes.set_title(panel.title, fontsize=10, loc="left")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter(ScalarFormatter())
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            every = [1.0, *(ratio for ratios in panel.cases.values() for ratio in ratios.values())]
+            if max(every) > 3 * min(every):
+                axes.set_xscale("log")
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.xaxis.set_major_formatter(ScalarFormatter())
+                axes.xaxis.set_minor_formatter(NullFormatter())
             axes.grid(axis="x", alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
             axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -27,7 +27,7 @@ from tests.benchmarks import picture, places
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = "ratios"
-"""The name of its place, and of its file."""
+"""The name of its place, of its file, and of nothing but drawing it again."""
 
 
 class Benchmark(NamedTuple):
@@ -113,7 +113,10 @@ def planned(words: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[s
     modules = {benchmark.module for benchmark in BENCHMARKS.values()} - {*BENCHMARKS}
     known = ", ".join(BENCHMARKS)
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {known}, or of a file of this folder; all if none is given"
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"of {known}, {PICTURE}, or of a file of this folder; all if none is given",
     )
     parser.add_argument("--quick", action="store_true", help="few small sizes: whether it runs at all")
     parser.add_argument("--write", action="store_true", help="into RESULTS.md")
@@ -122,7 +125,7 @@ def planned(words: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[s
     )
     arguments = parser.parse_args(words)
     for name in arguments.names:
-        if name not in BENCHMARKS and name not in modules:
+        if name not in {*BENCHMARKS, *modules, PICTURE}:
             parser.error(f"expected one of {known}, or the name of a file of theirs, found {name!r}")
     names = [
         name
