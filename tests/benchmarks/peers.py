@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 from collections.abc import Callable
 from functools import partial
 from statistics import median
@@ -78,7 +79,7 @@ def torchjd_passes(rows: Rows) -> dict[str, Callable[[], object]]:
         from torchjd.aggregation import PCGrad, UPGrad
         from torchjd.autojac import jac_to_grad
     except ImportError as error:
-        progress(f"TorchJD is left out: {error}")
+        print(f"TorchJD is left out: {error}", file=sys.stderr)
         return {}
     parameters = [torch.empty_like(tensor).requires_grad_() for tensor in rows[0]]
     for parameter, *pair in zip(parameters, *rows, strict=True):
@@ -116,7 +117,7 @@ def compare(name: str, repeats: int, small: bool) -> tuple[dict[str, str], dict[
         try:
             once()
         except TypeError as error:
-            progress(f"{contestant} is left out for the {name}: {error}")
+            print(f"{contestant} is left out for the {name}: {error}", file=sys.stderr)
             del contestants[contestant]
     times = limit.interleaved(contestants, repeats)
     floor = times.pop("limit")
