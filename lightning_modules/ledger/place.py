@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,6 +26,20 @@ def entries_at(folder: Path) -> Path:
             f"{folder}: expected a ledger, found no {LEDGER}; `gradsurgery unlearn --ledger {folder}` begins one"
         )
     return path
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a folder in which no ledger can be written, before anything else is made for it. Nothing is created.
+
+    Raises:
+        PermissionError: If a file is in its way, or nobody may write there.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    found = None if there.is_dir() else "no folder"
+    if found is None and not os.access(there, os.W_OK | os.X_OK):
+        found = "a folder that this user may not write to"
+    if found is not None:
+        raise PermissionError(f"--ledger: expected a folder that can be written, found {folder}: {there} is {found}")
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from lightning_modules.evaluation.likelihood import device_of, on_gpu
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import START_MODEL
 from lightning_modules.progress import Stage
+from lightning_modules.run.compiling import check_compiler
 from lightning_modules.run.models import USUAL, load_pretrained
 from lightning_modules.run.options import LoadingOptions, MethodOptions, TrainingOptions, UnlearnOptions
 from lightning_modules.run.plugins import make_callbacks, make_loggers
@@ -208,7 +209,8 @@ def check_hardware(training: TrainingOptions) -> None:
     """Let Lightning judge precision, strategy and devices, which takes it milliseconds, before any long work.
 
     Raises:
-        ValueError: If it does not know one of them, this machine does not have it, or another precision would be used.
+        ValueError: If it does not know one of them, this machine does not have it, another precision would be used, or
+            `--compile` is asked for where nothing compiles.
     """
     asked = f"--precision {training.precision}, --strategy {training.strategy}, --devices {training.devices}"
     try:
@@ -219,6 +221,8 @@ def check_hardware(training: TrainingOptions) -> None:
         raise ValueError(
             f"{asked}: expected what Lightning knows and this machine has, found: {said} (Its strategies are {known}.)"
         ) from error
+    if training.compile:
+        check_compiler(trainer.strategy.root_device.type)
     if str(training.precision).startswith("16") and str(trainer.precision).startswith("bf16"):
         raise ValueError(f"{asked}: expected a GPU for float16, found none; choose {trainer.precision} or 32-true")
 

@@ -28,7 +28,7 @@ from lightning_modules.ledger.chain import START, append, read_chain
 from lightning_modules.ledger.criteria import Criteria, read_criteria
 from lightning_modules.ledger.entry import contents, finite
 from lightning_modules.ledger.hashes import file_hash, tensors_hash
-from lightning_modules.ledger.place import CRITERIA, LEDGER, SKETCHES, TEXTS, held
+from lightning_modules.ledger.place import CRITERIA, LEDGER, SKETCHES, TEXTS, check_place, held
 from lightning_modules.ledger.refusals import FORGOTTEN, NOT_MEMORISED, check_model
 from lightning_modules.ledger.request import Request, hashes_of, held_last, keep_rows, kept_texts, protected
 from lightning_modules.ledger.sketch import request_gradient, save_sketch, share_kept, sketched
@@ -59,6 +59,7 @@ def check_deletion(options: UnlearnOptions, splits: Splits) -> None:
     Raises:
         ValueError: With one sentence for each case.
         FileNotFoundError: If there is no file of criteria.
+        PermissionError: If the ledger cannot be written.
     """
     name = options.ledger.ledger
     if name is None:
@@ -71,6 +72,7 @@ def check_deletion(options: UnlearnOptions, splits: Splits) -> None:
         raise ValueError(
             f"--ledger: expected another folder than --output, found {name} for both: give the ledger its own"
         )
+    check_place(Path(name))
     entries = read_chain(Path(name) / LEDGER)
     check_requests(options, splits, entries)
     if (scored := options.evaluation.evaluation_examples) < (asked := len(splits["forget"])):

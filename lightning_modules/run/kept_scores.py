@@ -199,4 +199,4 @@ def keep(path: Path, rows: ScoredSplits) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_evaluation(path, {"reference": rows})
     except OSError as error:
-        Console(stderr=True).print(f"The scores could not be cached in {path.parent}: {error}", markup=False)
+        say(f"The scores could not be cached in {path.parent}: {error}")

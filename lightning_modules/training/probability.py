@@ -62,8 +62,17 @@ def answer_probabilities(
     model: nn.Module, encoded: Sequence[Encoded], *, pad_token_id: int, batch_size: int = 32
 ) -> list[float]:
     r"""$\exp(-\mathrm{nll})$ of every answer, of which `mean_probabilities` gives the mean."""
+    return mean_and_each(model, encoded, pad_token_id=pad_token_id, batch_size=batch_size)[1]
+
+
+def mean_and_each(
+    model: nn.Module, encoded: Sequence[Encoded], *, pad_token_id: int, batch_size: int = 32
+) -> tuple[float, list[float]]:
+    """What `mean_probabilities` gives for a split with examples, and what `answer_probabilities` gives, of one pass."""
     nll = answer_nll(_as_hugging_face(model), encoded, pad_token_id=pad_token_id, batch_size=batch_size)
-    return nll.neg().exp().tolist()
+    metric = AnswerProbability(sync_on_compute=False)
+    metric.update(nll)
+    return float(metric.compute()), nll.neg().exp().tolist()
 
 
 def uncollated(batch: Mapping[str, Tensor]) -> list[Encoded]:

@@ -1,6 +1,6 @@
 """What the real job costs: tokens a second, the share of surgery in a step, and the share of scoring in a run.
 
-Run it: python tests/benchmarks/end_to_end.py [--model FOLDER] [--threads 2] [--steps 40] [--questions 24] [--rounds 3]
+Run it: python -m tests.benchmarks.end_to_end [--quick] [--model FOLDER] [--threads 2] [--steps 40] [--questions 24] [--rounds 3]
 
 Without a model it is the command's small Llama, which learns its fictional authors for an epoch; with one, such as
 SmolLM2's folder, that model. Both learn nothing here that they could forget, so that generation has to say everything
@@ -15,7 +15,6 @@ load is printed with them.
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -34,6 +33,7 @@ from lightning_modules.data.tokenization import collate, encode, padding_id
 from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate
 from lightning_modules.training.heads import AnswerHead, answer_values
 from lightning_modules.training.scratch import ScratchSettings, scratch_model
+from tests.benchmarks.telling import conditions, table
 
 Batches = Mapping[str, Mapping[str, Tensor]]
 
@@ -85,9 +85,13 @@ def main() -> None:
     defaults = {"threads": torch.get_num_threads(), "steps": 40, "questions": 24, "batch-size": 8, "rounds": 3}
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--quick", action="store_true", help="4 questions and 1 round: whether it runs at all")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.questions, arguments.rounds, arguments.batch_size = 4, 1, 2
     torch.set_num_threads(arguments.threads)
-    rows = fictional_authors(10)
+    print(conditions("transformers"))
+    rows = fictional_authors(2 if arguments.quick else 10)
     if arguments.model is None:
         with tempfile.TemporaryDirectory() as folder:
             model, tokenizer = scratch_model(rows, ScratchSettings(epochs=1), cache_dir=Path(folder))
@@ -126,19 +130,19 @@ def main() -> None:
     share = median(1 - plain / whole for whole, plain in zip(times["surgery"], times["summed"], strict=True))
     training, evaluation = arguments.steps * step, 2 * everything
     weights = sum(parameter.numel() for parameter in model.parameters())
+    found = {
+        "a step": f"{step:.2f} s, {tokens / step:.1f} trained tokens a second",
+        "of it surgery": f"{share:.1%} (summed gradients: {summed:.2f} s)",
+        "scoring a question": f"{everything / arguments.questions:.2f} s, of it {1 - likelihoods / everything:.0%} generation",
+        f"scoring in a run of {arguments.steps} steps": f"{evaluation / (evaluation + training):.1%}, "
+        f"{evaluation / training:.2f} times the training",
+    }
     print(
-        f"torch {torch.__version__}, {device.type}, {arguments.threads} threads, load {os.getloadavg()[0]:.1f}: "
-        f"{weights / 1e6:.1f}M parameters, batches of 2 x {size}, {tokens} tokens a step"
+        f"\nBatches of 2 x {size}, {tokens} tokens a step; {arguments.questions} questions scored before and after; ",
+        end="",
     )
-    print(f"  a step            {step:8.2f} s, {tokens / step:8.1f} trained tokens a second")
-    print(f"  of it surgery     {share:8.1%} (summed gradients: {summed:.2f} s)")
-    print(
-        f"  scoring           {everything / arguments.questions:8.2f} s a question, of it {1 - likelihoods / everything:.0%} generation"
-    )
-    print(
-        f"  a run of {arguments.steps} steps, {arguments.questions} questions scored before and after: scoring is "
-        f"{evaluation / (evaluation + training):.1%} of it, {evaluation / training:.2f} x the training"
-    )
+    print(f"medians of {arguments.rounds} interleaved rounds.\n")
+    print(table("the real job", {f"{weights / 1e6:.1f}M parameters, {device.type}": found}))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import gradsurgery as gs
-from tests.benchmarks import limit
+from tests.benchmarks import limit, telling
 from tests.benchmarks.power_law import Series, Study, fit, milliseconds
 
 Rows = Sequence[Sequence[Tensor]]
@@ -205,7 +205,7 @@ def all_rules(plan: Plan) -> str:
         f"exponent in the rows, {most_blocks} blocks",
         f"in the blocks, {most_rows} rows",
     ]
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    lines = [heads]
     for name in gs.rules.RULES:
         line = [f"`{name}`"]
         for rows in plan.rule_rows:
@@ -214,7 +214,7 @@ def all_rules(plan: Plan) -> str:
         of_rows = {n: times[key] for n in plan.rule_rows if (key := f"{name} {n} {most_blocks}") in times}
         of_blocks = {n: times[f"{name} {most_rows} {n}"] for n in plan.rule_blocks}
         lines.append([*line, str(fit(Series(name, of_rows))), str(fit(Series(name, of_blocks)))])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return telling.lines(lines)
 
 
 def _takes(work: Work) -> bool:

@@ -45,6 +45,9 @@ extern "C" float read_two(const float* a, const float* b, long n) {
 """
 
 FULL = "float32 list"
+ROUNDS = "median of the rounds' ratios (quartiles; ratio of the best rounds)"
+"""What `ratio` says, for a reader of a table."""
+
 LISTS: dict[str, tuple[torch.dtype, bool]] = {
     FULL: (torch.float32, False),
     "bf16 list": (torch.bfloat16, False),
@@ -141,4 +144,4 @@ def ratio(of: list[float], to: list[float]) -> str:
     """The median of the rounds' ratios with their quartiles, and the ratio of the best rounds."""
     ratios = [a / b for a, b in zip(of, to, strict=True)]
     low, _, high = quantiles(ratios, n=4)
-    return f"{median(ratios):6.2f} ({low:.2f} to {high:.2f}; best {min(of) / min(to):.2f})"
+    return f"{median(ratios):.2f} ({low:.2f} to {high:.2f}; best {min(of) / min(to):.2f})"

@@ -1,6 +1,6 @@
 """What a loss and its head cost together: `losses.linear` beside the obvious way and beside the matrix products alone.
 
-Run it: python tests/benchmarks/losses.py [--rows] [--threads 1] [--device cuda] [--quick] [--default-malloc]
+Run it: python -m tests.benchmarks.losses [--rows] [--threads 1] [--device cuda] [--quick] [--default-malloc]
 
 The obvious way is what the papers' code does: logits of all tokens, a clone with the label at minus infinity, its softmax, cross-entropy
 against that. The products alone are those that nobody can avoid: logits, and the gradients of the hidden states and (with a trainable head)
@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from statistics import median
 
 import torch
@@ -27,11 +25,11 @@ from torch import Tensor
 from torch.nn import functional
 
 import gradsurgery as gs
-from tests.benchmarks.limit import HEAP_KEPT
+from tests.benchmarks import telling
+from tests.benchmarks.limit import keep_heap
 from tests.benchmarks.memory import peaks
 from tests.benchmarks.surgery import timed
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler announces every start
+from tests.benchmarks.telling import conditions, progress, table, turned
 
 
 def obvious(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -120,8 +118,11 @@ ROWS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 }
 """Losses of rows: in plain PyTorch, and ours."""
 
+Told = dict[str, dict[str, str]]
+"""What is told -> of what -> how much."""
 
-def compare_rows(device: str, repeats: int, vocabulary: int, tokens: int, dtype: torch.dtype, distance: float) -> None:
+
+def compare_rows(device: str, repeats: int, vocabulary: int, tokens: int, dtype: torch.dtype, distance: float) -> Told:
     """On logits: value and gradient, beside plain PyTorch; the models' logits differ by ``distance``, and logits are about 3."""
     generator = torch.Generator().manual_seed(0)
     noise, other = (torch.randn(tokens, vocabulary, generator=generator) for _ in range(2))
@@ -135,13 +136,14 @@ def compare_rows(device: str, repeats: int, vocabulary: int, tokens: int, dtype:
         function(leaves[name], labels, other).mean().backward()
         leaves[name].grad = None
 
-    print(f"rows: V={vocabulary} N={tokens} {str(dtype)[6:]}, logits {distance} apart")
-    beside({name: tuple(partial(act, name, way) for way in ways) for name, ways in ROWS.items()}, device, repeats)
+    return beside(
+        {name: tuple(partial(act, name, way) for way in ways) for name, ways in ROWS.items()}, device, repeats
+    )
 
 
 def compare_heads(
     device: str, repeats: int, vocabulary: int, tokens: int, dtype: torch.dtype, trainable: bool, distance: float
-) -> None:
+) -> Told:
     """With a head, half of the tokens answers; the models' hidden states differ by ``distance``, and logits are about 1."""
     hidden, weight, labels = case(device, vocabulary, 512, tokens, 0.5, dtype, trainable)
     noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
@@ -161,29 +163,25 @@ def compare_heads(
         (gs.losses.linear(start, weight, labels, loss).sum() / valid.sum()).backward()
         start.grad = weight.grad = None
 
-    print(
-        f"with a head: V={vocabulary} H=512 N={tokens} (50% answers) {str(dtype)[6:]} {'trainable' if trainable else 'frozen'}, "
-        f"hidden states {distance} apart"
-    )
     starts = {name: flat if name == "uniform" else near for name in ROWS}
-    beside(
+    return beside(
         {name: tuple(partial(way, name, start) for way in (plainly, ours_)) for name, start in starts.items()},
         device,
         repeats,
     )
 
 
-def beside(actions: dict[str, tuple[Callable[[], None], ...]], device: str, repeats: int) -> None:
+def beside(actions: dict[str, tuple[Callable[[], None], ...]], device: str, repeats: int) -> Told:
+    """Of plain PyTorch's way and of ours: times and peaks, loss by loss."""
     best = {name: [math.inf, math.inf] for name in actions}
     for _ in range(repeats + 1):
         for name, ways in actions.items():
             best[name] = [min(old, timed(way, device)) for old, way in zip(best[name], ways, strict=True)]
-    for name, ways in actions.items():
-        plain, own = (peak(way, device) for way in ways)
-        print(
-            f"  {name:16s} x {best[name][1] / best[name][0]:5.2f} of plain PyTorch, peak {own:7.1f} MiB beside {plain:7.1f}",
-            flush=True,
-        )
+    peaks_of = {name: [peak(way, device) for way in ways] for name, ways in actions.items()}
+    return {
+        "times plain PyTorch": {name: f"{own / plain:.2f}" for name, (plain, own) in best.items()},
+        "peak in MiB / plain PyTorch's": {name: f"{own:.1f} / {plain:.1f}" for name, (plain, own) in peaks_of.items()},
+    }
 
 
 def case(
@@ -223,7 +221,7 @@ def peak(function: Callable[[], None], device: str) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def compare(device: str, repeats: int, *shape: object) -> None:
+def compare(device: str, repeats: int, *shape: object) -> Told:
     hidden, weight, labels = case(device, *shape)  # pyright: ignore[reportArgumentType]
     functions = {
         "obvious": obvious, "gathered after": after_head, "gathered before": gathered, "ours": ours, "ours, weights": weighted,
@@ -247,56 +245,74 @@ def compare(device: str, repeats: int, *shape: object) -> None:
         name: peak(actions[name], device)
         for name in ("obvious", "gathered after", "gathered before", "ours", "plain CE", "our CE")
     }
-    vocabulary, width, tokens, share, dtype, trainable = shape
-    print(
-        f"V={vocabulary} H={width} N={tokens} ({share:.0%} answers) {str(dtype)[6:]} {'trainable' if trainable else 'frozen'}: "
-        f"products {best['products'] * 1e3:.0f} ms"
-    )
-    for name in functions:
-        print(
-            f"  {name:16s} x {best[name] / best['products']:5.2f} of the products (medians x "
-            f"{median(times[name]) / median(times['products']):5.2f})"
-            + (f", peak {memory[name]:7.1f} MiB" if name in memory else "")
-        )
-    print(
-        f"  CE-U: {best['obvious'] / best['ours']:.2f} times as fast, {memory['obvious'] / memory['ours']:.1f} times less memory; "
-        f"CE: {best['plain CE'] / best['our CE']:.2f} and {memory['plain CE'] / memory['our CE']:.1f}",
-        flush=True,
-    )
+    middle = {name: median(values) for name, values in times.items()}
+    over = {
+        name: f"{best[name] / best['products']:.2f} (medians {middle[name] / middle['products']:.2f})"
+        for name in functions
+    }
+    return {
+        "times the products": {"products": f"{best['products'] * 1e3:.0f} ms"} | over,
+        "peak in MiB": {name: f"{bytes_:.1f}" for name, bytes_ in memory.items()},
+        "usual / ours": {
+            f"{loss}, {what}": f"{found[usual] / found[own]:.2f}"
+            for loss, usual, own in (("CE-U", "obvious", "ours"), ("CE", "plain CE", "our CE"))
+            for what, found in (("time", best), ("memory", memory))
+        },
+    }
+
+
+def tell(about: str, found: dict[str, Told], by_case: bool = False) -> None:
+    """A table of everything that was told of the cases."""
+    for told in next(iter(found.values())):
+        columns = {case: each[told] for case, each in found.items()}
+        print(f"\n{table(f'{told}, {about}', turned(columns) if by_case else columns)}", flush=True)
+
+
+def rows_tables(device: str, repeats: int, quick: bool) -> None:
+    """Losses of rows; with a head, half of the tokens are answers."""
+    shapes = [(32000, 64)] if quick else [(32000, 64), (32000, 512), (128256, 64), (128256, 512)]
+    for vocabulary, tokens in shapes:
+        found: dict[str, Told] = {}
+        for dtype, distance in product((torch.float32, torch.bfloat16), (3.0, 0.1)):
+            case = f"{str(dtype)[6:]}, {distance} apart"
+            progress(f"V={vocabulary} N={tokens}, {case}")
+            found[f"{case}, logits"] = compare_rows(device, repeats, vocabulary, tokens, dtype, distance)
+            for trainable, head in ((True, "trainable head"), (False, "frozen head")):
+                found[f"{case}, {head}"] = compare_heads(
+                    device, repeats, vocabulary, tokens, dtype, trainable, distance
+                )
+        tell(f"V={vocabulary} H=512 N={tokens}", found, by_case=True)
+
+
+def heads_tables(device: str, repeats: int, quick: bool) -> None:
+    """Losses with their heads."""
+    shapes = [(128256, 512, 512, 0.5), (128256, 512, 512, 1.0), (32000, 2048, 512, 0.5)]
+    if device != "cpu":
+        shapes = [(128256, 2048, 8192, 1.0), (128256, 4096, 8192, 0.5)]
+    if quick:
+        shapes = [(32000, 256, 256, 0.5)]
+    for vocabulary, width, tokens, share in shapes:
+        about = f"V={vocabulary} H={width} N={tokens} ({share:.0%} answers)"
+        found: dict[str, Told] = {}
+        for dtype, trainable in product((torch.float32, torch.bfloat16), (True, False)):
+            case = f"{str(dtype)[6:]} {'trainable' if trainable else 'frozen'}"
+            progress(f"{about}, {case}")
+            found[case] = compare(device, repeats, vocabulary, width, tokens, share, dtype, trainable)
+        tell(about, found)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=telling.device, default="cpu")
     parser.add_argument("--rows", action="store_true", help="losses of whole rows beside plain PyTorch")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, help="rounds (5; quick: 2)")
     parser.add_argument("--quick", action="store_true", help="one small shape")
     parser.add_argument("--default-malloc", action="store_true")
     arguments = parser.parse_args()
-    if not arguments.default_malloc and any(os.environ.get(name) != value for name, value in HEAP_KEPT.items()):
-        os.environ.update(HEAP_KEPT)
-        os.execv(sys.executable, [sys.executable, *sys.argv])  # glibc reads them when a process starts
+    if not arguments.default_malloc:
+        keep_heap()
     torch.set_num_threads(arguments.threads)
-    print(f"torch {torch.__version__}, {arguments.device}, {arguments.threads} threads, {time.strftime('%Y-%m-%d')}")
-    if arguments.rows:
-        for vocabulary, tokens in (
-            [(32000, 64)] if arguments.quick else [(32000, 64), (32000, 512), (128256, 64), (128256, 512)]
-        ):
-            for dtype in (torch.float32, torch.bfloat16):
-                for distance in (3.0, 0.1):
-                    compare_rows(arguments.device, arguments.repeats, vocabulary, tokens, dtype, distance)
-                    for trainable in (True, False):
-                        compare_heads(
-                            arguments.device, arguments.repeats, vocabulary, tokens, dtype, trainable, distance
-                        )
-        sys.exit()
-    shapes = [(128256, 512, 512, 0.5), (128256, 512, 512, 1.0), (32000, 2048, 512, 0.5)]
-    if arguments.device != "cpu":
-        shapes = [(128256, 2048, 8192, 1.0), (128256, 4096, 8192, 0.5)]
-    if arguments.quick:
-        shapes = [(32000, 256, 256, 0.5)]
-    for shape in shapes:
-        for dtype in (torch.float32, torch.bfloat16):
-            for trainable in (True, False):
-                compare(arguments.device, arguments.repeats, *shape, dtype, trainable)
+    repeats = arguments.repeats or (2 if arguments.quick else 5)
+    print(f"{conditions()} Losses of rows: {gs.losses.backend()!r}.\n\nBest of {repeats} interleaved rounds.")
+    (rows_tables if arguments.rows else heads_tables)(arguments.device, repeats, arguments.quick)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import gradsurgery as gs
 from tests.benchmarks import limit
 from tests.benchmarks.growth import backends
+from tests.benchmarks.telling import progress, table
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces every start; `keep_heap` starts anew with it
 
 
 def peaks(backward: Callable[[], None], step: Callable[[], None]) -> dict[str, int]:
@@ -93,11 +97,13 @@ def extra(rows: Sequence[Sequence[Tensor]], choice: Any, **options: Any) -> Extr
 
 def pass_table(small: bool) -> None:
     """Beyond the estimate, list by list; chunks are of one size, so that what they take shows in small lists."""
-    print("\nallocated by a pass over ready rows beyond memory_estimate(), in gradient copies")
     variants: dict[str, dict[str, Any]] = {"gru": {}, "gru, ema": {"ema_decay": 0.2}}
+    columns: dict[str, dict[str, str]] = {name: {} for name in limit.LISTS}
     for name, (dtype, adapters) in limit.LISTS.items():
+        progress(f"memory, {name}")
         for choice in backends():
             for variant, options in variants.items():
                 found = extra(limit.filled(limit.shapes(adapters, small), 2, dtype), choice, **options)
                 beyond = (found.allocated - found.named) / 2**20
-                print(f"  {name:16s} {choice:9s} {variant:9s} {found.copies:6.3f} ({beyond:.2f} MiB)")
+                columns[name][f"{choice}, {variant}"] = f"{found.copies:.3f} ({beyond:.2f} MiB)"
+    print(f"\nAllocated by a pass over ready rows beyond memory_estimate().\n\n{table('gradient copies', columns)}")

@@ -1,6 +1,6 @@
 """A surgery pass beside the ways that others do it, on the same ready gradients, in one process.
 
-Run it: python tests/benchmarks/peers.py [--threads 1] [--repeats 7] [--small] [--list "bf16 list"]
+Run it: python -m tests.benchmarks.peers [--threads 1] [--repeats 7] [--small] [--quick] [--list "bf16 list"]
 
 Everybody is given two rows as lists of tensors and leaves the update in a list of tensors: what remains when backward
 passes are done. The rows conflict, so that everybody has all of the work to do. The others are
@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 from typing import Any
 
@@ -31,6 +31,7 @@ from torch import Tensor
 
 import gradsurgery as gs
 from tests.benchmarks import limit
+from tests.benchmarks.telling import conditions, progress, table
 
 Rows = list[list[Tensor]]
 
@@ -78,7 +79,7 @@ def torchjd_passes(rows: Rows) -> dict[str, Callable[[], object]]:
         from torchjd.aggregation import PCGrad, UPGrad
         from torchjd.autojac import jac_to_grad
     except ImportError as error:
-        print(f"TorchJD is left out: {error}")
+        print(f"TorchJD is left out: {error}", file=sys.stderr)
         return {}
     parameters = [torch.empty_like(tensor).requires_grad_() for tensor in rows[0]]
     for parameter, *pair in zip(parameters, *rows, strict=True):
@@ -96,7 +97,9 @@ def torchjd_passes(rows: Rows) -> dict[str, Callable[[], object]]:
     }
 
 
-def table(name: str, repeats: int, small: bool) -> None:
+def compare(name: str, repeats: int, small: bool) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """Over the limit, over ours, and how far the square of a row's length is off; by contestant."""
+    progress(name)
     rows: Rows = [[t for t in row if t is not None] for row in limit.rows_of(name, small=small)]
     for forget, retain in zip(*rows, strict=True):
         forget.sub_(retain, alpha=0.5)
@@ -114,20 +117,17 @@ def table(name: str, repeats: int, small: bool) -> None:
         try:
             once()
         except TypeError as error:
-            print(f"{contestant} is left out for the {name}: {error}")
+            print(f"{contestant} is left out for the {name}: {error}", file=sys.stderr)
             del contestants[contestant]
     times = limit.interleaved(contestants, repeats)
-    print(f"\n{name}, {len(rows[0])} tensors, {sum(t.numel() for t in rows[0]) / 1e6:.1f}M numbers; ", end="")
-    print(f"the limit: {median(times['limit']) * 1e3:.1f} ms")
-    print(f"  {'':34s} over the limit: median (quartiles; best) over ours, pcgrad")
-    for contestant, seconds in times.items():
-        if contestant != "limit":
-            against = limit.ratio(seconds, times["ours, pcgrad"])
-            print(f"  {contestant:34s} {limit.ratio(seconds, times['limit']):38s} {against}")
-    accuracy(limit.rows_of(name, small=small)[1])
+    floor = times.pop("limit")
+    over = {"the limit": f"{median(floor) * 1e3:.1f} ms"}
+    over |= {contestant: limit.ratio(seconds, floor) for contestant, seconds in times.items()}
+    against = {contestant: limit.ratio(seconds, times["ours, pcgrad"]) for contestant, seconds in times.items()}
+    return over, against, accuracy(limit.rows_of(name, small=small)[1])
 
 
-def accuracy(row: list[Tensor | None]) -> None:
+def accuracy(row: list[Tensor | None]) -> dict[str, str]:
     """How far the square of a row's length is off, by the arithmetic of each contestant."""
     tensors = [tensor for tensor in row if tensor is not None]
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -137,25 +137,23 @@ def accuracy(row: list[Tensor | None]) -> None:
     for choice in ("compiled", "eager"):
         with gs.gram.backend(choice):
             found[f"ours, {choice}"] = float(gs.gram.gram([tensors]))
-    print("  <r, r> is off by " + ", ".join(f"{abs(value / exact - 1.0):.1e} ({by})" for by, value in found.items()))
-
-
-def installed(package: str) -> str:
-    try:
-        return f"{package} {version(package)}"
-    except PackageNotFoundError:
-        return f"no {package}"
+    return {by: f"{abs(value / exact - 1.0):.1e}" for by, value in found.items()}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, help="rounds (7; quick: 2)")
     parser.add_argument("--small", action="store_true", help="a list of 12M numbers instead of 58M")
+    parser.add_argument("--quick", action="store_true", help="small lists and few rounds: whether it runs at all")
     parser.add_argument("--list", choices=list(limit.LISTS), action="append")
     arguments = parser.parse_args()
     limit.keep_heap()
     torch.set_num_threads(arguments.threads)
-    print(f"torch {torch.__version__}, {installed('torchjd')}, {arguments.threads} threads; {gs.gram.backend()!r}")
-    for name in arguments.list or (limit.FULL, "bf16 list", "LoRA list"):
-        table(name, arguments.repeats, arguments.small)
+    small, repeats = arguments.small or arguments.quick, arguments.repeats or (2 if arguments.quick else 7)
+    print(f"{conditions('torchjd')} Gram matrices: {gs.gram.backend()!r}.")
+    lists = arguments.list or (limit.FULL, "bf16 list", "LoRA list")
+    found = {name: compare(name, repeats, small) for name in lists}
+    print(f"\nThe whole pass from ready gradients, {limit.ROUNDS}; a dash where somebody is not there or refuses.")
+    for number, corner in enumerate(("times the limit", "times ours, pcgrad", "error of <r, r>")):
+        print(f"\n{table(corner, {name: columns[number] for name, columns in found.items()})}")

@@ -10,6 +10,7 @@ from statistics import fmean, linear_regression, median, quantiles
 from typing import Any, NamedTuple
 
 from lightning_modules.files import replacing
+from tests.benchmarks import telling
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,14 @@ def table(study: Study) -> str:
     """The medians of a study in milliseconds, and the exponents, in Markdown."""
     sizes = list(study.series[0].seconds)
     heads = [study.grows, *(short(size) for size in sizes), "exponent (quartiles)", "off by"]
-    lines = [_row(heads), _row(["---", *["---:"] * (len(heads) - 1)])]
+    rows = [heads]
     floor = next((each.medians() for each in study.series if each.name == study.floor), None)
     for series in study.series:
         found, law = series.medians(), fit(series)
         over = {} if floor is None or series.name == study.floor else floor
         times = [milliseconds(found[size]) + (f" ({found[size] / over[size]:.2f})" if over else "") for size in sizes]
-        lines.append(_row([series.name, *times, str(law), f"{law.off:.2f}"]))
-    return "\n".join(lines)
+        rows.append([series.name, *times, str(law), f"{law.off:.2f}"])
+    return telling.lines(rows)
 
 
 def short(size: float) -> str:
@@ -121,10 +122,6 @@ def milliseconds(seconds: float) -> str:
     """
     value = seconds * 1e3
     return f"{value:.0f}" if value >= 99.5 else f"{value:#.2g}" if value < 9.95 else f"{value:.1f}"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def draw(studies: Sequence[Study], path: Path) -> None:

@@ -2,8 +2,8 @@
 
 Run it: python -m tests.benchmarks.scaling [--quick] [--only parameters] [--parameters 300000000] [--picture scaling.svg]
 
-It prints tables in Markdown. `--write` puts them into RESULTS.md, between its two comment lines, with a picture beside
-it. `--quick` measures few small sizes, in half a minute of one core.
+It prints tables in Markdown; `python -m tests.benchmarks scaling --write` puts them into RESULTS.md, with a picture
+beside it. `--quick` measures few small sizes, in half a minute of one core.
 
 Times are medians of interleaved rounds in one process, of CPU time where there is one thread. An exponent b says that
 the cost grows as the b-th power: by least squares on the logarithms of each round, the median of the rounds with their
@@ -14,9 +14,6 @@ a fixed part shows at small sizes, say.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,11 +26,8 @@ from tests.benchmarks import growth, limit
 from tests.benchmarks.growth import QUICK, Plan
 from tests.benchmarks.power_law import Study, draw, table
 from tests.benchmarks.processes import import_once, processes
-from tests.marked import write_marked
+from tests.benchmarks.telling import conditions, progress
 
-RESULTS = Path(__file__).with_name("RESULTS.md")
-PICTURE = RESULTS.with_name("scaling.png")
-BEGIN, END = "<!-- scaling: python -m tests.benchmarks.scaling --write -->", "<!-- /scaling -->"
 STUDIES: dict[str, Callable[[Plan], Study]] = {
     "parameters": growth.parameters,
     "objectives": growth.objectives,
@@ -89,21 +83,20 @@ def report(plan: Plan, only: Sequence[str] = ()) -> tuple[str, list[Study]]:
     Returns:
         Tables in Markdown, and what can be drawn.
     """
+    said = (
+        f"{conditions()} Gram matrices: {gs.gram.backend()!r}.\n"
+        f"Milliseconds, medians of {plan.repeats} interleaved rounds."
+    )
     found: list[Study] = []
     sections: list[str] = []
     for name, study in STUDIES.items():
         if not only or name in only:
-            print(f"{name} ...", file=sys.stderr, flush=True)
+            progress(name)
             found.append(study(plan))
             sections.append(f"{found[-1].title}. {found[-1].note}\n\n{table(found[-1])}")
     if not only or "rules" in only:
-        print("rules ...", file=sys.stderr, flush=True)
+        progress("rules")
         sections.append(f"Rules alone, on Gram matrices of random rows that conflict.\n\n{growth.all_rules(plan)}")
-    said = (
-        f"`{' '.join(['python -m tests.benchmarks.scaling', *sys.argv[1:]])}`; {time.strftime('%Y-%m-%d')}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} of {os.cpu_count()} cores used, load {os.getloadavg()[0]:.1f}, "
-        f"{gs.gram.backend()!r}.\nMilliseconds, medians of {plan.repeats} interleaved rounds."
-    )
     return "\n\n".join([said, *sections]), found
 
 
@@ -130,7 +123,7 @@ def planned(arguments: argparse.Namespace) -> Plan:
 
 
 def main() -> None:
-    """Measure what the options say; print, draw and write it."""
+    """Measure what the options say; print and draw it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few small sizes, in half a minute")
     parser.add_argument("--only", choices=[*STUDIES, "rules"], action="append", help="may be given several times")
@@ -139,14 +132,11 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, help="the most numbers a row (what half of the free memory holds)")
     parser.add_argument("--processes", type=int, help="the most processes (4; quick: 2)")
     parser.add_argument("--picture", type=Path, help="FILE.svg or FILE.png")
-    parser.add_argument("--write", action="store_true", help="into RESULTS.md, with scaling.png beside it")
     arguments = parser.parse_args()
     try:
         plan = planned(arguments)
     except ValueError as error:
         parser.error(str(error))
-    if arguments.write and (arguments.quick or arguments.only or arguments.picture):
-        parser.error("--write: expected the whole measurement, found --quick, --only or --picture; leave one out")
     if arguments.picture is not None and arguments.picture.suffix not in (".svg", ".png"):
         parser.error(f"--picture: expected a name that ends in .svg or .png, found {arguments.picture}")
     if arguments.picture is not None and arguments.only == ["rules"]:
@@ -159,10 +149,6 @@ def main() -> None:
     print(text)
     if arguments.picture is not None:
         draw(studies, arguments.picture)
-    if arguments.write:
-        draw(studies, PICTURE)
-        written = f"{text}\n\n![what grows, against milliseconds, with exponents]({PICTURE.name})"
-        write_marked(RESULTS, BEGIN, END, written)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What scoring costs against another version of this code: the same examples, the same numbers, seconds of one core.
 
-Run it: git worktree add ../before 12447b0 && python tests/benchmarks/scoring.py --before ../before --model FOLDER
-        [--tofu-dir ../shared/tofu] [--questions 12] [--rounds 1]
+Run it: git worktree add ../before 12447b0 && python -m tests.benchmarks.scoring --before ../before --model FOLDER
+        [--tofu-dir ../shared/tofu] [--questions 12] [--rounds 1] [--quick]
 
 As many questions are taken from TOFU's forget set as from its retain set, 2 + 10 authors. Each version runs
 in processes of its own, in turn and with one thread; seconds are the processor's, because a machine that does other work
@@ -63,29 +63,44 @@ def main() -> None:
     parser.add_argument("--tofu-dir", default="../shared/tofu", help="TOFU's files")
     parser.add_argument("--questions", type=int, default=12, help="of each split")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="one question of each: whether it runs at all")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         print(json.dumps(once(arguments.model, arguments.tofu_dir, arguments.questions)))
         return
+    import torch
+
+    from tests.benchmarks.telling import conditions, progress, table  # not at the top: another version may have none
+
+    if arguments.quick:
+        arguments.questions = 1
+    for option, folder in (
+        ("--model", arguments.model),
+        ("--tofu-dir", arguments.tofu_dir),
+        ("--before", arguments.before),
+    ):
+        if folder is not None and not Path(folder).is_dir():
+            parser.error(f"{option}: expected a folder, found none at {folder}; say where it is")
+    torch.set_num_threads(1)
+    print(conditions("transformers"))
     versions = {"before": arguments.before, "now": ROOT} if arguments.before else {"now": ROOT}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in versions}
     for _ in range(arguments.rounds):
         for name, root in versions.items():
+            progress(name)
             runs[name].append(in_process(root.resolve(), arguments))
-    print(f"2 x {arguments.questions} questions, {arguments.rounds} rounds, load {os.getloadavg()[0]:.1f}")
-    for kind in KINDS:
-        seconds = {name: median(run[kind] for run in found) for name, found in runs.items()}
-        said = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-        gain = f", {seconds['before'] / seconds['now']:.2f} x" if arguments.before else ""
-        print(f"  {kind:24} {said}{gain}")
+    seconds = {name: {kind: median(run[kind] for run in found) for kind in KINDS} for name, found in runs.items()}
+    columns = {name: {kind: f"{took:.1f}" for kind, took in found.items()} for name, found in seconds.items()}
+    print(f"\n2 x {arguments.questions} questions, medians of {arguments.rounds} rounds.\n")
+    print(table("seconds of one core", columns))
     if arguments.before:
+        gains = {kind: f"{seconds['before'][kind] / seconds['now'][kind]:.2f}" for kind in KINDS}
+        print(f"\n{table('seconds before / now', {'ratio': gains})}\n")
         pairs = list(zip(runs["before"][0]["examples"], runs["now"][0]["examples"], strict=True))
         for number in NUMBERS:
-            print(f"  largest difference of {number}: {max(abs(a[number] - b[number]) for a, b in pairs):.1e}")
-        print(
-            f"  answers that are the same: {sum(a['generation'] == b['generation'] for a, b in pairs)} of {len(pairs)}"
-        )
+            print(f"Largest difference of {number}: {max(abs(a[number] - b[number]) for a, b in pairs):.1e}")
+        print(f"Answers that are the same: {sum(a['generation'] == b['generation'] for a, b in pairs)} of {len(pairs)}")
 
 
 if __name__ == "__main__":

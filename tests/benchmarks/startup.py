@@ -1,6 +1,6 @@
 """What starting costs: imports, an answer about options, and the way from Enter to the first training step.
 
-Run it: python tests/benchmarks/startup.py [--rounds 5] [--first-step] [--model FOLDER]
+Run it: python -m tests.benchmarks.startup [--quick] [--rounds 5] [--first-step] [--model FOLDER]
 
 Every row is a process of its own; the rows are interleaved, and their medians are compared with `import torch` of the
 same rounds. Beside the time on the wall stands the processor's time, which other work on the machine disturbs less.
@@ -19,9 +19,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+
+from tests.benchmarks.telling import conditions, table
 
 COMMAND = (sys.executable, "-m", "lightning_modules.cli")
 ROWS: Mapping[str, Sequence[str]] = {
@@ -54,12 +55,15 @@ def imports(rounds: int) -> None:
             once = seconds(words)
             if number:  # the first round reads the files from the disk
                 found[name].append(once)
-    wall = {name: median(one for one, _ in times) for name, times in found.items()}
-    used = {name: median(one for _, one in times) for name, times in found.items()}
-    print("| | wall | times `import torch` | processor | times `import torch` |\n|---|---:|---:|---:|---:|")
-    for name in ROWS:
-        shares = wall[name] / wall[BASE], used[name] / used[BASE]
-        print(f"| {name} | {wall[name]:.2f} s | {shares[0]:.2f} | {used[name]:.2f} s | {shares[1]:.2f} |")
+    took = {
+        clock: {name: median(pair[place] for pair in times) for name, times in found.items()}
+        for place, clock in enumerate(("wall", "processor"))
+    }
+    over = {clock: {name: one / times[BASE] for name, one in times.items()} for clock, times in took.items()}
+    print(f"\nMedians of {rounds} interleaved rounds.")
+    for corner, columns in (("seconds", took), ("times import torch", over)):
+        cells = {clock: {name: f"{one:.2f}" for name, one in times.items()} for clock, times in columns.items()}
+        print(f"\n{table(corner, cells)}")
 
 
 def arguments(model: str | None, folder: Path) -> list[str]:
@@ -93,17 +97,22 @@ def first_step(model: str | None, folder: Path) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help="5; quick: 1")
+    parser.add_argument("--quick", action="store_true", help="one round: whether it runs at all")
     parser.add_argument("--first-step", action="store_true")
     parser.add_argument("--model")
     options = parser.parse_args()
-    print(f"load {os.getloadavg()[0]:.1f}; " + ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning")))
+    rounds = options.rounds or (1 if options.quick else 5)
+    print(conditions("transformers", "lightning", "jsonargparse"))
     if not options.first_step:
-        imports(options.rounds)
+        imports(rounds)
         return
     with tempfile.TemporaryDirectory() as folder:
-        times = [first_step(options.model, Path(folder)) for _ in range(options.rounds + 1)][1:]
-    print(f"first step after {median(t for t, _ in times):.1f} s, {median(t for _, t in times):.1f} s of the processor")
+        times = [first_step(options.model, Path(folder)) for _ in range(rounds + 1)][1:]
+    found = {"wall": median(t for t, _ in times), "processor": median(t for _, t in times)}
+    print(
+        f"\n{table('seconds', {name: {'from Enter to the first step': f'{took:.1f}'} for name, took in found.items()})}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What surgery costs: beside the memory's bandwidth, beside two backward passes alone, and in memory.
 
-Run it: python tests/benchmarks/surgery.py [--threads 2] [--device cuda] [--default-malloc] [--only limit] [--small]
+Run it: python -m tests.benchmarks.surgery [--threads 2] [--device cuda] [--default-malloc] [--only limit] [--small] [--quick]
 
 Times are the best of interleaved rounds in one process (what else the machine does can only add), and only their ratio means something. The model is a Llama of 47M
 parameters (vocabulary 32000, width 512, 8 layers, tied head, float32).
@@ -20,37 +20,46 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gradsurgery as gs
 from tests.benchmarks import limit
+from tests.benchmarks.growth import backends
 from tests.benchmarks.memory import pass_table, peaks
+from tests.benchmarks.telling import conditions, device, progress, table
 
 
 def limit_table(repeats: int, small: bool) -> None:
     """Gram matrix and combination of two rows over the memory-bandwidth limit, by backend, with the matrix's error."""
-    print("\nGram matrix and combination over the limit of the memory: median of rounds (quartiles; best)")
+    ratios: dict[str, dict[str, str]] = {}
+    errors: dict[str, dict[str, str]] = {}
     for name in limit.LISTS:
+        progress(name)
         rows = limit.rows_of(name, small=small)
         numbers = sum(t.numel() for t in rows[0] if t is not None)
         exact = exact_gram(rows)
-        print(f"  {name}, {len(rows[0])} tensors, {numbers / 1e6:.1f}M numbers")
         functions: dict[str, Callable[[], object]] = {"limit": limit.limit_of(rows)}
-        for choice in ("compiled", "eager"):
+        choices: tuple[Any, ...] = backends()
+        for choice in choices:
             for kind, scale in (("", 1.0), (", two coefficients", 0.9999)):
                 coefficients = torch.tensor([scale, 1e-9], dtype=torch.float64)
                 functions[choice + kind] = partial(one_pass, rows, coefficients, choice)
         times = limit.interleaved(functions, repeats)
-        print(f"    the limit: {median(times['limit']) * 1e3:.1f} ms")
-        for choice, seconds in times.items():
-            if choice == "limit":
-                continue
-            print(f"    {choice:28s} {limit.ratio(seconds, times['limit'])}", end="")
-            with gs.gram.backend(choice.split(",")[0]):
+        floor = times.pop("limit")
+        case = f"{name}, {len(rows[0])} tensors, {numbers / 1e6:.1f}M"
+        ratios[case] = {"the limit": f"{median(floor) * 1e3:.1f} ms"}
+        ratios[case] |= {choice: limit.ratio(seconds, floor) for choice, seconds in times.items()}
+        errors[case] = {}
+        for choice in choices:
+            with gs.gram.backend(choice):
                 found = gs.gram.gram(limit.rows_of(name, small=small))
-            print(f"  <r,r> off by {float((found / exact - 1.0).abs()[1, 1]):.1e}")
+            errors[case][choice] = f"{float((found / exact - 1.0).abs()[1, 1]):.1e}"
+    print(f"\nGram matrix and combination of two rows, {limit.ROUNDS}.\n\n{table('times the limit', ratios)}")
+    print(f"\n{table('error of <r, r>', errors)}")
 
 
 def device_table(repeats: int, small: bool) -> None:
     """The same on a CUDA device, whose limit is five halves of a copy: two reads, and two reads and a write, of one row's bytes."""
-    print("\nGram matrix and combination over the limit of the memory: median of rounds (quartiles; best)")
+    ratios: dict[str, dict[str, str]] = {}
+    microseconds: dict[str, dict[str, str]] = {}
     for name in limit.LISTS:
+        progress(name)
         rows = [[None if t is None else t.cuda() for t in row] for row in limit.rows_of(name, small=small)]
         numbers = sum(t.numel() for t in rows[0] if t is not None)
         first, second = (torch.zeros(numbers, dtype=limit.LISTS[name][0], device="cuda") for _ in range(2))
@@ -73,11 +82,13 @@ def device_table(repeats: int, small: bool) -> None:
                 if repeat:
                     times[kind].append(seconds)
         floor = [2.5 * seconds for seconds in times.pop("copy")]
-        print(
-            f"  {name}, {len(rows[0])} tensors, {numbers / 1e6:.1f}M numbers; the limit: {median(floor) * 1e6:.0f} us"
-        )
-        for kind, seconds in times.items():
-            print(f"    {kind:28s} {limit.ratio(seconds, floor)}  {median(seconds) * 1e6:.0f} us")
+        case = f"{name}, {len(rows[0])} tensors, {numbers / 1e6:.1f}M"
+        ratios[case] = {kind: limit.ratio(seconds, floor) for kind, seconds in times.items()}
+        microseconds[case] = {
+            kind: f"{median(took) * 1e6:.0f}" for kind, took in ({"the limit": floor} | times).items()
+        }
+    print(f"\nGram matrix and combination of two rows, {limit.ROUNDS}.\n\n{table('times the limit', ratios)}")
+    print(f"\n{table('microseconds', microseconds)}")
 
 
 def three_launches(rows: list[list[torch.Tensor | None]]) -> None:
@@ -130,10 +141,11 @@ def timed(function: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def time_ratios(device: str, tokens: int, repeats: int) -> None:
-    model = make_model(device)
+def time_ratios(device: str, tokens: int, repeats: int, layers: int = 8) -> dict[str, str]:
+    """Surgery's times over those of the backward passes alone, by variant, for so many tokens a loss."""
+    progress(f"{tokens} tokens a loss")
+    model = make_model(device, layers)
     batches = {name: torch.randint(32000, (1, tokens), device=device) for name in ("retain", "forget")}
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     variants: dict[str, dict[str, Any]] = {
         "rule=gru": {},
         "rule=gru, ema_decay=0.2": {"ema_decay": 0.2},
@@ -172,15 +184,12 @@ def time_ratios(device: str, tokens: int, repeats: int) -> None:
         if repeat:
             alone_times.append(first)
     best = min(alone_times)
-    print(
-        f"\n{parameters / 1e6:.1f}M parameters, {tokens} tokens a loss, best of {repeats} interleaved rounds: ", end=""
-    )
-    print(f"two backward passes alone {best * 1e3:.0f} ms (median {median(alone_times) * 1e3:.0f})")
-    for name, values in times.items():
-        print(
-            f"  {name:28s} x {min(values) / best:.3f} (medians x {median(values) / median(alone_times):.3f}), of it combine() "
-            f"{min(combine_times[name]) * 1e3:.0f} ms = {min(combine_times[name]) / best:.1%}"
-        )
+    alone_said = f"{best * 1e3:.0f} ms (median {median(alone_times) * 1e3:.0f})"
+    return {"two backward passes alone": alone_said} | {
+        name: f"{min(values) / best:.3f} (medians {median(values) / median(alone_times):.3f}; combine() "
+        f"{min(combine_times[name]) * 1e3:.0f} ms, {min(combine_times[name]) / best:.1%})"
+        for name, values in times.items()
+    }
 
 
 def memory_table() -> None:
@@ -202,8 +211,7 @@ def memory_table() -> None:
     model = make_model("cpu", layers=4)
     base = torch.optim.SGD(model.parameters(), lr=1e-3)
     plain = peaks(lambda: plain_backward(model), lambda: step(base))
-    print(f"\nlive above the weights in plain SGD: {plain['backward'] / 2**20:.0f} MiB while backward runs, ", end="")
-    print(f"{plain['step'] / 2**20:.0f} MiB in the step; surgery adds")
+    rows: dict[str, dict[str, str]] = {"measured": {}, "memory_estimate()": {}, "ratio": {}, "beyond it, in copies": {}}
     variants: dict[str, dict[str, Any]] = {
         "gru": {},
         "gru, ema": {"ema_decay": 0.2},
@@ -222,30 +230,37 @@ def memory_table() -> None:
         measured = max(found[phase] - plain[phase] for phase in plain)
         estimate = optimizer.memory_estimate()
         copy = sum(parameter.nbytes for parameter in model.parameters())
-        print(
-            f"  {name:20s} measured {measured / 2**20:6.1f} MiB, memory_estimate() {estimate / 2**20:6.1f} MiB, "
-            f"ratio {measured / estimate:.3f}, beyond it {(measured - estimate) / copy:.3f} gradient copies"
-        )
+        said = (f"{measured / 2**20:.1f} MiB", f"{estimate / 2**20:.1f} MiB", f"{measured / estimate:.3f}")
+        for column, cell in zip(rows.values(), (*said, f"{(measured - estimate) / copy:.3f}"), strict=True):
+            column[name] = cell
+    print(f"\nLive above the weights in plain SGD: {plain['backward'] / 2**20:.0f} MiB while backward runs, ", end="")
+    print(f"{plain['step'] / 2**20:.0f} MiB in the step (4 layers, 8 tokens).\n\n{table('surgery adds', rows)}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--device", type=device, default="cpu")
+    parser.add_argument("--repeats", type=int, help="rounds (9; quick: 2)")
     parser.add_argument("--default-malloc", action="store_true")
     parser.add_argument("--only", choices=("limit", "ratios", "memory"))
     parser.add_argument("--small", action="store_true", help="a list of 12M numbers instead of 58M")
+    parser.add_argument(
+        "--quick", action="store_true", help="small lists, few tokens and rounds: whether it runs at all"
+    )
     arguments = parser.parse_args()
     if not arguments.default_malloc:
         limit.keep_heap()
     torch.set_num_threads(arguments.threads)
-    print(f"torch {torch.__version__}, {arguments.device}, {arguments.threads} threads; {gs.gram.backend()!r}")
+    small, repeats = arguments.small or arguments.quick, arguments.repeats or (2 if arguments.quick else 9)
+    print(f"{conditions('transformers')} Gram matrices: {gs.gram.backend()!r}.")
     if arguments.only in (None, "limit"):
-        (device_table if arguments.device == "cuda" else limit_table)(arguments.repeats, arguments.small)
+        (device_table if arguments.device == "cuda" else limit_table)(repeats, small)
     if arguments.only in (None, "ratios"):
-        for tokens in (512, 256):
-            time_ratios(arguments.device, tokens, arguments.repeats)
+        tokens, layers = ((16,), 1) if arguments.quick else ((512, 256), 8)
+        found = {f"{number} tokens a loss": time_ratios(arguments.device, number, repeats, layers) for number in tokens}
+        print(f"\nTwo backward passes with surgery, best of {repeats} interleaved rounds.\n")
+        print(table("times two backward passes alone", found))
     if arguments.only in (None, "memory"):
-        pass_table(arguments.small)
+        pass_table(small)
         memory_table()

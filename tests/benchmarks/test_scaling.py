@@ -12,10 +12,9 @@ import pytest
 import torch
 
 import gradsurgery as gs
-from tests.benchmarks import growth, limit, scaling
+from tests.benchmarks import growth, limit, places, scaling
 from tests.benchmarks.power_law import Fit, Series, draw, fit
 from tests.benchmarks.processes import processes
-from tests.marked import marked, write_marked
 
 SIZES = (1, 3, 10, 30, 100)
 TINY = replace(
@@ -85,9 +84,10 @@ def test_every_table_and_panel_comes_out_and_takes_its_place_in_the_results(tmp_
         for series in study.series:
             assert f"<!-- {series.name}: {fit(series).exponent:.2f} -->" in picture
     results = tmp_path / "RESULTS.md"
-    results.write_text(f"before\n{scaling.BEGIN}\nold\n{scaling.END}\nafter\n")
-    write_marked(results, scaling.BEGIN, scaling.END, text)
-    assert results.read_text() == f"before\n{scaling.BEGIN}\n{text}\n{scaling.END}\nafter\n"
+    begin, end = places.begin("scaling"), places.end("scaling")
+    results.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    places.write(results, "scaling", text)
+    assert results.read_text() == f"before\n{begin}\n{text}\n{end}\nafter\n"
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
@@ -104,15 +104,6 @@ def test_two_processes_report_every_round_of_both_kinds() -> None:
     for series in found.series:
         assert {world: len(rounds) for world, rounds in series.seconds.items()} == {2: 1}
         assert all(seconds > 0.0 for rounds in series.seconds.values() for seconds in rounds)
-
-
-def test_the_results_have_a_place_for_the_tables_and_a_file_without_one_stays_as_it_is(tmp_path: Path) -> None:
-    assert marked(scaling.RESULTS.read_text(), scaling.BEGIN, scaling.END) is not None
-    bare = tmp_path / "RESULTS.md"
-    bare.write_text("no marks\n")
-    with pytest.raises(ValueError, match=r"RESULTS\.md: expected the lines"):
-        write_marked(bare, scaling.BEGIN, scaling.END, "tables")
-    assert bare.read_text() == "no marks\n"
 
 
 @pytest.mark.parametrize("choice", ["compiled", "eager"])

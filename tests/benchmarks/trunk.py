@@ -1,6 +1,6 @@
 """What losses of one forward pass cost: `join` with ``retain_graph``, with ``features``, and with ``batched``.
 
-Run it: python tests/benchmarks/trunk.py [--threads 1] [--device cuda] [--repeats 9] [--quick]
+Run it: python -m tests.benchmarks.trunk [--threads 1] [--device cuda] [--repeats 9] [--quick]
 
 Each way is a forward pass, every backward pass and the combination; the base is SGD, which costs next to nothing. Whole
 backward passes of one forward pass (``retain_graph=True``) are 1. "Contexts" run the forward pass anew for every loss:
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,8 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import gradsurgery as gs
-from tests.benchmarks.limit import interleaved, keep_heap, ratio
+from tests.benchmarks import telling
+from tests.benchmarks.limit import ROUNDS, interleaved, keep_heap, ratio
 from tests.benchmarks.losses import peak
+from tests.benchmarks.telling import conditions, progress, table, turned
 
 NAMES = ("forget", "retain", "utility", "style")
 
@@ -129,7 +130,8 @@ def surgeon(given: Problem) -> gs.GradientSurgery:
     return gs.GradientSurgery(torch.optim.SGD(given.model.parameters(), lr=0.0), "gru", NAMES[: len(given.labels)])
 
 
-def compare(kind: str, number: int, size: int, same: bool, device: str, repeats: int) -> None:
+def compare(kind: str, number: int, size: int, same: bool, device: str, repeats: int) -> dict[str, dict[str, str]]:
+    """Way -> what of it is told -> how much."""
     given = problem(kind, number, size, same, device)
     exact = given._replace(model=copy.deepcopy(given.model).double())
     if kind == "MLP":
@@ -143,13 +145,15 @@ def compare(kind: str, number: int, size: int, same: bool, device: str, repeats:
             torch.cuda.synchronize()
 
     times = interleaved({name: partial(waited, action) for name, action in actions.items()}, repeats)
-    print(f"{kind}, {number} losses, batch {size}, {'the same' if same else 'other'} examples")
-    for name, (way, options) in WAYS.items():
-        error = float((gram(given, way, options) - right).abs().max() / right.abs().max())
-        print(
-            f"  {name:13s} x {ratio(times[name], times['retain_graph'])}, peak {peak(actions[name], device):7.1f} MiB, error {error:.0e}",
-            flush=True,
-        )
+    errors = {
+        name: float((gram(given, way, options) - right).abs().max() / right.abs().max())
+        for name, (way, options) in WAYS.items()
+    }
+    return {
+        "times retain_graph": {name: ratio(times[name], times["retain_graph"]) for name in WAYS},
+        "peak in MiB": {name: f"{peak(action, device):.1f}" for name, action in actions.items()},
+        "error of the Gram matrix": {name: f"{error:.0e}" for name, error in errors.items()},
+    }
 
 
 CASES: Sequence[tuple[str, int, int, bool]] = (
@@ -168,12 +172,19 @@ CASES: Sequence[tuple[str, int, int, bool]] = (
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--device", type=telling.device, default="cpu")
+    parser.add_argument("--repeats", type=int, help="rounds (9; quick: 2)")
     parser.add_argument("--quick", action="store_true", help="the first two cases")
     arguments = parser.parse_args()
     keep_heap()
     torch.set_num_threads(arguments.threads)
-    print(f"torch {torch.__version__}, {arguments.device}, {arguments.threads} threads, {time.strftime('%Y-%m-%d')}")
-    for case in CASES[: 2 if arguments.quick else None]:
-        compare(*case, arguments.device, arguments.repeats)
+    print(conditions("transformers"))
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for kind, number, size, same in CASES[: 2 if arguments.quick else None]:
+        case = f"{kind}, {number} losses, batch {size}, {'the same' if same else 'other'} examples"
+        progress(case)
+        repeats = arguments.repeats or (2 if arguments.quick else 9)
+        found[case] = compare(kind, number, size, same, arguments.device, repeats)
+    print(f"\nA step, {ROUNDS}.")
+    for told in next(iter(found.values())):
+        print(f"\n{table(told, turned({name: each[told] for name, each in found.items()}))}")

@@ -1,6 +1,6 @@
 """What a training step of ULD's assistant costs, compared with a step of full unlearning on the same rows.
 
-Run it: python tests/benchmarks/uld.py [--layers 32] [--assistant-layers 8] [--width 256] [--rows 4] [--length 64] [--device cuda]
+Run it: python -m tests.benchmarks.uld [--quick] [--layers 32] [--assistant-layers 8] [--width 256] [--rows 4] [--length 64] [--device cuda]
 
 All steps see the same forget and retain batch, count every token, and end with AdamW's update:
 
@@ -28,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import gradsurgery as gs
 from gradsurgery.logit_difference import assistant
 from lightning_modules.training.uld import ULDModule
+from tests.benchmarks import telling
 
 
 def make_model(layers: int, width: int, vocabulary: int, device: str) -> LlamaForCausalLM:
@@ -102,13 +103,17 @@ def timed(step: Callable[[], None], device: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=telling.device, default="cpu")
+    parser.add_argument("--quick", action="store_true", help="4 layers and 2 rounds: whether it runs at all")
     for name, default in {"layers": 32, "assistant-layers": 8, "width": 256, "vocabulary": 4096}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, default in {"rows": 4, "length": 64, "rounds": 5, "threads": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.layers, arguments.assistant_layers, arguments.rounds = 4, 1, 2
     torch.set_num_threads(arguments.threads)
+    print(telling.conditions("transformers"))
     model = make_model(arguments.layers, arguments.width, arguments.vocabulary, arguments.device)
     shape = (arguments.rows, arguments.length)
     batch = {name: torch.randint(arguments.vocabulary, shape, device=arguments.device) for name in ("forget", "retain")}
@@ -126,14 +131,15 @@ def main() -> None:
         for name, step in steps.items():
             times[name].append(timed(step, arguments.device))
     *_, uld = times.values()
-    print(
-        f"{arguments.device}, {arguments.layers} layers of {arguments.width}, 2 x {shape[0]} rows of {shape[1]} tokens"
-    )
-    for name, found in times.items():
-        ratio = median(a / b for a, b in zip(found, uld, strict=True))
-        print(
-            f"{1e3 * median(found):9.1f} ms a step   {ratio:5.2f} x ULD   {ratio / 2:5.2f} x for one pass, one paraphrase   {name}"
-        )
+    ratios = {name: median(a / b for a, b in zip(found, uld, strict=True)) for name, found in times.items()}
+    columns = {
+        "a step": {name: f"{ratio:.2f}" for name, ratio in ratios.items()},
+        "one pass over the forget set, one paraphrase": {name: f"{ratio / 2:.2f}" for name, ratio in ratios.items()},
+    }
+    milliseconds = {name: f"{1e3 * median(found):.1f}" for name, found in times.items()}
+    print(f"\n{arguments.layers} layers of {arguments.width}, 2 x {shape[0]} rows of {shape[1]} tokens; ", end="")
+    print(f"medians of {arguments.rounds} interleaved rounds.\n\n{telling.table('times ULD', columns)}")
+    print(f"\n{telling.table('milliseconds', {'a step': milliseconds})}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from lightning_modules.training.callbacks.probe import Probe, plain_copy
 from lightning_modules.training.displacement import Displacement
 from lightning_modules.training.heads import AnswerHead, answer_values
 from lightning_modules.training.merging import merged
-from lightning_modules.training.probability import answer_probabilities, mean_probabilities
+from lightning_modules.training.probability import mean_and_each, mean_probabilities
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,7 @@ def relearn_probe(
     if not taught:
         raise ValueError("relearn_probe: expected lessons to teach, found none")
     splits = {"taught": taught, "rest": rest} | ({"retain": list(retain)} if retain else {})
+    others = {name: rows for name, rows in splits.items() if name != "rest"}
 
     start = plain_copy(model).float().requires_grad_(True).eval()
     moved = Displacement(start)
@@ -136,8 +137,17 @@ def relearn_probe(
         """Entered anew for every pass: autocast keeps its copies of the weights until it is left."""
         return torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast)
 
-    with precision():
-        points = [{"step": 0, **mean_probabilities(learner, splits, pad_token_id=pad_token_id)}]
+    points: list[dict[str, Any]] = []
+
+    def score(step: int) -> list[float]:
+        """Add a point. Returns the values of the rest."""
+        with precision():
+            means = mean_probabilities(learner, others, pad_token_id=pad_token_id)
+            means["rest"], each = mean_and_each(learner, rest, pad_token_id=pad_token_id)
+        points.append({"step": step} | {name: means[name] for name in splits})
+        return each
+
+    values = score(0)
     trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0)
     waiting: list[int] = []
@@ -156,10 +166,7 @@ def relearn_probe(
             optimizer.zero_grad()
             stage.advance()
             if step % settings.every == 0 or step == settings.steps:
-                with precision():
-                    points.append({"step": step, **mean_probabilities(learner, splits, pad_token_id=pad_token_id)})
-    with precision():
-        values = answer_probabilities(learner, rest, pad_token_id=pad_token_id)
+                values = score(step)
     interval = mean_interval(values)
     length, relative = moved.to(merged(learner))
     return {

@@ -306,7 +306,8 @@ def test_an_adapter_is_a_model_too(tmp_path: Path, options: EvaluateOptions, fol
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_every_process_loads_the_reference_once_the_first_ahead_and_an_error_reaches_both(tmp_path: Path) -> None:
-    distributed_workers.run(evaluation_workers.reference_is_loaded_once, str(tmp_path))
+    # Each process imports Transformers first: on a busy machine one may be seconds behind the other.
+    distributed_workers.run(evaluation_workers.reference_is_loaded_once, str(tmp_path), patience=3)
 
 
 def test_a_log_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shutil
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning_modules import cli
 from lightning_modules.ablation import sweep
 from lightning_modules.run import unlearn as unlearn_command
+from lightning_modules.run.compiling import check_compiler
 
 ROWS = [{"question": f"Who is {number}?", "answer": f"Number {number}."} for number in range(12)]
 
@@ -64,6 +69,72 @@ def test_what_it_knows_goes_on(began: list[str], tmp_path: Path) -> None:
     for arguments in (["--precision", "bf16-mixed"], ["--strategy", "ddp", "--devices", "1"]):
         assert cli.main(["unlearn", *arguments, "--output", str(tmp_path)]) == 130
     assert began == ["work", "work"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is used where there is one, and needs other compilers")
+@pytest.mark.parametrize("command", [["unlearn"], ["finetune", "--model", "nowhere", "--data", "none.json"]])
+def test_programs_are_not_promised_where_nothing_can_compile_them(
+    command: list[str],
+    began: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.delenv("TORCH_INDUCTOR_INSTALL_GXX", raising=False)
+    assert cli.main([*command, "--compile", "--output", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert "--compile: expected a C++ compiler" in said
+    assert "found no no-such-compiler; install one, set CXX to one that is there, or leave --compile out" in said
+    assert said.count("\n") == 1
+    assert began == []
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "variables", "said"),
+    [
+        ("cpu", {"g++", "clang++"}, {}, None),
+        ("cpu", {"mine"}, {"CXX": "mine"}, None),
+        ("cpu", {"g++"}, {"CXX": "theirs"}, "found no theirs"),
+        ("cpu", {"gcc"}, {}, r"found no (clan)?g\+\+"),
+        ("cpu", set[str](), {"TORCH_INDUCTOR_INSTALL_GXX": "1"}, None if sys.platform == "linux" else "found no"),
+        ("cuda", {"gcc", "triton"}, {}, None),
+        ("cuda", {"clang", "triton"}, {}, None),
+        ("cuda", {"mine", "triton"}, {"CC": "mine"}, None),
+        ("cuda", {"gcc", "triton"}, {"CC": "theirs"}, "a C compiler.*found no theirs; install one, set CC to"),
+        ("cuda", {"g++", "triton"}, {}, "a C compiler.*found no gcc or clang; install one"),
+        ("cuda", {"gcc"}, {}, "Triton.*found none; .*pip install triton"),
+        ("mps", set[str](), {}, None),
+    ],
+)
+def test_a_cpu_needs_a_cpp_compiler_and_a_gpu_triton_and_a_c_compiler(
+    device: str, there: set[str], variables: dict[str, str], said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CC", "CXX", "TORCH_INDUCTOR_INSTALL_GXX"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in there else None)
+    with nullcontext() if said is None else pytest.raises(ValueError, match=f"^--compile: expected .*{said}"):
+        check_compiler(device)
+
+
+@pytest.mark.parametrize("place", ["file", "file/ledger"])
+def test_a_ledger_that_cannot_be_written_leaves_no_folder(
+    place: str, began: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    files = write(tmp_path, forget=ROWS[:4], retain=ROWS[4:])
+    run, ledger = tmp_path / "run", tmp_path / place
+    for further in ([], ["--dry-run"]):
+        assert cli.main(["unlearn", *files, "--ledger", str(ledger), "--output", str(run), *further]) == 1
+        said = capsys.readouterr().err
+        assert f"--ledger: expected a folder that can be written, found {ledger}: {tmp_path / 'file'} is" in said
+        assert began == []
+        assert not run.exists()
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_so_it_is_in_a_grid(began: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,6 +76,24 @@ def test_batches_of_a_part_see_every_taught_answer_in_turn() -> None:
     assert sorted(seen[:4]) == [1, 3, 5, 7]
 
 
+@pytest.mark.parametrize(("every", "times"), [(2, 3), (3, 3), (4, 2), (9, 2)])
+def test_every_answer_is_scored_once_at_every_point_and_no_more(every: int, times: int) -> None:
+    seen: list[int] = []
+
+    class Watched(Bigram):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
+            if not torch.is_grad_enabled():
+                seen.extend(input_ids[:, 0].tolist())
+            return super().forward(input_ids)
+
+    forget = [Encoded([first, 1, 2], [-100, 1, 2]) for first in range(8)]
+    settings = RelearnSettings(steps=4, every=every, batch_size=2, share=0.5)
+    found = relearn_probe(Watched(), forget, pad_token_id=0, settings=settings)
+    assert len(found["points"]) == times
+    assert [seen.count(rest) for rest in (0, 2, 4, 6)] == [times] * 4
+    assert found["points"][-1]["rest"] == pytest.approx(sum(found["values"]) / 4, rel=1e-6)
+
+
 def test_a_bfloat16_model_is_taught_in_float32() -> None:
     model = Bigram().to(torch.bfloat16)
     found = relearn_probe(model, examples(8, 3), pad_token_id=0, settings=RelearnSettings(steps=4, lr=1e-4))
