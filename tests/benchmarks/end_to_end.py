@@ -7,7 +7,8 @@ SmolLM2's folder, that model. Both learn nothing here that they could forget, so
 itself: a model that knows its answers is scored in less.
 
 A step is `gs.GRU` over AdamW with a forget and a retain batch, CE-U and cross-entropy at the answers' tokens. The share of
-surgery is what a step takes longer than the same two backward passes summed into one gradient and AdamW's step. Times are
+surgery is what a step takes longer than the same two backward passes summed into one gradient and AdamW's step. A step
+without padding is the same step with `head.pack()`, the command's default with a model on a CPU. Times are
 medians of interleaved rounds in one process; only ratios mean something on a machine that does other work too, and its
 load is printed with them.
 """
@@ -43,8 +44,10 @@ def loss(head: AnswerHead, batch: Mapping[str, Tensor], kind: Any) -> Tensor:
     return gs.losses.token_mean(values, tokens)
 
 
-def surgery_step(model: nn.Module, batches: Batches) -> Callable[[], None]:
+def surgery_step(model: nn.Module, batches: Batches, *, packed: bool = False) -> Callable[[], None]:
     head = AnswerHead(model)
+    if packed:
+        head.pack()
     optimizer = gs.GRU(torch.optim.AdamW(model.parameters(), lr=0.0))
 
     def step() -> None:
@@ -109,7 +112,11 @@ def main() -> None:
         for name, part in (("forget", encoded[:size]), ("retain", encoded[size:]))
     }
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches.values())
-    steps = {"surgery": surgery_step(model, batches), "summed": summed_step(model, batches)}
+    steps = {
+        "surgery": surgery_step(model, batches),
+        "packed": surgery_step(model, batches, packed=True),
+        "summed": summed_step(model, batches),
+    }
     half = arguments.questions // 2
     splits = {"forget": rows[:half], "retain": rows[half : arguments.questions]}
     scoring = {
@@ -126,13 +133,15 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for name, work in works.items():
             times[name].append(timed(work))
-    step, summed, likelihoods, everything = (median(found) for found in times.values())
+    step, packed, summed, likelihoods, everything = (median(found) for found in times.values())
+    gained = median(plain / without for plain, without in zip(times["surgery"], times["packed"], strict=True))
     share = median(1 - plain / whole for whole, plain in zip(times["surgery"], times["summed"], strict=True))
     training, evaluation = arguments.steps * step, 2 * everything
     weights = sum(parameter.numel() for parameter in model.parameters())
     found = {
         "a step": f"{step:.2f} s, {tokens / step:.1f} trained tokens a second",
         "of it surgery": f"{share:.1%} (summed gradients: {summed:.2f} s)",
+        "a step without padding": f"{packed:.2f} s, {gained:.2f} times as fast",
         "scoring a question": f"{everything / arguments.questions:.2f} s, of it {1 - likelihoods / everything:.0%} generation",
         f"scoring in a run of {arguments.steps} steps": f"{evaluation / (evaluation + training):.1%}, "
         f"{evaluation / training:.2f} times the training",
