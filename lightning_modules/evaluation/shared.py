@@ -24,7 +24,7 @@ from lightning_modules.evaluation.likelihood import (
     padded,
     summarized,
 )
-from lightning_modules.evaluation.trees import Tree, collate_trees, rows_of, tree_of
+from lightning_modules.evaluation.trees import Tree, collate_trees, common_beginning, rows_of, tree_of
 
 # Tokens in a forward pass on a CPU: matrix products are as fast as they get, activations stay in its cache, and rows of
 # almost one length share a pass, if any do.
@@ -166,7 +166,9 @@ class SharedTexts:
     def _tried(self) -> tuple[bool, bool]:
         longest = max(self.encoded, key=lambda text: len(text.input_ids))
         # One that parts early, whether or not they share a row: the more tokens must not be seen, the better the trial.
-        other = min(self.encoded, key=lambda text: (_common(text, longest), len(text.input_ids)))
+        other = min(
+            self.encoded, key=lambda text: (common_beginning(text.input_ids, longest.input_ids), len(text.input_ids))
+        )
         trial = [self.encoded.index(longest), self.encoded.index(other)]
         expected = self._at_labels(self._texts(trial))
         for cached in (True, False):
@@ -283,16 +285,11 @@ def batches_of(
     return batches
 
 
-def _common(one: Encoded, other: Encoded) -> int:
-    pairs = zip(one.input_ids, other.input_ids, strict=False)
-    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one.input_ids), len(other.input_ids)))
-
-
 def _common_prefix(encoded: Sequence[Encoded]) -> int:
     """How many tokens all texts begin with, none of which predicts a label; 0 if they are too few to be worth it."""
     if not encoded:
         return 0
     first = [next((step for step, label in enumerate(text.labels) if step and label != IGNORED), 0) for text in encoded]
-    common = min(_common(encoded[0], text) for text in encoded)
+    common = min(common_beginning(encoded[0].input_ids, text.input_ids) for text in encoded)
     prefix = min(common, *(step - 1 for step in first))
     return prefix if prefix >= _PREFIX else 0

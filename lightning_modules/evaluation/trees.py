@@ -54,6 +54,17 @@ def tree_of(texts: Sequence[Sequence[int]]) -> Tree:
     return tree
 
 
+def common_beginning(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts begin with in common.
+
+    Example:
+        >>> common_beginning([5, 6, 7], [5, 6, 8, 9])
+        2
+    """
+    pairs = zip(one, other, strict=False)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
 def rows_of(groups: Sequence[Sequence[Sequence[int]]]) -> list[list[int]]:
     """Divides groups of texts into rows. Groups share one of up to `ROW_TOKENS` if that saves a tenth of their tokens.
 

@@ -34,8 +34,13 @@ def check_place(folder: Path) -> None:
     Raises:
         PermissionError: If a file is in its way, or nobody may write there.
     """
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    found = None if there.is_dir() else "no folder"
+    there, found = folder, None
+    try:
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not there.is_dir():
+            found = "no folder"
+    except PermissionError:  # a folder on the way may not be entered
+        found = "in a folder that this user may not enter"
     if found is None and not os.access(there, os.W_OK | os.X_OK):
         found = "a folder that this user may not write to"
     if found is not None:

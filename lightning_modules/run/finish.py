@@ -91,4 +91,6 @@ def finishing(
         teacher=teacher(options.method, options.loading) if taught else None,
         noise=NoiseSettings(1.0) if options.method.retain_noise else None,
     )
+    if options.training.padding_free:
+        module.head.pack()
     return module.train(), data

@@ -28,7 +28,7 @@ def defaults(folder: Path | None = None) -> Defaults:
         folder: Of a run: what it settled itself is no option that somebody gave.
     """
     # Earlier versions, whose config.yaml does not say the precision of scores, had one.
-    plain = UnlearnOptions().flat() | {"evaluation_precision": EXACT_SCORES}
+    plain = UnlearnOptions().flat() | {"evaluation_precision": EXACT_SCORES, "padding_free": False}
     return Defaults(plain, partial(_usual, settled=() if folder is None else settled(folder)))
 
 
@@ -41,5 +41,6 @@ def _usual(config: Mapping[str, Any], settled: Sequence[str]) -> dict[str, Any]:
         usual["probes"] = usual["probes"] == "quick"
     if config.get("ledger") is not None:
         usual["evaluation_precision"] = EXACT_SCORES
-    # The default precision depends on the machine, and the report may be drawn on another one than the run's.
+    # These defaults depend on the machine, and the report may be drawn on another one than the run's.
+    usual["padding_free"] = config.get("padding_free", False)
     return usual | {"precision": "bf16-mixed" if config.get("precision") == "bf16-mixed" else "32-true"}

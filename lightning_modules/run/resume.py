@@ -75,8 +75,8 @@ def resumed(given: OptionsT, stated: Collection[str] = ()) -> OptionsT:
     check_links(folder)
     values = read_options(config, kind)
     names = set(kind.names())
-    if "evaluation_precision" in names - set(values):  # the run began with a version that had this one
-        values["evaluation_precision"] = EXACT_SCORES
+    earlier = {"evaluation_precision": EXACT_SCORES, "padding_free": False}  # what versions did that do not say it
+    values = {name: value for name, value in earlier.items() if name in names} | values
     place = {"output": given.output.output}
     saved = kind.of(**values | place)
     usual = kind.of(**place | ({"model": given.model.model} if isinstance(given, UnlearnOptions) else {}))

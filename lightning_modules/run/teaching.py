@@ -74,7 +74,7 @@ def _teach(found: Lesson, part: Part, taught: Sequence[str], work: Path, trainin
         device=found.device,
         callbacks=[Checkpoints(last, run=asdict(settings)), bar],
         compiled=training.compile,  # the same to the last digits, which differ between machines too
-        packed=bool(training.padding_free),  # so does this
+        packed=bool(training.padding_free),  # the same up to rounding, as well
         precision=found.precision,
         enable_checkpointing=True,
         enable_progress_bar=console.is_terminal,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 import gradsurgery as gs
 from lightning_modules.evaluation.heads import EXACT, agree, backbone_and_head, gives_logits
 from lightning_modules.evaluation.likelihood import evaluation_mode, exactly
-from lightning_modules.training.padding_free import Rows, has_dropout, rows_without_padding
+from lightning_modules.training.padding_free import Rows, has_dropout, rows_without_padding, two_texts
 
 Batch = Mapping[str, Tensor]
+
+_TRIED = 32
+"""Last tokens of a text whose logits are compared."""
 
 
 class States(NamedTuple):
@@ -43,7 +47,8 @@ class AnswerHead:
         self._compiles = False
         self._run: Any = None
         self._packs = False
-        self._packable: bool | None = None
+        self._packable = 0  # so long a text has been read without padding, with the same logits
+        self._unpackable = math.inf  # and so long a one with others
 
     def compile(self) -> None:
         """Have `torch.compile` make one program of the backbone, or of a model that is not split, for any shapes.
@@ -61,9 +66,10 @@ class AnswerHead:
     def pack(self) -> None:
         """Read the texts of a batch without padding, and what they begin with in common once (`padding_free`).
 
-        States and gradients are the same up to rounding. On the first batch that is tried out on two of its texts; a
-        model that cannot read texts in that way, such as one with a state or a window, goes on with padding, and so do
-        one that is not split, one with dropout, one that is compiled, and a batch with hardly any padding.
+        States and gradients are the same up to rounding. That is tried out on two texts of a batch that is longer than
+        those before: attention may have a window that only long texts leave. A model that cannot read texts in that way
+        goes on with padding, and so do one that is not split, one with dropout, one that is compiled, a batch whose
+        texts are all the same, and one with hardly any padding.
         """
         self._packs = True
 
@@ -92,14 +98,21 @@ class AnswerHead:
 
     def _packed(self, batch: Batch) -> Tensor | None:
         """Hidden states of the batch, `[B, T, H]`, read without padding; None where it is to be read with padding."""
-        if not self._packs or self._compiles or (self.model.training and has_dropout(self.model)):
+        longest = int(batch["attention_mask"].sum(1).max()) if self._packs else 0
+        if not self._packs or self._compiles or longest >= self._unpackable:
             return None
-        rows = self._rows(batch)
-        if rows is None:
+        if self.model.training and has_dropout(self.model):
             return None
-        if self._packable is None:
-            self._packable = self._try_rows(batch)
-        return self._read(rows) if self._packable else None
+        chosen = two_texts(batch)
+        rows = None if chosen is None else self._rows(batch)
+        if rows is None or chosen is None:
+            return None
+        if longest > self._packable:
+            if not self._same_in_a_row(batch, chosen):
+                self._unpackable = longest
+                return None
+            self._packable = longest
+        return self._read(rows)
 
     def _rows(self, batch: Batch, *, together: bool = False) -> Rows | None:
         kinds = (weight.dtype for weight in self.model.parameters() if weight.is_floating_point())
@@ -110,22 +123,20 @@ class AnswerHead:
         # Not by indexing: its backward pass adds up tokens that several texts share in an order that may change.
         return nn.functional.embedding(rows.places, hidden.flatten(0, 1))
 
-    def _try_rows(self, batch: Batch) -> bool | None:
-        """Whether the longest text and the shortest have the same states in one row; None if they are the same text.
-
-        It is tried without autocast, whose rounding would hide a difference.
-        """
-        real = batch["attention_mask"].bool()
-        lengths = real.sum(1)
-        chosen = torch.stack([lengths.argmax(), lengths.argmin()])
-        trial, kept = {name: tensor[chosen] for name, tensor in _inputs(batch).items()}, real[chosen]
-        if torch.equal(trial["input_ids"][0], trial["input_ids"][1]):
-            return None
+    def _same_in_a_row(self, batch: Batch, chosen: Tensor) -> bool:
+        """Whether two texts have the same logits in one row; without autocast, whose rounding hides differences."""
+        real = batch["attention_mask"].bool()[chosen]
+        trial = {name: tensor[chosen] for name, tensor in _inputs(batch).items()}
+        rows = self._rows(trial, together=True)
+        last = real & (real.flip(1).cumsum(1).flip(1) <= _TRIED)  # of many tokens the logits would be too many
         with evaluation_mode(self.model), exactly(self.model):
-            expected = self._run(**trial, use_cache=False).last_hidden_state[kept]
+            expected = logits_of(self._run(**trial, use_cache=False).last_hidden_state[last], self._head())
             try:
-                rows = self._rows(trial, together=True)
-                found = expected if rows is None else self._read(rows)[kept]
+                if rows is None:
+                    return False
+                found = logits_of(self._read(rows)[last], self._head())
+            except torch.OutOfMemoryError:
+                raise
             except Exception:  # code of the model's own may raise anything where it takes no positions, or no such mask
                 return False
         return agree(found, expected, exact=expected.dtype in EXACT)
@@ -166,7 +177,7 @@ class AnswerHead:
         elif parts is not None and type(parts[1]) is not nn.Linear:
             reason = f"its head is a {type(parts[1]).__name__} and not a plain Linear"
         elif parts is not None:
-            with evaluation_mode(self.model):
+            with evaluation_mode(self.model), exactly(self.model):
                 if gives_logits(self.model, parts[0], lambda hidden: logits_of(hidden, self._head()), inputs):
                     return parts[0]
             reason = "its logits are not its head of its last hidden states"

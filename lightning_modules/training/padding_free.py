@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.evaluation.trees import ROW_TOKENS, collate_trees, tree_of
+from lightning_modules.evaluation.trees import ROW_TOKENS, collate_trees, common_beginning, tree_of
 
 _WORTH = 0.9
 """Rows with more than this share of the padded batch's tokens gain too little for the larger mask."""
+_MASK = 2**24
+"""Numbers of the mask, of which attention keeps 4 bytes each for the backward pass: rows that take more stay padded."""
 
 
 class Rows(NamedTuple):
@@ -32,8 +34,8 @@ def rows_without_padding(batch: Mapping[str, Tensor], dtype: torch.dtype, *, tog
 
     A batch of questions in a chat template has the system prompt once for each of them, and padding up to its longest
     answer. In a tree (`evaluation.trees`) each token sees its own text and no other, at its own position: the states
-    are those of the padded batch up to rounding, and so are gradients. Rows are about as long as each other, and no
-    longer than 256 tokens or the longest text, because attention's cost grows with the square of the length.
+    are those of the padded batch up to rounding, and so are gradients. Rows are about as long as each other, and about
+    as long as 256 tokens or the longest text, because attention's cost grows with the square of the length.
 
     Args:
         batch: `input_ids` and `attention_mask`, `[B, T]`.
@@ -41,7 +43,7 @@ def rows_without_padding(batch: Mapping[str, Tensor], dtype: torch.dtype, *, tog
         together: all texts in one row, also where that saves nothing.
 
     Returns:
-        The rows; None if they would save less than a tenth of the tokens.
+        The rows; None if they would save less than a tenth of the tokens, or their mask take more than 64 MiB.
 
     Cost: the tokens travel to the CPU, where the rows are made.
 
@@ -59,7 +61,7 @@ def rows_without_padding(batch: Mapping[str, Tensor], dtype: torch.dtype, *, tog
     rows = [list(range(len(texts)))] if together else _balanced(texts)
     trees = [tree_of([texts[place] for place in row]) for row in rows]
     width = max(len(tree.tokens) for tree in trees)
-    if not together and len(trees) * width > _WORTH * size:
+    if not together and (len(trees) * width > _WORTH * size or len(trees) * width**2 > _MASK):
         return None
     made = collate_trees(trees, 0, dtype)
     places = torch.zeros(ids.shape, dtype=torch.long)
@@ -71,16 +73,30 @@ def rows_without_padding(batch: Mapping[str, Tensor], dtype: torch.dtype, *, tog
 
 def _balanced(texts: Sequence[Sequence[int]]) -> list[list[int]]:
     """Places of the texts in rows of similar length: the longest text first, each into the shortest row."""
-    longest = max(len(text) for text in texts)
-    whole = len(tree_of(texts).tokens)
-    count = min(len(texts), -(-whole // max(ROW_TOKENS, longest)))
+    first, longest = texts[0], max(map(len, texts))
+    common = min(common_beginning(first, text) for text in texts)
+    own = [len(text) - common for text in texts]
+    room = max(1, max(ROW_TOKENS, longest) - common)
+    count = min(len(texts), max(1, round(sum(own) / room)))
     rows: list[list[int]] = [[] for _ in range(count)]
     sizes = [0] * count
-    for place in sorted(range(len(texts)), key=lambda place: len(texts[place]), reverse=True):
+    for place in sorted(range(len(texts)), key=lambda place: own[place], reverse=True):
         shortest = sizes.index(min(sizes))
         rows[shortest].append(place)
-        sizes[shortest] = len(tree_of([texts[other] for other in rows[shortest]]).tokens)
-    return rows
+        sizes[shortest] += own[place]
+    return [row for row in rows if row]
+
+
+def two_texts(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """Places of the longest text and of the shortest that is another one, `[2]`; None if all texts are the same."""
+    ids, real = batch["input_ids"], batch["attention_mask"].bool()
+    lengths = real.sum(1)
+    longest = int(lengths.argmax())
+    others = ((ids != ids[longest]) | (real != real[longest])).any(1)
+    if not bool(others.any()):
+        return None
+    other = int(torch.where(others, lengths, lengths.max() + 1).argmin())
+    return torch.tensor([longest, other], device=ids.device)
 
 
 def has_dropout(model: nn.Module) -> bool:

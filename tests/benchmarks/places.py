@@ -43,4 +43,5 @@ def write_failure(path: Path, name: str, reason: str) -> None:
     if older.startswith(_FAILED):
         older = older.partition("\n")[2].strip()
     said = f"{_FAILED}{time.strftime('%Y-%m-%d')}: {' '.join(reason.split())}"
+    said = f"{said.removesuffix('.')}."
     write(path, name, f"{said} What follows is older.\n\n{older}" if older else said)

@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from tests.benchmarks import picture, places
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +44,10 @@ class Benchmark(NamedTuple):
     module: str
     options: tuple[str, ...] = ()
     drawing: str = ""
+
+    def runs_here(self) -> bool:
+        """Whether it needs neither a GPU that is not there nor an option of its own."""
+        return self.module != "scoring" and (self.options[-2:] != CUDA or torch.cuda.is_available())
 
 
 CUDA = ("--device", "cuda")
@@ -116,7 +122,8 @@ def planned(words: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[s
         "names",
         nargs="*",
         metavar="NAME",
-        help=f"of {known}, {PICTURE}, or of a file of this folder; all if none is given",
+        help=f"of {known}, {PICTURE}, or of a file of this folder; all if none is given but scoring, which needs --model, and "
+        "those of a GPU where there is none",
     )
     parser.add_argument("--quick", action="store_true", help="few small sizes: whether it runs at all")
     parser.add_argument("--write", action="store_true", help="into RESULTS.md")
@@ -127,10 +134,11 @@ def planned(words: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[s
     for name in arguments.names:
         if name not in {*BENCHMARKS, *modules, PICTURE}:
             parser.error(f"expected one of {known}, or the name of a file of theirs, found {name!r}")
+    named = {*arguments.names} or {name for name, benchmark in BENCHMARKS.items() if benchmark.runs_here()}
     names = [
         name
         for name, benchmark in BENCHMARKS.items()
-        if not arguments.names or name in arguments.names or benchmark.module in modules.intersection(arguments.names)
+        if name in named or benchmark.module in modules.intersection(named)
     ]
     if more and len(names) != 1:
         parser.error(f"--: expected one benchmark that these options go to, found {len(names)}; name one of {known}")

@@ -58,7 +58,7 @@ def test_what_fails_says_so_in_one_line_and_stops_nothing(
     for reason in ("no\ncompiler", "no GPU"):
         found["a"] = Found("half a ta", reason)
         assert runner.main(words) == 1
-        assert re.fullmatch(r"Not measured on \d{4}-\d\d-\d\d: no \w+", places.written(results, "a") or "")
+        assert re.fullmatch(r"Not measured on \d{4}-\d\d-\d\d: no \w+\.", places.written(results, "a") or "")
         assert "b's text" in (places.written(results, "b") or "")
         assert f"a was not measured: {reason}" in capsys.readouterr().err
     found["a"] = Found(TABLE, None)
@@ -68,7 +68,7 @@ def test_what_fails_says_so_in_one_line_and_stops_nothing(
         found["a"] = Found("", reason)
         assert runner.main(words) == 1
         line, blank, *older = (places.written(results, "a") or "").splitlines()
-        assert re.fullmatch(rf"Not measured on \S+: {reason} What follows is older\.", line)
+        assert re.fullmatch(rf"Not measured on \S+: {reason}\. What follows is older\.", line)
         assert not blank
         assert older == TABLE.splitlines()
 

@@ -302,13 +302,14 @@ class UnlearnOptions(Options):
             "stop_below": 0.05 if scratch and not uld else None,
             "score_every": 1 if scratch and not uld else None,
             "probes": "quick" if scratch and not uld else "none",
-            **by_machine(scratch=scratch),
+            **by_machine(self.training, scratch=scratch),
         }
         if self.training.steps is not None:
             del depends["epochs"]
         always: dict[str, Any] = {} if self.ledger.ledger is None else {"devices": "1"}
         if uld:
             depends |= {"lr": 3e-3, "epochs": 30} if scratch else {"lr": ULDSettings.lr, "epochs": ULDSettings.epochs}
+            del depends["padding_free"]
             always["lora_rank"] = self.training.lora_rank or ULDSettings.lora_rank
             always["uld"] = ({"num_layers": 1, "weight": 1.0} if scratch else {}) | self.training.uld
             depends["lora_alpha"] = always["uld"].pop("lora_alpha", ULDSettings.lora_alpha)

@@ -161,7 +161,8 @@ class EvaluationOptions:
         evaluation_batch_tokens: tokens a forward pass when scoring, padding counted, in place of that many texts; not
             for the tasks of --muse and --wmdp
         evaluation_precision: the precision of all scores before and after, the reference's too, by Lightning's name;
-            bf16-mixed computes products in bfloat16, in less time and to two or three digits; by default 32-true, but
+            bf16-mixed computes products in bfloat16, in less time: probabilities have two or three digits, and some
+            generated answers are others; the curve, the target and the probes are in float32; by default 32-true, but
             unlearn scores in bf16-mixed where it trains so, unless there is a --ledger, --strategy fsdp2, or a log as
             --reference, whose scores should have the same precision: evaluate's are 32-true if it is told no other
         reference: a model that never saw the forget set (folder or hub name), or its evaluation.jsonl; for 'scratch' it

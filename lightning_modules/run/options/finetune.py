@@ -139,7 +139,7 @@ class FinetuneOptions(Flat):
     def resolved(self) -> FinetuneOptions:
         """A copy in which no value depends on another option or on the machine any more: what config.yaml holds."""
         training = self.training
-        known = {name: value for name, value in by_machine().items() if getattr(training, name) is None}
+        known = {name: value for name, value in by_machine(training).items() if getattr(training, name) is None}
         if training.lora_rank and training.lora_alpha is None:
             known["lora_alpha"] = 2.0 * training.lora_rank
         return self.but(**known)

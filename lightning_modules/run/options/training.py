@@ -123,6 +123,10 @@ class TrainingOptions(SharedOptions, StepOptions):
             self, "batch_size", "accumulate", "epochs", "steps", "score_every", "checkpoint_every", "num_nodes"
         )
         not_negative(self, "lora_rank", "warmup_steps", "weight_decay")
+        if self.padding_free and self.compile:
+            raise ValueError(
+                "--padding-free: expected false with --compile, whose programs read batches with padding, found true; leave one of them out"
+            )
         if self.epochs is not None and self.steps is not None:
             raise ValueError(f"expected --epochs or --steps, found both, {self.epochs} and {self.steps}")
         for name in ("collapse_below", "best_below"):
@@ -194,6 +198,10 @@ class TrainingOptions(SharedOptions, StepOptions):
             raise ValueError(
                 f"--strategy {FSDP2}: expected no --gradient-checkpointing, found it: that shards gather the same weights for a layer that "
                 "is run again has not been tested; leave it out, and use more devices or a smaller --batch-size"
+            )
+        if self.padding_free:
+            raise ValueError(
+                f"--strategy {FSDP2}: expected no --padding-free, found it: the backbone alone cannot read shards; leave it out"
             )
         if self.compile:
             raise ValueError(

@@ -9,18 +9,21 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import gradsurgery as gs
 import lightning_modules as lm
 from lightning_modules import cli
 from lightning_modules.run.options import FinetuneOptions, UnlearnOptions
+from lightning_modules.training import padding_free
 from lightning_modules.training.finetuning import FinetuningModule
 from lightning_modules.training.heads import AnswerHead
 from lightning_modules.training.padding_free import rows_without_padding
+from lightning_modules.training.recomputing import recompute_activations
 from lightning_modules.training.references import SecondModel
-from tests.lightning_modules.evaluation.test_shared import ALONE, MAKERS, VOCABULARY, model_of
+from tests.lightning_modules.evaluation.test_shared import ALONE, ATTENTION, MAKERS, SIZES, VOCABULARY, model_of
 from tests.lightning_modules.run.small_runs import small_run
 from tests.lightning_modules.training.test_module import Bigram
 from tests.lightning_modules.training.test_recomputing import adapters, llama
@@ -80,6 +83,28 @@ def read(model: nn.Module) -> list[int]:
     return found
 
 
+@pytest.mark.parametrize("kind", ["adapters", "recomputed", "bfloat16"])
+def test_gradients_of_adapters_of_recomputed_layers_and_of_bfloat16_weights_too(kind: str) -> None:
+    model = model_of("llama").train()
+    if kind == "adapters":
+        torch.manual_seed(1)
+        model = get_peft_model(model, LoraConfig(r=2, init_lora_weights="gaussian", target_modules="all-linear"))
+    if kind == "recomputed":
+        recompute_activations(model)
+    if kind == "bfloat16":
+        model = model.bfloat16()
+    batch = batch_of((40, 30, 25, 20))
+    head = AnswerHead(model)
+    head.pack()
+    head.states(batch)
+    tokens = read(model)
+    found = packed_gradients(model, batch, head)
+    assert tokens[0] == 62
+    for mine, expected in zip(found, slow_gradients(model, batch), strict=True):
+        error = (mine - expected).float().norm() / expected.float().norm().clamp_min(1e-6)
+        assert error < (0.1 if kind == "bfloat16" else 1e-4), "bfloat16 has 8 bits, in every sum of two layers"
+
+
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("kind", [name for name in MAKERS if name not in (*ALONE, "llama, bfloat16", "gpt2")])
 def test_gradients_are_those_of_one_text_at_a_time_of_fewer_tokens(kind: str, left: bool) -> None:
@@ -95,10 +120,12 @@ def test_gradients_are_those_of_one_text_at_a_time_of_fewer_tokens(kind: str, le
         close(mine, expected, LINEAR[torch.float32], scale=expected.abs().max().clamp_min(1e-6))
 
 
-@pytest.mark.parametrize("kind", ["window", "bloom", "mamba"])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("kind", ALONE)
 @pytest.mark.filterwarnings("ignore:.*computes all its logits.*")
-def test_a_model_whose_attention_does_not_allow_it_goes_on_with_padding(kind: str) -> None:
+def test_a_model_whose_attention_does_not_allow_it_goes_on_with_padding(kind: str, half: bool) -> None:
     model = model_of(kind).train()
+    model = model.bfloat16() if half else model
     batch = batch_of((40, 30, 25, 20))
     plain, packing = AnswerHead(model), AnswerHead(model)
     packing.pack()
@@ -107,6 +134,20 @@ def test_a_model_whose_attention_does_not_allow_it_goes_on_with_padding(kind: st
     tokens = read(model)
     assert torch.equal(packing.states(batch).values, expected)
     assert tokens == [4 * 40]
+
+
+def test_a_window_that_only_a_later_batch_leaves_is_noticed() -> None:
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**SIZES, **ATTENTION, sliding_window=24)).train()
+    head = AnswerHead(model)
+    head.pack()
+    tokens = read(model)
+    head.states(batch_of((20, 18, 16, 14)))
+    assert tokens[-1] < 4 * 20
+    long, short = batch_of((40, 30, 25, 20), seed=1), batch_of((22, 18, 16, 14), seed=2)
+    assert torch.equal(head.states(long).values, AnswerHead(model).states(long).values)
+    head.states(short)
+    assert tokens[-1] < 4 * 22
 
 
 def test_one_that_computes_its_own_logits_or_draws_dropout_too() -> None:
@@ -130,14 +171,27 @@ def test_one_that_computes_its_own_logits_or_draws_dropout_too() -> None:
     assert tokens[-1] == 4 * 40
 
 
-def test_rows_are_of_similar_length_and_no_longer_than_256_tokens_or_the_longest_text() -> None:
+def test_rows_are_about_as_long_as_256_tokens_or_the_longest_text() -> None:
     rows = rows_without_padding(batch_of((90, 80, 70, 60, 90, 50, 60, 64)), torch.float32)
     assert rows is not None
     assert rows.inputs["input_ids"].shape[0] == 2
-    assert rows.inputs["input_ids"].shape[1] < 256
+    assert rows.inputs["input_ids"].shape[1] < 256 + 30
     long = rows_without_padding(batch_of((400, 13, 60, 90, 90)), torch.float32)
     assert long is not None
-    assert long.inputs["input_ids"].shape == (2, 400)
+    assert long.inputs["input_ids"].shape[1] <= 500
+    prompt = torch.arange(200).repeat(32, 1)
+    ids = torch.cat([prompt, torch.randint(3, VOCABULARY, (32, 20))], dim=1)
+    asked = rows_without_padding({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.float32)
+    assert asked is not None
+    assert asked.inputs["input_ids"].shape[1] <= 300
+
+
+def test_a_mask_of_more_than_64_mib_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = batch_of((90, 80, 70, 60))
+    rows = rows_without_padding(batch, torch.float32)
+    assert rows is not None
+    monkeypatch.setattr(padding_free, "_MASK", rows.inputs["attention_mask"].numel() - 1)
+    assert rows_without_padding(batch, torch.float32) is None
 
 
 def test_a_batch_without_padding_and_without_a_common_beginning_stays_as_it_is() -> None:
@@ -228,15 +282,22 @@ def test_a_given_model_is_read_so_by_default_on_a_cpu_and_the_one_from_scratch_i
     assert UnlearnOptions().resolved().training.padding_free is False
     asked = UnlearnOptions.of(model="m", forget="f", retain="r", padding_free=False)
     assert asked.resolved().training.padding_free is False
+    for other in ({"compile": True}, {"strategy": "fsdp2"}):
+        assert UnlearnOptions.of(model="m", forget="f", retain="r", **other).resolved().training.padding_free is False
+        with pytest.raises(ValueError, match="padding-free"):
+            UnlearnOptions.of(model="m", forget="f", retain="r", padding_free=True, **other).check()
+    assisted = UnlearnOptions.of(model="m", forget="f", retain="r", method="uld").resolved()
+    assert assisted.training.padding_free is None
+    assisted.check_effect()  # as a resumed run does
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert UnlearnOptions.of(model="m", forget="f", retain="r").resolved().training.padding_free is False
 
 
-def test_the_command_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed: list[bool] = []
-    real = AnswerHead.pack
-    monkeypatch.setattr(AnswerHead, "pack", lambda self: (packed.append(True), real(self))[1])
-    cli.main(small_run(tmp_path / "plain", "--padding-free", "false"))
-    assert packed == []
-    cli.main(small_run(tmp_path / "packed", "--padding-free", "true"))
-    assert packed
+def test_the_command_reads_so_what_it_trains_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_by: list[int] = []
+    real = AnswerHead._read
+    monkeypatch.setattr(AnswerHead, "_read", lambda self, rows: (read_by.append(1), real(self, rows))[1])
+    assert cli.main(small_run(tmp_path / "plain", "--padding-free", "false")) == 0
+    assert read_by == []
+    assert cli.main(small_run(tmp_path / "packed", "--padding-free", "true")) == 0
+    assert len(read_by) > 4
