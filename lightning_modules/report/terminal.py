@@ -106,7 +106,8 @@ def about_scores(metrics: Mapping[str, Any]) -> list[str]:
     if metrics.get("evaluation_precision") == "bf16-mixed":
         said.append(
             "The scores were computed in bf16-mixed: probabilities have two or three digits, and some generated answers are "
-            "others than in full precision. The curve, the target and the probes are in float32; --evaluation-precision 32-true computes all so."
+            "others than in full precision. The curve, the target and the probes are in float32; "
+            "--evaluation-precision 32-true computes all so."
         )
     if metrics["reference"]:
         said.append(
