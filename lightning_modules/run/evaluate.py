@@ -58,7 +58,7 @@ def _scored(options: EvaluateOptions, splits: Splits, log: ScoredSplits | None) 
     after = score(Run(options, folder, splits, tokenizer), model)
     reference = log or reference_rows(options, splits)
     seconds = {"train": 0.0, "evaluate": time.perf_counter() - started}
-    found = contents_of_metrics(seed, None, after, reference, seconds, options.evaluation.scored_in)
+    found = contents_of_metrics(seed, None, after, reference, seconds, options.evaluation.evaluation_precision)
     if options.output.log:
         write_evaluation(folder / EVALUATION, examples_by_model(None, after, reference))
     write_json(folder / METRICS, found)

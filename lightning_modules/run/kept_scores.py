@@ -56,7 +56,7 @@ def path_of(options: Options, splits: Splits, identity: object, tokenizer: tuple
             options.data.max_length,
             evaluation.evaluation_batch_size,
             evaluation.evaluation_batch_tokens,
-            evaluation.scored_in,
+            evaluation.evaluation_precision,
         ],
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }

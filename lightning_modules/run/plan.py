@@ -40,7 +40,7 @@ def show_plan(options: UnlearnOptions, splits: Mapping[str, Sequence[Example]], 
     training, method = options.training, options.method
     said = [f"Model: {_model(options.model.model, known, options.loading.dtype)}"]
     said += [_count(split, rows, options.evaluation.evaluation_examples) for split, rows in splits.items()]
-    said.append(f"Scores: computed with --evaluation-precision {options.evaluation.scored_in}")
+    said.append(f"Scores: computed with --evaluation-precision {options.evaluation.evaluation_precision}")
     if known is not None:
         said += _example(known.tokenizer, splits["forget"][0], options.data.max_length)
     said += _first(options, splits)

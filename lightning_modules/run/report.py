@@ -11,7 +11,6 @@ from lightning_modules import report
 from lightning_modules.folder import check_links
 from lightning_modules.report.changed import Defaults
 from lightning_modules.run.options import UnlearnOptions
-from lightning_modules.run.options.precision import EXACT_SCORES
 from lightning_modules.run.resume import settled
 
 
@@ -27,8 +26,9 @@ def defaults(folder: Path | None = None) -> Defaults:
     Args:
         folder: Of a run: what it settled itself is no option that somebody gave.
     """
-    # Earlier versions, whose config.yaml does not say the precision of scores, had one.
-    plain = UnlearnOptions().flat() | {"evaluation_precision": EXACT_SCORES, "padding_free": False}
+    plain = UnlearnOptions().flat() | {
+        "padding_free": False
+    }  # as earlier versions did, whose config.yaml does not say it
     return Defaults(plain, partial(_usual, settled=() if folder is None else settled(folder)))
 
 
@@ -39,8 +39,6 @@ def _usual(config: Mapping[str, Any], settled: Sequence[str]) -> dict[str, Any]:
     usual |= {name: config[name] for name in settled if name in config}
     if isinstance(config.get("probes"), bool):  # as earlier versions wrote it
         usual["probes"] = usual["probes"] == "quick"
-    if config.get("ledger") is not None:
-        usual["evaluation_precision"] = EXACT_SCORES
     # These defaults depend on the machine, and the report may be drawn on another one than the run's.
     usual["padding_free"] = config.get("padding_free", False)
     return usual | {"precision": "bf16-mixed" if config.get("precision") == "bf16-mixed" else "32-true"}

@@ -10,7 +10,6 @@ from lightning_modules.data.files import read_json
 from lightning_modules.folder import CHECKPOINTS, CONFIG, METRICS, TRAINING, check_links, write_config
 from lightning_modules.run.options import AUTO, FinetuneOptions, UnlearnOptions
 from lightning_modules.run.options.flat import flag
-from lightning_modules.run.options.precision import EXACT_SCORES
 from lightning_modules.run.options.shared import NO_PART
 from lightning_modules.run.run import Run
 from lightning_modules.run.saved import read_options
@@ -75,8 +74,8 @@ def resumed(given: OptionsT, stated: Collection[str] = ()) -> OptionsT:
     check_links(folder)
     values = read_options(config, kind)
     names = set(kind.names())
-    earlier = {"evaluation_precision": EXACT_SCORES, "padding_free": False}  # what versions did that do not say it
-    values = {name: value for name, value in earlier.items() if name in names} | values
+    if "padding_free" in names:
+        values = {"padding_free": False} | values  # as versions did that do not say it
     place = {"output": given.output.output}
     saved = kind.of(**values | place)
     usual = kind.of(**place | ({"model": given.model.model} if isinstance(given, UnlearnOptions) else {}))

@@ -160,7 +160,7 @@ def _leave(run: Run[UnlearnOptions], unlearned: Unlearned, log: ScoredSplits | N
     if unlearned.probe is not None:
         unlearned.probe()
     before = unlearned.before
-    seed, precision = run.options.output.seed, run.options.evaluation.scored_in
+    seed, precision = run.options.output.seed, run.options.evaluation.evaluation_precision
     found = contents_of_metrics(seed, before, after, reference, seconds, precision)
     if unlearned.target is not None:
         found["target"] = dict(unlearned.target)

@@ -321,8 +321,7 @@ class UnlearnOptions(Options):
             finish = replace(finish, finish_lr=training.lr / 2.0)
         name = self.ledger.ledger  # wherever the command is started that goes on with the run
         ledger = self.ledger if name is None else replace(self.ledger, ledger=str(Path(name).resolve()))
-        evaluation = self.evaluation.resolved(training.precision, ledger=name is not None, sharded=training.sharded)
-        return replace(self, evaluation=evaluation, training=training, finish=finish, ledger=ledger)
+        return replace(self, training=training, finish=finish, ledger=ledger)
 
     def recorded(self) -> dict[str, Any]:
         """What config.yaml holds: every option but --resume and --dry-run, which are no part of what the run is."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning_modules.data.formats import AUTO, format_by_name
 from lightning_modules.run.options.flat import at_least_one, flag, not_negative
-from lightning_modules.run.options.precision import AUTOCAST, EXACT_SCORES, evaluation_precision
-from lightning_modules.run.places import is_log
+from lightning_modules.run.options.precision import AUTOCAST, EXACT_SCORES
 
 TOFUSplit = Literal["forget01", "forget05", "forget10"]
 MUSECorpus = Literal["news", "books"]
@@ -160,11 +159,10 @@ class EvaluationOptions:
         evaluation_batch_size: texts a forward pass when scoring, and answers generated together
         evaluation_batch_tokens: tokens a forward pass when scoring, padding counted, in place of that many texts; not
             for the tasks of --muse and --wmdp
-        evaluation_precision: the precision of all scores before and after, the reference's too, by Lightning's name;
-            bf16-mixed computes products in bfloat16, in less time: probabilities have two or three digits, and some
-            generated answers are others; the curve, the target and the probes are in float32; by default 32-true, but
-            unlearn scores in bf16-mixed where it trains so, unless there is a --ledger, --strategy fsdp2, or a log as
-            --reference, whose scores should have the same precision: evaluate's are 32-true if it is told no other
+        evaluation_precision: the precision of the scores before and after, and of a reference model's, by Lightning's
+            name; bf16-mixed computes products in bfloat16, in about three quarters of the time on a CPU that does:
+            probabilities have two or three digits, and some generated answers are others; the curve, the target and
+            the probes are in float32 all the same; give it to evaluate too where its scores are compared with a run's
         reference: a model that never saw the forget set (folder or hub name), or its evaluation.jsonl; for 'scratch' it
             is trained
         reference_cache: keep the scores of a reference model and of the one before unlearning, and use them again;
@@ -175,36 +173,23 @@ class EvaluationOptions:
     evaluation_examples: int = 400
     evaluation_batch_size: int = 32
     evaluation_batch_tokens: int | None = None
-    evaluation_precision: str | None = None
+    evaluation_precision: str = EXACT_SCORES
     reference: str | None = None
     reference_cache: bool = True
 
     def check(self) -> None:
         """Raise ValueError on options outside their domain."""
         at_least_one(self, "max_new_tokens", "evaluation_examples", "evaluation_batch_size", "evaluation_batch_tokens")
-        if self.scored_in not in (EXACT_SCORES, AUTOCAST):
+        if self.evaluation_precision not in (EXACT_SCORES, AUTOCAST):
             raise ValueError(
-                f"--evaluation-precision: expected {EXACT_SCORES} or {AUTOCAST}, found {self.scored_in!r:.80}; float16 ends at 65504, "
-                "which activations of language models may pass, and weights keep the type that --dtype says"
+                f"--evaluation-precision: expected {EXACT_SCORES} or {AUTOCAST}, found {self.evaluation_precision!r:.80}; float16 ends at "
+                "65504, which activations of language models may pass, and weights keep the type that --dtype says"
             )
-
-    def resolved(self, training: str | None, *, ledger: bool, sharded: bool) -> EvaluationOptions:
-        """A copy that says the precision of the scores of `unlearn`, see `precision.evaluation_precision`."""
-        if self.evaluation_precision is not None:
-            return self
-        log = self.reference is not None and is_log(self.reference)
-        precision = evaluation_precision(training, ledger=ledger, log=log, sharded=sharded)
-        return replace(self, evaluation_precision=precision)
-
-    @property
-    def scored_in(self) -> str:
-        """The precision of the scores; what is not resolved is that of `evaluate`."""
-        return EXACT_SCORES if self.evaluation_precision is None else self.evaluation_precision
 
     @property
     def autocast(self) -> bool:
         """Whether scores are computed under autocast to bfloat16."""
-        return self.scored_in == AUTOCAST
+        return self.evaluation_precision == AUTOCAST
 
 
 @dataclass(frozen=True)

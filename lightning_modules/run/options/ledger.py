@@ -75,7 +75,7 @@ class LedgerOptions:
         if evaluation.autocast:
             raise ValueError(
                 "--evaluation-precision: expected 32-true with --ledger, whose scores have to come out again on other machines, found "
-                f"{evaluation.scored_in}, which gives two or three digits; leave it out"
+                f"{evaluation.evaluation_precision}, which gives two or three digits; leave it out"
             )
         found = {
             "--method uld, whose model is two": method.method == "uld",

@@ -33,7 +33,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_they_are_scored_before_and_after_and_change_no_weight(tmp_path: Path) -> None:
-    arguments = small_run(tmp_path, "--evaluation-precision", "32-true")
+    arguments = small_run(tmp_path)
     (tmp_path / "others.json").write_text(json.dumps(OTHERS))
     heldout = ["--retain-heldout", str(tmp_path / "others.json"), "--output", str(tmp_path / "with")]
     assert cli.main(arguments) == cli.main([*arguments, *heldout]) == 0

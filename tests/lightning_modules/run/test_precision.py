@@ -13,12 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_modules import cli
 from lightning_modules.data.tokenization import encode
-from lightning_modules.folder import write_config
 from lightning_modules.report.terminal import about_scores
 from lightning_modules.run import unlearn as unlearn_command
 from lightning_modules.run.options import EvaluateOptions, FinetuneOptions, UnlearnOptions
-from lightning_modules.run.report import defaults
-from lightning_modules.run.resume import resumed
 from tests.lightning_modules.evaluation.test_shared import slow_nll
 from tests.lightning_modules.run.small_runs import small_run
 from tests.tolerances import AUTOCAST, close
@@ -49,11 +46,9 @@ def test_the_default_is_bfloat16_where_the_machine_computes_it_but_not_from_scra
         assert options.resolved().training.precision == expected
         assert options.but(precision="16-mixed").resolved().training.precision == "16-mixed"
         if isinstance(options, UnlearnOptions):
-            assert options.resolved().evaluation.scored_in == expected
-            assert options.but(precision="16-mixed").resolved().evaluation.scored_in == "32-true"
+            assert options.resolved().evaluation.evaluation_precision == "32-true"
     assert UnlearnOptions().resolved().training.precision == "32-true"
-    assert UnlearnOptions().resolved().evaluation.evaluation_precision == "32-true"
-    assert EvaluateOptions.of(model="some/model").evaluation.scored_in == "32-true"
+    assert EvaluateOptions.of(model="some/model").evaluation.evaluation_precision == "32-true"
 
 
 def test_on_an_apple_gpu_it_stays_float32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,24 +57,6 @@ def test_on_an_apple_gpu_it_stays_float32(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": True})
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert UnlearnOptions.of(model="some/model").resolved().training.precision == "32-true"
-
-
-HALF = UnlearnOptions.of(model="some/model", precision="bf16-mixed")
-
-
-def test_scores_that_are_compared_with_exact_ones_are_exact(tmp_path: Path) -> None:
-    log = tmp_path / "evaluation.jsonl"
-    log.write_text("")
-    for changes, expected in (
-        ({"reference": str(tmp_path)}, "bf16-mixed"),  # a model, which is scored alike
-        ({"reference": str(log)}, "32-true"),  # as evaluate scores
-        ({"ledger": str(tmp_path / "ledger")}, "32-true"),
-        ({"strategy": "fsdp2"}, "32-true"),
-        ({"reference": str(log), "evaluation_precision": "bf16-mixed"}, "bf16-mixed"),
-        ({"precision": "32-true", "evaluation_precision": "bf16-mixed"}, "bf16-mixed"),
-        ({"evaluation_precision": "32-true"}, "32-true"),
-    ):
-        assert HALF.but(**changes).resolved().evaluation.scored_in == expected, changes
 
 
 def test_scores_of_a_ledger_and_of_float16_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,15 +69,6 @@ def test_scores_of_a_ledger_and_of_float16_are_refused(capsys: pytest.CaptureFix
             "--evaluation-precision: expected 32-true or bf16-mixed, found '16-mixed'; float16"
             in capsys.readouterr().err
         )
-
-
-def test_runs_of_earlier_versions_were_scored_in_float32(tmp_path: Path) -> None:
-    assert defaults().plain["evaluation_precision"] == "32-true"
-    values = HALF.resolved().recorded() | {"output": str(tmp_path)}
-    for said, expected in ({}, "bf16-mixed"), ({"evaluation_precision": None}, "32-true"):
-        write_config(tmp_path, "unlearn", {name: v for name, v in (values | said).items() if said != {name: v}})
-        again = resumed(UnlearnOptions.of(model="some/model", output=str(tmp_path), resume=True))
-        assert again.resolved().evaluation.scored_in == expected
 
 
 def test_all_scores_of_a_run_are_those_of_plain_passes_under_autocast(
