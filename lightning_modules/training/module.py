@@ -165,7 +165,9 @@ class UnlearningModule(ResumableModule):
     def head(self) -> AnswerHead:
         """The model in two parts, taken apart again when `model` is replaced."""
         if self._answer_head.model is not self.model:
-            self._answer_head = AnswerHead(self.model)
+            packs, self._answer_head = self._answer_head.packs, AnswerHead(self.model)
+            if packs:
+                self._answer_head.pack()
         return self._answer_head
 
     def configure_model(self) -> None:

@@ -263,6 +263,14 @@ def test_unlearning_takes_the_same_steps_also_beside_a_second_model() -> None:
     assert (found[0] - before).abs().max() > 1e-3
 
 
+def test_a_model_that_is_replaced_is_read_in_the_same_way() -> None:
+    module = lm.UnlearningModule(model_of("llama"))
+    module.head.pack()
+    module.model = model_of("llama, eager")
+    assert module.head.packs
+    assert module.head.model is module.model
+
+
 def test_teaching_takes_the_same_steps() -> None:
     losses: list[Tensor] = []
     for packs in (False, True):
