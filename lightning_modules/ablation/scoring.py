@@ -17,7 +17,7 @@ from lightning_modules.data.examples import Example, answered, asked, evenly_spa
 from lightning_modules.data.heldout import RETAIN_HELDOUT
 from lightning_modules.data.tokenization import Encoded, encode, padding_id
 from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate, truth_ratios
-from lightning_modules.evaluation.likelihood import answer_nll, device_of
+from lightning_modules.evaluation.likelihood import answer_nll, autocasting
 from lightning_modules.evaluation.utility import utility_inputs
 from lightning_modules.metrics.functional import UTILITY_SPLITS, forget_quality, model_utility
 from lightning_modules.progress import Stage
@@ -104,11 +104,8 @@ class Scorer:
     def _nll(self, model: nn.Module, encoded: Sequence[Encoded]) -> torch.Tensor:
         pad, size = padding_id(self.tokenizer), self.given.batch_size
         stage = Stage("Scoring answers", len(encoded))
-        with self._precision(model):
+        with autocasting(model, enabled=self.given.autocast):
             return answer_nll(model, encoded, pad_token_id=pad, batch_size=size, advance=stage.advance)
-
-    def _precision(self, model: nn.Module) -> torch.autocast:
-        return torch.autocast(device_of(model).type, torch.bfloat16, enabled=self.given.autocast)
 
     def thoroughly(self, model: nn.Module, *, attack: bool | None = None) -> dict[str, Any]:
         """Means over the examples, forget quality, and under `examples` the values behind them, without texts.
@@ -127,7 +124,7 @@ class Scorer:
         splits = {"forget": self.forget, "retain": self.retain}
         heldout = {RETAIN_HELDOUT: self.heldout} if self.heldout else {}
         lines = not sys.stderr.isatty()  # a terminal shows the bar of all runs
-        with self._precision(model):
+        with autocasting(model, enabled=self.given.autocast):
             likely = evaluate(
                 model, self.tokenizer, splits | heldout, replace(settings, generate=False), progress=lines
             ).examples

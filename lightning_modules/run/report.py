@@ -26,9 +26,8 @@ def defaults(folder: Path | None = None) -> Defaults:
     Args:
         folder: Of a run: what it settled itself is no option that somebody gave.
     """
-    plain = UnlearnOptions().flat() | {
-        "padding_free": False
-    }  # as earlier versions did, whose config.yaml does not say it
+    # Earlier versions, whose config.yaml does not say it, read batches with padding.
+    plain = UnlearnOptions().flat() | {"padding_free": False}
     return Defaults(plain, partial(_usual, settled=() if folder is None else settled(folder)))
 
 

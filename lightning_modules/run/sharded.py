@@ -45,10 +45,9 @@ def by_shards(
 ) -> tuple[Run[UnlearnOptions], Unlearned]:
     """As `methods.by_surgery`, with the model sharded over all processes by FSDP2.
 
-    The processes are started before the model is loaded, and only the first one loads it. Scores are those of float32
-    shards of the whole model, before and after, so that they are the same as in one process, also where
-    --evaluation-precision has them computed under autocast; with --precision bf16-mixed only the training, with the
-    curve that watches it, gathers bfloat16 weights.
+    The processes are started before the model is loaded, and only the first one loads it. Scores before and
+    after are those of float32 shards, so that they are the same as in one process; --evaluation-precision puts both
+    under autocast. With --precision bf16-mixed the training, and the curve that watches it, gather bfloat16 weights.
 
     Returns:
         The run, and in every process what it leaves.

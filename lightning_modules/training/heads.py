@@ -104,8 +104,10 @@ class AnswerHead:
         if self.model.training and has_dropout(self.model):
             return None
         chosen = two_texts(batch)
-        rows = None if chosen is None else self._rows(batch)
-        if rows is None or chosen is None:
+        if chosen is None:
+            return None
+        rows = self._rows(batch)
+        if rows is None:
             return None
         if longest > self._packable:
             if not self._same_in_a_row(batch, chosen):

@@ -67,16 +67,16 @@ def rows_without_padding(batch: Mapping[str, Tensor], dtype: torch.dtype, *, tog
     places = torch.zeros(ids.shape, dtype=torch.long)
     for number, (row, tree) in enumerate(zip(rows, trees, strict=True)):
         for place, path in zip(row, tree.paths, strict=True):
-            places[place, seen[place]] = torch.tensor(path) + number * width
+            places[place, seen[place]] = torch.tensor(path, dtype=torch.long) + number * width
     return Rows({name: tensor.to(device) for name, tensor in made.items()}, places.to(device))
 
 
 def _balanced(texts: Sequence[Sequence[int]]) -> list[list[int]]:
     """Places of the texts in rows of similar length: the longest text first, each into the shortest row."""
-    first, longest = texts[0], max(map(len, texts))
-    common = min(common_beginning(first, text) for text in texts)
-    own = [len(text) - common for text in texts]
-    room = max(1, max(ROW_TOKENS, longest) - common)
+    longest = max(texts, key=len)
+    common = min((common_beginning(longest, text) for text in texts if text), default=0)
+    own = [max(0, len(text) - common) for text in texts]
+    room = max(1, max(ROW_TOKENS, len(longest)) - common)
     count = min(len(texts), max(1, round(sum(own) / room)))
     rows: list[list[int]] = [[] for _ in range(count)]
     sizes = [0] * count

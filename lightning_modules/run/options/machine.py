@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_modules.run.options.precision import default_precision
+from lightning_modules.run.options.precision import AUTOCAST, default_precision
 from lightning_modules.run.options.shared import SharedOptions
 
 
@@ -22,7 +22,7 @@ def by_machine(training: SharedOptions, *, scratch: bool = False) -> dict[str, A
     import torch  # only here: the parser needs these options before torch is there
 
     precision = default_precision(scratch=scratch)
-    half = (training.precision or precision) == "bf16-mixed"
+    half = (training.precision or precision) == AUTOCAST
     gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     return {
         "precision": precision,

@@ -200,6 +200,15 @@ def test_a_batch_without_padding_and_without_a_common_beginning_stays_as_it_is()
     assert rows_without_padding({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.float32) is None
 
 
+def test_a_text_without_a_token_is_left_out_of_the_rows() -> None:
+    batch = batch_of((40, 30, 25, 20))
+    batch["attention_mask"][3] = 0
+    rows = rows_without_padding(batch, torch.float32)
+    assert rows is not None
+    assert rows.inputs["input_ids"].numel() == 62 - (20 - START)
+    assert not rows.places[3].any()
+
+
 def test_texts_that_are_all_the_same_say_nothing_about_the_model() -> None:
     model = model_of("window").train()
     text = batch_of((40, 30))["input_ids"][:1]
