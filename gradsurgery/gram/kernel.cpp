@@ -9,7 +9,6 @@
 
 namespace {
 
-constexpr int64_t kBlock = 1024;       // numbers of a row whose products are summed in float32: 64 a lane
 constexpr int64_t kChunk = 1 << 16;    // what a thread takes at a time, a multiple of kBlock
 constexpr int64_t kMostRows = 16;
 

@@ -42,16 +42,10 @@ class Kernel:
     """
 
     def __init__(self, library: Library) -> None:
-        try:
-            loaded = ctypes.CDLL(str(library.path))
-            self._products, self._combine = loaded.gradsurgery_products, loaded.gradsurgery_combine
-        except (OSError, AttributeError) as error:
-            raise Unavailable(f"the built library cannot be loaded ({error})") from error
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
-        self._products.argtypes = self._combine.argtypes = [
-            *(integer, integer, pointer, pointer, pointer, pointer, integer),
-            *(integer, pointer, pointer),
-        ]
+        arguments = (integer, integer, pointer, pointer, pointer, pointer, integer, integer, pointer, pointer)
+        self._products = library.function("gradsurgery_products", *arguments)
+        self._combine = library.function("gradsurgery_combine", *arguments)
         self.about, self.number = library.about, library.number
         with torch.device("cpu"):  # not on the default device, which may be another
             _check(self)

@@ -55,8 +55,8 @@ tensor([0.6931, 0.0000])
 
 from gradsurgery.losses import _rows, _sequences, _tokens
 from gradsurgery.losses._answers import answer_lengths, answer_tokens, sequence_sum, token_mean
+from gradsurgery.losses._backend import backend
 from gradsurgery.losses._checks import IGNORED
-from gradsurgery.losses._compiled import backend
 from gradsurgery.losses._head import Head, Reference
 from gradsurgery.losses._linear import linear
 from gradsurgery.losses._loss import Loss

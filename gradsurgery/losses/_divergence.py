@@ -3,7 +3,7 @@ r"""A model's distribution compared with another one: the divergence or the cros
 The divergence of $q$ from $p$ is computed as $\sum_i q_i (e^{u_i} - 1 - u_i)$ with the log ratios
 $u_i = \log(p_i / q_i)$. No term is negative, and an error in a normaliser enters only by its square. Two models that
 hardly differ therefore get a small divergence, and not the rounding noise of two large sums. The gradient
-$q_i (e^{u_i} - 1)$ is as exact. `_pairs` does this arithmetic, one block of rows at a time, or a kernel (`_compiled`).
+$q_i (e^{u_i} - 1)$ is as exact. `_pairs` does this arithmetic, one block of rows at a time, or `_divergence_kernel`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsurgery.losses._backend import worth_a_kernel
 from gradsurgery.losses._checks import IGNORED, float_type
-from gradsurgery.losses._compiled import Compared, kernel_for
+from gradsurgery.losses._divergence_kernel import Compared, Kernel, built
+from gradsurgery.losses._in_memory import labels_fit
 from gradsurgery.losses._pairs import Pair, Room, Totals, blocks
+
+
+def kernel_for(compared: Compared) -> Kernel | None:
+    """The kernel, if it takes these rows and is worth calling."""
+    logits, reference, labels, beta = compared
+    if not worth_a_kernel(logits, *(() if reference is None else (reference,))):
+        return None
+    if labels is not None and beta is not None and not labels_fit(labels, logits.shape[1]):
+        return None
+    kernel = built()
+    return None if isinstance(kernel, str) else kernel
 
 
 def _pair(compared: Compared, rows: slice, room: Room, totals: Totals | None = None) -> Pair:

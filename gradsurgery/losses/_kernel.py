@@ -1,7 +1,7 @@
-"""Log-odds of rows of logits, and their gradients in place, by Triton kernels where there is a GPU.
+"""Log-odds of rows of logits, and their gradients, by kernels: Triton's on a GPU, one in C++ on a CPU.
 
-Where the kernels are not `usable`, ``reduce_`` and ``gradient`` of `_log_odds` do the same in plain PyTorch. The tests
-compare the two.
+Where they are not `usable`, ``reduce_`` and ``gradient`` of `_log_odds` do the same in plain PyTorch. The tests compare
+them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradsurgery.losses import _odds_kernel
+from gradsurgery.losses._backend import worth_a_kernel
 from gradsurgery.losses._log_odds import log1p_exp
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,16 +51,17 @@ class Statistics(NamedTuple):
 
 
 def usable(logits: Tensor) -> bool:
-    """Whether the kernels can take these rows."""
+    """Whether a kernel takes these rows, and is worth calling."""
     # Looked at first, so that nobody with a CPU waits for an import of Triton.
-    if not (logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return False
-    return logits.dtype in _TYPES and logits.is_contiguous() and _kernels() is not None
+    if logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+        return logits.dtype in _TYPES and logits.is_contiguous() and _triton() is not None
+    return worth_a_kernel(logits) and not isinstance(_odds_kernel.built(), str)
 
 
 def reduce(logits: Tensor, labels: Tensor, scale: float, softcap: float | None) -> Statistics:
     """Read ``[n, V]`` raw logits once, scaled, capped and in float32 as they are read; they are not changed."""
-    largest, rest, label, runner_up = _required().reduce(logits, labels, scale, softcap)
+    labels = labels.long().contiguous()
+    largest, rest, label, runner_up = _kernels(logits).reduce(logits, labels, scale, softcap)
     log_rest, label = rest.log(), label - largest
     total, other_total = log1p_exp(log_rest), torch.logaddexp(log_rest, label)
     return Statistics(
@@ -66,7 +69,9 @@ def reduce(logits: Tensor, labels: Tensor, scale: float, softcap: float | None) 
     )
 
 
-def gradient_(logits: Tensor, statistics: Statistics, own: Tensor, other: Tensor | None) -> None:
+def gradient_(
+    logits: Tensor, statistics: Statistics, own: Tensor, other: Tensor | None, to: Tensor | None = None
+) -> None:
     """Overwrite raw logits by the gradient of ``own * d_y + other * d_v`` with respect to them.
 
     Args:
@@ -74,6 +79,7 @@ def gradient_(logits: Tensor, statistics: Statistics, own: Tensor, other: Tensor
         statistics: What `reduce` returned.
         own: ``[n]``, the slope by the labels' log-odds.
         other: ``[n]``, the slope by the runners-up's log-odds, or None.
+        to: What to write instead of the logits, on a CPU.
     """
     own = own.contiguous()  # the kernel reads number n at place n, and a slope may be an expanded tensor
     other = None if other is None else other.contiguous()
@@ -81,7 +87,7 @@ def gradient_(logits: Tensor, statistics: Statistics, own: Tensor, other: Tensor
     if other is not None:
         at_label = at_label - other * (statistics.label - statistics.other_total).exp()
         at_runner_up = at_runner_up + other
-    _required().gradient_(
+    _kernels(logits).gradient_(
         logits,
         statistics.largest,
         # Exponents instead of factors: the factor of a runner-up that is nearly certain would overflow.
@@ -89,20 +95,21 @@ def gradient_(logits: Tensor, statistics: Statistics, own: Tensor, other: Tensor
         None if other is None else (statistics.other_total, other),
         ((statistics.labels, at_label), (statistics.runner_up, at_runner_up)),
         (statistics.scale, statistics.softcap),
+        **({} if to is None else {"to": to}),
     )
 
 
-def _required() -> Any:
-    kernels = _kernels()
-    if kernels is None:
-        raise RuntimeError("expected Triton, which is not installed; `usable` tells")
+def _kernels(logits: Tensor) -> Any:
+    kernels = _triton() if logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1" else _odds_kernel.built()
+    if kernels is None or isinstance(kernels, str):
+        raise RuntimeError("expected a kernel, found none; `usable` tells")
     return kernels
 
 
 @cache
-def _kernels() -> Any:
+def _triton() -> Any:
     try:
-        from gradsurgery.losses import _triton
+        from gradsurgery.losses import _triton as kernels
     except ImportError:
         return None
-    return _triton
+    return kernels

@@ -48,8 +48,8 @@ def linear(
             logits, if there are any) whose value i depends on row i only. `Loss.of` binds the `Reference` that `undial`
             and `kl_divergence` need.
         bias: ``[V]`` or None; None if ``weight`` is a `Head`.
-        chunk_size: Tokens whose logits are held at once. None chooses: on a CPU 64 to 128 with a frozen head, else as
-            many as fill 64 MiB with logits (512 MiB for a trainable half-precision head, whose gradient would lose
+        chunk_size: Tokens whose logits are held at once. None chooses: on a CPU 64 to 256 with a frozen head, else as
+            many as fill 128 MiB with logits (512 MiB for a trainable half-precision head, whose gradient would lose
             digits and time with every chunk added to it); on a GPU 256 MiB, or 1 GiB.
 
     Returns:

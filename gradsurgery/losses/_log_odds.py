@@ -10,17 +10,10 @@ A loss may also use the log-odds of the runner-up, the likeliest token that is n
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from gradsurgery.losses._checks import float_type
-
-
-def log_odds(logits: Tensor, labels: Tensor, runner_up: bool) -> tuple[Tensor, Tensor | None]:
-    """The log-odds of the labels, ``[N]``, and those of the runners-up if wanted, of logits ``[N, V]``."""
-    return _LogOdds.apply(logits, labels, runner_up)
 
 
 class Reduced(NamedTuple):
@@ -96,23 +89,3 @@ def gradient(rows: Tensor, reduced: Reduced, own: Tensor, other: Tensor | None, 
     result = rows.mul_(shares) if in_place else rows * shares
     result.scatter_(1, reduced.place, first - second * (reduced.label - reduced.other_total).exp())
     return result.scatter_(1, reduced.runner_up, second - first * (-reduced.total).exp())
-
-
-class _LogOdds(torch.autograd.Function):
-    """The log-odds of the labels ``[N]``, gradient e_y - q, and if wanted those of the runners-up."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, runner_up: bool) -> tuple[Tensor, Tensor | None]:
-        rows = logits.to(float_type(logits.dtype), copy=True)
-        reduced = reduce_(rows, labels, runner_up)
-        ctx.save_for_backward(rows, *reduced)
-        ctx.dtype = logits.dtype
-        return reduced.own, reduced.other
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, *rest = ctx.saved_tensors
-        reduced = Reduced(*rest)
-        row = gradient(rows, reduced, gradients[0], None if reduced.other is None else gradients[1], in_place=False)
-        return row.to(ctx.dtype), None, None

@@ -11,12 +11,12 @@ from gradsurgery.losses._checks import IGNORED, float_type
 from gradsurgery.losses._chunk import Task, chunks, kind, values_
 
 # Logits held at once, in bytes. On a CPU small chunks stay near the caches; a GPU needs large products.
-_BYTES = {"cpu": 64 << 20, "accelerator": 256 << 20}
+_BYTES = {"cpu": 128 << 20, "accelerator": 256 << 20}
 # Adding to a half-precision weight gradient rounds it every time, and on a CPU takes as long as the product: few, large
 # chunks.
 _BYTES_HALF_TRAINABLE = {"cpu": 512 << 20, "accelerator": 1 << 30}
 # With a frozen head nothing but the logits takes memory. More rows save little time, and fewer make the products slow.
-_FROZEN_CPU_ROWS = (64, 128)
+_FROZEN_CPU_ROWS = (64, 256)
 
 
 class _Inputs(NamedTuple):

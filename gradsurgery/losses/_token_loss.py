@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gradsurgery.losses._checks import checked
-from gradsurgery.losses._log_odds import log_odds
 from gradsurgery.losses._loss import described
+from gradsurgery.losses._on_logits import log_odds
 
 P = ParamSpec("P")
 

@@ -1,18 +1,14 @@
 // Divergences and cross-entropies of rows of logits from those of a reference, and their gradients p - q, in float32
-// with sums in float64. gradsurgery/losses/_compiled.py compiles and calls this; _divergence.py has the mathematics.
+// with sums in float64. gradsurgery/losses/_divergence_kernel.py compiles and calls this; _divergence.py has the mathematics.
 //
 // The values take three passes over a row, of which the first reads it from memory, and the gradient takes one. A row's
 // bits depend on no other row and no thread.
 
 #include "../native/lanes.h"
 
-#include <math.h>
-
 namespace {
 
-constexpr int64_t kBlock = 1024;  // numbers that are summed in float32: 64 a lane
 constexpr int kTotals = 6;
-typedef int32_t Mask __attribute__((vector_size(4 * kNative)));
 
 // What ctypes hands over.
 struct Work {
@@ -36,25 +32,7 @@ struct Flat {
     Flat operator+(int64_t) const { return Flat(); }
 };
 
-static inline Floats all(float value) { return value - Floats{}; }
 static inline Floats load(Flat) { return Floats{}; }
-static inline Floats choose(Mask mask, Floats one, Floats other) { return mask ? one : other; }
-
-// exp(x), x <= 0 or NaN, within a unit in the last place; 0 where float32 has no denormal number as small.
-static inline Floats exponential(Floats x) {
-    x = choose(x < all(-110.0f), all(-110.0f), x);
-    const Floats shifted = x * 1.44269504f + 12582912.0f;  // its last bits are x / log 2, rounded
-    const Floats whole = shifted - 12582912.0f;
-    const Floats r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    const Floats tail = (((0.00137513818f * r + 0.00836892333f) * r + 0.0416695327f) * r + 0.166665182f) * r + 0.49999988f;
-    const Floats part = (r * r) * tail + r + 1.0f;
-    Bits bits;
-    memcpy(&bits, &shifted, sizeof bits);
-    bits = (bits + (127 + 64)) << 23;  // 2^64 times too large, so that it is a normal number
-    Floats power;
-    memcpy(&power, &bits, sizeof power);
-    return part * power * 5.42101086e-20f;
-}
 
 // Row constants, and what the label's own token has: it is taken apart, in float64.
 struct Row {
@@ -106,12 +84,6 @@ struct Tops {
         }
     }
 };
-
-static inline float largest(const Floats& values) {
-    float most = values[0];
-    for (int lane = 1; lane < kNative; lane++) most = values[lane] > most ? values[lane] : most;
-    return most;
-}
 
 // Sums of the exponentials: p's but for those that are 1, how many those are, q's, and for the cross-entropy of
 // q (z - top). The ones are apart because the logarithm of 1 plus very little is wanted.
@@ -197,22 +169,7 @@ struct Gradient {
 // A row
 // ------------------------------------------------------------------------------------------------------------------
 
-static inline float wide(float value) { return value; }
-static inline float wide(Bfloat value) {
-    const uint32_t bits = (uint32_t)value << 16;
-    float found;
-    memcpy(&found, &bits, sizeof found);
-    return found;
-}
-template <class T> static inline float number(const T* from, int64_t at) { return wide(from[at]); }
 static inline float number(Flat, int64_t) { return 0.0f; }
-
-static inline void write(float* to, const float* from, int64_t n) { memcpy(to, from, n * sizeof(float)); }
-static inline void write(Bfloat* to, const float* from, int64_t n) {
-    Bfloat narrow[kBlock];
-    for (int64_t i = 0; i < n; i += kNative) store(narrow + i, load(from + i));
-    memcpy(to, narrow, n * sizeof(Bfloat));
-}
 
 // Takes a pass over a row, without the label. Logits of minus infinity fill up the last block.
 template <class Pass, class Z, class R, class To>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -12,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -44,6 +45,23 @@ class Library(NamedTuple):
     path: Path
     about: str
     number: int
+
+    def function(self, name: str, *arguments: Any) -> Callable[..., None]:
+        """A function of the library that returns nothing.
+
+        Args:
+            name: Its name.
+            *arguments: Their types for ctypes.
+
+        Raises:
+            Unavailable: If the library cannot be loaded, or has no such function.
+        """
+        try:
+            found = getattr(ctypes.CDLL(str(self.path)), name)
+        except (OSError, AttributeError) as error:
+            raise Unavailable(f"the built library cannot be loaded ({error})") from error
+        found.argtypes, found.restype = arguments, None
+        return found
 
 
 def build(source: Path, load: Callable[[Library], K]) -> K:

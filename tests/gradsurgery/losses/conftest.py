@@ -1,4 +1,4 @@
-"""For tests of losses of rows: once in plain PyTorch, once by the compiled kernel."""
+"""For tests of losses of logits: once in plain PyTorch, once by the compiled kernels."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from gradsurgery.losses import _compiled, backend
+from gradsurgery.losses import _backend, backend
 
 
 @pytest.fixture(params=["eager", "compiled"])
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "compiled" and isinstance(lacking := _compiled.built(), str):
+    if request.param == "compiled" and isinstance(lacking := _backend._built(), str):
         pytest.skip(lacking)
     with backend(request.param):
         yield request.param

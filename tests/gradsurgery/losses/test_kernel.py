@@ -1,13 +1,16 @@
-"""The Triton kernels in Triton's interpreter, against the plain PyTorch path: values and gradients, in place, whatever the rows hold."""
+"""The kernels of log-odds against plain PyTorch, Triton's in its interpreter: values and gradients, in place, whatever the rows hold."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from gradsurgery.losses import _divergence_kernel, _odds_kernel
 
 ROOT = Path(__file__).parents[3]
 WORKER = """
@@ -18,7 +21,10 @@ from gradsurgery.losses import _kernel
 from gradsurgery.losses import Head, token_loss
 from torch import Tensor
 
-assert _kernel._kernels() is not None and _kernel._kernels().INTERPRETED
+if sys.argv[1] == "triton":
+    assert _kernel._triton() is not None and _kernel._triton().INTERPRETED
+else:
+    gs.losses.backend("compiled")
 
 @token_loss(runner_up=True)
 def margin(odds: Tensor, runner_up_odds: Tensor) -> Tensor:  # its slope by the runner-up does not vanish with the runner-up's doubt
@@ -95,11 +101,22 @@ print("compared", count, "worst", worst)
 """
 
 
-def test_the_kernels_do_what_plain_pytorch_does() -> None:
-    pytest.importorskip("triton", reason="Triton is not installed: pip install triton (Linux)")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+@pytest.mark.parametrize("kernel", ["triton", "compiled"])
+def test_the_kernels_do_what_plain_pytorch_does(kernel: str) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    if kernel == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed: pip install triton (Linux)")
+        environment["TRITON_INTERPRET"] = "1"
+    elif isinstance(lacking := _odds_kernel.built(), str):
+        pytest.skip(lacking)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", WORKER], capture_output=True, text=True, env=environment
+        [sys.executable, "-W", "ignore", "-c", WORKER, kernel], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert int(done.stdout.split()[1]) > 100
+
+
+def test_where_there_is_a_compiler_no_test_is_skipped_for_a_broken_kernel() -> None:
+    if any(map(shutil.which, ("c++", "g++", "clang++"))):
+        assert not isinstance(_divergence_kernel.built(), str)
+        assert not isinstance(_odds_kernel.built(), str)

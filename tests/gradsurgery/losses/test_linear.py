@@ -492,16 +492,16 @@ def test_logits_of_all_tokens_are_never_held(trainable: bool) -> None:
     assert largest <= 32 * vocabulary * 4
 
 
-def test_a_frozen_head_chooses_64_to_128_rows_and_a_half_precision_one_few_chunks() -> None:
+def test_a_frozen_head_chooses_64_to_256_rows_and_a_half_precision_one_few_chunks() -> None:
     from gradsurgery.losses._sweep import chunk_rows
 
     for vocabulary in (50, 32000, 128256, 1_000_000):
         for dtype in (torch.float32, torch.bfloat16):
             weight = torch.empty(vocabulary, 1, dtype=dtype)
-            assert 64 <= chunk_rows(weight, trainable=False) <= 128
+            assert 64 <= chunk_rows(weight, trainable=False) <= 256
             assert chunk_rows(weight, trainable=True) * vocabulary * weight.element_size() <= 512 << 20
     assert chunk_rows(torch.empty(128256, 1, dtype=torch.bfloat16), trainable=True) >= 2048
-    assert chunk_rows(torch.empty(128256, 1), trainable=False) == 128
+    assert chunk_rows(torch.empty(128256, 1), trainable=False) == 256
     assert chunk_rows(torch.empty(1_000_000, 1), trainable=False) == 64
 
 

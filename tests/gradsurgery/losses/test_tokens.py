@@ -10,6 +10,8 @@ import gradsurgery as gs
 from tests.reference import losses as reference
 from tests.tolerances import LOSS
 
+pytestmark = pytest.mark.usefixtures("path")
+
 NAMES = list(gs.losses.LOSSES)
 VOCABULARY = 17
 

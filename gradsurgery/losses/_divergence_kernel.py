@@ -1,4 +1,4 @@
-"""Divergences and cross-entropies of rows on a CPU by divergence.cpp, and the choice between it and plain PyTorch.
+"""Divergences and cross-entropies of rows on a CPU by divergence.cpp.
 
 The kernel reads a row from memory once for its value and once for its gradient, and keeps nothing but six numbers of
 it in between. `_divergence` does the same in plain PyTorch. Both pass the same tests.
@@ -10,67 +10,19 @@ import ctypes
 import functools
 import itertools
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from gradsurgery.losses._checks import IGNORED
-from gradsurgery.native import PLAIN, Backend, Chosen, Library, Needs, Unavailable, build
+from gradsurgery.losses._in_memory import address_of, readable, rows_of, threads_for
+from gradsurgery.native import Library, Unavailable, build
 
-Choice = Literal["auto", "compiled", "eager"]
-# Below this many logits plain PyTorch takes a few milliseconds at most; building the kernel takes seconds, once.
-SMALLEST = 1 << 18
-_A_THREAD = 1 << 16
-"""Logits that are worth a thread."""
 TOTALS = 6
 """Numbers that are kept of a row, as in divergence.cpp."""
 
 _SOURCE = Path(__file__).with_name("divergence.cpp")
-_chosen = Chosen(
-    {"auto": None, "compiled": Needs("a kernel to be built", lambda: built(), "eager"), "eager": None},
-)
-
-
-def backend(choice: Choice | None = None) -> Backend:
-    """Say what computes `kl_divergence`, `uniform` and `undial` on a CPU, and why; or choose it, for the whole process.
-
-    ``"eager"`` is plain PyTorch. ``"compiled"`` is a C++ kernel for float32 and bfloat16 logits and reference logits
-    whose rows are contiguous, on logits and in `linear`. It reads a row from memory once for its value and once for its
-    gradient, and makes no temporaries. What it does not take (other types and devices) stays eager. ``"auto"``, from
-    the start on, takes the kernel for 262 144 logits or more, if there is a C++ compiler. It is built at its first use,
-    in a few seconds, and kept in `~/.cache/gradsurgery/kernel`.
-
-    Each gives the same bits on every call, with any number of threads; with "auto" the number of logits decides which
-    one it is. The two agree up to rounding, and keep as many correct digits where two distributions hardly differ, or
-    hardly overlap.
-
-    Args:
-        choice: "auto", "compiled" or "eager"; None asks and changes nothing.
-
-    Returns:
-        What runs from now on. Leaving it as a context manager restores what was chosen before.
-
-    Raises:
-        ValueError: If there is no such backend.
-        RuntimeError: If "compiled" is chosen and cannot be built; nothing is changed.
-
-    Cost: where there is no kernel in the cache yet, asking builds it.
-
-    Example:
-        >>> with backend("eager") as chosen:
-        ...     chosen.name
-        'eager'
-    """
-    restore = _chosen.choose(choice)
-    if _chosen.name == "eager":
-        return Backend("eager", "it was chosen", restore)
-    found = built()
-    if isinstance(found, str):
-        return Backend("eager", found, restore)
-    smallest = f" {SMALLEST} or more" if _chosen.name == "auto" else ""
-    return Backend("compiled", f"for{smallest} float32 and bfloat16 logits on a CPU, {found.about}", restore)
 
 
 class Compared(NamedTuple):
@@ -112,11 +64,7 @@ class Kernel:
     """
 
     def __init__(self, library: Library) -> None:
-        try:
-            self._compare = ctypes.CDLL(str(library.path)).gradsurgery_compare_rows
-        except (OSError, AttributeError) as error:
-            raise Unavailable(f"the built library cannot be loaded ({error})") from error
-        self._compare.argtypes, self._compare.restype = [ctypes.POINTER(_Work), ctypes.c_int64], None
+        self._compare = library.function("gradsurgery_compare_rows", ctypes.POINTER(_Work), ctypes.c_int64)
         self.about = library.about
         with torch.device("cpu"):  # not on the default device, which may be another
             _check(self)
@@ -143,37 +91,18 @@ class Kernel:
     def _call(
         self, compared: Compared, values: Tensor | None, totals: Tensor, weights: Tensor | None, to: Tensor | None
     ) -> None:
-        logits, reference, labels = (None if part is None else _readable(part) for part in compared[:3])
+        logits, reference, labels = (None if part is None else readable(part) for part in compared[:3])
         labels = None if compared.beta is None else labels
         if logits is None or not logits.numel():
             return
         work = _Work(
-            *(len(logits), logits.shape[1], *_rows(logits)),
-            *((0, 0, 0) if reference is None else _rows(reference)),
-            *(_address(labels), compared.beta or 0.0),
-            *(_address(values), _address(totals), _address(weights), _address(to)),
-            *(0 if to is None else _rows(to)[1], 0, 0),
+            *(len(logits), logits.shape[1], *rows_of(logits)),
+            *((0, 0, 0) if reference is None else rows_of(reference)),
+            *(address_of(labels), compared.beta or 0.0),
+            *(address_of(values), address_of(totals), address_of(weights), address_of(to)),
+            *(0 if to is None else rows_of(to)[1], 0, 0),
         )
-        self._compare(work, min(torch.get_num_threads(), -(-logits.numel() // _A_THREAD)))
-
-
-def kernel_for(compared: Compared) -> Kernel | None:
-    """The kernel, if it takes these rows and is worth calling."""
-    logits, reference, labels, beta = compared
-    if _chosen.name == "eager" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        return None
-    if logits.numel() < (SMALLEST if _chosen.name == "auto" else 1):
-        return None
-    if not _taken(logits) or not (reference is None or _taken(reference)):
-        return None
-    if labels is not None and beta is not None:
-        if not labels.is_cpu:
-            return None  # plain PyTorch says what is wrong
-        least, most = torch.where(labels == IGNORED, 0, labels).aminmax()
-        if least < 0 or most >= logits.shape[1]:
-            return None  # plain PyTorch says what is wrong
-    kernel = built()
-    return None if isinstance(kernel, str) else kernel
+        self._compare(work, threads_for(logits))
 
 
 @functools.cache
@@ -183,30 +112,6 @@ def built() -> Kernel | str:
         return build(_SOURCE, Kernel)
     except Unavailable as error:
         return str(error)
-
-
-def _taken(rows: Tensor) -> bool:
-    return (
-        (rows.dtype is torch.float32 or rows.dtype is torch.bfloat16)
-        and rows.is_cpu
-        and type(rows) in PLAIN
-        and rows.layout is torch.strided
-        and rows.stride(1) == 1
-        and not rows.is_neg()
-    )
-
-
-def _readable(tensor: Tensor) -> Tensor:
-    """As it is, unless a hook for saved tensors has given it other strides."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _rows(rows: Tensor) -> tuple[int, int, int]:
-    return rows.data_ptr(), rows.stride(0) * rows.element_size(), int(rows.dtype is torch.bfloat16)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _check(kernel: Kernel) -> None:

@@ -1,18 +1,32 @@
-"""The compiled kernel for losses of rows: what it takes, its bits, its choice, and what can keep it from being built."""
+"""The compiled kernels for losses of logits: what they take, their bits, their choice, and what can keep them from being built."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradsurgery.losses import _compiled, backend, kl_divergence, undial, uniform
-from gradsurgery.losses._compiled import Compared, Kernel
+from gradsurgery.losses import (
+    _backend,
+    _divergence,
+    _divergence_kernel,
+    _in_memory,
+    _kernel,
+    _odds_kernel,
+    backend,
+    ceu,
+    inverted_hinge,
+    kl_divergence,
+    undial,
+    uniform,
+)
 from gradsurgery.losses._divergence import cross_entropy_, divergence_
+from gradsurgery.losses._divergence_kernel import Compared, Kernel
 from gradsurgery.native import Unavailable
 from tests.reference import row_losses as reference
 from tests.tolerances import LOSS, close
@@ -24,11 +38,17 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "undial": lambda logits, labels, other: undial(logits, labels, other),
 }
 names = pytest.mark.parametrize("name", LOSSES)
+OF_ODDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "ceu": lambda logits, labels, other: ceu(logits, labels),
+    "inverted_hinge": lambda logits, labels, other: inverted_hinge(logits, labels),
+}
+ALL = LOSSES | OF_ODDS
+all_names = pytest.mark.parametrize("name", ALL)
 
 
 @pytest.fixture(autouse=True)
 def kernel() -> Iterator[Kernel]:
-    if isinstance(found := _compiled.built(), str):
+    if isinstance(found := _divergence_kernel.built(), str):
         pytest.skip(found)
     with backend("compiled"):
         yield found
@@ -44,7 +64,7 @@ def rows(vocabulary: int, kinds: tuple[torch.dtype, torch.dtype] = (F32, F32), n
 
 def differentiated(name: str, *inputs: Tensor) -> tuple[Tensor, Tensor]:
     logits = inputs[0].detach().requires_grad_()
-    values = LOSSES[name](logits, *inputs[1:])
+    values = ALL[name](logits, *inputs[1:])
     weights = torch.linspace(-1, 2, len(values), device=logits.device)
     return values.detach(), torch.autograd.grad((values * weights).sum(), logits)[0]
 
@@ -76,21 +96,21 @@ def test_every_vocabulary_and_type_gives_the_textbook_form(
     close(gradient.double(), logits.grad, LOSS[kinds[0]], scale=logits.grad.norm(dim=1, keepdim=True))
 
 
-@names
+@all_names
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_bits_depend_on_nothing_but_the_row(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not on the number of threads, on other rows, on repetition, or on where in memory a row starts."""
     inputs = rows(2500, (dtype, dtype), 12)
     expected = differentiated(name, *inputs)
     threads = torch.get_num_threads()
-    monkeypatch.setattr(_compiled, "_A_THREAD", 1)
+    monkeypatch.setattr(_in_memory, "_A_THREAD", 1)
     try:
         for number in (1, 2, 3, 7):
             torch.set_num_threads(number)
             same(differentiated(name, *inputs), expected)
     finally:
         torch.set_num_threads(threads)
-    values = LOSSES[name](*(value[3:5] for value in inputs))
+    values = ALL[name](*(value[3:5] for value in inputs))
     assert torch.equal(values, expected[0][3:5])
     for start in (1, 2, 3):
         wide = [torch.full((12, 2507), torch.nan, dtype=dtype) for _ in range(2)]
@@ -100,7 +120,7 @@ def test_bits_depend_on_nothing_but_the_row(name: str, dtype: torch.dtype, monke
         assert not logits.is_contiguous()
         same(differentiated(name, logits, inputs[1], other), expected)
     logits = inputs[0].clone().requires_grad_()
-    loss = LOSSES[name](logits, *inputs[1:]).sum()
+    loss = ALL[name](logits, *inputs[1:]).sum()
     same(torch.autograd.grad(loss, logits, retain_graph=True), torch.autograd.grad(loss, logits))
 
 
@@ -117,7 +137,7 @@ def test_gradients_over_the_logits_are_those_on_bare_logits(name: str) -> None:
     same((found, logits), expected)
 
 
-@names
+@all_names
 def test_other_layouts_and_hooks_of_saved_tensors_change_nothing(name: str) -> None:
     inputs = rows(40)
     expected = differentiated(name, *inputs)
@@ -131,7 +151,7 @@ def test_other_layouts_and_hooks_of_saved_tensors_change_nothing(name: str) -> N
     same(expanded, differentiated(name, first.repeat(6, 1), inputs[1], second.repeat(6, 1)))
 
 
-@names
+@all_names
 def test_a_default_device_is_no_obstacle(name: str) -> None:
     inputs = rows(40)
     expected = differentiated(name, *inputs)
@@ -141,7 +161,7 @@ def test_a_default_device_is_no_obstacle(name: str) -> None:
 
 def test_what_the_kernel_does_not_take(kernel: Kernel) -> None:
     def taken(logits: Tensor, other: Tensor | None = None) -> bool:
-        return _compiled.kernel_for(Compared(logits, other, None, None)) is not None
+        return _divergence.kernel_for(Compared(logits, other, None, None)) is not None
 
     class Elsewhere(Tensor):
         """Its numbers may be anywhere."""
@@ -158,6 +178,30 @@ def test_what_the_kernel_does_not_take(kernel: Kernel) -> None:
     assert not taken(lazy)
 
 
+def test_a_label_that_is_no_token_is_refused_by_plain_pytorch() -> None:
+    for loss in OF_ODDS.values():
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            loss(torch.zeros(2, 5), torch.tensor([0, 5]), torch.zeros(0))
+
+
+def test_logits_that_change_before_the_backward_pass_are_noticed() -> None:
+    logits = torch.zeros(2, 5, requires_grad=True)
+    rows = logits * 1.0
+    loss = ceu(rows, torch.tensor([0, 1])).sum()
+    rows.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_where_all_other_tokens_are_excluded_the_label_is_certain(dtype: torch.dtype) -> None:
+    logits = torch.full((2, 20), -torch.inf, dtype=dtype)
+    logits[0, 0], logits[1, 7] = 1.0, -3.0
+    found = _kernel.reduce(logits, torch.tensor([0, 7]), 1.0, None)
+    assert found.own.tolist() == [torch.inf, torch.inf]
+    assert found.runner_up.tolist() == [1, 0]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The choice
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,7 +216,7 @@ def test_auto_takes_many_logits_only(monkeypatch: pytest.MonkeyPatch) -> None:
         return kept(self, compared, weights)
 
     monkeypatch.setattr(Kernel, "measure", counted)
-    monkeypatch.setattr(_compiled, "SMALLEST", 30)
+    monkeypatch.setattr(_backend, "SMALLEST", 30)
     with backend("auto"):
         assert "for 30 or more float32" in repr(backend())
         uniform(torch.zeros(1, 29))
@@ -197,16 +241,19 @@ def test_the_choice_says_itself_and_is_restored() -> None:
 def test_without_a_compiler_plain_pytorch_runs_and_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(_compiled, "SMALLEST", 1)
-    _compiled.built.cache_clear()
+    monkeypatch.setattr(_backend, "SMALLEST", 1)
+    _divergence_kernel.built.cache_clear()
+    _odds_kernel.built.cache_clear()
     try:
-        with pytest.raises(RuntimeError, match=r"expected a kernel to be built, found that no C\+\+ compiler"):
+        with pytest.raises(RuntimeError, match=r"expected the kernels to be built, found that no C\+\+ compiler"):
             backend("compiled")
         with backend("auto") as chosen:
             assert chosen.name == "eager"
             assert uniform(torch.zeros(2, 3)).tolist() == [0.0, 0.0]
+            assert not _kernel.usable(torch.zeros(2, 3))
     finally:
-        _compiled.built.cache_clear()
+        _divergence_kernel.built.cache_clear()
+        _odds_kernel.built.cache_clear()
 
 
 @pytest.mark.parametrize("spoilt", ["values", "gradients"])
@@ -222,4 +269,22 @@ def test_a_library_that_computes_wrong_numbers_is_not_used(
 
     monkeypatch.setattr(Kernel, "measure", wrong)
     with pytest.raises(Unavailable, match="the built library computes wrong numbers"):
-        _compiled._check(kernel)
+        _divergence_kernel._check(kernel)
+
+
+@pytest.mark.parametrize("spoilt", [0, 1, 2, 3])
+def test_a_library_of_log_odds_that_computes_wrong_numbers_is_not_used(
+    spoilt: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odds = _odds_kernel.built()
+    assert not isinstance(odds, str)
+    kept = _odds_kernel.Kernel.reduce
+
+    def wrong(self: _odds_kernel.Kernel, *arguments: Any) -> tuple[Tensor, ...]:
+        found = kept(self, *arguments)
+        found[spoilt][1] += 1
+        return found
+
+    monkeypatch.setattr(_odds_kernel.Kernel, "reduce", wrong)
+    with pytest.raises(Unavailable, match="the built library computes wrong numbers"):
+        _odds_kernel._check(odds)

@@ -1,0 +1,52 @@
+"""What kernels in C++ have to know of tensors: whether they can read them, and where they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradsurgery.losses._checks import IGNORED
+from gradsurgery.native import PLAIN
+
+_A_THREAD = 1 << 16
+"""Logits that are worth a thread."""
+
+
+def labels_fit(labels: Tensor, vocabulary: int) -> bool:
+    """Whether labels are on the CPU and each is a token, or -100; where not, plain PyTorch says what is wrong."""
+    if not labels.is_cpu:
+        return False
+    least, most = torch.where(labels == IGNORED, 0, labels).aminmax()
+    return bool(least >= 0) and bool(most < vocabulary)
+
+
+def threads_for(logits: Tensor) -> int:
+    """In how many threads a kernel works on these logits."""
+    return min(torch.get_num_threads(), -(-logits.numel() // _A_THREAD))
+
+
+def rows_of(rows: Tensor) -> tuple[int, int, int]:
+    """Where rows are, how many bytes they are apart, and whether they are of bfloat16."""
+    return rows.data_ptr(), rows.stride(0) * rows.element_size(), int(rows.dtype is torch.bfloat16)
+
+
+def address_of(tensor: Tensor | None) -> int:
+    """Where a tensor is; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """As it is, unless a hook for saved tensors has given it other strides."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def taken(rows: Tensor) -> bool:
+    """Whether a kernel can read these rows ``[n, V]``."""
+    return (
+        (rows.dtype is torch.float32 or rows.dtype is torch.bfloat16)
+        and rows.is_cpu
+        and type(rows) in PLAIN
+        and rows.layout is torch.strided
+        and rows.stride(1) == 1
+        and not rows.is_neg()
+    )
