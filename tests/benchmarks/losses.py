@@ -7,8 +7,8 @@ against that. The products alone are those that nobody can avoid: logits, and th
 of the weight, of the answer tokens in one piece, without any loss. Times are the best of interleaved rounds in one process; only ratios
 mean something. Memory is the largest sum of live allocations above the inputs, the gradients included.
 
-With --rows: `kl_divergence`, `uniform` and `undial` beside plain PyTorch, on logits and with a head, where the model is far from what it is
-compared with, and where it is near: a small divergence is summed in another way than a large one.
+With --rows: losses of logits beside plain PyTorch; `kl_divergence`, `uniform` and `undial` also with a head, and where the model is far
+from what it is compared with and where it is near: a small divergence is summed in another way than a large one.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import gradsurgery as gs
 from tests.benchmarks import telling
 from tests.benchmarks.limit import keep_heap
 from tests.benchmarks.memory import peaks
+from tests.benchmarks.plain_losses import ON_LOGITS, ROWS
 from tests.benchmarks.surgery import timed
 from tests.benchmarks.telling import conditions, progress, table, turned
 
@@ -96,28 +97,6 @@ def torch_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tenso
     return functional.linear_cross_entropy(hidden[valid], weight, labels[valid], options=options)
 
 
-def plain_divergence(logits: Tensor, labels: Tensor, other: Tensor) -> Tensor:
-    target = torch.log_softmax(other.float(), -1)
-    return functional.kl_div(torch.log_softmax(logits.float(), -1), target, reduction="none", log_target=True).sum(1)
-
-
-def plain_uniform(logits: Tensor, labels: Tensor, other: Tensor) -> Tensor:
-    return -torch.log_softmax(logits.float(), -1).mean(1) - math.log(logits.shape[1])
-
-
-def plain_undial(logits: Tensor, labels: Tensor, other: Tensor) -> Tensor:
-    label = labels.clamp_min(0)[:, None]
-    target = torch.softmax(other.float().scatter_add(1, label, other.new_full((), -10.0).float().expand_as(label)), -1)
-    return functional.cross_entropy(logits.float(), target, reduction="none")
-
-
-ROWS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "kl_divergence": (plain_divergence, lambda logits, labels, other: gs.losses.kl_divergence(logits, other)),
-    "uniform": (plain_uniform, lambda logits, labels, other: gs.losses.uniform(logits)),
-    "undial": (plain_undial, gs.losses.undial),
-}
-"""Losses of rows: in plain PyTorch, and ours."""
-
 Told = dict[str, dict[str, str]]
 """What is told -> of what -> how much."""
 
@@ -128,7 +107,7 @@ def compare_rows(device: str, repeats: int, vocabulary: int, tokens: int, dtype:
     noise, other = (torch.randn(tokens, vocabulary, generator=generator) for _ in range(2))
     labels = torch.randint(vocabulary, (tokens,), generator=generator).to(device)
     other = 3.0 * other
-    starts = {name: distance * noise if name == "uniform" else other + distance * noise for name in ROWS}
+    starts = {name: distance * noise if name == "uniform" else other + distance * noise for name in ON_LOGITS}
     leaves = {name: start.to(device, dtype).requires_grad_() for name, start in starts.items()}
     other = other.to(device, dtype)
 
@@ -137,7 +116,7 @@ def compare_rows(device: str, repeats: int, vocabulary: int, tokens: int, dtype:
         leaves[name].grad = None
 
     return beside(
-        {name: tuple(partial(act, name, way) for way in ways) for name, ways in ROWS.items()}, device, repeats
+        {name: tuple(partial(act, name, way) for way in ways) for name, ways in ON_LOGITS.items()}, device, repeats
     )
 
 
