@@ -42,8 +42,10 @@ def cross_entropy(odds: Tensor) -> Tensor:  # noqa: D417 (the decorator makes lo
         ValueError: If the shapes are not ``[N, V]`` and ``[N]``, or V < 2.
         TypeError: If the labels are not integers.
 
-    Gradient row: $p - e_y$. Cost: one float copy of the logits for the backward pass; `linear` holds none. Arguments,
-    shapes, errors and cost are the same for all losses per token.
+    Gradient row: $p - e_y$. Cost: for 262 144 or more float32 or bfloat16 logits on a CPU with a C++ compiler one
+    exponential per logit twice, and seven numbers per row that are kept for the backward pass, which reads the logits
+    again (`backend`); elsewhere one float copy of the logits is kept. `linear` holds none. Arguments, shapes, errors
+    and cost are the same for all losses per token.
 
     Example:
         >>> cross_entropy(torch.tensor([[0.0, 0.0], [2.0, 0.0]]), torch.tensor([0, -100]))

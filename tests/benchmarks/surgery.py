@@ -1,4 +1,4 @@
-"""What surgery costs: beside the memory's bandwidth, beside two backward passes alone, and in memory.
+"""What surgery costs: beside the memory's bandwidth, beside a step without it, and in memory.
 
 Run it: python -m tests.benchmarks.surgery [--threads 2] [--device cuda] [--default-malloc] [--only limit] [--small] [--quick]
 
@@ -268,8 +268,8 @@ if __name__ == "__main__":
     if arguments.only in (None, "ratios"):
         tokens, layers = ((16,), 1) if arguments.quick else ((512, 256), 8)
         found = {f"{number} tokens a loss": time_ratios(arguments.device, number, repeats, layers) for number in tokens}
-        print(f"\nTwo backward passes with surgery, best of {repeats} interleaved rounds.\n")
-        print(table("times two backward passes alone", found))
+        print(f"\nA step with surgery, best of {repeats} interleaved rounds.\n")
+        print(table("times a step without surgery", found))
     if arguments.only in (None, "memory"):
         pass_table(small)
         memory_table()
