@@ -44,8 +44,8 @@ class Kernel:
     def __init__(self, library: Library) -> None:
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         arguments = (integer, integer, pointer, pointer, pointer, pointer, integer, integer, pointer, pointer)
-        self._products = library.function("gradsurgery_products", *arguments)
-        self._combine = library.function("gradsurgery_combine", *arguments)
+        self._products = library.function("gradsurgery_products", *arguments, returns=ctypes.c_int32)
+        self._combine = library.function("gradsurgery_combine", *arguments, returns=ctypes.c_int32)
         self.about, self.number = library.about, library.number
         with torch.device("cpu"):  # not on the default device, which may be another
             _check(self)

@@ -47,6 +47,8 @@ def values_(
         if differentiate:
             _kernel.gradient_(logits, statistics, own, other)
         return values
+    if loss.in_place is not None and _raw(task):
+        return loss.in_place(logits, labels.long(), reference, weights if differentiate else None)
     dtype = float_type(logits.dtype)
     values = torch.empty(len(labels), dtype=dtype, device=logits.device)
     block = max(1, _BLOCK_BYTES[kind(logits)] // (4 * logits.shape[1]))
@@ -85,6 +87,13 @@ def chunks(count: int, size: int) -> Iterator[slice]:
 def kind(tensor: Tensor) -> str:
     """The column of a table of sizes: "cpu" or "accelerator"."""
     return "cpu" if tensor.device.type == "cpu" else "accelerator"
+
+
+def _raw(task: Task) -> bool:
+    """Whether the logits are compared as the heads make them."""
+    reference = task.loss.reference
+    heads = [task] if reference is None or reference.head is None else [task, reference.head]
+    return all(head.scale == 1.0 and head.softcap is None for head in heads)
 
 
 def _capped_(rows: Tensor, scale: float, softcap: float | None) -> Tensor:

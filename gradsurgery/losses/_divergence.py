@@ -42,7 +42,7 @@ def _values(compared: Compared, pair: Pair) -> Tensor:
 
 
 def divergence_(logits: Tensor, labels: Tensor, reference: Tensor | None, weights: Tensor | None) -> Tensor:
-    """Divergences ``[n]`` of float logits, which are overwritten by the gradient of the weighted sum, given weights."""
+    """Divergences ``[n]`` of logits, which are overwritten by the gradient of the weighted sum, given weights."""
     return _overwritten(Compared(logits, reference, labels, None), weights)
 
 
@@ -57,7 +57,7 @@ def _overwritten(compared: Compared, weights: Tensor | None) -> Tensor:
     if (kernel := kernel_for(compared)) is not None:
         return kernel.measure(compared, None if weights is None else weights.contiguous())[0]
     logits = compared.logits
-    values = torch.empty_like(logits[:, 0])
+    values = logits.new_empty(len(logits), dtype=float_type(logits.dtype))
     for rows, room in blocks(logits):
         pair = _pair(compared, rows, room)
         values[rows] = _values(compared, pair)

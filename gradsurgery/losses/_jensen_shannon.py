@@ -31,9 +31,9 @@ class _Block(NamedTuple):
 
 
 def jensen_shannon_(logits: Tensor, labels: Tensor, reference: Tensor, weights: Tensor | None) -> Tensor:
-    """Values ``[n]`` of float logits, which are overwritten by the gradient of the weighted sum, given weights."""
+    """Values ``[n]`` of logits, which are overwritten by the gradient of the weighted sum, given weights."""
     del labels
-    values = torch.empty_like(logits[:, 0])
+    values = logits.new_empty(len(logits), dtype=float_type(logits.dtype))
     for rows, block in _blocks(logits, reference):
         one, other = _halves(block)
         values[rows] = 0.5 * (one + other)

@@ -46,12 +46,13 @@ class Library(NamedTuple):
     about: str
     number: int
 
-    def function(self, name: str, *arguments: Any) -> Callable[..., None]:
-        """A function of the library that returns nothing.
+    def function(self, name: str, *arguments: Any, returns: Any = None) -> Callable[..., Any]:
+        """A function of the library.
 
         Args:
             name: Its name.
             *arguments: Their types for ctypes.
+            returns: The type of what it returns, None for nothing.
 
         Raises:
             Unavailable: If the library cannot be loaded, or has no such function.
@@ -60,7 +61,7 @@ class Library(NamedTuple):
             found = getattr(ctypes.CDLL(str(self.path)), name)
         except (OSError, AttributeError) as error:
             raise Unavailable(f"the built library cannot be loaded ({error})") from error
-        found.argtypes, found.restype = arguments, None
+        found.argtypes, found.restype = arguments, returns
         return found
 
 

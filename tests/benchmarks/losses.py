@@ -1,6 +1,6 @@
 """What a loss and its head cost together: `losses.linear` beside the obvious way and beside the matrix products alone.
 
-Run it: python -m tests.benchmarks.losses [--rows] [--threads 1] [--device cuda] [--quick] [--default-malloc]
+Run it: python -m tests.benchmarks.losses [--rows] [--threads 1] [--device cuda] [--first] [--quick] [--default-malloc]
 
 The obvious way is what the papers' code does: logits of all tokens, a clone with the label at minus infinity, its softmax, cross-entropy
 against that. The products alone are those that nobody can avoid: logits, and the gradients of the hidden states and (with a trainable head)
@@ -247,10 +247,10 @@ def tell(about: str, found: dict[str, Told], by_case: bool = False) -> None:
         print(f"\n{table(f'{told}, {about}', turned(columns) if by_case else columns)}", flush=True)
 
 
-def rows_tables(device: str, repeats: int, quick: bool) -> None:
+def rows_tables(device: str, repeats: int, quick: bool, first: bool) -> None:
     """Losses of rows; with a head, half of the tokens are answers."""
     shapes = [(32000, 64)] if quick else [(32000, 64), (32000, 512), (128256, 64), (128256, 512)]
-    for vocabulary, tokens in shapes:
+    for vocabulary, tokens in shapes[:1] if first else shapes:
         found: dict[str, Told] = {}
         for dtype, distance in product((torch.float32, torch.bfloat16), (3.0, 0.1)):
             case = f"{str(dtype)[6:]}, {distance} apart"
@@ -263,14 +263,14 @@ def rows_tables(device: str, repeats: int, quick: bool) -> None:
         tell(f"V={vocabulary} H=512 N={tokens}", found, by_case=True)
 
 
-def heads_tables(device: str, repeats: int, quick: bool) -> None:
+def heads_tables(device: str, repeats: int, quick: bool, first: bool) -> None:
     """Losses with their heads."""
     shapes = [(128256, 512, 512, 0.5), (128256, 512, 512, 1.0), (32000, 2048, 512, 0.5)]
     if device != "cpu":
         shapes = [(128256, 2048, 8192, 1.0), (128256, 4096, 8192, 0.5)]
     if quick:
         shapes = [(32000, 256, 256, 0.5)]
-    for vocabulary, width, tokens, share in shapes:
+    for vocabulary, width, tokens, share in shapes[:1] if first else shapes:
         about = f"V={vocabulary} H={width} N={tokens} ({share:.0%} answers)"
         found: dict[str, Told] = {}
         for dtype, trainable in product((torch.float32, torch.bfloat16), (True, False)):
@@ -287,6 +287,7 @@ if __name__ == "__main__":
     parser.add_argument("--rows", action="store_true", help="losses of whole rows beside plain PyTorch")
     parser.add_argument("--repeats", type=int, help="rounds (5; quick: 2)")
     parser.add_argument("--quick", action="store_true", help="one small shape")
+    parser.add_argument("--first", action="store_true", help="the first shape alone, which takes minutes")
     parser.add_argument("--default-malloc", action="store_true")
     arguments = parser.parse_args()
     if not arguments.default_malloc:
@@ -294,4 +295,4 @@ if __name__ == "__main__":
     torch.set_num_threads(arguments.threads)
     repeats = arguments.repeats or (2 if arguments.quick else 5)
     print(f"{conditions()} Losses of rows: {gs.losses.backend()!r}.\n\nBest of {repeats} interleaved rounds.")
-    (rows_tables if arguments.rows else heads_tables)(arguments.device, repeats, arguments.quick)
+    (rows_tables if arguments.rows else heads_tables)(arguments.device, repeats, arguments.quick, arguments.first)

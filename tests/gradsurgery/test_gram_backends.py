@@ -230,6 +230,14 @@ def test_autograd_notices_what_was_overwritten(kernel: Kernel) -> None:
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
+def test_a_lack_of_memory_for_partial_sums_is_told_and_nothing_is_done(kernel: Kernel) -> None:
+    total = torch.zeros(1, 2, 2, dtype=torch.float64)
+    batch = Batch([(0, [torch.ones(4), torch.ones(4)])], None)
+    batch._sizes[0] = 1 << 61  # numbers; the sums of their chunks would take 2 PB
+    assert not kernel.add_products(batch, total)
+    assert not total.any()
+
+
 def test_auto_takes_large_rows_only(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
     kept = Kernel.add_products
