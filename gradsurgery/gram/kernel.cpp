@@ -246,13 +246,7 @@ static void combine_chunk(const Work* work, const int64_t* address, const double
     }
 }
 
-static int64_t all_chunks(int64_t tensors, const int64_t* sizes) {
-    int64_t chunks = 0;
-    for (int64_t t = 0; t < tensors; t++) chunks += chunks_of(sizes[t]);
-    return chunks;
-}
-
-static void* multiply(void* argument) {
+static void* run(void* argument) {
     const Work* work = (const Work*)argument;
     int64_t chunk = 0;
     for (int64_t t = 0; t < work->tensors && chunk < work->last; t++) {
@@ -260,27 +254,20 @@ static void* multiply(void* argument) {
         const int64_t* address = work->addresses + t * (work->rows + work->writes);
         for (int64_t c = work->first > chunk ? work->first - chunk : 0; c < number && chunk + c < work->last; c++) {
             const int64_t begin = c * kChunk, end = begin + kChunk < size ? begin + kChunk : size;
-            multiply_chunk(work, address, begin, end, work->partial + (chunk + c) * work->rows * work->rows);
+            if (work->coefficients)
+                combine_chunk(work, address, work->coefficients + work->blocks[t] * work->rows, begin, end);
+            else
+                multiply_chunk(work, address, begin, end, work->partial + (chunk + c) * work->rows * work->rows);
         }
         chunk += number;
     }
     return nullptr;
 }
 
-// From the end: the products have just read what is there, and it may still be in a cache.
-static void* combine(void* argument) {
-    const Work* work = (const Work*)argument;
-    int64_t chunk = all_chunks(work->tensors, work->sizes);
-    for (int64_t t = work->tensors - 1; t >= 0 && chunk > work->first; t--) {
-        const int64_t size = work->sizes[t], number = chunks_of(size);
-        const int64_t* address = work->addresses + t * work->rows;
-        chunk -= number;
-        for (int64_t c = (work->last - chunk < number ? work->last - chunk : number) - 1; c >= 0 && chunk + c >= work->first; c--) {
-            const int64_t begin = c * kChunk, end = begin + kChunk < size ? begin + kChunk : size;
-            combine_chunk(work, address, work->coefficients + work->blocks[t] * work->rows, begin, end);
-        }
-    }
-    return nullptr;
+static int64_t all_chunks(int64_t tensors, const int64_t* sizes) {
+    int64_t chunks = 0;
+    for (int64_t t = 0; t < tensors; t++) chunks += chunks_of(sizes[t]);
+    return chunks;
 }
 
 }  // namespace
@@ -293,7 +280,7 @@ extern "C" int32_t gradsurgery_products(
     const int64_t chunks = all_chunks(tensors, sizes);
     double* partial = (double*)calloc(chunks * rows * rows + 1, sizeof(double));
     if (!partial) return 1;
-    in_parts(Work{rows, tensors, addresses, sizes, blocks, nullptr, writes, written, weights, partial, 0, 0}, chunks, threads, multiply);
+    in_parts(Work{rows, tensors, addresses, sizes, blocks, nullptr, writes, written, weights, partial, 0, 0}, chunks, threads, run);
     const double* from = partial;
     for (int64_t t = 0; t < tensors; t++) {
         double* to = total + blocks[t] * rows * rows;
@@ -316,6 +303,6 @@ extern "C" int32_t gradsurgery_combine(
     const double* coefficients, int64_t threads, int64_t, const int64_t*, const double*
 ) {
     const Work work{rows, tensors, addresses, sizes, blocks, coefficients, 0, nullptr, nullptr, nullptr, 0, 0};
-    in_parts(work, all_chunks(tensors, sizes), threads, combine);
+    in_parts(work, all_chunks(tensors, sizes), threads, run);
     return 0;
 }

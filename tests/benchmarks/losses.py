@@ -202,17 +202,22 @@ def peak(function: Callable[[], None], device: str) -> float:
 
 def compare(device: str, repeats: int, *shape: object) -> Told:
     hidden, weight, labels = case(device, *shape)  # pyright: ignore[reportArgumentType]
+    usual, own, usual_ce, own_ce, torch_ce, alone = (
+        "CE-U as usual, all tokens", "`losses.linear`, CE-U", "cross-entropy, all tokens", "`losses.linear`, cross-entropy",
+        "`F.linear_cross_entropy`, gathered", "the products alone",
+    )  # fmt: skip
+    after, before = "CE-U, gathered after the head", "CE-U, gathered before the head"
     functions = {
-        "obvious": obvious, "gathered after": after_head, "gathered before": gathered, "ours": ours, "ours, weights": weighted,
-        "ours, NPO": sequences, "inverted hinge": hinge,
-        "plain CE": plain_cross_entropy, "torch linear CE": torch_cross_entropy, "our CE": our_cross_entropy,
+        usual: obvious, after: after_head, before: gathered, own: ours, f"{own}, a weight per token": weighted,
+        "`losses.linear` for NPO (`recompute`)": sequences, "`losses.linear`, inverted hinge": hinge,
+        usual_ce: plain_cross_entropy, torch_ce: torch_cross_entropy, own_ce: our_cross_entropy,
     }  # fmt: skip
     if not hasattr(functional, "linear_cross_entropy"):
-        del functions["torch linear CE"]
+        del functions[torch_ce]
     actions: dict[str, Callable[[], None]] = {
         name: lambda function=function: step(function, hidden, weight, labels) for name, function in functions.items()
     }
-    actions["products"] = lambda: products(hidden, weight, labels)
+    actions[alone] = lambda: products(hidden, weight, labels)
     times: dict[str, list[float]] = {name: [] for name in actions}
     for repeat in range(repeats + 1):
         for name, action in actions.items():
@@ -220,21 +225,15 @@ def compare(device: str, repeats: int, *shape: object) -> Told:
             if repeat:
                 times[name].append(seconds)
     best = {name: min(values) for name, values in times.items()}
-    memory = {
-        name: peak(actions[name], device)
-        for name in ("obvious", "gathered after", "gathered before", "ours", "plain CE", "our CE")
-    }
+    memory = {name: peak(actions[name], device) for name in (usual, after, before, own, usual_ce, own_ce)}
     middle = {name: median(values) for name, values in times.items()}
-    over = {
-        name: f"{best[name] / best['products']:.2f} (medians {middle[name] / middle['products']:.2f})"
-        for name in functions
-    }
+    over = {name: f"{best[name] / best[alone]:.2f} (medians {middle[name] / middle[alone]:.2f})" for name in functions}
     return {
-        "times the products": {"products": f"{best['products'] * 1e3:.0f} ms"} | over,
+        "times the products": {alone: f"{best[alone] * 1e3:.0f} ms"} | over,
         "peak in MiB": {name: f"{bytes_:.1f}" for name, bytes_ in memory.items()},
         "usual / ours": {
-            f"{loss}, {what}": f"{found[usual] / found[own]:.2f}"
-            for loss, usual, own in (("CE-U", "obvious", "ours"), ("CE", "plain CE", "our CE"))
+            f"{loss}, {what}": f"{found[of] / found[by]:.2f}"
+            for loss, of, by in (("CE-U", usual, own), ("cross-entropy", usual_ce, own_ce))
             for what, found in (("time", best), ("memory", memory))
         },
     }
