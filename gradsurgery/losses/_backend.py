@@ -27,8 +27,11 @@ def backend(choice: Choice | None = None) -> Backend:
     contiguous, on logits and in `linear`: for all losses per token, and for `kl_divergence`, `uniform` and `undial`.
     They read a row from memory once for its value and once for its gradient, and make no temporaries. What they do not
     take (other types and devices, `logit_margin`, `jensen_shannon`) stays eager. ``"auto"``, from the start on, takes
-    the kernels for 262 144 logits or more, if there is a C++ compiler. They are built at their first use, in a few
-    seconds, and kept in `~/.cache/gradsurgery/kernel`.
+    the kernels for 262 144 logits or more (in `linear` of a chunk), if there is a C++ compiler. They are built at their
+    first use, in a few seconds, and kept in `~/.cache/gradsurgery/kernel`.
+
+    The kernels keep no copy of the logits for the backward pass, but read them again: where they run, logits that were
+    changed in place in between raise an error.
 
     Each gives the same bits on every call, with any number of threads; with "auto" the number of logits decides which
     one it is. The two agree up to rounding, and keep as many correct digits where a token is nearly certain or
@@ -66,7 +69,7 @@ def worth_a_kernel(logits: Tensor, *others: Tensor) -> bool:
     if _chosen.name == "eager" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
     smallest = SMALLEST if _chosen.name == "auto" else 1
-    return logits.numel() >= smallest and all(map(taken, (logits, *others)))
+    return logits.numel() >= smallest and all(map(taken, (logits, *others))) and not isinstance(_built(), str)
 
 
 def _built() -> Any:

@@ -9,21 +9,15 @@ IGNORED = -100
 """The label of a token that no loss counts. Hugging Face and torch use the same number."""
 
 
-def checked(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Check the arguments of a loss per token.
-
-    Returns:
-        Which tokens count, ``[N]`` bool, and labels ``[N]`` that are 0 where they do not, so that they can be used as
-        an index.
-    """
+def checked(logits: Tensor, labels: Tensor) -> Tensor:
+    """Check the arguments of a loss per token. Returns which tokens count, ``[N]`` bool."""
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or logits.shape[1] < 2:
         raise ValueError(
             f"expected logits [N, V] with V >= 2 and labels [N], found {list(logits.shape)} and {list(labels.shape)}; "
             "answer_tokens makes them from a model's [B, T, V] and [B, T]"
         )
     check_integers(labels)
-    valid = labels != IGNORED
-    return valid, torch.where(valid, labels, 0).long()
+    return labels != IGNORED
 
 
 def check_integers(labels: Tensor) -> None:

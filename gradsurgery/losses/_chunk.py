@@ -91,9 +91,9 @@ def kind(tensor: Tensor) -> str:
 
 def _raw(task: Task) -> bool:
     """Whether the logits are compared as the heads make them."""
-    reference = task.loss.reference
-    heads = [task] if reference is None or reference.head is None else [task, reference.head]
-    return all(head.scale == 1.0 and head.softcap is None for head in heads)
+    head = None if task.loss.reference is None else task.loss.reference.head
+    reference = (1.0, None) if head is None else (head.scale, head.softcap)
+    return (task.scale, task.softcap) == reference == (1.0, None)
 
 
 def _capped_(rows: Tensor, scale: float, softcap: float | None) -> Tensor:

@@ -116,8 +116,8 @@ def built() -> Kernel | str:
 
 def _check(kernel: Kernel) -> None:
     """Compare with plain PyTorch in float64, so that a compiler's fault shows at once."""
-    numbers = torch.arange(3 * 1100.0).view(3, -1)
-    labels, weights = torch.tensor([1, IGNORED, 1099]), torch.tensor([1.0, 1.0, -2.0])
+    numbers = torch.arange(3 * 1100, dtype=torch.float32).view(3, -1)
+    labels, weights = torch.tensor([1, IGNORED, 1099]), torch.tensor([1.0, 1.0, -2.0], dtype=torch.float32)
     for dtype, beta, flat in itertools.product((torch.float32, torch.bfloat16), (None, 10.0), (False, True)):
         if flat and beta is not None:
             continue  # there is no such loss

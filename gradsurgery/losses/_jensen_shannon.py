@@ -30,7 +30,7 @@ class _Block(NamedTuple):
     of_q: Tensor
 
 
-def jensen_shannon_(logits: Tensor, labels: Tensor, reference: Tensor, weights: Tensor | None) -> Tensor:
+def jensen_shannon_(logits: Tensor, labels: object, reference: Tensor, weights: Tensor | None) -> Tensor:
     """Values ``[n]`` of logits, which are overwritten by the gradient of the weighted sum, given weights."""
     del labels
     values = logits.new_empty(len(logits), dtype=float_type(logits.dtype))
@@ -53,11 +53,7 @@ class _JensenShannon(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, reference: Tensor) -> Tensor:
         ctx.save_for_backward(logits, reference)
-        values = logits.new_empty(len(logits), dtype=float_type(logits.dtype))
-        for rows, block in _blocks(logits, reference):
-            one, other = _halves(block)
-            values[rows] = 0.5 * (one + other)
-        return values
+        return jensen_shannon_(logits, None, reference, None)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

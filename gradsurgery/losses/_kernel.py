@@ -21,9 +21,9 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Statistics(NamedTuple):
-    """What the gradient needs of rows of logits, tensors ``[n]`` in float32.
+    """What is found in rows of logits, tensors ``[n]`` in float32.
 
-    m is the largest logit that is not the label's.
+    m is the largest logit that is not the label's, or 0 where all of those are minus infinity.
 
     Attributes:
         own: Log-odds of the label.
@@ -33,7 +33,7 @@ class Statistics(NamedTuple):
         label: z_y - m.
         total: log of the sum of exp(z - m) over all tokens but the label.
         other_total: The same over all but the runner-up.
-        labels: The labels, as `reduce` was given them.
+        labels: The labels, int64.
         scale: As `reduce` was given it.
         softcap: As `reduce` was given it.
     """
@@ -53,20 +53,26 @@ class Statistics(NamedTuple):
 def usable(logits: Tensor) -> bool:
     """Whether a kernel takes these rows, and is worth calling."""
     # Looked at first, so that nobody with a CPU waits for an import of Triton.
-    if logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+    if _by_triton(logits):
         return logits.dtype in _TYPES and logits.is_contiguous() and _triton() is not None
-    return worth_a_kernel(logits) and not isinstance(_odds_kernel.built(), str)
+    return compiled(logits)
+
+
+def compiled(logits: Tensor) -> bool:
+    """Whether that kernel is the one in C++, which writes gradients elsewhere too, and takes labels -100."""
+    return not _by_triton(logits) and worth_a_kernel(logits)
 
 
 def reduce(logits: Tensor, labels: Tensor, scale: float, softcap: float | None) -> Statistics:
     """Read ``[n, V]`` raw logits once, scaled, capped and in float32 as they are read; they are not changed."""
     labels = labels.long().contiguous()
     largest, rest, label, runner_up = _kernels(logits).reduce(logits, labels, scale, softcap)
+    alone = (largest == -torch.inf) & (rest == 0.0)  # a NaN is passed over by the first, and shows in the second
+    largest = largest.masked_fill(alone, 0.0)
     log_rest, label = rest.log(), label - largest
     total, other_total = log1p_exp(log_rest), torch.logaddexp(log_rest, label)
-    return Statistics(
-        label - total, -other_total, largest, runner_up, label, total, other_total, labels, scale, softcap
-    )
+    own, other = (label - total).masked_fill(alone, torch.inf), (-other_total).masked_fill(alone, -torch.inf)
+    return Statistics(own, other, largest, runner_up, label, total, other_total, labels, scale, softcap)
 
 
 def gradient_(
@@ -79,7 +85,7 @@ def gradient_(
         statistics: What `reduce` returned.
         own: ``[n]``, the slope by the labels' log-odds.
         other: ``[n]``, the slope by the runners-up's log-odds, or None.
-        to: What to write instead of the logits, on a CPU.
+        to: What to write instead of the logits, where the kernel is `compiled`.
     """
     own = own.contiguous()  # the kernel reads number n at place n, and a slope may be an expanded tensor
     other = None if other is None else other.contiguous()
@@ -87,7 +93,7 @@ def gradient_(
     if other is not None:
         at_label = at_label - other * (statistics.label - statistics.other_total).exp()
         at_runner_up = at_runner_up + other
-    _kernels(logits).gradient_(
+    arguments = (
         logits,
         statistics.largest,
         # Exponents instead of factors: the factor of a runner-up that is nearly certain would overflow.
@@ -95,12 +101,16 @@ def gradient_(
         None if other is None else (statistics.other_total, other),
         ((statistics.labels, at_label), (statistics.runner_up, at_runner_up)),
         (statistics.scale, statistics.softcap),
-        **({} if to is None else {"to": to}),
     )
+    _kernels(logits).gradient_(*arguments, **({} if to is None else {"to": to}))
+
+
+def _by_triton(logits: Tensor) -> bool:
+    return logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _kernels(logits: Tensor) -> Any:
-    kernels = _triton() if logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1" else _odds_kernel.built()
+    kernels = _triton() if _by_triton(logits) else _odds_kernel.built()
     if kernels is None or isinstance(kernels, str):
         raise RuntimeError("expected a kernel, found none; `usable` tells")
     return kernels

@@ -47,18 +47,23 @@ def reduce_(rows: Tensor, labels: Tensor, runner_up: bool) -> Reduced:
     rows.scatter_(1, index, -torch.inf)
     if not runner_up:
         largest = rows.amax(1, keepdim=True)
+        # Where all others are minus infinity, differences to it would be no numbers.
+        largest = largest.masked_fill(largest == -torch.inf, 0.0)
         own = own - largest
         # Differences to the largest logit are exact and small, while a logsumexp of logits near 1e4 has three decimals.
         total = rows.sub_(largest).exp_().sum(1, keepdim=True)
         return Reduced((own - total.log()).squeeze(1), None, index, None, total, None, own)
     second = rows.argmax(1, keepdim=True)
     largest = rows.gather(1, second)
+    alone = largest == -torch.inf
+    largest = largest.masked_fill(alone, 0.0)
     own = own - largest
     # The sum leaves out the runner-up's own 1, which would cost the digits that its log-odds depend on.
     log_rest = rows.sub_(largest).scatter_(1, second, -torch.inf).exp_().sum(1, keepdim=True).log_()
     total = log1p_exp(log_rest)
     other_total = torch.logaddexp(log_rest, own)
-    return Reduced((own - total).squeeze(1), -other_total.squeeze(1), index, second, total, other_total, own)
+    found = (own - total).masked_fill(alone, torch.inf), (-other_total).masked_fill(alone, -torch.inf)
+    return Reduced(found[0].squeeze(1), found[1].squeeze(1), index, second, total, other_total, own)
 
 
 def log1p_exp(value: Tensor) -> Tensor:
@@ -78,14 +83,16 @@ def gradient(rows: Tensor, reduced: Reduced, own: Tensor, other: Tensor | None, 
     """
     first = own[:, None]
     if other is None or reduced.runner_up is None or reduced.other_total is None:
-        shares = -first / reduced.total
+        # At least 1, unless there is nothing but the label.
+        shares = -first / reduced.total.clamp_min(1.0)
         result = rows.mul_(shares) if in_place else rows * shares
         return result.scatter_(1, reduced.place, first)
     second = other[:, None]
-    # For a runner-up with odds beyond e^80 the exponential would overflow; the shares that it multiplies are 0 in
-    # float32 by then.
-    inverse = (-reduced.other_total.clamp_min(-80.0 if rows.dtype == torch.float32 else -700.0)).exp()
-    shares = -(first * (-reduced.total).exp() + second * inverse)
-    result = rows.mul_(shares) if in_place else rows * shares
+    # The exponential of a runner-up's log-odds overflows where it is nearly certain, and what it multiplies underflows:
+    # by its square root twice there is a product.
+    likely = reduced.other_total.clamp(-170.0 if rows.dtype == torch.float32 else -1400.0, 0.0)
+    root = (-0.5 * likely).exp()
+    shares = -(first * (-reduced.total).exp() / root + second * (-reduced.other_total.clamp_min(0.0)).exp() * root)
+    result = (rows.mul_(root) if in_place else rows * root).mul_(shares)
     result.scatter_(1, reduced.place, first - second * (reduced.label - reduced.other_total).exp())
     return result.scatter_(1, reduced.runner_up, second - first * (-reduced.total).exp())

@@ -1,7 +1,7 @@
 """Log-odds of rows on a CPU by odds.cpp, with the arguments of the Triton kernels (`_triton`).
 
-The kernel reads a row from memory once for its log-odds and once for its gradient, and keeps four numbers of it in
-between.
+The kernel reads a row from memory once for its log-odds and once for its gradient. Unlike Triton's it takes labels of
+-100.
 """
 
 from __future__ import annotations
@@ -21,7 +21,18 @@ from gradsurgery.native import Library, Unavailable, build
 Pair = tuple[Tensor, Tensor]
 
 _SOURCE = Path(__file__).with_name("odds.cpp")
-_NUMBERS = ("labels", "largest", "rest", "label", "runner_up", "factors", "at_label", "at_runner_up")
+_NUMBERS = (
+    "labels",
+    "largest",
+    "rest",
+    "label",
+    "runner_up",
+    "factors",
+    "others",
+    "shifts",
+    "at_label",
+    "at_runner_up",
+)
 
 
 class _Work(ctypes.Structure):
@@ -74,13 +85,11 @@ class Kernel:
     ) -> None:
         """As `_triton.gradient_`; it writes `to`, or over the logits."""
         (labels, at_label), (runner_up, at_runner_up) = at
-        factors = -own[1] * (-own[0]).exp()
         numbers = {"labels": labels, "largest": largest, "runner_up": runner_up, "at_label": at_label}
+        numbers["factors"] = -own[1] * (-own[0]).exp()
         if other is not None:
-            # For a runner-up with odds beyond e^80 the exponential would overflow; what it multiplies is 0 by then.
-            factors = factors - other[1] * (-other[0].clamp_min(-80.0)).exp()
-            numbers["at_runner_up"] = at_runner_up
-        self._call(logits, *scaling, {**numbers, "factors": factors}, logits if to is None else to)
+            numbers |= {"others": -other[1], "shifts": other[0], "at_runner_up": at_runner_up}
+        self._call(logits, *scaling, numbers, logits if to is None else to)
 
     def _call(
         self, logits: Tensor, scale: float, softcap: float | None, numbers: dict[str, Tensor], to: Tensor | None
@@ -107,27 +116,31 @@ def built() -> Kernel | str:
 
 def _check(kernel: Kernel) -> None:
     """Compare with plain PyTorch in float64, so that a compiler's fault shows at once."""
-    numbers = torch.arange(3 * 1100.0).view(3, -1) * 7 % 1103 / 200
-    labels, one, two = torch.tensor([1, 1023, 1099]), torch.tensor([1.0, 0.5, -2.0]), torch.tensor([0.3, -1.0, 0.2])
-    for dtype, cap in itertools.product((torch.float32, torch.bfloat16), (None, 2.0)):
+    numbers = torch.arange(3 * 1100, dtype=torch.float32).view(3, -1) * 7 % 1103 / 200
+    labels = torch.tensor([1, 1023, 1099])
+    one, two, shift = torch.tensor([[1.0, 0.5, -2.0], [0.3, -1.0, 0.2], [0.5, 0.5, 0.5]], dtype=torch.float32)
+    for dtype, scale, cap, both in itertools.product(
+        (torch.float32, torch.bfloat16), (1.0, 0.5), (None, 2.0), (True, False)
+    ):
         logits = numbers.to(dtype)
-        plain = logits.double() * 0.5
+        plain = logits.double() * scale
         plain = plain if cap is None else cap * torch.tanh(plain / cap)
         label = plain.gather(1, labels[:, None]).squeeze(1)
         largest, place = (others := plain.scatter(1, labels[:, None], -torch.inf)).max(1)
         rest = (others - largest[:, None]).exp().sum(1) - 1.0
-        found = kernel.reduce(logits, labels, 0.5, cap)
+        found = kernel.reduce(logits, labels, scale, cap)
         close = torch.equal(found[3], place)
         for number, expected in zip(found, (largest, rest, label), strict=False):
             close = close and torch.allclose(number.double(), expected, rtol=1e-5, atol=1e-6)
-        shares = (plain - largest[:, None]).exp() * (one * math.exp(-0.5) + two * math.exp(0.25)).double()[:, None]
-        gradient = (-shares).scatter(1, labels[:, None], 3.0).scatter(1, place[:, None], 4.0)
-        gradient = gradient * 0.5 * (1.0 if cap is None else 1.0 - (plain / cap) ** 2)
-        shift = torch.full((3,), 0.5)
+        factors = one.double() * math.exp(-0.5) + both * two.double() * math.exp(0.25)
+        gradient = (-(plain - largest[:, None]).exp() * factors[:, None]).scatter(1, labels[:, None], 3.0)
+        gradient = gradient.scatter(1, place[:, None], 4.0) if both else gradient
+        gradient = gradient * scale * (1.0 if cap is None else 1.0 - (plain / cap) ** 2)
+        other = (-0.5 * shift, two) if both else None
         at = (labels, 6.0 * shift), (place, 8.0 * shift)
         rows = torch.empty_like(logits)
-        kernel.gradient_(logits, found[0], (shift, one), (-0.5 * shift, two), at, (0.5, cap), to=rows)
-        kernel.gradient_(logits, found[0], (shift, one), (-0.5 * shift, two), at, (0.5, cap))
+        kernel.gradient_(logits, found[0], (shift, one), other, at, (scale, cap), to=rows)
+        kernel.gradient_(logits, found[0], (shift, one), other, at, (scale, cap))
         relative = 1e-5 if dtype is torch.float32 else 1e-2  # a bfloat16 gradient is rounded to 4e-3
         close = close and torch.allclose(rows.double(), gradient, rtol=relative, atol=1e-6)
         if not (close and torch.equal(rows, logits)):

@@ -1,4 +1,4 @@
-"""Log-odds of bare logits, which autograd differentiates: by a kernel on a CPU, or in plain PyTorch."""
+"""Log-odds of bare logits, which autograd differentiates: by the kernel on a CPU, or in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 from gradsurgery.losses import _kernel
-from gradsurgery.losses._checks import float_type
+from gradsurgery.losses._checks import IGNORED, float_type
 from gradsurgery.losses._in_memory import labels_fit, readable
 from gradsurgery.losses._log_odds import Reduced, gradient, reduce_
 
 
 def log_odds(logits: Tensor, labels: Tensor, runner_up: bool) -> tuple[Tensor, Tensor | None]:
-    """The log-odds of the labels, ``[N]``, and those of the runners-up if wanted, of logits ``[N, V]``."""
+    """The log-odds of the labels, ``[N]``, and those of the runners-up if wanted, of logits ``[N, V]``.
+
+    Where the label is -100 they are any numbers, with a zero gradient.
+    """
     return _LogOdds.apply(logits, labels, runner_up)
 
 
@@ -26,14 +29,19 @@ class _LogOdds(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, runner_up: bool) -> tuple[Tensor, Tensor | None]:
-        ctx.dtype, ctx.compiled = logits.dtype, logits.is_cpu and _fits(logits, labels)
+        ctx.dtype, ctx.runner_up = logits.dtype, runner_up
+        ctx.compiled = logits.is_cpu and _kernel.compiled(logits) and labels_fit(labels, logits.shape[1])
         if ctx.compiled:
             found = _kernel.reduce(logits, labels, 1.0, None)
-            ctx.runner_up = runner_up
-            ctx.save_for_backward(logits, *found[:-2])
+            ctx.save_for_backward(logits, *found[2:-2])
             return found.own, found.other if runner_up else None
         rows = logits.to(float_type(logits.dtype), copy=True)
-        reduced = reduce_(rows, labels, runner_up)
+        ignored = labels == IGNORED
+        if logits.is_cpu:
+            rows[ignored] = 0.0
+        else:  # an index would have to wait for the device
+            rows.masked_fill_(ignored[:, None], 0.0)
+        reduced = reduce_(rows, labels.masked_fill(ignored, 0), runner_up)
         ctx.save_for_backward(rows, *reduced)
         return reduced.own, reduced.other
 
@@ -42,8 +50,9 @@ class _LogOdds(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, *rest = ctx.saved_tensors
         if ctx.compiled:
-            rows, found = readable(rows), _kernel.Statistics._make((*rest, 1.0, None))
+            rows, nothing = _as_saved(ctx.dtype, rows, rest), rows.new_empty(0)
             result = rows.new_empty(rows.shape)
+            found = _kernel.Statistics._make((nothing, nothing, *rest, 1.0, None))  # the gradient needs no log-odds
             _kernel.gradient_(rows, found, gradients[0], gradients[1] if ctx.runner_up else None, to=result)
             return result, None, None
         reduced = Reduced(*rest)
@@ -51,5 +60,13 @@ class _LogOdds(torch.autograd.Function):
         return row.to(ctx.dtype), None, None
 
 
-def _fits(logits: Tensor, labels: Tensor) -> bool:
-    return _kernel.usable(logits) and labels_fit(labels, logits.shape[1])
+def _as_saved(dtype: torch.dtype, rows: Tensor, numbers: list[Tensor]) -> Tensor:
+    """The logits, contiguous; refused with their numbers where a hook for saved tensors gives back other types."""
+    found = [tensor.dtype for tensor in (rows, *numbers)]
+    expected = [dtype, torch.float32, torch.int64, *[torch.float32] * 3, torch.int64]
+    if found != expected or not all(tensor.is_cpu for tensor in (rows, *numbers)):
+        raise RuntimeError(
+            f"backward: expected what the forward pass saved, of {expected} on the CPU, found {found} on {rows.device}; a hook for saved "
+            "tensors has to give back what it was given"
+        )
+    return readable(rows)

@@ -187,7 +187,8 @@ def jensen_shannon(logits: Tensor, reference_logits: Tensor) -> Tensor:
         TypeError: If the logits are not of a floating-point type.
 
     Gradient row: $\tfrac12\, p_i \left( \log(p_i / m_i) - \mathrm{KL}(p \,\|\, m) \right)$. Cost:
-    temporaries for one block of rows; nothing is kept for the backward pass, which computes them again.
+    temporaries for one block of rows; the backward pass computes them again. It has no second
+    derivative.
 
     Source: JensUn (2509.02820), its retain loss, written from the formula.
 

@@ -62,8 +62,8 @@ def token_loss(function: Callable[..., Tensor] | None = None, /, *, runner_up: b
 def _token_loss(function: Callable[..., Tensor], *, runner_up: bool) -> Callable[..., Tensor]:
     @functools.wraps(function)
     def wrapped(logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        valid, index = checked(logits, labels)
-        own, other = log_odds(logits, index, runner_up)
+        valid = checked(logits, labels)
+        own, other = log_odds(logits, labels.long(), runner_up)
         values = function(own, other, *args, **kwargs) if runner_up else function(own, *args, **kwargs)
         return torch.where(valid, values, 0.0)
 

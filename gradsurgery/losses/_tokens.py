@@ -43,7 +43,7 @@ def cross_entropy(odds: Tensor) -> Tensor:  # noqa: D417 (the decorator makes lo
         TypeError: If the labels are not integers.
 
     Gradient row: $p - e_y$. Cost: for 262 144 or more float32 or bfloat16 logits on a CPU with a C++ compiler one
-    exponential per logit twice, and seven numbers per row that are kept for the backward pass, which reads the logits
+    exponential per logit twice, and six numbers per row that are kept for the backward pass, which reads the logits
     again (`backend`); elsewhere one float copy of the logits is kept. `linear` holds none. Arguments, shapes, errors
     and cost are the same for all losses per token.
 

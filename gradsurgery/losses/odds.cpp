@@ -13,11 +13,12 @@ struct Work {
     const char* logits;
     int64_t logits_stride, low;  // in bytes; whether they are of bfloat16
     double scale, cap;           // by which logits are multiplied, and where they are capped; 0: nowhere
-    const int64_t* labels;
+    const int64_t* labels;  // -100 in rows that do not count: their gradient is 0
     float *largest, *rest, *label;  // the largest logit m but the label's, the sum of the other exp(z - m), the label's logit
     int64_t* runner_up;             // the place of m, the first of equals
     const float* factors;           // of exp(z - m) in the gradient
-    const float *at_label, *at_runner_up;  // the gradient there; no factor may matter to the latter: null
+    const float *others, *shifts;   // of exp(z - m - shift), or null for none
+    const float *at_label, *at_runner_up;  // the gradient there; with no others the latter is null
     char* gradient;                        // to write, perhaps over the logits; as they are
     int64_t gradient_stride;
     int64_t first, last;  // rows of this thread
@@ -95,6 +96,11 @@ struct Found {
 
 template <class T, class Means> static void reduce(const Work* work, int64_t index, const T* logits, const Means& means) {
     const int64_t label = work->labels[index], vocabulary = work->vocabulary;
+    if (label < 0) {
+        work->largest[index] = work->rest[index] = work->label[index] = 0.0f;
+        work->runner_up[index] = 0;
+        return;
+    }
     Found found;
     for (int64_t start = 0; start < vocabulary; start += kBlock) {
         const int64_t n = vocabulary - start < kBlock ? vocabulary - start : kBlock;
@@ -112,9 +118,9 @@ template <class T, class Means> static void reduce(const Work* work, int64_t ind
         if (labelled) z[label - start] = -INFINITY;
         found.take((const float*)z, padded, start, Raw(*work));
     }
-    int64_t place = label == 0;  // where all others are minus infinity
-    if (found.block >= 0)
-        for (place = found.block; place == label || at(logits, place, means) != found.top;) place++;
+    int64_t place = found.block < 0 ? vocabulary : found.block;
+    while (place < vocabulary && (place == label || at(logits, place, means) != found.top)) place++;
+    if (place == vocabulary) place = label == 0;  // all others are minus infinity
     work->largest[index] = found.top;
     work->rest[index] = (float)(found.rest + (found.block < 0 ? 0.0 : found.ones - 1.0));
     work->label[index] = at(logits, label, means);
@@ -128,20 +134,30 @@ template <class T, class Means> static void reduce(const Work* work, int64_t ind
 template <class T, class Means> static void differentiate(const Work* work, int64_t index, const T* logits, const Means& means) {
     T* const to = (T*)(work->gradient + index * work->gradient_stride);
     const int64_t vocabulary = work->vocabulary, label = work->labels[index], second = work->runner_up[index];
-    const float slopes[2] = {means.slope(all(at(logits, label, means)))[0], means.slope(all(at(logits, second, means)))[0]};
-    const Floats top = all(work->largest[index]), factor = all(work->factors[index]);
-    const int64_t whole = vocabulary / kLanes * kLanes;
-    for (int64_t i = 0; i < whole; i += kNative) {
-        const Floats z = means(load(logits + i));
-        store(to + i, exponential(z - top) * factor * means.slope(z));
+    if (label < 0) {
+        memset(to, 0, vocabulary * sizeof(T));
+        return;
     }
+    const float slopes[2] = {means.slope(all(at(logits, label, means)))[0], means.slope(all(at(logits, second, means)))[0]};
+    const Floats top = all(work->largest[index]);
+    double factor = work->factors[index];
+    Floats other = Floats{}, shift = Floats{};
+    // One exponential does for both, but where the runner-up is so certain that the others' underflow.
+    const bool apart = work->others && work->shifts[index] < -40.0f;
+    if (apart) other = all(work->others[index]), shift = all(work->shifts[index]);
+    else if (work->others) factor += work->others[index] * exp(-(double)work->shifts[index]);
+    const Floats one = all((float)factor);
+    const auto row = [&](const Floats& z) {
+        const Floats away = z - top;
+        Floats found = exponential(away) * one;
+        if (apart) found += exponential(away - shift) * other;  // of the runner-up it is anything, and overwritten
+        return found * means.slope(z);
+    };
+    const int64_t whole = vocabulary / kLanes * kLanes;
+    for (int64_t i = 0; i < whole; i += kNative) store(to + i, row(means(load(logits + i))));
     if (whole < vocabulary) {
         float last[kLanes] = {};
-        for (int64_t i = whole; i < vocabulary; i++) {
-            const Floats z = all(at(logits, i, means));
-            const Floats one = exponential(z - top) * factor * means.slope(z);
-            last[i - whole] = one[0];
-        }
+        for (int64_t i = whole; i < vocabulary; i++) last[i - whole] = row(all(at(logits, i, means)))[0];
         write(to + whole, last, vocabulary - whole);
     }
     float padded[kLanes] = {};

@@ -28,6 +28,7 @@ from gradsurgery.losses import (
 from gradsurgery.losses._divergence import cross_entropy_, divergence_
 from gradsurgery.losses._divergence_kernel import Compared, Kernel
 from gradsurgery.native import Unavailable
+from tests.reference import losses as token_losses
 from tests.reference import row_losses as reference
 from tests.tolerances import LOSS, close
 
@@ -73,13 +74,14 @@ def same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-@names
+@all_names
 @pytest.mark.parametrize("kinds", [(F32, F32), (F32, BF16), (BF16, F32), (BF16, BF16)])
 @pytest.mark.parametrize("vocabulary", [2, 15, 16, 1023, 1024, 1025, 2500])
 def test_every_vocabulary_and_type_gives_the_textbook_form(
     vocabulary: int, kinds: tuple[torch.dtype, torch.dtype], name: str
 ) -> None:
     inputs = rows(vocabulary, kinds)
+    inputs[0][:, vocabulary // 3] = inputs[0].amax(1) + 1.0  # of equal runners-up autograd takes all, and the inverted hinge the first
     values, gradient = differentiated(name, *inputs)
     assert gradient.dtype == kinds[0]
     logits, labels, other = inputs[0].double().requires_grad_(), inputs[1], inputs[2].double()
@@ -87,8 +89,10 @@ def test_every_vocabulary_and_type_gives_the_textbook_form(
         "kl_divergence": lambda row: reference.kl_divergence(logits[row], other[row]),
         "uniform": lambda row: reference.uniform(logits[row]),
         "undial": lambda row: reference.undial(logits[row], int(labels[row]), other[row], 10.0),
+        "ceu": lambda row: token_losses.ceu(logits[row], int(labels[row])),
+        "inverted_hinge": lambda row: token_losses.inverted_hinge(logits[row], int(labels[row])),
     }[name]
-    counts = [row for row in range(6) if name != "undial" or labels[row] >= 0]
+    counts = [row for row in range(6) if name in ("kl_divergence", "uniform") or labels[row] >= 0]
     expected = torch.stack([textbook(row) if row in counts else torch.zeros(()).double() for row in range(6)])
     (expected * torch.linspace(-1, 2, 6)).sum().backward()
     assert logits.grad is not None
@@ -193,13 +197,36 @@ def test_logits_that_change_before_the_backward_pass_are_noticed() -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_where_all_other_tokens_are_excluded_the_label_is_certain(dtype: torch.dtype) -> None:
-    logits = torch.full((2, 20), -torch.inf, dtype=dtype)
-    logits[0, 0], logits[1, 7] = 1.0, -3.0
-    found = _kernel.reduce(logits, torch.tensor([0, 7]), 1.0, None)
-    assert found.own.tolist() == [torch.inf, torch.inf]
-    assert found.runner_up.tolist() == [1, 0]
+def test_what_a_hook_for_saved_tensors_gives_back_in_another_type_is_refused() -> None:
+    for hook in (Tensor.half, Tensor.double):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: t, lambda t, hook=hook: hook(t) if t.is_floating_point() else t
+        ):
+            loss = ceu(torch.zeros(2, 5, requires_grad=True), torch.tensor([0, 1])).sum()
+        with pytest.raises(RuntimeError, match="has to give back what it was given"):
+            loss.backward()
+
+
+def test_a_default_type_is_no_obstacle(kernel: Kernel) -> None:
+    odds = _odds_kernel.built()
+    assert not isinstance(odds, str)
+    torch.set_default_dtype(torch.float64)
+    try:
+        _divergence_kernel._check(kernel)
+        _odds_kernel._check(odds)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_compiled_code_goes_through_plain_pytorch() -> None:
+    logits, labels = rows(40)[:2]
+    function = torch.compile(lambda rows: ceu(rows, labels).sum(), backend="eager", fullgraph=True)
+    expected = differentiated("ceu", logits, labels, logits)
+    logits.requires_grad_()
+    with backend("eager"):
+        eager = torch.autograd.grad(ceu(logits, labels).sum(), logits)
+    same(torch.autograd.grad(function(logits), logits), eager)
+    assert expected[1].shape == logits.shape
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,7 +242,14 @@ def test_auto_takes_many_logits_only(monkeypatch: pytest.MonkeyPatch) -> None:
         taken.append(compared.logits.numel())
         return kept(self, compared, weights)
 
+    reduce = _odds_kernel.Kernel.reduce
+
+    def reduced(self: _odds_kernel.Kernel, logits: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        taken.append(-logits.numel())
+        return reduce(self, logits, *others)
+
     monkeypatch.setattr(Kernel, "measure", counted)
+    monkeypatch.setattr(_odds_kernel.Kernel, "reduce", reduced)
     monkeypatch.setattr(_backend, "SMALLEST", 30)
     with backend("auto"):
         assert "for 30 or more float32" in repr(backend())
@@ -224,7 +258,9 @@ def test_auto_takes_many_logits_only(monkeypatch: pytest.MonkeyPatch) -> None:
         with backend("eager"):
             uniform(torch.zeros(2, 16))
         uniform(torch.zeros(2, 17))
-    assert taken == [30, 34]
+        for width in (14, 15):
+            ceu(torch.zeros(2, width), torch.tensor([0, 1]))
+    assert taken == [30, 34, -30]
 
 
 def test_the_choice_says_itself_and_is_restored() -> None:
@@ -272,19 +308,26 @@ def test_a_library_that_computes_wrong_numbers_is_not_used(
         _divergence_kernel._check(kernel)
 
 
-@pytest.mark.parametrize("spoilt", [0, 1, 2, 3])
+@pytest.mark.parametrize("spoilt", [0, 1, 2, 3, "gradients"])
 def test_a_library_of_log_odds_that_computes_wrong_numbers_is_not_used(
-    spoilt: int, monkeypatch: pytest.MonkeyPatch
+    spoilt: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     odds = _odds_kernel.built()
     assert not isinstance(odds, str)
-    kept = _odds_kernel.Kernel.reduce
+    kept, differentiate = _odds_kernel.Kernel.reduce, _odds_kernel.Kernel.gradient_
+
+    def wrong_gradient(self: _odds_kernel.Kernel, *arguments: Any, to: Tensor | None = None) -> None:
+        differentiate(self, *arguments, to=to)
+        (arguments[0] if to is None else to)[1, 5] += 1e-2
 
     def wrong(self: _odds_kernel.Kernel, *arguments: Any) -> tuple[Tensor, ...]:
         found = kept(self, *arguments)
         found[spoilt][1] += 1
         return found
 
-    monkeypatch.setattr(_odds_kernel.Kernel, "reduce", wrong)
+    if spoilt == "gradients":
+        monkeypatch.setattr(_odds_kernel.Kernel, "gradient_", wrong_gradient)
+    else:
+        monkeypatch.setattr(_odds_kernel.Kernel, "reduce", wrong)
     with pytest.raises(Unavailable, match="the built library computes wrong numbers"):
         _odds_kernel._check(odds)

@@ -100,12 +100,12 @@ def test_a_second_backward_through_a_retained_graph_gives_the_same(name: str) ->
 def test_ignored_tokens_give_zero_and_no_gradient(name: str) -> None:
     logits, labels = batch(seed=6)
     labels[1:3] = -100
-    logits[2] = torch.nan  # padding may hold anything
-    logits.requires_grad_()
+    logits[2, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])  # padding may hold anything
+    logits = logits.float().requires_grad_()
     values = gs.losses.LOSSES[name](logits, labels)
-    assert values[1] == 0
-    values[[0, 1, 3, 4]].sum().backward()
-    assert (logits.grad[1] == 0).all()
+    assert values[1] == values[2] == 0
+    values.sum().backward()
+    assert (logits.grad[1:3] == 0).all()
     assert (logits.grad[[0, 3, 4]].abs().sum(1) > 0).all()
 
 
@@ -119,6 +119,38 @@ def test_an_all_masked_batch_gives_a_zero_loss_with_a_zero_gradient(name: str, g
     loss.backward()
     assert loss == 0
     assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_where_all_other_tokens_are_excluded_the_label_is_certain(name: str, dtype: torch.dtype) -> None:
+    logits = torch.full((2, VOCABULARY), -torch.inf, dtype=dtype)
+    logits[0, 0], logits[1, 7] = 1.0, -3.0
+    near = torch.where(logits.isinf(), -1e4, logits).requires_grad_()
+    logits.requires_grad_()
+    values, others = (gs.losses.LOSSES[name](rows, torch.tensor([0, 7])) for rows in (logits, near))
+    if name not in ("ceu", "unlikelihood"):  # theirs have no bound
+        torch.testing.assert_close(values, others, rtol=1e-6, atol=0)
+    found, expected = (torch.autograd.grad(value.sum(), rows)[0] for value, rows in ((values, logits), (others, near)))
+    kept = torch.zeros_like(found, dtype=torch.bool)
+    kept[0, 0] = kept[1, 7] = True
+    torch.testing.assert_close(found[kept], expected[kept], rtol=1e-6, atol=0)
+    assert (found[~kept] == 0).all()
+
+
+@pytest.mark.parametrize("margin", [30.0, 60.0, 85.0, 95.0])
+def test_the_odds_of_a_runner_up_that_is_certain_have_their_gradient(margin: float) -> None:
+    @gs.losses.token_loss(runner_up=True)
+    def odds(own: Tensor, runner_up: Tensor) -> Tensor:
+        return runner_up + 0.0 * own
+
+    logits, labels = torch.tensor([[0.0, -200.0, -margin, -margin - 1.0] + 30 * [-300.0]]), torch.tensor([1])
+    logits.requires_grad_()
+    (found,) = torch.autograd.grad(odds(logits, labels).sum(), logits)
+    (expected,) = torch.autograd.grad(-logits.double()[:, 1:].logsumexp(1).sum(), logits)
+    # In float32 the exponential of -95 has 15 bits.
+    torch.testing.assert_close(found[:, 1:], expected[:, 1:], rtol=1e-3 if margin > 87 else 1e-5, atol=1e-30)
+    assert found[0, 0] == 1.0
 
 
 def test_a_nan_in_a_token_that_counts_is_not_hidden() -> None:
