@@ -1,6 +1,6 @@
 """A surgery pass beside the ways that others do it, on the same ready gradients, in one process.
 
-Run it: python -m tests.benchmarks.peers [--threads 1] [--repeats 7] [--small] [--quick] [--list "bf16 list"]
+Run it: python -m tests.benchmarks.peers [--threads 1] [--repeats 7] [--small] [--quick] [--list "bf16 list"] [--default-malloc]
 
 Everybody is given two rows as lists of tensors and leaves the update in a list of tensors: what remains when backward
 passes are done. The rows conflict, so that everybody has all of the work to do. The others are
@@ -10,7 +10,7 @@ passes are done. The rows conflict, so that everybody has all of the work to do.
   and put views of the sum into `.grad`;
 - a stacked Jacobian: one [2, N] matrix, its Gram matrix by `mm`, the rule, the combination by `mv`;
 - TorchJD's `jac_to_grad`, whose Jacobians are ready (its own `backward` leaves them so): a favour to it. It is no dependency of
-  ours: without `pip install torchjd` its rows are left out.
+  ours: without `pip install "torchjd[quadprog_projector]"` its rows are left out.
 
 With one thread times are the process's own CPU seconds, which neighbours on a shared machine change little; with more they are
 wall time.
@@ -147,8 +147,14 @@ if __name__ == "__main__":
     parser.add_argument("--small", action="store_true", help="a list of 12M numbers instead of 58M")
     parser.add_argument("--quick", action="store_true", help="small lists and few rounds: whether it runs at all")
     parser.add_argument("--list", choices=list(limit.LISTS), action="append")
+    parser.add_argument(
+        "--default-malloc",
+        action="store_true",
+        help="give large temporaries back to the system, as glibc does unless told",
+    )
     arguments = parser.parse_args()
-    limit.keep_heap()
+    if not arguments.default_malloc:
+        limit.keep_heap()
     torch.set_num_threads(arguments.threads)
     small, repeats = arguments.small or arguments.quick, arguments.repeats or (2 if arguments.quick else 7)
     print(f"{conditions('torchjd')} Gram matrices: {gs.gram.backend()!r}.")

@@ -54,6 +54,7 @@ CUDA = ("--device", "cuda")
 BENCHMARKS = {
     "limit": Benchmark("surgery", ("--only", "limit", "--threads", "1")),
     "peers": Benchmark("peers"),
+    "peers-malloc": Benchmark("peers", ("--default-malloc",)),
     "backward": Benchmark("surgery", ("--only", "ratios", "--threads", "1")),
     "memory": Benchmark("surgery", ("--only", "memory", "--threads", "1")),
     "scaling": Benchmark("scaling", drawing="scaling.png"),

@@ -81,7 +81,8 @@ def test_every_vocabulary_and_type_gives_the_textbook_form(
     vocabulary: int, kinds: tuple[torch.dtype, torch.dtype], name: str
 ) -> None:
     inputs = rows(vocabulary, kinds)
-    inputs[0][:, vocabulary // 3] = inputs[0].amax(1) + 1.0  # of equal runners-up autograd takes all, and the inverted hinge the first
+    # Of equal runners-up autograd takes all, and the inverted hinge the first.
+    inputs[0][:, vocabulary // 3] = inputs[0].amax(1) + 1.0
     values, gradient = differentiated(name, *inputs)
     assert gradient.dtype == kinds[0]
     logits, labels, other = inputs[0].double().requires_grad_(), inputs[1], inputs[2].double()
