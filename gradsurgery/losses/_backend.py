@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from gradsurgery.losses import _divergence_kernel, _odds_kernel
 from gradsurgery.losses._in_memory import taken
@@ -66,7 +64,7 @@ def backend(choice: Choice | None = None) -> Backend:
 
 def worth_a_kernel(logits: Tensor, *others: Tensor) -> bool:
     """Whether kernels are chosen, take these rows ``[n, V]``, and are worth calling."""
-    if _chosen.name == "eager" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+    if _chosen.name == "eager":
         return False
     smallest = SMALLEST if _chosen.name == "auto" else 1
     return logits.numel() >= smallest and all(map(taken, (logits, *others))) and not isinstance(_built(), str)

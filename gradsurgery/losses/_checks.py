@@ -45,3 +45,15 @@ def check_rows(logits: Tensor, reference_logits: Tensor | None = None) -> None:
 def float_type(dtype: torch.dtype) -> torch.dtype:
     """The type in which rows of logits of the given type are computed: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_tokens(labels: Tensor, vocabulary: int) -> None:
+    """Refuse labels that are no token; those that do not count are left out, or 0."""
+    if not len(labels):
+        return
+    least, most = torch.stack(labels.aminmax()).tolist()
+    if least < 0 or most >= vocabulary:
+        raise ValueError(
+            f"labels: expected -100 or one of {vocabulary} tokens, found {least if least < 0 else most}; a tokenizer that outgrew "
+            "the model's embeddings makes such labels"
+        )

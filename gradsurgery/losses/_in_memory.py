@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from gradsurgery.losses._checks import IGNORED
 from gradsurgery.native import PLAIN
 
 _A_THREAD = 1 << 16
 """Logits that are worth a thread."""
+
+
+def known(tensor: Tensor) -> bool:
+    """Whether its numbers can be looked at here and now: on the CPU, and no trace."""
+    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    return tensor.is_cpu and type(tensor) in PLAIN and not traced
 
 
 def labels_fit(labels: Tensor, vocabulary: int) -> bool:
@@ -43,9 +50,8 @@ def readable(tensor: Tensor) -> Tensor:
 def taken(rows: Tensor) -> bool:
     """Whether a kernel can read these rows ``[n, V]``."""
     return (
-        (rows.dtype is torch.float32 or rows.dtype is torch.bfloat16)
-        and rows.is_cpu
-        and type(rows) in PLAIN
+        known(rows)
+        and (rows.dtype is torch.float32 or rows.dtype is torch.bfloat16)
         and rows.layout is torch.strided
         and rows.stride(1) == 1
         and not rows.is_neg()

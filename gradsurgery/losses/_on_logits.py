@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gradsurgery.losses import _kernel
-from gradsurgery.losses._checks import IGNORED, float_type
-from gradsurgery.losses._in_memory import labels_fit, readable
+from gradsurgery.losses._checks import IGNORED, check_tokens, float_type
+from gradsurgery.losses._in_memory import known, readable
 from gradsurgery.losses._log_odds import Reduced, gradient, reduce_
 
 
@@ -30,13 +30,15 @@ class _LogOdds(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, runner_up: bool) -> tuple[Tensor, Tensor | None]:
         ctx.dtype, ctx.runner_up = logits.dtype, runner_up
-        ctx.compiled = logits.is_cpu and _kernel.compiled(logits) and labels_fit(labels, logits.shape[1])
+        ignored = labels == IGNORED
+        if known(labels):
+            check_tokens(labels.masked_fill(ignored, 0), logits.shape[1])
+        ctx.compiled = known(labels) and _kernel.compiled(logits)
         if ctx.compiled:
             found = _kernel.reduce(logits, labels, 1.0, None)
             ctx.save_for_backward(logits, *found[2:-2])
             return found.own, found.other if runner_up else None
         rows = logits.to(float_type(logits.dtype), copy=True)
-        ignored = labels == IGNORED
         if logits.is_cpu:
             rows[ignored] = 0.0
         else:  # an index would have to wait for the device

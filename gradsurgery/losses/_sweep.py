@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradsurgery.losses._checks import IGNORED, float_type
+from gradsurgery.losses._checks import IGNORED, check_tokens, float_type
 from gradsurgery.losses._chunk import Task, chunks, kind, values_
 
 # Logits held at once, in bytes. On a CPU small chunks stay near the caches; a GPU needs large products.
@@ -49,7 +49,7 @@ class Linear(torch.autograd.Function):
         recompute = task.loss.recompute
         inputs = _Inputs(hidden, weight, bias, labels, (labels != IGNORED).nonzero().squeeze(1))
         kept = inputs.kept
-        _check_range(labels[kept], len(weight))
+        check_tokens(labels[kept], len(weight))
         needs = _Wanted(*ctx.needs_input_grad[:3])
         wanted = _Wanted(False, False, False) if recompute else needs
         unit = torch.full(kept.shape, 1.0 / max(len(kept), 1), dtype=float_type(hidden.dtype), device=hidden.device)
@@ -155,14 +155,3 @@ def _spread(
     if of_hidden is not None and len(kept) < shape[0]:
         of_hidden = of_hidden.new_zeros(shape).index_copy_(0, kept, of_hidden)
     return of_hidden, gradients.weight, gradients.bias
-
-
-def _check_range(labels: Tensor, vocabulary: int) -> None:
-    if not len(labels):
-        return
-    least, most = torch.stack(labels.aminmax()).tolist()
-    if least < 0 or most >= vocabulary:
-        raise ValueError(
-            f"labels: expected -100 or a token of the head's {vocabulary}, found {least if least < 0 else most}; a tokenizer that outgrew "
-            "the model's embeddings makes such labels"
-        )

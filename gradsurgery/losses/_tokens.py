@@ -39,7 +39,7 @@ def cross_entropy(odds: Tensor) -> Tensor:  # noqa: D417 (the decorator makes lo
         ``[N]`` nats, float32 (float64 for float64 logits); 0 with a zero gradient where the label is -100.
 
     Raises:
-        ValueError: If the shapes are not ``[N, V]`` and ``[N]``, or V < 2.
+        ValueError: If the shapes are not ``[N, V]`` and ``[N]``, V < 2, or a label on the CPU is no token.
         TypeError: If the labels are not integers.
 
     Gradient row: $p - e_y$. Cost: for 262 144 or more float32 or bfloat16 logits on a CPU with a C++ compiler one

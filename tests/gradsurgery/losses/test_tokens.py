@@ -210,6 +210,13 @@ def test_wrong_shapes_and_types_are_refused(name: str, logits: Tensor, labels: T
         gs.losses.LOSSES[name](logits, labels)
 
 
+@pytest.mark.parametrize("label", [VOCABULARY, -1])
+def test_a_label_that_is_no_token_is_refused(label: int) -> None:
+    logits = torch.zeros(2, VOCABULARY, requires_grad=True)
+    with pytest.raises(ValueError, match=f"labels: expected -100 or one of {VOCABULARY} tokens, found {label}"):
+        gs.losses.ceu(logits, torch.tensor([-100, label]))
+
+
 def test_wrong_answer_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\[B, T\]"):
         gs.losses.answer_tokens(torch.zeros(2, 3, 4), torch.zeros(2, 2, dtype=torch.long))
