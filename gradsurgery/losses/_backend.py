@@ -28,8 +28,8 @@ def backend(choice: Choice | None = None) -> Backend:
     the kernels for 262 144 logits or more (in `linear` of a chunk), if there is a C++ compiler. They are built at their
     first use, in a few seconds, and kept in `~/.cache/gradsurgery/kernel`.
 
-    The kernels keep no copy of the logits for the backward pass, but read them again: where they run, logits that were
-    changed in place in between raise an error.
+    The kernels keep no copy of the logits for the backward pass, but read them again: where they run, logits or labels
+    that were changed in place in between raise an error.
 
     Each gives the same bits on every call, with any number of threads; with "auto" the number of logits decides which
     one it is. The two agree up to rounding, and keep as many correct digits where a token is nearly certain or

@@ -16,7 +16,7 @@ from torch import Tensor
 from gradsurgery.losses._backend import worth_a_kernel
 from gradsurgery.losses._checks import IGNORED, float_type
 from gradsurgery.losses._divergence_kernel import Compared, Kernel, built
-from gradsurgery.losses._in_memory import labels_fit
+from gradsurgery.losses._in_memory import known
 from gradsurgery.losses._pairs import Pair, Room, Totals, blocks
 
 
@@ -25,7 +25,7 @@ def kernel_for(compared: Compared) -> Kernel | None:
     logits, reference, labels, beta = compared
     if not worth_a_kernel(logits, *(() if reference is None else (reference,))):
         return None
-    if labels is not None and beta is not None and not labels_fit(labels, logits.shape[1]):
+    if labels is not None and beta is not None and not known(labels):
         return None
     kernel = built()
     return None if isinstance(kernel, str) else kernel

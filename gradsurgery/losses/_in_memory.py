@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from gradsurgery.losses._checks import IGNORED
 from gradsurgery.native import PLAIN
 
 _A_THREAD = 1 << 16
@@ -17,14 +16,6 @@ def known(tensor: Tensor) -> bool:
     """Whether its numbers can be looked at here and now: on the CPU, and no trace."""
     traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
     return tensor.is_cpu and type(tensor) in PLAIN and not traced
-
-
-def labels_fit(labels: Tensor, vocabulary: int) -> bool:
-    """Whether labels are on the CPU and each is a token, or -100; where not, plain PyTorch says what is wrong."""
-    if not labels.is_cpu:
-        return False
-    least, most = torch.where(labels == IGNORED, 0, labels).aminmax()
-    return bool(least >= 0) and bool(most < vocabulary)
 
 
 def threads_for(logits: Tensor) -> int:

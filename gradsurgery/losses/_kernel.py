@@ -71,7 +71,9 @@ def reduce(logits: Tensor, labels: Tensor, scale: float, softcap: float | None) 
     largest = largest.masked_fill(alone, 0.0)
     log_rest, label = rest.log(), label - largest
     total, other_total = log1p_exp(log_rest), torch.logaddexp(log_rest, label)
-    own, other = (label - total).masked_fill(alone, torch.inf), (-other_total).masked_fill(alone, -torch.inf)
+    # A label that is excluded too, or no number, makes one of these no number.
+    own = torch.where(alone, label + torch.inf, label - total)
+    other = -torch.where(alone, label + torch.inf, other_total)
     return Statistics(own, other, largest, runner_up, label, total, other_total, labels, scale, softcap)
 
 
@@ -91,7 +93,8 @@ def gradient_(
     other = None if other is None else other.contiguous()
     at_label, at_runner_up = own, -own * (-statistics.total).exp()
     if other is not None:
-        at_label = at_label - other * (statistics.label - statistics.other_total).exp()
+        share = (statistics.label - statistics.other_total).exp()
+        at_label = at_label - other * share.masked_fill(statistics.label == -torch.inf, 0.0)
         at_runner_up = at_runner_up + other
     arguments = (
         logits,

@@ -19,7 +19,7 @@ from torch import Tensor
 class Reduced(NamedTuple):
     """The log-odds of rows of logits, and what their gradient needs, ``[n, 1]`` each but the first two.
 
-    m is the largest logit that is not the label's.
+    m is the largest logit that is not the label's, or 0 where all of those are minus infinity.
 
     Attributes:
         own: ``[n]``, log-odds of the label.
@@ -57,13 +57,15 @@ def reduce_(rows: Tensor, labels: Tensor, runner_up: bool) -> Reduced:
     largest = rows.gather(1, second)
     alone = largest == -torch.inf
     largest = largest.masked_fill(alone, 0.0)
-    own = own - largest
+    own = own - largest + (largest - largest)  # no number where m is infinite
     # The sum leaves out the runner-up's own 1, which would cost the digits that its log-odds depend on.
     log_rest = rows.sub_(largest).scatter_(1, second, -torch.inf).exp_().sum(1, keepdim=True).log_()
     total = log1p_exp(log_rest)
     other_total = torch.logaddexp(log_rest, own)
-    found = (own - total).masked_fill(alone, torch.inf), (-other_total).masked_fill(alone, -torch.inf)
-    return Reduced(found[0].squeeze(1), found[1].squeeze(1), index, second, total, other_total, own)
+    # A label that is excluded too, or no number, makes one of these no number.
+    odds = torch.where(alone, own + torch.inf, own - total)
+    other = -torch.where(alone, own + torch.inf, other_total)
+    return Reduced(odds.squeeze(1), other.squeeze(1), index, second, total, other_total, own)
 
 
 def log1p_exp(value: Tensor) -> Tensor:
@@ -88,11 +90,13 @@ def gradient(rows: Tensor, reduced: Reduced, own: Tensor, other: Tensor | None, 
         result = rows.mul_(shares) if in_place else rows * shares
         return result.scatter_(1, reduced.place, first)
     second = other[:, None]
-    # The exponential of a runner-up's log-odds overflows where it is nearly certain, and what it multiplies underflows:
-    # by its square root twice there is a product.
-    likely = reduced.other_total.clamp(-170.0 if rows.dtype == torch.float32 else -1400.0, 0.0)
+    # The exponential of a runner-up's log-odds overflows where it is nearly certain, and what it multiplies underflows.
+    # So each of the two is multiplied by the root of that exponential. Below the clamp all that it multiplies is 0.
+    likely = reduced.other_total.clamp(-110.0 if rows.dtype == torch.float32 else -760.0, 0.0)
     root = (-0.5 * likely).exp()
     shares = -(first * (-reduced.total).exp() / root + second * (-reduced.other_total.clamp_min(0.0)).exp() * root)
-    result = (rows.mul_(root) if in_place else rows * root).mul_(shares)
-    result.scatter_(1, reduced.place, first - second * (reduced.label - reduced.other_total).exp())
-    return result.scatter_(1, reduced.runner_up, second - first * (-reduced.total).exp())
+    result = rows.mul_(root).mul_(shares) if in_place else rows * root * shares
+    share = (reduced.label - reduced.other_total).exp().masked_fill(reduced.label == -torch.inf, 0.0)
+    # The label last: where all others are minus infinity, the first of them may be taken for the runner-up.
+    result.scatter_(1, reduced.runner_up, second - first * (-reduced.total).exp())
+    return result.scatter_(1, reduced.place, first - second * share)

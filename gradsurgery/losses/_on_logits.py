@@ -30,36 +30,49 @@ class _LogOdds(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, runner_up: bool) -> tuple[Tensor, Tensor | None]:
         ctx.dtype, ctx.runner_up = logits.dtype, runner_up
-        ignored = labels == IGNORED
         if known(labels):
-            check_tokens(labels.masked_fill(ignored, 0), logits.shape[1])
+            check_tokens(labels.masked_fill(labels == IGNORED, 0), logits.shape[1])
         ctx.compiled = known(labels) and _kernel.compiled(logits)
         if ctx.compiled:
             found = _kernel.reduce(logits, labels, 1.0, None)
             ctx.save_for_backward(logits, *found[2:-2])
             return found.own, found.other if runner_up else None
-        rows = logits.to(float_type(logits.dtype), copy=True)
-        if logits.is_cpu:
-            rows[ignored] = 0.0
-        else:  # an index would have to wait for the device
-            rows.masked_fill_(ignored[:, None], 0.0)
-        reduced = reduce_(rows, labels.masked_fill(ignored, 0), runner_up)
+        rows, reduced = _plain(logits, labels, runner_up)
         ctx.save_for_backward(rows, *reduced)
         return reduced.own, reduced.other
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, *rest = ctx.saved_tensors
-        if ctx.compiled:
-            rows, nothing = _as_saved(ctx.dtype, rows, rest), rows.new_empty(0)
-            result = rows.new_empty(rows.shape)
+        logits, *rest = ctx.saved_tensors
+        own, other = gradients[0], gradients[1] if ctx.runner_up else None
+        if not ctx.compiled:
+            rows, reduced = logits, Reduced(*rest)
+        elif any(map(_batched, (own,) if other is None else (own, other))):
+            rows, reduced = _plain(logits, rest[-1], ctx.runner_up)
+        else:
+            rows, nothing = _as_saved(ctx.dtype, logits, rest), logits.new_empty(0)
+            result = logits.new_empty(logits.shape)
             found = _kernel.Statistics._make((nothing, nothing, *rest, 1.0, None))  # the gradient needs no log-odds
-            _kernel.gradient_(rows, found, gradients[0], gradients[1] if ctx.runner_up else None, to=result)
+            _kernel.gradient_(rows, found, own, other, to=result)
             return result, None, None
-        reduced = Reduced(*rest)
-        row = gradient(rows, reduced, gradients[0], None if reduced.other is None else gradients[1], in_place=False)
-        return row.to(ctx.dtype), None, None
+        return gradient(rows, reduced, own, other, in_place=False).to(ctx.dtype), None, None
+
+
+def _batched(gradient: Tensor) -> bool:
+    """Whether it stands for many (is_grads_batched, vmap): then it has no address."""
+    try:
+        gradient.data_ptr()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _plain(logits: Tensor, labels: Tensor, runner_up: bool) -> tuple[Tensor, Reduced]:
+    """A float copy of the logits as `gradient` needs it; where the label is -100 they are anything, and become 0."""
+    ignored = labels == IGNORED
+    rows = logits.to(float_type(logits.dtype), copy=True).masked_fill_(ignored[:, None], 0.0)
+    return rows, reduce_(rows, labels.masked_fill(ignored, 0), runner_up)
 
 
 def _as_saved(dtype: torch.dtype, rows: Tensor, numbers: list[Tensor]) -> Tensor:

@@ -130,8 +130,8 @@ def _gradient(
         z = _capped(tl.load(start + columns, mask=inside, other=0.0).to(tl.float32), scale, cap, CAPPED)
         distance = z - most  # exact and small, while z - (m + s) is exact to three decimals only for logits near 1e4
         found = -a * tl.exp(distance - s)
-        if BOTH:
-            found -= b * tl.exp(distance - t)
+        if BOTH:  # what underflows is no part of the sum whose logarithm is t, and may be far above it
+            found -= tl.where(tl.exp(distance) == 0.0, 0.0, b * tl.exp(distance - t))
         found = tl.where(columns == label, one, tl.where(columns == second, two, found)) * scale
         if CAPPED:
             found *= 1.0 - (z / cap) * (z / cap)

@@ -149,8 +149,10 @@ template <class T, class Means> static void differentiate(const Work* work, int6
     const Floats one = all((float)factor);
     const auto row = [&](const Floats& z) {
         const Floats away = z - top;
-        Floats found = exponential(away) * one;
-        if (apart) found += exponential(away - shift) * other;  // of the runner-up it is anything, and overwritten
+        const Floats near = exponential(away);
+        Floats found = near * one;
+        // What is 0 here is no part of the shift's sum either, and may be far above it. The runner-up's own is overwritten.
+        if (apart) found += choose(near == Floats{}, Floats{}, exponential(away - shift)) * other;
         return found * means.slope(z);
     };
     const int64_t whole = vocabulary / kLanes * kLanes;

@@ -7,8 +7,8 @@ against that. The products alone are those that nobody can avoid: logits, and th
 of the weight, of the answer tokens in one piece, without any loss. Times are the best of interleaved rounds in one process; only ratios
 mean something. Memory is the largest sum of live allocations above the inputs, the gradients included.
 
-With --rows: losses of logits beside plain PyTorch; `kl_divergence`, `uniform` and `undial` also with a head, and where the model is far
-from what it is compared with and where it is near: a small divergence is summed in another way than a large one.
+With --rows: losses of bare logits beside plain PyTorch. `kl_divergence`, `uniform` and `undial` are measured with a head too. The model is once
+far from what it is compared with, and once near: a small divergence is summed in another way than a large one.
 """
 
 from __future__ import annotations
@@ -153,9 +153,11 @@ def compare_heads(
 def beside(actions: dict[str, tuple[Callable[[], None], ...]], device: str, repeats: int) -> Told:
     """Of plain PyTorch's way and of ours: times and peaks, loss by loss."""
     best = {name: [math.inf, math.inf] for name in actions}
-    for _ in range(repeats + 1):
+    for repeat in range(repeats + 1):
         for name, ways in actions.items():
-            best[name] = [min(old, timed(way, device)) for old, way in zip(best[name], ways, strict=True)]
+            found = [timed(way, device) for way in ways]
+            if repeat:  # the first round warms up
+                best[name] = [min(pair) for pair in zip(best[name], found, strict=True)]
     peaks_of = {name: [peak(way, device) for way in ways] for name, ways in actions.items()}
     return {
         "times plain PyTorch": {name: f"{own / plain:.2f}" for name, (plain, own) in best.items()},
@@ -247,7 +249,7 @@ def tell(about: str, found: dict[str, Told], by_case: bool = False) -> None:
 
 
 def rows_tables(device: str, repeats: int, quick: bool, first: bool) -> None:
-    """Losses of rows; with a head, half of the tokens are answers."""
+    """Losses of logits; with a head, half of the tokens are answers."""
     shapes = [(32000, 64)] if quick else [(32000, 64), (32000, 512), (128256, 64), (128256, 512)]
     for vocabulary, tokens in shapes[:1] if first else shapes:
         found: dict[str, Told] = {}
@@ -283,7 +285,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", type=telling.device, default="cpu")
-    parser.add_argument("--rows", action="store_true", help="losses of whole rows beside plain PyTorch")
+    parser.add_argument("--rows", action="store_true", help="losses of bare logits beside plain PyTorch")
     parser.add_argument("--repeats", type=int, help="rounds (5; quick: 2)")
     parser.add_argument("--quick", action="store_true", help="one small shape")
     parser.add_argument("--first", action="store_true", help="the first shape alone, which takes minutes")
@@ -293,5 +295,5 @@ if __name__ == "__main__":
         keep_heap()
     torch.set_num_threads(arguments.threads)
     repeats = arguments.repeats or (2 if arguments.quick else 5)
-    print(f"{conditions()} Losses of rows: {gs.losses.backend()!r}.\n\nBest of {repeats} interleaved rounds.")
+    print(f"{conditions()} Losses of logits: {gs.losses.backend()!r}.\n\nBest of {repeats} interleaved rounds.")
     (rows_tables if arguments.rows else heads_tables)(arguments.device, repeats, arguments.quick, arguments.first)

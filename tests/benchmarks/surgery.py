@@ -268,7 +268,9 @@ if __name__ == "__main__":
     if arguments.only in (None, "ratios"):
         tokens, layers = ((16,), 1) if arguments.quick else ((512, 256), 8)
         found = {f"{number} tokens a loss": time_ratios(arguments.device, number, repeats, layers) for number in tokens}
-        print(f"\nA step with surgery, best of {repeats} interleaved rounds.\n")
+        print(
+            f"\nA step with surgery, best of {repeats} interleaved rounds; learning rate 0, so that a guard measures and corrects nothing.\n"
+        )
         print(table("times a step without surgery", found))
     if arguments.only in (None, "memory"):
         pass_table(small)

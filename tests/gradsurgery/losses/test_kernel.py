@@ -36,6 +36,9 @@ def rows(kind: str, n: int, V: int) -> tuple[Tensor, Tensor]:
     others = logits.scatter(1, labels[:, None], -torch.inf).amax(1, keepdim=True)
     if kind in MARGINS:
         logits.scatter_(1, labels[:, None], others + MARGINS[kind])
+    if kind == "runner-up far above":
+        logits.scatter_(1, ((labels + 1) % V)[:, None], 150.0)
+        logits.scatter_(1, labels[:, None], -60.0)
     if kind == "ties":
         logits = logits.round()
     if kind == "large":
@@ -55,12 +58,12 @@ def plain_odds(odds: Tensor) -> Tensor:  # its slope is the upstream gradient it
 MARGINS = {"forgotten": -30.0, "certain": 200.0, "runner-up certain": -70.0}
 worst, count = 0.0, 0
 for kind, V, dtype, name in itertools.product(
-    ("ordinary", *MARGINS, "ties", "large", "some -inf", "nan"), (2, 37, 4099), (torch.float32, torch.bfloat16), ("ceu", "inverted_hinge", margin, plain_odds),
+    ("ordinary", *MARGINS, "runner-up far above", "ties", "large", "some -inf", "nan"), (2, 37, 4099), (torch.float32, torch.bfloat16), ("ceu", "inverted_hinge", margin, plain_odds),
 ):
     if kind == "large" and dtype != torch.float32 or kind == "some -inf" and V < 10:
         continue
     for scale, cap in ((1.0, None), (0.5, 6.0)):
-        if cap is not None and kind == "some -inf":
+        if cap is not None and kind in ("some -inf", "runner-up far above"):  # a cap makes others of them
             continue
         logits, labels = rows(kind, 4, V)
         hidden = torch.eye(4).to(dtype)

@@ -153,6 +153,50 @@ def test_the_odds_of_a_runner_up_that_is_certain_have_their_gradient(margin: flo
     assert found[0, 0] == 1.0
 
 
+@pytest.mark.parametrize("name", ["cross_entropy", "ceu", "inverted_hinge"])
+@pytest.mark.parametrize(
+    "row", [[0.0, -194.4, -150.0, -150.0], [0.0, -150.0, -150.0, -170.0], [-torch.inf, 0.0, -120.0, -torch.inf]]
+)
+def test_far_below_a_certain_token_gradients_are_numbers(name: str, row: list[float]) -> None:
+    label = torch.tensor([row.index(min(row))])
+    logits = torch.tensor([row], requires_grad=True)
+    (found,) = torch.autograd.grad(gs.losses.LOSSES[name](logits, label).sum(), logits)
+    expected = torch.tensor([[1.0 if i == int(label) else -1.0 if i == 0 + (row[0] < 0) else 0.0 for i in range(4)]])
+    torch.testing.assert_close(found, -expected if name == "cross_entropy" else torch.zeros(1, 4), rtol=1e-5, atol=1e-6)
+
+
+def test_a_steep_slope_by_a_certain_runner_up_does_not_overflow() -> None:
+    @gs.losses.token_loss(runner_up=True)
+    def steep(own: Tensor, runner_up: Tensor) -> Tensor:
+        return 50.0 * runner_up + 0.0 * own
+
+    logits = torch.tensor([[0.0, -200.0, -200.0]], requires_grad=True)
+    (found,) = torch.autograd.grad(steep(logits, torch.tensor([1])).sum(), logits)
+    assert found.isfinite().all()
+    assert found[0, 0] == 50.0
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "ceu", "inverted_hinge"])
+def test_a_row_that_is_no_distribution_gives_no_number(name: str) -> None:
+    for row in ([-torch.inf] * 3, [torch.nan, -torch.inf, -torch.inf], [0.0, torch.inf, 1.0], [0.0, torch.nan, 1.0]):
+        logits = torch.tensor([row], requires_grad=True)
+        values = gs.losses.LOSSES[name](logits, torch.tensor([0]))
+        (gradient,) = torch.autograd.grad(values.sum(), logits)
+        assert values.isnan().all(), row
+        assert gradient.isnan().any(), row
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_of_upstream_gradients_gives_each_its_own(name: str) -> None:
+    logits, labels = batch()
+    logits = logits.float().requires_grad_()
+    values = gs.losses.LOSSES[name](logits, labels)
+    outer = torch.eye(len(values))
+    (found,) = torch.autograd.grad(values, logits, outer, is_grads_batched=True, retain_graph=True)
+    expected = torch.stack([torch.autograd.grad(values, logits, one, retain_graph=True)[0] for one in outer])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_a_nan_in_a_token_that_counts_is_not_hidden() -> None:
     logits, labels = batch()
     logits[0, 0] = torch.nan

@@ -236,8 +236,6 @@ def test_elementwise_rules_ask_nothing(name: str) -> None:
         gs.rules.by_name(name)(rows, **required)
 
 
-# Of whole rows of logits, or of a likelihood per sequence. `linear` and `simnpo` wait, and say so: they drop tokens that do
-# not count, and refuse labels and lengths that cannot be.
 # `linear` and `simnpo` wait for the device, and say so: they choose the tokens that count, and refuse labels and lengths
 # that cannot be.
 def logits(number: int) -> list[Tensor]:
@@ -252,13 +250,15 @@ def numbers() -> Tensor:
     return torch.zeros(6, device=META, requires_grad=True)
 
 
-@pytest.mark.parametrize("name", [*gs.losses.LOSSES, "npo", "dpo", "kl_divergence", "uniform", "undial"])
+@pytest.mark.parametrize(
+    "name", [*gs.losses.LOSSES, "npo", "dpo", "kl_divergence", "uniform", "undial", "jensen_shannon", "logit_margin"]
+)
 def test_losses_ask_nothing(name: str) -> None:
     function = getattr(gs.losses, name)
     if name in ("npo", "dpo"):
         arguments = [numbers() for _ in range(2 if name == "npo" else 4)]
-    elif name in ("kl_divergence", "uniform"):
-        arguments = logits(1 if name == "uniform" else 2)
+    elif name in ("kl_divergence", "uniform", "jensen_shannon", "logit_margin"):
+        arguments = logits(1 if name in ("uniform", "logit_margin") else 2)
     else:
         arguments = [logits(1)[0], places(), *(logits(2)[1:] if name == "undial" else [])]
     with device(0):
