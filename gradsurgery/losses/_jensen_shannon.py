@@ -22,12 +22,15 @@ _LOG_2 = math.log(2.0)
 
 
 class _Block(NamedTuple):
-    """A block of rows ``[n, V]``: p, q, log(p/m) and log(q/m)."""
+    """A block of rows ``[n, V]``: exponentials of p and q with their sums ``[n]``, log(p/m), u, and log 2 - s."""
 
     p: Tensor
     q: Tensor
+    sum_p: Tensor
+    sum_q: Tensor
     of_p: Tensor
-    of_q: Tensor
+    u: Tensor
+    rest: Tensor
 
 
 def jensen_shannon_(logits: Tensor, labels: object, reference: Tensor, weights: Tensor | None) -> Tensor:
@@ -71,32 +74,31 @@ def _blocks(logits: Tensor, reference: Tensor) -> Iterator[tuple[slice, _Block]]
 
 
 def _block(logits: Tensor, reference: Tensor, room: Room) -> _Block:
-    of_p, of_q, p, q, u, rest = room
-    _log_softmax(logits, of_p, p)
-    _log_softmax(reference, of_q, q)
-    torch.sub(of_q, of_p, out=u)
+    of_p, log_q, p, q, u, rest = room
+    sum_p, sum_q = _log_softmax(logits, of_p, p), _log_softmax(reference, log_q, q)
+    torch.sub(log_q, of_p, out=u)
     torch.abs(u, out=rest).neg_().exp_().log1p_().neg_().add_(_LOG_2)
-    torch.sub(rest, u.clamp_min(0.0), out=of_p)
-    torch.add(rest, u.clamp_max_(0.0), out=of_q)
-    return _Block(p, q, of_p, of_q)
+    torch.clamp_min(u, 0.0, out=of_p).neg_().add_(rest)
+    return _Block(p, q, sum_p, sum_q, of_p, u, rest)
 
 
-def _log_softmax(logits: Tensor, log: Tensor, exponentials: Tensor) -> None:
-    """Log-probabilities, none below the one that excludes a token, and probabilities, into buffers."""
+def _log_softmax(logits: Tensor, log: Tensor, exponentials: Tensor) -> Tensor:
+    """Log-probabilities, none below the one that excludes a token, and exponentials, into buffers; their sums."""
     rows, _ = shifted(logits, log)
     total = torch.exp(rows, out=exponentials).sum(1, keepdim=True)
-    exponentials.div_(total)
     rows.sub_(total.log()).clamp_min_(_EXCLUDED)
+    return total.squeeze(1)
 
 
 def _halves(block: _Block) -> tuple[Tensor, Tensor]:
     """KL(p || m) and KL(q || m), ``[n]`` each."""
-    return _of_model(block), block.of_q.mul_(block.q).sum(1)
+    of_q = block.u.clamp_max_(0.0).add_(block.rest)
+    return _of_model(block), of_q.mul_(block.q).sum(1) / block.sum_q
 
 
 def _of_model(block: _Block) -> Tensor:
-    return (block.of_p * block.p).sum(1)
+    return (block.of_p * block.p).sum(1) / block.sum_p
 
 
 def _gradient(block: _Block, of_model: Tensor, weights: Tensor) -> Tensor:
-    return block.of_p.sub_(of_model[:, None]).mul_(block.p).mul_(0.5 * weights[:, None])
+    return block.of_p.sub_(of_model[:, None]).mul_(block.p).mul_((0.5 * weights / block.sum_p)[:, None])
