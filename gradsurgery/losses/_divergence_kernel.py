@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from gradsurgery.losses._checks import IGNORED
-from gradsurgery.losses._in_memory import address_of, readable, rows_of, threads_for
-from gradsurgery.native import Library, Unavailable, build
+from gradsurgery.losses._in_memory import address_of, readable, rows_of
+from gradsurgery.losses._row_kernel import RowKernel, built_or_why
+from gradsurgery.native import Unavailable
 
 TOTALS = 6
 """Numbers that are kept of a row, as in divergence.cpp."""
@@ -53,21 +54,10 @@ class _Work(ctypes.Structure):
     )
 
 
-class Kernel:
-    """The function of the library.
+class Kernel(RowKernel):
+    """Divergences and cross-entropies, by divergence.cpp."""
 
-    Args:
-        library: As `native.build` gives it.
-
-    Raises:
-        Unavailable: If it cannot be loaded or computes what is wrong.
-    """
-
-    def __init__(self, library: Library) -> None:
-        self._compare = library.function("gradsurgery_compare_rows", ctypes.POINTER(_Work), ctypes.c_int64)
-        self.about = library.about
-        with torch.device("cpu"):  # not on the default device, which may be another
-            _check(self)
+    FUNCTION, WORK = "gradsurgery_compare_rows", _Work
 
     def measure(self, compared: Compared, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Values ``[n]`` in float32, and totals for `gradient`; given weights, the logits become weighted gradients."""
@@ -102,16 +92,17 @@ class Kernel:
             *(address_of(values), address_of(totals), address_of(weights), address_of(to)),
             *(0 if to is None else rows_of(to)[1], 0, 0),
         )
-        self._compare(work, threads_for(logits))
+        self.run(work, logits)
+
+    def check(self) -> None:
+        """As the base says."""
+        _check(self)
 
 
 @functools.cache
 def built() -> Kernel | str:
     """This process's kernel, or why it has none, in words."""
-    try:
-        return build(_SOURCE, Kernel)
-    except Unavailable as error:
-        return str(error)
+    return built_or_why(_SOURCE, Kernel)
 
 
 def _check(kernel: Kernel) -> None:

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from gradsurgery.losses._checks import IGNORED, check_tokens
 from gradsurgery.native import PLAIN
-
-_A_THREAD = 1 << 16
-"""Logits that are worth a thread."""
 
 
 def known(tensor: Tensor) -> bool:
@@ -18,9 +16,10 @@ def known(tensor: Tensor) -> bool:
     return tensor.is_cpu and type(tensor) in PLAIN and not traced
 
 
-def threads_for(logits: Tensor) -> int:
-    """In how many threads a kernel works on these logits."""
-    return min(torch.get_num_threads(), -(-logits.numel() // _A_THREAD))
+def check_known_tokens(labels: Tensor, vocabulary: int) -> None:
+    """Refuse labels that are neither -100 nor a token, where they can be looked at; elsewhere PyTorch does."""
+    if known(labels):
+        check_tokens(labels.masked_fill(labels == IGNORED, 0), vocabulary)
 
 
 def rows_of(rows: Tensor) -> tuple[int, int, int]:

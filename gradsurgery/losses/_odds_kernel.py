@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gradsurgery.losses._in_memory import address_of, rows_of, threads_for
-from gradsurgery.native import Library, Unavailable, build
+from gradsurgery.losses._in_memory import address_of, rows_of
+from gradsurgery.losses._row_kernel import RowKernel, built_or_why
+from gradsurgery.native import Unavailable
 
 Pair = tuple[Tensor, Tensor]
 
@@ -46,21 +47,10 @@ class _Work(ctypes.Structure):
     )
 
 
-class Kernel:
-    """The function of the library.
+class Kernel(RowKernel):
+    """Log-odds and their gradients, by odds.cpp."""
 
-    Args:
-        library: As `native.build` gives it.
-
-    Raises:
-        Unavailable: If it cannot be loaded or computes what is wrong.
-    """
-
-    def __init__(self, library: Library) -> None:
-        self._log_odds = library.function("gradsurgery_log_odds", ctypes.POINTER(_Work), ctypes.c_int64)
-        self.about = library.about
-        with torch.device("cpu"):  # not on the default device, which may be another
-            _check(self)
+    FUNCTION, WORK = "gradsurgery_log_odds", _Work
 
     def reduce(
         self, logits: Tensor, labels: Tensor, scale: float, softcap: float | None
@@ -102,16 +92,17 @@ class Kernel:
             *(address_of(given.get(name)) for name in _NUMBERS),
             *(address_of(to), 0 if to is None else rows_of(to)[1], 0, 0),
         )
-        self._log_odds(work, threads_for(logits))
+        self.run(work, logits)
+
+    def check(self) -> None:
+        """As the base says."""
+        _check(self)
 
 
 @functools.cache
 def built() -> Kernel | str:
     """This process's kernel, or why it has none, in words."""
-    try:
-        return build(_SOURCE, Kernel)
-    except Unavailable as error:
-        return str(error)
+    return built_or_why(_SOURCE, Kernel)
 
 
 def _check(kernel: Kernel) -> None:

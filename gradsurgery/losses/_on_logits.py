@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gradsurgery.losses import _kernel
-from gradsurgery.losses._checks import IGNORED, check_tokens, float_type
-from gradsurgery.losses._in_memory import known, readable
+from gradsurgery.losses._checks import IGNORED, float_type
+from gradsurgery.losses._in_memory import check_known_tokens, known, readable
 from gradsurgery.losses._log_odds import Reduced, gradient, reduce_
 
 
@@ -30,8 +30,7 @@ class _LogOdds(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, runner_up: bool) -> tuple[Tensor, Tensor | None]:
         ctx.dtype, ctx.runner_up = logits.dtype, runner_up
-        if known(labels):
-            check_tokens(labels.masked_fill(labels == IGNORED, 0), logits.shape[1])
+        check_known_tokens(labels, logits.shape[1])
         ctx.compiled = known(labels) and _kernel.compiled(logits)
         if ctx.compiled:
             found = _kernel.reduce(logits, labels, 1.0, None)

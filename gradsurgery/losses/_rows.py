@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsurgery.losses._checks import IGNORED, check_integers, check_rows, check_tokens, checked, float_type
+from gradsurgery.losses._checks import IGNORED, check_integers, check_rows, checked, float_type
 from gradsurgery.losses._divergence import checked_beta, compare, cross_entropy_, divergence_
-from gradsurgery.losses._in_memory import known
+from gradsurgery.losses._in_memory import check_known_tokens
 from gradsurgery.losses._jensen_shannon import compare as compare_jensen_shannon
 from gradsurgery.losses._jensen_shannon import jensen_shannon_
 from gradsurgery.losses._loss import described
@@ -122,9 +122,8 @@ def undial(logits: Tensor, labels: Tensor, reference_logits: Tensor, beta: float
         tensor([1.3863, 0.0000])
     """
     check_rows(logits, reference_logits)
-    valid = checked(logits, labels)
-    if known(labels):
-        check_tokens(labels.masked_fill(~valid, 0), logits.shape[1])
+    checked(logits, labels)
+    check_known_tokens(labels, logits.shape[1])
     return compare(logits, reference_logits, labels, checked_beta(beta))
 
 

@@ -15,9 +15,9 @@ from gradsurgery.losses import (
     _backend,
     _divergence,
     _divergence_kernel,
-    _in_memory,
     _kernel,
     _odds_kernel,
+    _row_kernel,
     backend,
     ceu,
     inverted_hinge,
@@ -108,7 +108,7 @@ def test_bits_depend_on_nothing_but_the_row(name: str, dtype: torch.dtype, monke
     inputs = rows(2500, (dtype, dtype), 12)
     expected = differentiated(name, *inputs)
     threads = torch.get_num_threads()
-    monkeypatch.setattr(_in_memory, "_A_THREAD", 1)
+    monkeypatch.setattr(_row_kernel, "_A_THREAD", 1)
     try:
         for number in (1, 2, 3, 7):
             torch.set_num_threads(number)
