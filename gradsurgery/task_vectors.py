@@ -54,6 +54,8 @@ _GRID = 16
 def task_vector(before: StateDict, after: StateDict) -> dict[str, Tensor]:
     r"""What training added: $\tau = \theta_{\mathrm{after}} - \theta_{\mathrm{before}}$, 0 for integer entries.
 
+    Equal entries give 0, infinite ones (of a mask that is a buffer) too.
+
     Source: Editing Models with Task Arithmetic (2212.04089), section 2.
 
     Raises:
@@ -62,7 +64,10 @@ def task_vector(before: StateDict, after: StateDict) -> dict[str, Tensor]:
     Cost: one copy of the model.
     """
     return _combined(
-        lambda old, new: new - old, {"before": before, "after": after}, equal=True, integers=torch.zeros_like
+        lambda old, new: torch.where(old == new, torch.zeros_like(old), new - old),
+        {"before": before, "after": after},
+        equal=True,
+        integers=torch.zeros_like,
     )
 
 
@@ -92,7 +97,8 @@ def negate(before: StateDict, vector: StateDict, weight: float = 1.0) -> dict[st
 def mix(before: StateDict, after: StateDict, rho: float) -> dict[str, Tensor]:
     r"""UWC's model mixing: $\theta = \rho\,\theta_{\mathrm{before}} + (1 - \rho)\,\theta_{\mathrm{after}}$.
 
-    rho is the share of the ORIGINAL model: 0 gives the unlearned one, 1 the original.
+    rho is the share of the ORIGINAL model: 0 gives the unlearned one, 1 the original. Equal entries stay as they are,
+    infinite ones (of a mask that is a buffer) too.
 
     Source: Towards Effective Evaluations and Comparisons for LLM Unlearning Methods (2406.09179), its calibration,
     and the authors' code.
@@ -109,7 +115,13 @@ def mix(before: StateDict, after: StateDict, rho: float) -> dict[str, Tensor]:
     """
     if not 0.0 <= rho <= 1.0:
         raise ValueError(f"rho: expected the original model's share, in [0, 1], found {rho}")
-    return _combined(lambda old, new: rho * old + (1.0 - rho) * new, {"before": before, "after": after}, equal=True)
+
+    def mixed(old: Tensor, new: Tensor) -> Tensor:
+        if rho in (0.0, 1.0):
+            return (old if rho else new).clone()
+        return torch.where(old == new, old, rho * old + (1.0 - rho) * new)
+
+    return _combined(mixed, {"before": before, "after": after}, equal=True)
 
 
 def rectified(
@@ -154,7 +166,7 @@ def rectified(
     names = [
         name for name, first in _first_of(before).items() if name == first and _real(before[name])
     ]  # tied weights once
-    signs = torch.tensor([-1.0, 1.0], dtype=torch.float64)  # row 0 is minus the task vector
+    signs = torch.tensor([-1.0, 1.0], dtype=torch.float64, device="cpu")  # row 0 is minus the task vector
     shares: list[float] = []
     for vector, reference in zip(vectors, references, strict=True):
         products = gram(

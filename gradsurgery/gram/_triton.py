@@ -40,7 +40,8 @@ def products(
         sizes: Numbers that each parameter has, int64 ``[M]``.
         chunks: Each chunk's parameter and its number there, int32 ``[C, 2]``.
         rows: K, the type of each column of the table, and whether all its addresses are multiples of 16.
-        writes: For each of the W last columns the row that it overwrites, and the weight, as `Write` has them.
+        writes: For each of the W last columns the row that it overwrites, the weight, and whether it is stored, as
+            `Write` has them.
 
     Returns:
         ``[K (K + 1) / 2, C]``.
@@ -145,8 +146,9 @@ def _multiplied(
                 else:
                     written = y - (y - x) * (1.0 - WRITES[w][1])
                 written = written.to(TYPES[k])
-                tl.store(places[k] + start, written, mask=there)
-                x = tl.where(there, written.to(tl.float32), x)  # what is multiplied is what was rounded and stored
+                if WRITES[w][2]:
+                    tl.store(places[k] + start, written, mask=there)
+                x = tl.where(there, written.to(tl.float32), x)  # rounded as what is stored
         rows = rows + (x,)
     added = ()
     for i in tl.static_range(K):

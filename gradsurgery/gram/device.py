@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsurgery.gram.kernel import Members, Unavailable, overwritten
+from gradsurgery.gram.kernel import Members, Unavailable, note_writes, overwritten
 from gradsurgery.gram.pointers import PointerBatch
 from gradsurgery.gram.rows import Write, numbers_on
 
@@ -57,7 +57,7 @@ class DeviceKernel:
         Cost: reads each tensor once; two launches for each group.
         """
         num_blocks, number = total.shape[:2]
-        writes = tuple((write.row, _rounded(write.weight)) for write in batch.writes)
+        writes = tuple((write.row, _rounded(write.weight), write.stored) for write in batch.writes)
         for group in batch.groups.values():
             table = group.table(num_blocks, self._kernels.CHUNK)
             mine = total if group.device == total.device else torch.zeros_like(total, device=group.device)
@@ -67,10 +67,7 @@ class DeviceKernel:
             self._kernels.sums(partial, table.begins, mine, None, "", True)
             if mine is not total:
                 total += mine.to(total.device)
-        for write in batch.writes:
-            for index, local in batch.taken:
-                if write.others.pop(index, None) is not None:
-                    overwritten(local[write.row])
+        note_writes(batch.writes, batch.taken)
         return True
 
     def combine(self, batch: PointerBatch, coefficients: Tensor, *, skip: bool = False) -> None:

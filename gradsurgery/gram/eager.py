@@ -24,13 +24,14 @@ def products(
 ) -> list[tuple[int, int, Tensor]]:
     """The float64 inner product of every pair i <= j of the tensors that are not None, after the writes."""
     in_chunks = []
+    tensors = list(tensors)
     for write, other in writes:
         target = tensors[write.row]
         assert target is not None
         if target.is_contiguous() and other.is_contiguous() and not target.is_complex():
-            in_chunks.append((write, target, other))
+            in_chunks.append((write, other))
         else:
-            write.do(target, other)
+            tensors[write.row] = write.do(target, other)
     present = [(k, tensor.detach()) for k, tensor in enumerate(tensors) if tensor is not None]
     pairs = [(a, b) for a in range(len(present)) for b in range(a, len(present))]
     partial: list[list[Tensor]] = [[] for _ in pairs]
@@ -41,11 +42,13 @@ def products(
     wide_types = (torch.float64, torch.complex128, *(_LOW_PRECISION if device.type == "cpu" else ()))
     dtype = torch.float64 if any(tensor.dtype in wide_types for _, tensor in present) else torch.float32
     operands = [tensor for _, tensor in present] + ([] if weights is None else [weights[0]])
-    written = len(operands)
-    operands += [tensor for _, *pair in in_chunks for tensor in pair]
-    for parts in chunks(operands, chunk_size(device), copy=True):
-        for number, (write, *_) in enumerate(in_chunks):
-            write.do(parts[written + 2 * number], parts[written + 2 * number + 1])
+    place = {k: number for number, (k, _) in enumerate(present)}
+    others = len(operands)
+    operands += [other for _, other in in_chunks]
+    for views in chunks(operands, chunk_size(device), copy=True):
+        parts = list(views)
+        for number, (write, _) in enumerate(in_chunks, start=others):
+            parts[place[write.row]] = write.do(parts[place[write.row]], parts[number])
         weight = None if weights is None else weights[1](parts[len(present)].to(dtype))
         for sums, product in zip(partial, _of_chunk(parts[: len(present)], weight, pairs, dtype), strict=True):
             sums.append(product)

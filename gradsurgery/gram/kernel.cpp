@@ -90,8 +90,11 @@ static void combine_pairs(Bfloat* to, float scale, const Bfloat* other, float co
 }
 
 static inline bool low(int64_t address) { return address & 1; }
-static inline const float* floats(int64_t address, int64_t start) { return (const float*)address + start; }
-static inline Bfloat* bfloats(int64_t address, int64_t start) { return (Bfloat*)(address & ~(int64_t)1) + start; }
+static inline const float* floats(int64_t address, int64_t start = 0) { return (const float*)address + start; }
+static inline Bfloat* bfloats(int64_t address, int64_t start = 0) { return (Bfloat*)(address & ~(int64_t)1) + start; }
+static inline int64_t at(int64_t address, int64_t start) {
+    return address ? address + start * (int64_t)(low(address) ? sizeof(Bfloat) : sizeof(float)) : 0;
+}
 
 // What one step of a sum takes from a row: vectors of 16 lanes, one of float32 or two of bfloat16 numbers.
 static inline void take(const float* from, int part, Floats* x) { x[0] = load(from + part * kNative); }
@@ -172,7 +175,7 @@ struct Work {
     const int64_t *addresses, *sizes, *blocks;
     const double* coefficients;  // to combine by; null where products are asked for
     int64_t writes;              // rows to overwrite before they are multiplied, whose other tensors follow the rows'
-    const int64_t* written;
+    const int64_t* written;      // their numbers; ~number of a row that is multiplied as if it were overwritten, and is not
     const double* weights;
     double* partial;             // of each chunk and pair of rows
     int64_t first, last;         // chunks of this thread
@@ -181,7 +184,7 @@ struct Work {
 static int64_t chunks_of(int64_t size) { return (size + kChunk - 1) / kChunk; }
 
 static void multiply_chunk(const Work* work, const int64_t* address, int64_t begin, int64_t end, double* partial) {
-    float wide[kMostRows][kBlock];
+    float wide[kMostRows][kBlock], spare[kMostRows][kBlock];
     double sums[kMostRows * (kMostRows + 1) / 2][kLanes];
     int64_t present[kMostRows], m = 0;
     for (int64_t k = 0; k < work->rows; k++)
@@ -191,22 +194,29 @@ static void multiply_chunk(const Work* work, const int64_t* address, int64_t beg
     for (int64_t a = 0; a < m; a++) all_low = all_low && low(address[present[a]]);
     for (int64_t start = begin; start < end; start += kBlock) {
         const int64_t n = end - start < kBlock ? end - start : kBlock;
+        int64_t here[kMostRows];  // where this block of each row is
+        for (int64_t k = 0; k < work->rows; k++) here[k] = at(address[k], start);
         for (int64_t w = 0; w < work->writes; w++) {
-            const int64_t to = address[work->written[w]], other = address[work->rows + w];
-            if (!to || !other) continue;
+            const bool stored = work->written[w] >= 0;
+            const int64_t k = stored ? work->written[w] : ~work->written[w], other = at(address[work->rows + w], start);
+            if (!here[k] || !other) continue;
+            if (!stored) {
+                memcpy(spare[k], bfloats(here[k]), n * (low(here[k]) ? sizeof(Bfloat) : sizeof(float)));
+                here[k] = (int64_t)spare[k] | low(here[k]);
+            }
+            const int64_t to = here[k];
             const double weight = work->weights[w];
-            float* wide_to = (float*)floats(to, start);
-            if (low(to) && low(other)) overwrite(bfloats(to, start), bfloats(other, start), weight, n);
-            else if (low(to)) overwrite(bfloats(to, start), floats(other, start), weight, n);
-            else if (low(other)) overwrite(wide_to, bfloats(other, start), weight, n);
-            else overwrite(wide_to, floats(other, start), weight, n);
+            if (low(to) && low(other)) overwrite(bfloats(to), bfloats(other), weight, n);
+            else if (low(to)) overwrite(bfloats(to), floats(other), weight, n);
+            else if (low(other)) overwrite((float*)floats(to), bfloats(other), weight, n);
+            else overwrite((float*)floats(to), floats(other), weight, n);
         }
         const Bfloat* narrow[kMostRows];
         const float* rows[kMostRows];
         for (int64_t a = 0; a < m; a++) {
-            const int64_t from = address[present[a]];
-            narrow[a] = bfloats(from, start);
-            rows[a] = low(from) ? wide[a] : floats(from, start);
+            const int64_t from = here[present[a]];
+            narrow[a] = bfloats(from);
+            rows[a] = low(from) ? wide[a] : floats(from);
             if (low(from) && !all_low) convert(wide[a], narrow[a], n);
         }
         if (all_low) all_dots(narrow, m, n, sums);

@@ -60,10 +60,7 @@ class Kernel:
         """
         if batch.call(self._products, total.shape[-1], total):
             return False
-        for write in batch.writes:
-            for index, local in batch.taken:
-                if write.others.pop(index, None) is not None:
-                    overwritten(local[write.row])
+        note_writes(batch.writes, batch.taken)
         return True
 
     def combine(self, batch: Batch, coefficients: Tensor) -> None:
@@ -139,12 +136,20 @@ class Batch:
     def call(self, function: Any, rows: int, numbers: Tensor) -> int:
         """Call a function of the library."""
         tables = (table.buffer_info()[0] for table in (self._addresses, self._sizes, self._blocks))
-        written = array("q", (write.row for write in self.writes))
+        written = array("q", (write.row if write.stored else ~write.row for write in self.writes))
         weights = array("d", (math.nan if write.weight is None else write.weight for write in self.writes))
         return function(
             *(rows, len(self._sizes), *tables, numbers.data_ptr(), torch.get_num_threads()),
             *(len(written), written.buffer_info()[0], weights.buffer_info()[0]),
         )
+
+
+def note_writes(writes: Sequence[Write], taken: Members) -> None:
+    """Remove what was written from the writes, and let autograd know."""
+    for write in writes:
+        for index, local in taken:
+            if write.others.pop(index, None) is not None and write.stored:
+                overwritten(local[write.row])
 
 
 def overwritten(tensor: Tensor | None) -> None:

@@ -30,18 +30,19 @@ class Write(NamedTuple):
         row: The row's number.
         others: By parameter index, a tensor y like the row's on this process. An entry is removed when it is done.
         weight: x becomes ``x.lerp_(y, weight)``; y - x where it is None.
+        stored: Whether x is overwritten. If not, the same numbers are multiplied, and x stays as it was.
     """
 
     row: int
     others: dict[int, Tensor]
     weight: float | None
+    stored: bool = True
 
-    def do(self, tensor: Tensor, other: Tensor) -> None:
-        """Overwrite a tensor, or a part of it."""
+    def do(self, tensor: Tensor, other: Tensor) -> Tensor:
+        """What becomes of a tensor, or of a part of it: the tensor itself, overwritten, or another one."""
         if self.weight is None:
-            torch.sub(other, tensor, out=tensor)
-        else:
-            tensor.lerp_(other, self.weight)
+            return torch.sub(other, tensor, out=tensor) if self.stored else (other - tensor).to(tensor.dtype)
+        return tensor.lerp_(other, self.weight) if self.stored else tensor.lerp(other, self.weight)
 
     def finish(self, row: Row) -> None:
         """Do what no pass has done."""
@@ -94,10 +95,11 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 def numbers_on(device: torch.device, values: Any, dtype: torch.dtype | None = None) -> Tensor:
     """A few numbers of the host as a tensor on a device; the host does not wait for the device."""
-    tensor = torch.as_tensor(values, dtype=dtype)
+    # as_tensor would bring a tensor to the default device, which may be another.
+    tensor = values if isinstance(values, Tensor) else torch.as_tensor(values, dtype=dtype, device="cpu")
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()  # a copy from pageable memory makes the host wait
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, dtype, non_blocking=True)
 
 
 def dtensor_type() -> type[DTensor] | None:

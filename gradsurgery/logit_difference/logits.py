@@ -98,7 +98,9 @@ def logit_difference(
     # bfloat16 knows a logit of 20 only to 0.06: a difference in that type would be mostly rounding.
     dtype = torch.promote_types(torch.promote_types(base_logits.dtype, assistant_logits.dtype), torch.float32)
     base = base_logits.to(dtype)
-    difference = base - weight * assistant_logits.to(dtype)
+    difference = base - weight * assistant_logits.to(dtype) if weight else base
+    # What the base masks stays masked: infinities would cancel to NaN, the least finite numbers to an ordinary logit.
+    difference = torch.where(base_logits <= torch.finfo(base_logits.dtype).min, base, difference)
     kept = top_logit_mask(base.log_softmax(-1), top_logit_filter) if top_logit_filter else None
     if kept is None:
         return difference

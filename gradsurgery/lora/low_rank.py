@@ -47,7 +47,9 @@ def leading(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tens
     if min(matrix.shape) <= max(_EXACT, 4 * block):
         return _exact(matrix, rank)
     energy = _wide(matrix.square().sum(1)).sum()
-    start = torch.randn(matrix.shape[0], block, generator=generator, dtype=matrix.dtype).to(matrix.device)
+    start = torch.randn(matrix.shape[0], block, generator=generator, dtype=matrix.dtype, device=generator.device).to(
+        matrix.device
+    )
     basis = torch.linalg.qr(matrix.T @ start)[0]
     images = matrix @ basis
     captured = _captured(images, rank)

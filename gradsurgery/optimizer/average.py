@@ -95,7 +95,7 @@ class EMA:
             By objective and parameter index, the averages m that candidates are still to be folded with.
         """
         to_fold: dict[str, dict[int, Tensor]] = {}
-        inverse = 1.0 / torch.as_tensor(rows.scale, dtype=torch.float64)
+        inverse = 1.0 / rows.loss_scale()
         unscaled = inverse.device.type == "cpu" and float(inverse) == 1.0
         for name, row, multiple in zip(self.objectives, rows.lists, add, strict=True):
             if multiple or (decay := self.decays.get(name)) is None:
@@ -151,20 +151,21 @@ class EMA:
 
         counts = [self.steps.get(parameter, 0) for parameter in rows.parameters]
         parts, counts_of_parts = _parts(rows, counts, reached)
-        weights = torch.eye(number, dtype=torch.float64).repeat(len(counts_of_parts), 1, 1)
+        weights = torch.eye(number, dtype=torch.float64, device="cpu").repeat(len(counts_of_parts), 1, 1)
 
         def append(k: int, part: list[Tensor | None], weight: Tensor) -> None:
             if any(tensor is not None for tensor in part):
                 lists.append(part)
                 owners.append(k)
-                columns.append(weight[:, None] * torch.eye(number, dtype=torch.float64)[k])
+                columns.append(weight[:, None] * torch.eye(number, dtype=torch.float64, device="cpu")[k])
 
         columns: list[Tensor] = []
         writes: list[Write] = []
         for k, name in enumerate(self.objectives):
             if (decay := self.decays.get(name)) is None:
                 continue
-            correction = torch.tensor([1.0 - decay ** (count + 1) for count in counts_of_parts], dtype=torch.float64)
+            corrections = [1.0 - decay ** (count + 1) for count in counts_of_parts]
+            correction = torch.tensor(corrections, dtype=torch.float64, device="cpu")
             weights[:, k, k] = (1.0 - decay) / correction
             folded = candidates.get(name, [None] * len(rows.parameters))
             so_far = [
@@ -198,7 +199,7 @@ class EMA:
         for name, decay in self.decays.items():
             row, average = rows.lists[self.objectives.index(name)], self.averages[name]
             folded = candidates.get(name, [None] * len(rows.parameters))
-            new_weight = (1.0 - decay) / torch.as_tensor(rows.scale, dtype=torch.float64)
+            new_weight = (1.0 - decay) / rows.loss_scale()
             for parameter, gradient, candidate, reached in zip(rows.parameters, row, folded, rows.reached, strict=True):
                 if not reached:
                     continue

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from gradsurgery.gram import dtensor_type
 from gradsurgery.optimizer.clipping import rows_are_taken, rows_wait
-from gradsurgery.optimizer.join import Joined
+from gradsurgery.optimizer.join import ANOTHER_TERM, Joined
 from gradsurgery.optimizer.record import Record
 from gradsurgery.optimizer.rows import Rows
+from gradsurgery.optimizer.spent import Spent, zeroed
 from gradsurgery.optimizer.update import Update
 
 _STRAY = (
@@ -58,6 +59,7 @@ class Window:
         phase: Where the step stands.
         active: The objective whose context is open.
         joined: What ``join`` knows of its micro-batches.
+        spent: What ``.grad`` holds that is in no row to come.
         scale_known: Whether the rows were combined with their loss scale.
         candidates: The next averages by objective, made of rows that `EMA.fold` took out of their slots.
         combined: What ``combine`` hands to ``step``.
@@ -69,6 +71,7 @@ class Window:
         self.phase = Phase.OPEN
         self.active: str | None = None
         self.joined = Joined()
+        self.spent = Spent()
         self.scale_known = False
         self.candidates: dict[str, list[Tensor | None]] = {}
         self.combined: tuple[Rows, Update] | None = None
@@ -181,12 +184,35 @@ class Window:
         return rows
 
     def refuse_another_term(self, parameters: Sequence[Tensor]) -> None:
-        """As `Joined.refuse_another_term`. Where it refuses, the rows are forgotten, so that nobody can step."""
-        try:
-            self.joined.refuse_another_term(parameters)
-        except RuntimeError:
+        """Refuse gradients that were written since the latest look; the rows are forgotten, so that nobody can step.
+
+        Autograd runs what was built last first, so that a term added to the joint scalar writes before or after it.
+
+        Raises:
+            RuntimeError: If there are any.
+        """
+        written = self.spent.written(parameters)
+        if written and not zeroed(written):
             self.clear()
-            raise
+            raise RuntimeError(ANOTHER_TERM)
+
+    def refuse_stray(self, what: str, parameters: Sequence[Tensor]) -> None:
+        """Refuse gradients of no objective that were added to spent ones; the next capture would throw them away.
+
+        Raises:
+            RuntimeError: If there are any.
+        """
+        if self._added_to_spent(parameters):
+            raise RuntimeError(f"{what}: {_STRAY}")
+
+    def _added_to_spent(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether somebody added to the gradients of a step that is over. An update that was zeroed is one of these."""
+        # An update that waits for its step may be clipped, and rows captured again with accumulate.
+        written = [] if self.phase is Phase.OPEN else self.spent.written(parameters)
+        zero = bool(written) and zeroed(written)
+        if self.phase is Phase.COMBINED and (zero or all(parameter.grad is None for parameter in parameters)):
+            self.clear(Phase.CLOSED)  # model.zero_grad() after a step that a GradScaler skipped: these rows were spent
+        return self.phase is Phase.CLOSED and bool(written) and not zero
 
     def refuse_change(self, option: str, parameters: Sequence[Tensor]) -> None:
         """Refuse to change an option that the rows of this step are measured or combined with.
@@ -226,14 +252,13 @@ class Window:
                 "one objective, so leave the first context before entering the next"
             )
         held = any(parameter.grad is not None for parameter in parameters)
-        if self.phase is Phase.COMBINED and not held:
-            self.clear()  # model.zero_grad() after a step that a GradScaler skipped: these rows were spent
+        stray = self._added_to_spent(parameters) or (self.phase is Phase.OPEN and held)
         if self.phase is Phase.COMBINED and not accumulate:
             return (
                 f"objective {name!r}: entered after the rows were combined and before step(); pass accumulate=True to GradientSurgery to "
                 "combine after every micro-batch (join does), or call combine() once, after the last"
             )
-        return f"objective {name!r}: {_STRAY}" if self.phase is Phase.OPEN and held else None
+        return f"objective {name!r}: {_STRAY}" if stray else None
 
 
 def _owned(gradient: Tensor | None, name: str) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.optimizer.average import EMA
-from gradsurgery.optimizer.wrapper import parameters_of, refuse_maximize
+from gradsurgery.optimizer.wrapper import parameters_of, refuse_groups
 from gradsurgery.rules import StatefulRule
 
 _AVERAGE = "gradsurgery_ema_"
@@ -48,9 +48,10 @@ def save(base: torch.optim.Optimizer, average: EMA, rule: object) -> dict[str, A
                 # Adagrad has a state before its first step, which torch.distributed.checkpoint takes for its template.
                 state[index][_AVERAGE + name] = average.zero(parameter)
     for index, parameter in enumerate(parameters_of(base)):
-        if any(_AVERAGE + name in state.get(index, {}) for name in average.decays):
+        steps = average.steps.get(parameter, 0)
+        if steps or any(_AVERAGE + name in state.get(index, {}) for name in average.decays):
             # A tensor, as the base's own "step" is: torch.distributed.checkpoint keeps no other kind of number here.
-            state[index][_STEPS] = torch.tensor(float(average.steps.get(parameter, 0)))
+            state.setdefault(index, {})[_STEPS] = torch.tensor(float(steps), dtype=torch.float32, device="cpu")
     groups = [dict(group) for group in state_dict["param_groups"]]
     for group in groups:
         if average.decays:
@@ -77,7 +78,7 @@ def load(
         ValueError: If it does not fit. Nothing is changed then.
     """
     _refuse_flattening(average, rule)
-    refuse_maximize(state_dict["param_groups"])  # the base would adopt it with the groups
+    refuse_groups(state_dict["param_groups"])  # the base would adopt it with the groups
     # The base must not see the averages, because it would cast them to the parameters' type.
     state, averages, steps = _split_state(state_dict, parameters_of(base), average)
     _refuse_other_parameters(state_dict["param_groups"], state, base)
@@ -92,13 +93,19 @@ def load(
                 )
     of_all = max((int(group.pop(_STEPS, 0)) for group in groups), default=0)
     of_rule = [group.pop(_RULE, None) for group in groups]
-    base.load_state_dict({**state_dict, "state": state, "param_groups": groups})
+    if isinstance(rule, StatefulRule):  # before the base, and back where either does not fit
+        kept = rule.state_dict()
+        try:
+            rule.load_state_dict(of_rule[0] if of_rule and of_rule[0] is not None else start)
+            base.load_state_dict({**state_dict, "state": state, "param_groups": groups})
+        except BaseException:
+            rule.load_state_dict(kept)
+            raise
+    else:
+        base.load_state_dict({**state_dict, "state": state, "param_groups": groups})
     # Checkpoints of earlier versions have one number of steps for all parameters.
     averaged = {parameter for of_name in averages.values() for parameter in of_name}
     average.restore(averages, dict.fromkeys(averaged, of_all) | steps)
-    if isinstance(rule, StatefulRule):
-        found = of_rule[0] if of_rule and of_rule[0] is not None else start
-        rule.load_state_dict(found)
 
 
 def _refuse_flattening(average: EMA, rule: object) -> None:
@@ -173,6 +180,6 @@ def _split_state(
         if _STEPS in entries and index in of_key:
             steps[of_key[index]] = int(entries[_STEPS])
         rest = {key: value for key, value in entries.items() if key not in ours and key != _STEPS}
-        if rest or not ours:
+        if rest or len(rest) == len(entries):
             state[index] = rest
     return state, averages, steps

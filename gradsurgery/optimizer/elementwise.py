@@ -32,7 +32,7 @@ def with_answer(rows: Rows, rule: Callable[[Sequence[Row]], Any]) -> Rows:
     tensor at a time.
     """
     parameters = rows.parameters
-    scale = torch.as_tensor(rows.scale)
+    scale = rows.loss_scale()
     unscaled = scale.device.type == "cpu" and float(scale) == 1.0
     device = local_tensor(parameters[0]).device
     units = rows.units(device)

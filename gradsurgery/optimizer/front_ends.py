@@ -176,6 +176,7 @@ class FrontEnds(Adjustable):
         once, K times those of a backward pass. ``tests/benchmarks/trunk.py`` measures all of them.
         """
         window, joined, parameters = self._window, self._window.joined, self._parameters()
+        window.refuse_stray("join", parameters)
 
         def begin() -> None:
             joined.refuse_mixture(scale)
@@ -187,11 +188,11 @@ class FrontEnds(Adjustable):
             # micro-batch.
             if self._ranks.synchronising(parameters):
                 self.combine(scale=loss_scale)
-            joined.look(parameters)
+            window.spent.look(parameters)
 
         arm = partial(self._ranks.arm_reducer, parameters)
         end = partial(window.refuse_another_term, parameters)
-        joined.look(parameters)
+        window.spent.look(parameters)
         stages = Stages(begin, arm, self.objective, finish, end)
         if batched and features is None:
             raise ValueError(
@@ -246,6 +247,7 @@ class FrontEnds(Adjustable):
             rows.finish_writes()  # nothing is left to do, unless this raised before the rows were measured
         window.record, window.scale_known = record_of(self.objectives, rows, update), scale is not None
         window.hand_to_step(rows, update, written, keep_slots=keep)
+        window.spent.look(parameters)
         if not keep and not self._ema.decays and options.guard is None:
             rows.lists.clear()  # nobody reads the protected rows again: free them before the base's step
         return window.record

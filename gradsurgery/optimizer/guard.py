@@ -49,48 +49,46 @@ def guard(
 
     Args:
         rows: As the rule saw them. The first list is not read: the change takes its place.
-        before: From `copy_before_step`; overwritten by the change.
+        before: From `copy_before_step`.
         param_groups: The base's, with their learning rates.
         project: Whether to change the parameters, or only to measure.
 
     Returns:
         Twice ``[K - 1]``, the inner products of the change with each protected row: as the base made it, and as it is
         now. A change that is not finite is measured and left as the base wrote it.
+
+    Cost: reads the parameters, their copies and the rows once. Where something is projected it reads them twice more
+    and writes the parameters; on accelerators always, because the host does not wait to know.
     """
-    changes = list(before)
-    # The pass that measures the change makes it: the new parameter minus the old one.
-    new = {i: local_tensor(p).detach() for i, p in enumerate(rows.parameters) if changes[i] is not None}
     device = local_tensor(rows.parameters[0]).device
     units = rows.units(device).clone()
     units[0] = -1.0  # gru rectifies a gradient, which is minus a change; and the change carries no loss scale
-    shares = _shares(param_groups, device)
-    measured = _Change([changes, *rows.lists[1:]], rows, units, shares, Write(0, new, None))
+    shares = _shares(param_groups, len(rows.parameters), device)
+    measured = _Change([list(before), *rows.lists[1:]], rows, units, shares)
     gram = measured.gram()
     unguarded = -gram[:, 0, 1:].sum(0)
     if not project:
         return unguarded, unguarded
     coefficients = rules.gru(gram)
+    if device.type == "cpu" and not coefficients[:, 1:].any():
+        return unguarded, unguarded
     # A NaN that the base wrote must not spread to what it left whole.
     amounts, of_parameter = measured.amounts(torch.where(coefficients.isfinite().all(), coefficients, 0.0))
-    moved = [[None if change is None else t for change, t in zip(changes, row, strict=True)] for row in measured.lists]
-    moved[0] = [None if change is None else p for change, p in zip(changes, rows.parameters, strict=True)]
-    for change, parameter in zip(changes, rows.parameters, strict=True):
-        if change is not None:
-            change.sub_(parameter)  # minus the old parameter: adding the new one gives the new change, without a copy
+    moved: list[list[Tensor | None]] = [
+        [None if old is None else tensor for old, tensor in zip(before, row, strict=True)]
+        for row in (rows.parameters, *rows.lists[1:])
+    ]
     combine_blocks_(moved, amounts, blocks=of_parameter)
-    for change, parameter in zip(changes, rows.parameters, strict=True):
-        if change is not None:
-            change.add_(parameter)
     # Measured and not predicted, so that what the parameters' type rounds away shows.
     return unguarded, -measured.products_with_change()
 
 
-def _shares(param_groups: Sequence[dict[str, Any]], device: torch.device) -> Tensor | None:
-    """Each parameter's learning rate as a share of the largest, ``[P]`` float64; None where all have the same."""
+def _shares(param_groups: Sequence[dict[str, Any]], number: int, device: torch.device) -> Tensor | None:
+    """The first parameters' learning rates as shares of the largest, ``[P]`` float64; None where all have the same."""
     rates = [group.get("lr", 1.0) for group in param_groups]
     if all(rate is rates[0] or (isinstance(rate, float) and rate == rates[0]) for rate in rates):
         return None
-    groups = [index for index, group in enumerate(param_groups) for _ in group["params"]]
+    groups = [index for index, group in enumerate(param_groups) for _ in group["params"]][:number]
     each = torch.stack([numbers_on(device, rate, torch.float64).reshape(()) for rate in rates])
     largest = each.amax()
     return torch.where(largest > 0.0, each / largest, 0.0)[numbers_on(device, groups)]
@@ -100,18 +98,16 @@ class _Change(NamedTuple):
     """The parameter change in the first row's place, and the metric that the learning rates make.
 
     Attributes:
-        lists: The change, and the lists of the protected rows.
+        lists: The parameters before the base's step, and the lists of the protected rows.
         rows: As the rule saw them.
         units: What turns each list into an unscaled row, ``[B]``; -1 for the change.
         shares: From `_shares`.
-        write: Makes the change of the old parameters in its place.
     """
 
     lists: list[list[Tensor | None]]
     rows: Rows
     units: Tensor
     shares: Tensor | None
-    write: Write
 
     def gram(self) -> Tensor:
         """What `gru` must see so that its answer is nearest in the metric of the learning rates, ``[S, K, K]``.
@@ -158,7 +154,10 @@ class _Change(NamedTuple):
 
     def _products(self, of_parameter: Sequence[int] | None, number: int) -> Tensor:
         like = self.rows.parameters
-        products = block_gram(self.lists, blocks=of_parameter, num_blocks=number, like=like, writes=[self.write])
+        # The pass that measures the change makes it, of the parameters as they are now, and stores it nowhere.
+        new = {i: local_tensor(p).detach() for i, p in enumerate(like) if self.lists[0][i] is not None}
+        change = Write(0, new, None, stored=False)
+        products = block_gram(self.lists, blocks=of_parameter, num_blocks=number, like=like, writes=[change])
         return products * self.units[:, None] * self.units
 
     def _of_rows(self, products: Tensor, weights: Tensor) -> Tensor:

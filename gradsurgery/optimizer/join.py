@@ -14,7 +14,7 @@ from gradsurgery.gram import numbers_on
 from gradsurgery.optimizer.perturbation import Perturbation, Perturbed
 from gradsurgery.optimizer.trunk import Shared, Trunk
 
-_ANOTHER_TERM = (
+ANOTHER_TERM = (
     "join: expected its backward pass to be the only one that writes .grad, found a gradient that came from elsewhere, as from a term "
     "added to the joint loss (a regulariser, say): it would be in no row; add the term to one of the losses, as in "
     "join(forget=forget_loss, retain=retain_loss + term), and call zero_grad()"
@@ -22,7 +22,7 @@ _ANOTHER_TERM = (
 
 
 class Joined:
-    """What `join` knows of the micro-batches of one window, and the two mistakes that it notices.
+    """What `join` knows of the micro-batches of one window, and a mistake that it notices.
 
     Attributes:
         number: Micro-batches captured so far.
@@ -40,7 +40,6 @@ class Joined:
         self.explicit: bool | None = None
         self.incoming: Tensor | None = None
         self.loss_scale: float | Tensor = 1.0
-        self._seen: list[tuple[Tensor | None, int]] = []
 
     def add(self, gradient: Tensor, scale: float | Tensor | None) -> float | Tensor:
         """Count a micro-batch.
@@ -92,30 +91,6 @@ class Joined:
                 f"after {self.number} {'without' if explicit else 'with'}; call zero_grad() and say it in all"
             )
         self.explicit = explicit
-
-    def look(self, parameters: Sequence[Tensor]) -> None:
-        """Remember what stands in ``.grad``."""
-        self._seen = [(gradient, _version(gradient)) for gradient in (parameter.grad for parameter in parameters)]
-
-    def refuse_another_term(self, parameters: Sequence[Tensor]) -> None:
-        """Refuse gradients that were written since the latest `look`; the device is not asked.
-
-        Autograd runs what was built last first, so that a term added to the joint scalar writes before or after it.
-
-        Raises:
-            RuntimeError: If there are any.
-        """
-        seen_before, self._seen = self._seen, []  # so that spent gradients are not kept alive
-        for parameter, (seen, version) in zip(parameters, seen_before, strict=False):
-            gradient = parameter.grad
-            if gradient is not None and (gradient is not seen or _version(gradient) != version):
-                raise RuntimeError(_ANOTHER_TERM)
-
-
-def _version(gradient: Tensor | None) -> int:
-    # Autograd writes to a DTensor, FSDP2 to the local part of one; each counts what was written to itself.
-    both = (gradient, getattr(gradient, "_local_tensor", None))
-    return sum(tensor._version for tensor in both if tensor is not None and not tensor.is_inference())
 
 
 class Enter(Protocol):
@@ -176,8 +151,10 @@ def join(
         return _total(known, device)  # validation: there is nothing to capture
     for name, loss in known.items():
         _check_graph(name, loss)
-    # Protected rows first: the first objective's row, captured last, is the one that the update overwrites.
-    ordered = {name: losses[name] for name in (*objectives[1:], objectives[0])}
+    # A perturbed row moves the weights, after which no graph that holds them can run: the losses that are here go
+    # first. Of each kind the rectified one is the last.
+    names = sorted((*objectives[1:], objectives[0]), key=lambda name: name not in known)
+    ordered = {name: losses[name] for name in names}
     autocast = _autocast_now(device.type)
 
     trunk = None if shared is None else Trunk(shared, known)
@@ -198,7 +175,7 @@ def join(
                 if trunk is not None:
                     trunk.write(name)
                 else:
-                    _run(loss, gradient, keep_graph=keep and name != objectives[0])
+                    _run(loss, gradient, keep_graph=keep and name != names[len(known) - 1])
         stages.finish(gradient)
         torch.autograd.Variable._execution_engine.queue_callback(stages.end)  # pyright: ignore[reportPrivateUsage]
 

@@ -12,7 +12,8 @@ from gradsurgery.gram import Metric, dtensor_type
 
 UserMetric: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
 """A user's own metric: the parameters -> for each the diagonal of the inner product, a tensor like the parameter with
-weights > 0, or None where it is Euclidean. It is asked once a step, when the rows are combined."""
+weights > 0, or None where it is Euclidean. It is asked whenever rows are combined: once a
+step, or with ``accumulate`` and `join` once a micro-batch."""
 
 MetricOption: TypeAlias = Literal["euclidean", "optimizer"] | UserMetric
 """What ``metric`` may be."""
@@ -106,7 +107,8 @@ def optimizer_metric(base: torch.optim.Optimizer, parameters: Sequence[Tensor]) 
         eps = group.get("eps", 0.0)
         if "exp_avg_sq" in state:
             # In float64, because 1 - 0.999 ** step would keep only a few digits of a float32 step count's power.
-            unbiased = 1.0 - group["betas"][1] ** torch.as_tensor(state["step"], dtype=torch.float64)
+            step = state["step"]
+            unbiased = 1.0 - group["betas"][1] ** (step.double() if isinstance(step, Tensor) else step)
             moment = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
             return moment, lambda v: 1.0 / ((v / unbiased).sqrt() + eps)
         if "exp_inf" in state:
@@ -115,8 +117,8 @@ def optimizer_metric(base: torch.optim.Optimizer, parameters: Sequence[Tensor]) 
             return state["square_avg"], lambda v: 1.0 / (v.sqrt() + eps)
         if "sum" in state:
             # Adagrad has a state from its construction on. A fused one counts on the device, which is not asked.
-            step = torch.as_tensor(state["step"])
-            if step.device.type == "cpu":
+            step = state["step"]
+            if not isinstance(step, Tensor) or step.device.type == "cpu":
                 return None if step == 0 else (state["sum"], lambda v: 1.0 / (v.sqrt() + eps))
             return state["sum"], lambda v: torch.where(step == 0, 1.0, 1.0 / (v.sqrt() + eps))
         raise RuntimeError(

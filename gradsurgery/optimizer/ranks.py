@@ -194,7 +194,7 @@ class Ranks:
         if self._hosts is None or self._hosts[0] is not group:
             self._hosts = group, _group_of_hosts(group)
         try:
-            return _gather(torch.tensor(numbers), self._hosts[1])
+            return _gather(torch.tensor(numbers, device="cpu"), self._hosts[1])
         except RuntimeError as error:
             raise RuntimeError(
                 "objectives differ across ranks: expected every rank to run the same objectives as often as the others, found one that "

@@ -72,7 +72,7 @@ class Rows:
     ) -> Rows:
         """The captured rows as they are, without averages; ``blocks`` and ``record_blocks`` come as a pair."""
         number = len(lists)
-        weights = torch.eye(number, dtype=torch.float64)
+        weights = torch.eye(number, dtype=torch.float64, device="cpu")
         owners, scaled, averaged = tuple(range(number)), (True,) * number, (False,) * number
         return cls(lists, weights, owners, scaled, averaged, parameters, scale, *blocks, metric)
 
@@ -142,6 +142,12 @@ class Rows:
         """The factor that makes each list unscaled, ``[B]``: 1 / scale for captured rows, 1 for averages."""
         inverse = 1.0 / numbers_on(device, self.scale, torch.float64)
         return torch.where(numbers_on(device, self.scaled), inverse, torch.ones_like(inverse))
+
+    def loss_scale(self) -> Tensor:
+        """The loss scale as a 0-dim float64 tensor where it is: a tensor's device, or the CPU for a number."""
+        if isinstance(self.scale, Tensor):
+            return self.scale.double()
+        return torch.tensor(self.scale, dtype=torch.float64, device="cpu")  # not on the default device
 
     def in_loss_scale(self, amounts: Tensor) -> Tensor:
         """Amounts of unscaled lists, ``[S, B]``, as amounts of the lists as they are, for a sum in the loss scale."""

@@ -23,7 +23,7 @@ from gradsurgery.optimizer.record import Record
 from gradsurgery.optimizer.scaler import check_scaler
 from gradsurgery.optimizer.scope import Scope, blocks_of_both
 from gradsurgery.optimizer.update import multiples, resolve_rule
-from gradsurgery.optimizer.wrapper import refuse_maximize
+from gradsurgery.optimizer.wrapper import refuse_groups
 
 
 class GradientSurgery(FrontEnds):
@@ -63,7 +63,7 @@ class GradientSurgery(FrontEnds):
             (Euclidean on the first step): 1/(sqrt(v) + eps) for Adam-likes. Momentum, weight decay and the groups'
             learning rates are not part of it. A function of your own takes the parameters and returns, for each, the
             diagonal of the inner product: a tensor of weights > 0 like the parameter, or None for weights of 1. It is
-            asked once a step: ``metric=lambda parameters: [importance[id(p)] for p in parameters]``.
+            asked when rows are combined: ``metric=lambda parameters: [importance[id(p)] for p in parameters]``.
         guard: ``"update"`` looks at the parameter change after the base's step and removes, by the same exact
             projection as `gradsurgery.rules.gru`, what would raise a protected objective to first order. ``"measure"``
             only records it.
@@ -121,7 +121,7 @@ class GradientSurgery(FrontEnds):
         blocks_of_both(scope, record_scope, self.param_groups)  # a scope that does not fit the parameters raises here
         refuse_deepspeed(base, self._parameters())
 
-    _check_groups = staticmethod(refuse_maximize)
+    _check_groups = staticmethod(refuse_groups)
 
     def _restart(self) -> None:
         super()._restart()
@@ -167,7 +167,7 @@ class GradientSurgery(FrontEnds):
         record = self.combine()
         rows = window.rows_to_step(self.objectives, parameters)
         with torch.no_grad():
-            before = copy_before_step(parameters) if self.guard else []
+            before = copy_before_step(rows.parameters) if self.guard else []
             self._step_base()
             if self.guard:
                 unguarded, actual = guard(rows, before, self.param_groups, project=self.guard == "update")
@@ -178,6 +178,7 @@ class GradientSurgery(FrontEnds):
             self.rule.commit()
         window.record = replace(record, applied=True)
         window.clear(Phase.CLOSED)
+        window.spent.look(parameters)
         return value
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -185,7 +186,7 @@ class GradientSurgery(FrontEnds):
         self._base.zero_grad(set_to_none)
         # Zeroed tensors may stay in .grad. They are spent, and must not be refused as gradients of no objective.
         self._window.clear(Phase.OPEN if set_to_none else Phase.CLOSED)
-        self._window.joined.look(self._parameters())
+        self._window.spent.look(self._parameters())
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -224,6 +225,9 @@ class GradientSurgery(FrontEnds):
 
         def load(state_dict: dict[str, Any]) -> None:
             checkpoint.load(state_dict, self._base, self._ema, self.rule, self._options.rule_start)
-            self._window.clear()
+            # Combined rows are forgotten, and so spent is what is left of them in .grad.
+            window, parameters = self._window, self._parameters()
+            window.clear(Phase.OPEN if window.phase is Phase.OPEN else Phase.CLOSED)
+            window.spent.look(parameters)
 
         self._load_between_hooks(state_dict, load)

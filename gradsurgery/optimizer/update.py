@@ -65,7 +65,7 @@ class Update:
         )
         raise FloatingPointError(
             f"step: expected finite rows, found {found}; nothing was stepped and zero_grad() recovers. Look at that loss, lower the "
-            "learning rate, or use a GradScaler with fp16"
+            "learning rate, or use a GradScaler with fp16; numbers above 1e19 count as inf, because their squares are"
         )
 
 

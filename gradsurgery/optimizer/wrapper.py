@@ -173,12 +173,34 @@ def _check_base(base: object) -> None:
         )
 
 
-def refuse_maximize(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse groups in which the base ascends: every sign that surgery knows is that of a descent.
+def refuse_groups(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse groups in which the base ascends, or that surgery's gradients must flow through.
+
+    Every sign that surgery knows is that of a descent, and rows are combined in place.
 
     Raises:
-        ValueError: If a group has ``maximize=True``.
+        ValueError: If a group has ``maximize=True`` or ``differentiable=True``, a parameter twice, or one that is on an
+            Apple GPU.
     """
+    for group in groups:
+        listed = group.get("params")
+        if not isinstance(listed, list):
+            continue
+        if any(getattr(getattr(parameter, "device", None), "type", None) == "mps" for parameter in listed):
+            raise ValueError(
+                "base: expected parameters on the CPU or a CUDA device, found one on an Apple GPU, which has no float64 to sum products "
+                "in; train on the CPU"
+            )
+        if len({id(parameter) for parameter in listed}) < len(listed):
+            raise ValueError(
+                "base: expected every parameter once, found one that its group lists again, which surgery would change twice in a step; "
+                "list it once"
+            )
+    if any(group.get("differentiable") for group in groups):
+        raise ValueError(
+            "base: expected parameter groups with differentiable=False, found differentiable=True: rows are combined in place, so that "
+            "no gradient flows through the step to them; differentiate a loop of torch.autograd.grad of your own"
+        )
     if any(group.get("maximize") for group in groups):
         raise ValueError(
             "base: expected parameter groups with maximize=False, found maximize=True, with which the guard and the record would have the "

@@ -28,7 +28,7 @@ def order_statistic(row: Row, quantile: float) -> float:
 
     prefix, rank = 0, None  # the answer's bits known so far, and its rank among the sizes that share them
     for low in range(top, -1, -11):
-        counts = torch.zeros(2048, dtype=torch.int64)
+        counts = torch.zeros(2048, dtype=torch.int64, device="cpu")
         for bits in sizes():
             alike = bits if rank is None else bits[bits >> (low + 11) == prefix]
             counts += torch.bincount((alike >> low & 2047).long(), minlength=2048).cpu()
@@ -38,7 +38,7 @@ def order_statistic(row: Row, quantile: float) -> float:
             if total == 0:
                 return 0.0
             rank = min(int(quantile * total), total - 1)
-        digit = int(torch.searchsorted(below, torch.tensor(rank), right=True))
+        digit = int(torch.searchsorted(below, rank, right=True))
         rank -= int(below[digit - 1]) if digit else 0
         prefix = prefix << 11 | digit
-    return float(torch.tensor(prefix, dtype=integers).view(floats))
+    return float(torch.tensor(prefix, dtype=integers, device="cpu").view(floats))

@@ -68,15 +68,15 @@ def _host_sees(matrix: Tensor) -> bool:
 def _one_after_another(matrix: Tensor, products: Tensor) -> Tensor:
     """The same answer bit for bit, by the ridges that are needed, each for the problems that need it."""
     m = products.shape[-1]
-    identity = torch.eye(m, dtype=matrix.dtype)
+    identity = torch.eye(m, dtype=matrix.dtype, device=matrix.device)
     answer = torch.full_like(products, torch.nan)
-    open_ = torch.arange(len(products))
+    open_ = torch.arange(len(products), device=matrix.device)
     for ridge in _RIDGES:
         eased, its = matrix[open_] + ridge * identity, products[open_]
         x, active = torch.zeros_like(its), torch.zeros_like(its, dtype=torch.bool)
         if ridge == 0.0 and m >= _ROWS_WORTH_A_GUESS:
             active = _guess(eased, its)
-        moving = torch.arange(len(its))
+        moving = torch.arange(len(its), device=matrix.device)
         for _ in range(_rounds(m)):
             x[moving], active[moving], moved = _round(eased[moving], its[moving], x[moving], active[moving])
             moving = moving[moved]  # a round that moves nothing is repeated by all later ones
@@ -100,7 +100,7 @@ def _guess(matrix: Tensor, products: Tensor) -> Tensor:
     """
     factor, failed = torch.linalg.cholesky_ex(matrix)
     sure = (failed == 0) & (factor.diagonal(dim1=-2, dim2=-1).amin(-1) > 1e-3)
-    identity = torch.eye(products.shape[-1], dtype=matrix.dtype)
+    identity = torch.eye(products.shape[-1], dtype=matrix.dtype, device=matrix.device)
     active = torch.zeros_like(products, dtype=torch.bool)
     moving = sure.nonzero().flatten()
     wrong = products[moving] < -TOLERANCE

@@ -29,12 +29,16 @@ def pcgrad(gram: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     number = gram.shape[-1]
     mixed = torch.zeros_like(gram) + torch.eye(number, dtype=gram.dtype, device=gram.device)
     for i in range(number):
-        order = list(range(number)) if generator is None else torch.randperm(number, generator=generator).tolist()
+        order = list(range(number)) if generator is None else _shuffled(number, generator)
         for j in order:
             if j != i:
                 product = (mixed[..., i, :] * gram[..., :, j]).sum(-1)
                 mixed[..., i, j] -= _algebra.ratio(product.clamp_max(0.0), gram[..., j, j])
     return mixed.sum(-2)
+
+
+def _shuffled(number: int, generator: torch.Generator) -> list[int]:
+    return torch.randperm(number, generator=generator, device=generator.device).tolist()
 
 
 @of_gram
@@ -144,7 +148,7 @@ def nash_mtl(gram: Tensor) -> Tensor:
     r"""Nash-MTL: the bargaining solution, coefficients x with $G x = 1/x$. Zero rows get 0.
 
     Two rows: $(1/\sqrt F, 1/\sqrt R)/\sqrt{1 + \cos}$. Opposite rows have no bargain: the coefficients grow
-    without bound.
+    without bound, and with more rows are NaN where no solution is found.
 
     Source: Multi-Task Learning as a Bargaining Game (2202.01017), equation 3. The strictly convex problem behind it,
     $\min_x \tfrac12 x^T G x - \sum_k \log x_k$, is solved by damped Newton steps, where the authors alternate
@@ -162,7 +166,10 @@ def nash_mtl(gram: Tensor) -> Tensor:
         step = torch.linalg.solve_ex(unit + identity / x.square()[..., None], gradient)[0]
         decrement = (gradient * step).sum(-1, keepdim=True).clamp_min(0.0).sqrt()
         x = x - step / (1.0 + decrement)
-    return _algebra.ratio(x, norms)
+    # Rounding may have given rows that are nearly opposite a Gram matrix of no rows at all, and that has no solution.
+    off = (x * (unit @ x[..., None]).squeeze(-1) - 1.0).abs()
+    found = ((x > 0.0) & (off < 0.05)).all(-1, keepdim=True)
+    return _algebra.ratio(torch.where(found, x, torch.nan), norms)
 
 
 @of_gram

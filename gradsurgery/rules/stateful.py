@@ -100,5 +100,5 @@ class GradVac:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a target."""
         target = state_dict["target"]
-        self._target = None if target is None else torch.tensor(target, dtype=torch.float64)
+        self._target = None if target is None else torch.tensor(target, dtype=torch.float64, device="cpu")
         self._proposed = None

@@ -230,7 +230,7 @@ def check_hardware(training: TrainingOptions) -> None:
 def _hardware(training: TrainingOptions) -> dict[str, Any]:
     """What a Trainer is told about the machine."""
     return {
-        "accelerator": "auto",
+        "accelerator": "cpu" if torch.backends.mps.is_available() else "auto",  # surgery's sums need float64
         "devices": training.devices if training.devices == "auto" else int(training.devices),
         "num_nodes": training.num_nodes,
         "strategy": fsdp2(training) if training.sharded else training.strategy,

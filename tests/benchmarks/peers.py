@@ -78,6 +78,8 @@ def torchjd_passes(rows: Rows) -> dict[str, Callable[[], object]]:
     try:
         from torchjd.aggregation import PCGrad, UPGrad
         from torchjd.autojac import jac_to_grad
+
+        conflict_free, projecting = UPGrad(), PCGrad()  # UPGrad asks for packages of its own only here
     except ImportError as error:
         print(f"TorchJD is left out: {error}", file=sys.stderr)
         return {}
@@ -91,9 +93,9 @@ def torchjd_passes(rows: Rows) -> dict[str, Callable[[], object]]:
         jac_to_grad(parameters, aggregator, retain_jac=True, **options)
 
     return {
-        "TorchJD, PCGrad": partial(once, PCGrad()),
-        "TorchJD, UPGrad": partial(once, UPGrad()),
-        "TorchJD, PCGrad, no concatenation": partial(once, PCGrad(), optimize_gramian_computation=True),
+        "TorchJD, PCGrad": partial(once, projecting),
+        "TorchJD, UPGrad": partial(once, conflict_free),
+        "TorchJD, PCGrad, no concatenation": partial(once, projecting, optimize_gramian_computation=True),
     }
 
 

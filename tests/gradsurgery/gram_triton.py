@@ -198,6 +198,16 @@ def test_written_and_multiplied_in_one_pass(weight: float | None, calls: list[in
     assert torch.equal(found, gram([forget, retain]))
 
 
+def test_multiplied_as_if_it_were_written() -> None:
+    forget, retain, other = rows_of(F32, F32, F32)
+    pairs = {p: t for p, t in enumerate(other) if t is not None and retain[p] is not None}
+    kept, there = copied([retain])[0], copied([retain])[0]
+    found = block_gram([forget, retain], writes=[Write(1, dict(pairs), None, stored=False)])[0]
+    assert torch.equal(found, block_gram([forget, there], writes=[Write(1, dict(pairs), None)])[0])
+    for mine, before in zip(retain, kept, strict=True):
+        assert mine is before is None or (mine is not None and before is not None and torch.equal(mine, before))
+
+
 RULES = {"sum": gs.rules.sum, "gru": gs.rules.gru, "pcgrad": gs.rules.pcgrad}
 
 

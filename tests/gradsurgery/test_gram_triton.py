@@ -44,7 +44,7 @@ for name in ("_products", "_sums", "_combine"):
 f32, bf16 = torch.float32, torch.bfloat16
 table, sizes, chunks, numbers = torch.zeros(4, 4).long(), torch.zeros(4).long(), torch.zeros(8, 2).int(), torch.zeros(1, 2).double()
 _triton.products(table, sizes, chunks, (2, (bf16, bf16), True), ())
-_triton.products(table, sizes, chunks, (4, (bf16, bf16, f32, f32, f32, bf16), True), ((2, 0.2), (1, None)))
+_triton.products(table, sizes, chunks, (4, (bf16, bf16, f32, f32, f32, bf16), True), ((2, 0.2, True), (1, None, False)))
 _triton.products(table, sizes, chunks, (2, (f32, f32), False), ())
 for rule in ("", *"sum gru pcgrad".split()):
     _triton.sums(torch.zeros(3, 4), sizes.int(), torch.zeros(1, 2, 2).double(), numbers if rule else None, rule, not rule)

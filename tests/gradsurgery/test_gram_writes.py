@@ -55,6 +55,23 @@ def test_written_and_multiplied_in_one_pass(name: choice.Choice, dtype: torch.dt
     assert all(torch.equal(y, k) for y, k in zip(other, kept, strict=True))
 
 
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64])
+@pytest.mark.parametrize("weight", [None, 0.2, 0.97])
+def test_multiplied_as_if_it_were_written(name: choice.Choice, dtype: torch.dtype, weight: float | None) -> None:
+    forget, retain, other = (row(seed, dtype) for seed in range(3))
+    there, kept = copied(retain), copied(retain)
+    write = Write(1, dict(enumerate(other)), weight, stored=False)
+    versions = [tensor._version for tensor in retain]
+    with backend(name):
+        found = block_gram([forget, retain], writes=[write])[0]
+        expected = block_gram([forget, there], writes=[Write(1, dict(enumerate(other)), weight)])[0]
+    assert torch.equal(found, expected)
+    assert write.others == {}
+    assert all(torch.equal(mine, before) for mine, before in zip(retain, kept, strict=True) if before is not None)
+    assert [tensor._version for tensor in retain] == versions
+
+
 def trained(name: choice.Choice, **options: object) -> tuple[Tensor, gs.GradientSurgery]:
     torch.manual_seed(0)
     model = torch.nn.Linear(60, 70)

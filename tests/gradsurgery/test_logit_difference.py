@@ -574,3 +574,12 @@ def test_a_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
     llama(layers=1).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="found a llama"):
         LogitDifferenceModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("never", [-torch.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("weight", [0.0, 0.75, 1.0])
+def test_what_both_models_mask_stays_masked(never: float, weight: float) -> None:
+    base, assistant = torch.tensor([2.0, 1.0, never]), torch.tensor([1.0, 3.0, never])
+    found = logit_difference(base, assistant, weight=weight)
+    assert torch.equal(found, torch.tensor([2.0 - weight, 1.0 - 3.0 * weight, never]))
+    assert float(found.softmax(-1)[2]) == 0.0

@@ -316,3 +316,24 @@ def test_options_out_of_range_are_refused_before_anything_is_scored(options: dic
 def test_scores_that_mean_nothing_are_refused(function: Callable[[float], float]) -> None:
     with pytest.raises(ValueError, match=r"score: expected a (finite|positive) number"):
         calibrate_mix(BEFORE, AFTER, Counted(function))
+
+
+def test_equal_infinite_entries_stay_as_they_are() -> None:
+    """A causal mask may be a buffer of the model."""
+    before, after, other = (
+        {"w": torch.tensor([1.0, w]), "mask": torch.tensor([0.0, -math.inf])} for w in (2.0, 4.0, 3.0)
+    )
+    vectors = [task_vector(before, after), task_vector(before, other)]
+    assert [vector["mask"].tolist() for vector in vectors] == [[0.0, 0.0]] * 2
+    assert mix(before, after, 0.25)["mask"].tolist() == [0.0, -math.inf]
+    found = rectified(before, vectors, vectors[::-1])
+    assert found["mask"].tolist() == [0.0, -math.inf]
+    assert found["w"].isfinite().all()
+
+
+@pytest.mark.parametrize("rho", [0.0, 1.0])
+def test_a_mix_of_one_side_is_that_side(rho: float) -> None:
+    """Also where the other one is not finite."""
+    before, after = {"w": torch.tensor([0.1, math.inf])}, {"w": torch.tensor([0.3, math.nan])}
+    expected = before if rho else after
+    assert torch.equal(mix(before, after, rho)["w"].nan_to_num(), expected["w"].nan_to_num())

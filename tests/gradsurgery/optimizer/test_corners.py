@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import gradsurgery as gs
+from gradsurgery.optimizer.wrapper import refuse_groups
 from tests.problems import FOUR, FRONT_ENDS, classification, contexts, mlp, taken, values
 from tests.reference import training
 from tests.tolerances import STEPPED, close
@@ -111,6 +113,62 @@ def test_a_base_that_maximises_is_refused() -> None:
     with pytest.raises(ValueError, match="maximize"):
         optimizer.load_state_dict(torch.optim.SGD([weight], lr=0.5, maximize=True).state_dict())
     assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_what_a_combination_in_place_cannot_serve_is_refused() -> None:
+    """A step that is differentiated, and a parameter that is combined twice."""
+    weight = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r"differentiable=False.*found differentiable=True"):
+        gs.GradientSurgery(torch.optim.SGD([weight], lr=0.1, differentiable=True))
+    with pytest.warns(UserWarning, match="duplicate"):
+        twice = torch.optim.SGD([weight, weight], lr=0.1)
+    with pytest.raises(ValueError, match="expected every parameter once, found one that its group lists again"):
+        gs.GradientSurgery(twice)
+
+
+def test_parameters_on_an_apple_gpu_are_refused() -> None:
+    there = SimpleNamespace(device=torch.device("mps"))
+    with pytest.raises(ValueError, match="Apple GPU, which has no float64"):
+        refuse_groups([{"params": [there]}])
+
+
+@pytest.mark.parametrize("guard", ["measure", "update"])
+def test_a_group_that_is_added_while_an_update_waits_is_stepped_from_the_next_step_on(guard: str) -> None:
+    def step(late: bool) -> Tensor:
+        weight, new = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+        optimizer = gs.GradientSurgery(torch.optim.SGD([weight], lr=0.1), guard=guard)
+        for name, loss in (("retain", weight[0] * 2), ("forget", weight[1] - weight[0])):
+            with optimizer.objective(name):
+                loss.backward()
+        optimizer.combine()
+        if late:
+            optimizer.add_param_group({"params": [new], "lr": 0.7})
+        optimizer.step()
+        assert new.eq(1.0).all()
+        return weight.detach()
+
+    assert torch.equal(step(late=True), step(late=False))
+
+
+@pytest.mark.parametrize("rule", ["gru", "pcgrad", "gradvac", "saliency_mask", "graddrop"])
+@pytest.mark.parametrize("names", [("forget", "retain"), ("forget", "retain", "general")])
+def test_another_default_device_changes_no_step(rule: str, names: tuple[str, ...]) -> None:
+    def trained(device: str) -> Tensor:
+        torch.manual_seed(0)
+        with torch.device(device):
+            weight = nn.Parameter(torch.arange(6.0, device="cpu").reshape(2, 3))
+            base = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+            optimizer = gs.GradientSurgery(base, rule=rule, objectives=names, ema_decay=0.5, guard="update")
+            for _ in range(3):
+                for place, name in enumerate(names):
+                    with optimizer.objective(name):
+                        ((-1) ** place * (weight.square().sum() + (place + 1) * weight[0, place])).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                optimizer.load_state_dict(optimizer.state_dict())
+        return weight.detach()
+
+    assert torch.equal(trained("meta"), trained("cpu"))
 
 
 # Averages of parameters that come late ----------------------------------------------------------------------------------------------

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 import gradsurgery as gs
+from gradsurgery.optimizer import guard as guard_module
 from tests.problems import BASES, FOUR, classification, contexts, joined, mlp, values
 from tests.reference import training
 from tests.tolerances import STEPPED, close
@@ -55,6 +58,31 @@ def test_the_guard_leaves_a_harmless_change_alone() -> None:
     contexts(model, guarded, losses, range(STEPS))
     contexts(plain, unguarded, losses, range(STEPS))
     close(values(model), values(plain), STEPPED)
+
+
+def test_a_change_that_helps_is_measured_once_and_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, plain = (torch.nn.Parameter(torch.tensor([1.0, 2.0])) for _ in range(2))
+    guarded = gs.GradientSurgery(torch.optim.Adam([weight], lr=0.1), guard="update")
+    unguarded = torch.optim.Adam([plain], lr=0.1)
+    passes: list[int] = []
+    measure = guard_module.block_gram
+
+    def counted(*args: Any, **options: Any) -> Tensor:
+        passes.append(1)
+        return measure(*args, **options)
+
+    monkeypatch.setattr(guard_module, "block_gram", counted)
+    for name in guarded.objectives:
+        with guarded.objective(name):
+            weight.sum().backward()
+        plain.sum().backward()
+    guarded.step()
+    unguarded.step()
+    assert torch.equal(weight, plain)
+    assert passes == [1]
+    assert guarded.record is not None
+    assert guarded.record.actual_change is not None
+    assert torch.equal(guarded.record.actual_change, (plain - torch.tensor([1.0, 2.0])).detach().sum().double()[None])
 
 
 def test_a_guard_on_low_precision_weights_warns_and_records_what_was_achieved() -> None:

@@ -46,7 +46,8 @@ def test_a_pass_allocates_a_twentieth_of_a_gradient_beyond_what_the_estimate_nam
 def test_a_guard_and_accumulation_hold_the_copies_that_the_estimate_names(choice: str) -> None:
     found = extra(limit.filled([(1 << 18,)] * 4, 2), choice, guard="update", accumulate=True)
     assert found.named == 2 * found.copy
-    assert abs(found.copies) <= COPIES
+    chunks = CHUNK if choice == "eager" else 0  # of the change, which is stored nowhere
+    assert abs(found.allocated - found.named) <= COPIES * found.copy + chunks
 
 
 def test_what_the_kernel_allocates_by_itself_is_as_little() -> None:

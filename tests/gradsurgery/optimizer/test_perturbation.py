@@ -76,6 +76,28 @@ def step_by_join(model: nn.Module, optimizer: gs.GradientSurgery, at: Any, step:
     optimizer.zero_grad()
 
 
+def test_a_protected_row_at_moved_weights_beside_a_loss_that_is_there() -> None:
+    """The forget loss's graph is made before the weights move, and must run before they do."""
+    model, other = mlp(), mlp()
+    optimizer, reference = (gs.GRU(torch.optim.SGD(net.parameters(), lr=0.1)) for net in (model, other))
+    there, here = optimizer.perturbed(0.1), reference.perturbed(0.1)
+    for step in range(3):
+        perturbed = gs.Perturbed(
+            lambda step=step: retain(step, 0)(model), lambda step=step: remember(step)(model), there
+        )
+        optimizer.join(forget=forget(step)(model), retain=perturbed).backward()
+        with here.direction():
+            remember(step)(other).backward()
+        with reference.objective("forget"):
+            forget(step)(other).backward()
+        with reference.objective("retain", at=here):
+            retain(step, 0)(other).backward()
+        for each in (optimizer, reference):
+            each.step()
+            each.zero_grad()
+    assert_same(snapshot(model, optimizer), snapshot(other, reference))
+
+
 def step_by_closure(model: nn.Module, optimizer: gs.GradientSurgery, at: Any, step: int, micro_batches: int) -> None:
     def closure() -> Tensor:
         optimizer.zero_grad()

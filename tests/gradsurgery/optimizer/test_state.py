@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import lr_scheduler
 
@@ -66,6 +66,50 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(base: str) -> None:
     assert_same(snapshot(resumed, again), snapshot(model, optimizer))
     assert torch.equal(taken(again).gram, taken(optimizer).gram)
     assert again.rule.state_dict() == optimizer.rule.state_dict()  # type: ignore[attr-defined]
+
+
+def test_steps_of_what_only_the_forget_loss_reached_are_kept_by_a_base_without_state() -> None:
+    """The bias correction of its average counts them, when the retain loss reaches it at last."""
+
+    def made() -> tuple[nn.Parameter, nn.Parameter, gs.GradientSurgery]:
+        a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+        return a, b, gs.GRU(torch.optim.SGD([a, b], lr=0.1), ema_decay=0.9)
+
+    def step(a: nn.Parameter, b: nn.Parameter, optimizer: gs.GradientSurgery, retain: Tensor) -> None:
+        with optimizer.objective("retain"):
+            retain.backward()
+        with optimizer.objective("forget"):
+            (-a.sum() - b.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    a, b, optimizer = made()
+    for _ in range(5):
+        step(a, b, optimizer, a.square().sum())
+    c, d, again = made()
+    with torch.no_grad():
+        c.copy_(a)
+        d.copy_(b)
+    again.load_state_dict(through_a_file(optimizer.state_dict()))
+    step(a, b, optimizer, a.sum() + 2 * b.sum())
+    step(c, d, again, c.sum() + 2 * d.sum())
+    assert torch.equal(taken(again).gram, taken(optimizer).gram)
+    assert torch.equal(b, d)
+
+
+def test_the_number_of_steps_does_not_depend_on_the_default_type() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = gs.GRU(torch.optim.SGD([weight], lr=0.1), ema_decay=0.9)
+    joined(
+        nn.ParameterList([weight]), optimizer, lambda *_: {"forget": -weight.sum(), "retain": weight.sum()}, range(1)
+    )
+    optimizer._ema.steps[weight] = 301
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        saved = optimizer.state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert float(saved["state"][0]["gradsurgery_steps"]) == 301.0
 
 
 @pytest.mark.parametrize("option", ["average", "bias correction", "GradVac's target"])
@@ -235,6 +279,22 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(spoil: Callable[[dict[st
     with pytest.raises(ValueError, match=sentence):
         optimizer.load_state_dict(state_dict)
     assert_same(snapshot(model, optimizer), before)
+
+
+def test_a_rule_whose_numbers_do_not_fit_changes_nothing() -> None:
+    model, source = mlp(), mlp()
+    optimizer, saved = surgeon(model), surgeon(source)
+    contexts(model, optimizer, LOSSES, HALF)
+    contexts(source, saved, LOSSES, range(2))
+    state_dict = copy.deepcopy(saved.state_dict())
+    for group in state_dict["param_groups"]:
+        group["gradsurgery_rule"] = {"memory": 1}
+    before = snapshot(model, optimizer)
+    kept = optimizer.rule.state_dict()  # type: ignore[attr-defined]
+    with pytest.raises(KeyError):
+        optimizer.load_state_dict(state_dict)
+    assert_same(snapshot(model, optimizer), before)
+    assert optimizer.rule.state_dict() == kept  # type: ignore[attr-defined]
 
 
 def test_rows_of_before_are_forgotten_by_a_load() -> None:

@@ -545,6 +545,25 @@ def test_nash_mtl_is_a_bargain(number: int) -> None:
     close(bargain, torch.ones_like(bargain), tolerances.OUT_OF_ORDER, names=kinds)
 
 
+def test_nash_mtl_says_nothing_where_rounding_has_left_no_bargain() -> None:
+    """Float32 products of nearly opposite rows may be the products of no rows, for which no coefficients exist."""
+    generator = torch.Generator().manual_seed(0)
+    answers = 0
+    for noise in (1e-3, 3e-4, 1e-4, 1e-5):
+        for _ in range(20):
+            forget, noised, free = torch.randn(3, 50, generator=generator)
+            rows = torch.stack([forget, noise * noised - forget, free])
+            gram = (rows @ rows.T).double()
+            coefficients = rules.nash_mtl(gram)
+            if coefficients.isnan().any():
+                assert coefficients.isnan().all()
+                continue
+            answers += 1
+            assert (coefficients > 0.0).all()
+            assert (coefficients * (gram @ coefficients) - 1.0).abs().max() < 0.05
+    assert 20 < answers < 80
+
+
 @every_size
 def test_identical_rows_share_their_weight(number: int) -> None:
     _, _, grams = zoo.stacked(number, "identical")

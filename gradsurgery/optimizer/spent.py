@@ -1,0 +1,45 @@
+"""Spent: gradients that stand in ``.grad`` and belong to no row to come, and what somebody else writes to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef
+
+from gradsurgery.gram import local_tensor
+
+
+class Spent:
+    """What stood in ``.grad`` at the latest look. It keeps no gradient alive."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[TensorWeakRef | None, int]] = []
+
+    def look(self, parameters: Sequence[Tensor]) -> None:
+        """Remember it."""
+        gradients = [parameter.grad for parameter in parameters]
+        self._seen = [
+            (None if gradient is None else TensorWeakRef(gradient), _version(gradient)) for gradient in gradients
+        ]
+
+    def written(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients that were written since; the device is not asked."""
+        unseen = [(None, 0)] * (len(parameters) - len(self._seen))  # of a parameter group that was added since
+        found: list[Tensor] = []
+        for parameter, (seen, version) in zip(parameters, [*self._seen, *unseen], strict=False):
+            gradient = parameter.grad
+            if gradient is not None and (seen is None or gradient is not seen() or _version(gradient) != version):
+                found.append(gradient)
+        return found
+
+
+def zeroed(gradients: Sequence[Tensor]) -> bool:
+    """Whether all are 0, as ``zero_grad(set_to_none=False)`` leaves them. The host waits for the device."""
+    return not any(bool(local_tensor(gradient).any()) for gradient in gradients)
+
+
+def _version(gradient: Tensor | None) -> int:
+    # Autograd writes to a DTensor, FSDP2 to the local part of one; each counts what was written to itself.
+    both = (gradient, getattr(gradient, "_local_tensor", None))
+    return sum(tensor._version for tensor in both if tensor is not None and not tensor.is_inference())
