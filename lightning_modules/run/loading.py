@@ -51,7 +51,7 @@ def make_data(options: Options, tokenizer: Any) -> ForgetRetainDataModule:
     if isinstance(options, UnlearnOptions):
         training = options.training
         common |= {"batch_size": training.batch_size, "group_by_length": training.group_by_length}
-        common |= {"refusals": _refusals(options.method), "keep_asked_words": options.method.keep_asked_words}
+        common |= {"refusals": refusals_of(options.method), "keep_asked_words": options.method.keep_asked_words}
         common["target"] = TARGET if objectives.needs_target(objectives.by_name(options.method.forget_loss)) else None
     if data.tofu is not None:
         common |= {
@@ -114,7 +114,7 @@ def _holdout(name: str, data: DataOptions) -> list[Example]:
     return read_examples(name)
 
 
-def _refusals(method: MethodOptions) -> Sequence[str] | None:
+def refusals_of(method: MethodOptions) -> Sequence[str] | None:
     """Answers that refuse, one a line of the file; None where the forget loss needs none."""
     if not objectives.needs_refusals(objectives.by_name(method.forget_loss)):
         return None

@@ -65,7 +65,7 @@ def test_other_wrong_or_paraphrased_answers_are_refused(
 
 
 @pytest.mark.parametrize(
-    "change", [{"prompt_format": "tofu-llama2"}, {"prompt_format": "Ask: {question} Say: {answer}"}, {"max_length": 16}]
+    "change", [{"prompt_format": "tofu-llama2"}, {"prompt_format": "Ask: {question} Say: {answer}"}]
 )
 def test_another_format_is_refused(change: dict[str, Any], options: EvaluateOptions, log: Path) -> None:
     with pytest.raises(ValueError, match=r"^--reference: .* the same tokens, found others; .* --prompt-format"):
