@@ -172,7 +172,7 @@ def _said(error: Exception) -> int:
 
 def _make_parser() -> ArgumentParser:
     from lightning_modules.ablation.options import AblateOptions
-    from lightning_modules.run.arguments import Parser
+    from lightning_modules.run.arguments import ConfigFile, Parser
     from lightning_modules.run.options import EvaluateOptions, FinetuneOptions, UnlearnOptions
 
     parser = Parser(prog="gradsurgery", description="Gradient surgery for language-model unlearning.", epilog=_EXIT)
@@ -183,7 +183,9 @@ def _make_parser() -> ArgumentParser:
         ("finetune", FinetuneOptions),
     ):
         subparser = Parser(description=options.__doc__, print_config=None)
-        subparser.add_argument("--config", action="config", help="YAML file with any of these options; later ones win")
+        subparser.add_argument(
+            "--config", action=ConfigFile, help="YAML file with any of these options; later ones win"
+        )
         for group in options.groups():
             subparser.add_options(group)
         subcommands.add_subcommand(name, subparser, help=_COMMANDS[name])

@@ -62,6 +62,7 @@ def damaged(first: int, last: int | None, by: bytes) -> Callable[[Path], None]:
 PLACES = [
     Row("missing", lambda _: changed(forget="no.json"), ("expected a file of examples at no.json, found nothing",)),
     Row("a folder", lambda _: changed(forget="model"), ("expected a file of examples at model, found a folder",)),
+    Row("a device", lambda _: changed(forget="/dev/null"), ("at /dev/null, found a device or a pipe there",)),
     Row("no name", lambda _: changed(forget=""), ("expected a file of examples", "found a folder")),
     Row("a name with NUL", lambda _: changed(retain="a\0.json"), ("expected a file of examples", "found nothing")),
     Row("too long a name", lambda _: changed(forget="a" * 5000), ("expected a file of examples", "no such place")),
