@@ -156,7 +156,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, object]]:
         yield f"row {number}", {name: value for name, value in row.items() if value or name not in _OPTIONAL}
 
 
-def _csv_table(path: Path) -> tuple[Sequence[str], list[tuple[int, dict[str, Any]]]]:
+def _csv_table(path: Path) -> tuple[Sequence[str], list[tuple[int, dict[Any, Any]]]]:
     """The names in the first line, and every row with the line in which it ends."""
     text = read_text(path, _EXPECTED)
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)

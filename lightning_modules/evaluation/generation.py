@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -156,7 +156,7 @@ def generate_samples(
 
 
 @contextmanager
-def _without_wishes(model: nn.Module) -> Iterator[None]:
+def _without_wishes(model: nn.Module) -> Generator[None]:
     """Takes away what a checkpoint's generation config wishes, such as min_p, but for its special tokens."""
     # Not one by one: every release of Transformers knows further ones. A model may hold another that has its own.
     before: dict[Any, Any] = {
