@@ -71,16 +71,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser = _make_parser()
     except ModuleNotFoundError as error:
         return _not_installed(error)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         # Only what is given, so that --resume notices an option that is given and equal to its default.
-        parsed = parser.parse_args(list(arguments) if arguments is not None else None, defaults=False)
+        parsed = parser.parse_args(words, defaults=False)
     except UsageError as error:
         return _said(error)
     command = parsed.subcommand
     given = {name: value for name, value in vars(parsed[command]).items() if command == "ablate" or name not in _FILES}
     try:
         try:
-            work = _work(command, given)
+            work = _work(command, given, words)
         except ModuleNotFoundError as error:
             return _not_installed(error)
         with leaving_group():
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _work(command: str, given: Mapping[str, Any]) -> Callable[[], object]:
+def _work(command: str, given: Mapping[str, Any], words: Sequence[str]) -> Callable[[], object]:
     """What a command is to do. Its options are checked first, as far as that takes no import of seconds."""
     from lightning_modules.ablation.options import AblateOptions
     from lightning_modules.run.options import EvaluateOptions, FinetuneOptions, UnlearnOptions
@@ -130,6 +131,7 @@ def _work(command: str, given: Mapping[str, Any]) -> Callable[[], object]:
         if not options.training.resume:
             options.check_without_torch()
             options.check_effect()
+            options.check_authors(typed=any(word.partition("=")[0] == "--authors" for word in words))
         from lightning_modules.run.unlearn import unlearn
 
         work = partial(unlearn, options, stated=given)
@@ -170,7 +172,7 @@ def _said(error: Exception) -> int:
 
 def _make_parser() -> ArgumentParser:
     from lightning_modules.ablation.options import AblateOptions
-    from lightning_modules.run.arguments import Parser
+    from lightning_modules.run.arguments import ConfigFile, Parser
     from lightning_modules.run.options import EvaluateOptions, FinetuneOptions, UnlearnOptions
 
     parser = Parser(prog="gradsurgery", description="Gradient surgery for language-model unlearning.", epilog=_EXIT)
@@ -181,7 +183,9 @@ def _make_parser() -> ArgumentParser:
         ("finetune", FinetuneOptions),
     ):
         subparser = Parser(description=options.__doc__, print_config=None)
-        subparser.add_argument("--config", action="config", help="YAML file with any of these options; later ones win")
+        subparser.add_argument(
+            "--config", action=ConfigFile, help="YAML file with any of these options; later ones win"
+        )
         for group in options.groups():
             subparser.add_options(group)
         subcommands.add_subcommand(name, subparser, help=_COMMANDS[name])

@@ -46,7 +46,10 @@ def without_asked_words(tokenizer: PreTrainedTokenizerBase, example: Encoded, qu
     places = [place for place, label in enumerate(example.labels) if label != IGNORED]
     ids = [example.input_ids[place] for place in places]
     # A token alone may be a part of a letter, or lose its space: only the growing text says where each of them ends.
-    ends = [len(_decoded(tokenizer, ids[: count + 1])) for count in range(len(ids))]
+    texts = [_decoded(tokenizer, ids[: count + 1]) for count in range(len(ids))]
+    # A letter that has begun stands there as U+FFFD: it is no whole one yet, and the tokens that follow belong to it.
+    whole = [len(text.rstrip("\ufffd")) for text in texts]
+    ends = [letters + (len(text) > letters) for letters, text in zip(whole, texts, strict=True)]
     words = list(_WORD.finditer(_decoded(tokenizer, ids)))
     repeated = [word.group().casefold() in asked for word in words]
     known = {place for word, mine in zip(words, repeated, strict=True) if mine for place in range(*word.span())}
@@ -54,7 +57,7 @@ def without_asked_words(tokenizer: PreTrainedTokenizerBase, example: Encoded, qu
         if all(both):  # the hyphen of a name, the space in it
             known.update(range(word.end(), next_word.start()))
     labels = list(example.labels)
-    for place, start, end in zip(places, [0, *ends], ends, strict=False):
+    for place, start, end in zip(places, [0, *whole], ends, strict=False):
         if known.intersection(range(start, end)):
             labels[place] = IGNORED
     if all(label == IGNORED for label in labels):

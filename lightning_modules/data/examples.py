@@ -144,22 +144,32 @@ def _object(entries: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, object]]:
-    reader = csv.DictReader(io.StringIO(read_text(path, _EXPECTED), newline=""), strict=True)
+    names, rows = _csv_table(path)
+    if twice := [name for name in names if name in (*_NAMES, *_OPTIONAL) and list(names).count(name) > 1]:
+        raise ValueError(f"{path}, line 1: the column {twice[0]} is there twice: expected every name once")
+    for number, (line, row) in enumerate(rows, start=1):
+        if None in row or None in row.values():
+            raise ValueError(
+                f"{path}, row {number} (line {line}): expected {len(names)} "
+                "values, as many as the first line names: a value that contains a comma needs quotes"
+            )
+        yield f"row {number}", {name: value for name, value in row.items() if value or name not in _OPTIONAL}
+
+
+def _csv_table(path: Path) -> tuple[Sequence[str], list[tuple[int, dict[Any, Any]]]]:
+    """The names in the first line, and every row with the line in which it ends."""
+    text = read_text(path, _EXPECTED)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    limit = csv.field_size_limit()  # 131072 characters, of all readers of the process: a chapter may be longer
+    csv.field_size_limit(max(limit, len(text)))
     try:
-        names = reader.fieldnames or ()
-        if twice := [name for name in names if name in (*_NAMES, *_OPTIONAL) and list(names).count(name) > 1]:
-            raise ValueError(f"{path}, line 1: the column {twice[0]} is there twice: expected every name once")
-        for number, row in enumerate(reader, start=1):
-            if None in row or None in row.values():
-                raise ValueError(
-                    f"{path}, row {number} (line {reader.line_num}): expected {len(names)} "
-                    "values, as many as the first line names: a value that contains a comma needs quotes"
-                )
-            yield f"row {number}", {name: value for name, value in row.items() if value or name not in _OPTIONAL}
+        return reader.fieldnames or (), [(reader.line_num, row) for row in reader]
     except csv.Error as error:
         raise ValueError(
             f"{path}, line {reader.line_num}: this is not valid CSV ({error}): expected as many values a row as the first names"
         ) from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:

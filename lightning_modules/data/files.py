@@ -66,7 +66,8 @@ def existing_file(path: str | Path, expected: str) -> Path:
     """
     path = Path(path)
     try:
-        found = None if path.is_file() else "a folder" if path.is_dir() else "nothing"
+        other = "a device or a pipe" if path.exists() else "nothing"
+        found = None if path.is_file() else "a folder" if path.is_dir() else other
     except OSError as error:  # a name that is too long, a folder that nobody may look into
         raise FileNotFoundError(f"expected {expected} at {str(path)[:200]}, found no such place: {error}") from error
     if found is not None:

@@ -25,7 +25,7 @@ from lightning_modules.evaluation.memorization import AnswerTokens, answer_token
 from lightning_modules.evaluation.processes import dealt, portions_of, several
 from lightning_modules.evaluation.shared import Read, SharedTexts
 from lightning_modules.evaluation.tasks import score_tasks
-from lightning_modules.evaluation.texts import Item, Texts, context_length, texts_of
+from lightning_modules.evaluation.texts import Item, Texts, context_length, scored_as, texts_of
 from lightning_modules.metrics.functional import answer_probability, has_words, rouge_recall, truth_ratio
 from lightning_modules.progress import Stage
 
@@ -76,8 +76,8 @@ class Evaluation:
             others. NaN where the model gives NaN.
         examples: split -> one dictionary for each example, in order: `question`, `answer`, `generation`, `nll`,
             `probability`, `rouge_l_recall`, `truth_ratio`, the `paraphrase_nll` and `perturbed_nll` from which the
-            truth ratio was computed, and with memorization the scores of `memorization.memory_scores`. Every aggregate
-            can be computed again from them. Examples of a task have the scores of `tasks.score_tasks` instead.
+            truth ratio was computed, what `texts.scored_as` says, and with memorization `memorization.memory_scores`.
+            Every aggregate can be computed again. Examples of a task have the scores of `tasks.score_tasks` instead.
     """
 
     summary: dict[str, Scores]
@@ -207,8 +207,8 @@ def evaluate(
                 ),
             )
     examples: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
-    for item, generation in zip(items, generations, strict=True):
-        examples[item.split].append(_scored(item, scores, generation))
+    for item, generation, how in zip(items, generations, scored_as(found, settings.max_new_tokens), strict=True):
+        examples[item.split].append(_scored(item, scores, generation) | how)
     return Evaluation({split: summary(rows) for split, rows in examples.items()}, examples)
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import GenerationConfig
 
 from lightning_modules.data.chat import end_of_turn
 from lightning_modules.data.tokenization import padding_id, special_id
+from lightning_modules.evaluation.heads import EXACT, agree
 from lightning_modules.evaluation.likelihood import device_of, evaluation_mode
 from lightning_modules.evaluation.processes import several
 from lightning_modules.evaluation.texts import context_length
@@ -31,6 +33,7 @@ _GREEDY = {
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
 }
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SAMPLED = _GREEDY | {"do_sample": True, "top_k": 0}
 
 
@@ -82,7 +85,9 @@ def generate_tokens(
 ) -> list[list[int]]:
     """Continues each prompt with the most likely token at every step, until eos or the chat template's end of turn.
 
-    Prompts are padded on the left under an attention mask and share a key-value cache; padding changes no answer. An
+    Prompts are padded on the left under an attention mask and share a key-value cache; padding changes no answer: where
+    it would, as with a model that does not heed the mask (RWKV, MiniMax), which is tried out, each prompt is continued
+    alone. An
     answer also ends where the model's context does; a warning says how many prompts leave less than `max_new_tokens`.
 
     Args:
@@ -128,6 +133,8 @@ def generate_samples(
 ) -> list[str]:
     """As `generate_greedily`, with every token drawn from the whole distribution.
 
+    Of the checkpoint's generation config only the tokens that end an answer count.
+
     Args:
         model: a causal language model with Hugging Face's `generate`.
         tokenizer: decodes the answers.
@@ -142,10 +149,26 @@ def generate_samples(
     given = dict(sampling or {})
     decoding = _SAMPLED | {"temperature": given.get("temperature", 1.0), "max_new_tokens": max_new_tokens}
     device = device_of(model)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), _without_wishes(model):
         torch.manual_seed(int(given.get("seed", 0)))
         begun = [Begun(prompt) for prompt in prompts]
         return _texts(tokenizer, _continued(model, tokenizer, begun, decoding, batch_size, lambda _: None))
+
+
+@contextmanager
+def _without_wishes(model: nn.Module) -> Generator[None]:
+    """Takes away what a checkpoint's generation config wishes, such as min_p, but for its special tokens."""
+    # Not one by one: every release of Transformers knows further ones. A model may hold another that has its own.
+    before: dict[Any, Any] = {
+        module: config for module in model.modules() if (config := vars(module).get("generation_config")) is not None
+    }
+    for module, config in before.items():
+        module.generation_config = GenerationConfig(**{name: getattr(config, name, None) for name in _SPECIAL})
+    try:
+        yield
+    finally:
+        for module, config in before.items():
+            module.generation_config = config
 
 
 def _continued(
@@ -170,6 +193,9 @@ def _continued(
     stops = stop_tokens(model, tokenizer)
     answers = [list(answer.said[:tokens]) for answer, tokens in zip(begun, room, strict=True)]
     left = [0 if answer.ended else tokens - len(answer.said) for answer, tokens in zip(begun, room, strict=True)]
+    going_on = [index for index in range(len(begun)) if left[index] > 0]
+    trial = sorted((begun[index].prompt for index in going_on), key=len)
+    together = _Together(generate, pad, device, trial, min((room[index] for index in going_on), default=0))
     with evaluation_mode(model):
         for everything in generation_batches(begun, max_new_tokens, batch_size):
             batch = [index for index in everything if left[index] > 0]
@@ -179,18 +205,13 @@ def _continued(
             steps = {
                 index: longest if context is None or ends[index] <= context + 1 else left[index] for index in batch
             }
-            for new_tokens in sorted(set(steps.values())):
-                indices = [index for index in batch if steps[index] == new_tokens]
-                prompts = [[*begun[index].prompt, *answers[index]] for index in indices]
-                width = max(map(len, prompts))
-                input_ids = torch.full((len(indices), width), pad)
-                attention_mask = torch.zeros_like(input_ids)
-                for row, prompt in enumerate(prompts):
-                    input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
-                    attention_mask[row, width - len(prompt) :] = 1
+            prompts = {index: [*begun[index].prompt, *answers[index]] for index in batch}
+            parts = [[index for index in batch if steps[index] == count] for count in sorted(set(steps.values()))]
+            for indices in [rows for part in parts for rows in together.parts(part)]:
+                inputs = together.batch([prompts[index] for index in indices])
+                width, new_tokens = inputs["input_ids"].shape[1], steps[indices[0]]
                 output = generate(
-                    input_ids=input_ids.to(device),
-                    attention_mask=attention_mask.to(device),
+                    **inputs,
                     pad_token_id=pad,
                     eos_token_id=sorted(stops),
                     use_cache=True,
@@ -201,6 +222,64 @@ def _continued(
                     answers[index] += tokens[: left[index]]
             advance(len(everything))
     return [_until(tokens, stops) for tokens in answers]
+
+
+class _Together:
+    """Puts prompts into a batch, filled up on the left, where that changes no answer.
+
+    Whether it does is tried out as soon as a batch has two: the first two tokens after the shortest prompt of all,
+    alone and beside the longest. A recurrent state goes through padding as through a text, whatever the mask says, and
+    Transformers' RWKV mixes the states of a batch up.
+
+    Args:
+        generate: of the model.
+        pad: the token that fills up.
+        device: where the model is.
+        prompts: all of them, the shortest first.
+        steps: the most tokens that may follow each of them.
+    """
+
+    def __init__(
+        self,
+        generate: Callable[..., Any],
+        pad: int,
+        device: torch.device,
+        prompts: Sequence[Sequence[int]],
+        steps: int,
+    ) -> None:
+        self.generate, self.pad, self.device = generate, pad, device
+        self.prompts, self.steps = prompts, steps
+        self.harmless: bool | None = None
+
+    def parts(self, indices: Sequence[int]) -> list[list[int]]:
+        """The prompts that can share a batch: all of these, or each one alone."""
+        if len(indices) > 1 and self.harmless is None:
+            self.harmless = self._tried([self.prompts[0], self.prompts[-1]], min(2, self.steps))
+        return [list(indices)] if self.harmless else [[index] for index in indices]
+
+    def batch(self, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Prompts as a batch."""
+        width = max(map(len, prompts))
+        input_ids = torch.full((len(prompts), width), self.pad)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            attention_mask[row, width - len(prompt) :] = 1
+        return {"input_ids": input_ids.to(self.device), "attention_mask": attention_mask.to(self.device)}
+
+    def _tried(self, pair: Sequence[Sequence[int]], steps: int) -> bool:
+        how = _GREEDY | {"max_new_tokens": steps, "pad_token_id": self.pad, "use_cache": True}
+        told = {"output_logits": True, "return_dict_in_generate": True}
+        try:
+            with torch.autocast(self.device.type, enabled=False):
+                alone = self.generate(**self.batch(pair[:1]), **how, **told).logits
+                beside = self.generate(**self.batch(pair), **how, **told).logits
+            return all(
+                agree(found[0], expected[0], exact=found.dtype in EXACT)
+                for expected, found in zip(alone, beside, strict=False)
+            )
+        except Exception:  # a way of its own to generate, which tells no logits
+            return True
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, answers: Iterable[Sequence[int]]) -> list[str]:

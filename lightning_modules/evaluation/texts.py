@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -111,6 +113,37 @@ def texts_of(
         found.items.append(Item(split, row, first, after - 1, range(after, len(found.encoded)), target))
     cut.say()
     return found
+
+
+def answers_hash(row: Mapping[str, Any]) -> str:
+    """A hash of the answers that the truth ratio compares: where it is another, truth ratios cannot be compared."""
+    wrong = row.get("perturbed_answer") or []
+    return _hashed([row.get("paraphrased_answer"), wrong] if wrong else [])
+
+
+def scored_as(found: Texts, max_new_tokens: int) -> list[dict[str, Any]]:
+    """What an example's scores depend on beside its question, its answer and the model, by the names that a log has.
+
+    Args:
+        found: from `texts_of`.
+        max_new_tokens: the longest generated answer, in tokens.
+
+    Returns:
+        For each item: `answers_hash`; `tokens_hash` of all its tokens, and with them of the format of the prompt, the
+        tokenizer and the limit of a text; and `max_new_tokens`.
+    """
+    return [
+        {
+            "answers_hash": answers_hash(item.row),
+            "tokens_hash": _hashed([prompt, found.encoded[item.answer : item.perturbed.stop]]),
+            "max_new_tokens": max_new_tokens,
+        }
+        for item, prompt in zip(found.items, found.prompts, strict=True)
+    ]
+
+
+def _hashed(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class _Cut:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser
 
+from lightning_modules.data.files import read_yaml
 from lightning_modules.run.options.flat import NAMES, flag
 
 
@@ -78,20 +79,43 @@ class Parser(ArgumentParser):
         said = " ".join(message.split()).rstrip(".")
         for theirs, ours in _WORDS.items():
             said = re.sub(theirs, ours, said)
-        raise UsageError(
-            f"{said}; {self._meant(said)}{self.prog.replace(' [options]', '')} --help lists what there is"
-        ) from ex
-
-    def _meant(self, said: str) -> str:
         unknown = re.search(r"unrecognized arguments: --([\w-]+)", said)
-        if unknown is None:
-            return ""
-        names = [
-            name.removeprefix("--") for name in self._option_string_actions if name[:2] == "--" and name[-1] != "+"
-        ]
-        near = [name for name in names if name.startswith(unknown[1])] or get_close_matches(unknown[1], names)
-        near = [f"--{name}" for name in near]
-        return f"did you mean {' or '.join(near)}? " if near else ""
+        raise self.mistake(said, unknown[1] if unknown else None) from ex
+
+    def mistake(self, said: str, unknown: str | None = None) -> UsageError:
+        """A mistake as an error, with what may have been meant by a name that is none."""
+        names = self.flags()
+        near: list[str] = []
+        if unknown is not None:
+            near = [name for name in names if name.startswith(unknown)] or get_close_matches(unknown, names)
+        meant = f"did you mean {' or '.join(f'--{name}' for name in near)}? " if near else ""
+        return UsageError(f"{said}; {meant}{self.prog.replace(' [options]', '')} --help lists what there is")
+
+    def flags(self) -> list[str]:
+        """The names of all flags, as they are typed after the two dashes."""
+        return [name.removeprefix("--") for name in self._option_string_actions if name[:2] == "--" and name[-1] != "+"]
+
+
+class ConfigFile(ActionConfigFile):
+    """A file of options; what is no option in it is a sentence that names the file."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Look at the names in the file, and read it as usual.
+
+        Raises:
+            UsageError: If the file holds no options, or a name that is none.
+        """
+        try:
+            found = read_yaml(values, "options")
+        except (OSError, ValueError):  # no file, or no YAML: it is said below
+            found = None
+        if found is not None and not isinstance(found, Mapping):
+            raise parser.mistake(f"--config {values}: expected lines `option: value`, found a {type(found).__name__}")
+        for name in map(str, found or ()):
+            flagged = name.removesuffix("+").replace("_", "-")
+            if flagged not in parser.flags():
+                raise parser.mistake(f"--config {values}: expected options, found {name!r:.80}, which is none", flagged)
+        super().__call__(parser, cfg, values, option_string)
 
 
 # What jsonargparse says -> the same in the words of our other errors.

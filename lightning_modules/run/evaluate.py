@@ -44,8 +44,8 @@ def evaluate_model(options: EvaluateOptions) -> Path:
 def _evaluate_model(options: EvaluateOptions) -> Path:
     folder = options.output.folder
     splits = read_splits(options)
-    check_start(options, splits)
-    log = rows_of_log(options.evaluation, splits, options.data, options.loading)
+    known = check_start(options, splits)
+    log = rows_of_log(options.evaluation, splits, options.data, options.loading, known=known)
     with occupied(folder):
         return _scored(options, splits, log)
 

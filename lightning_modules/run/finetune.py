@@ -39,7 +39,7 @@ from lightning_modules.run.models import check_pretrained, check_rank, load_to_t
 from lightning_modules.run.options import FinetuneOptions, TaughtOptions
 from lightning_modules.run.plan import show_memory, show_taught_plan
 from lightning_modules.run.plugins import check_plugins
-from lightning_modules.run.resume import only_report_is_missing, resumed
+from lightning_modules.run.resume import only_report_is_missing, resumed, taught_by
 from lightning_modules.run.saving import keep_files, save_model, whole
 from lightning_modules.run.show import show_format, show_row
 from lightning_modules.training.adapters import adapt
@@ -119,7 +119,7 @@ def _taught(options: FinetuneOptions, rows: list[Example]) -> Path:
     if training.padding_free:
         module.head.pack()
     data = FinetuningDataModule(encoded, padding_id(tokenizer), options.settings())
-    trainer = _trainer(options)
+    trainer = _trainer(options, rows)
     if first and not training.resume:
         # Only after everything that a wrong option can break, so that the corrected command finds the folder free.
         write_config(folder, "finetune", options.recorded())
@@ -144,10 +144,12 @@ def _taught(options: FinetuneOptions, rows: list[Example]) -> Path:
     return _finish(folder, found)
 
 
-def _trainer(options: FinetuneOptions) -> L.Trainer:
+def _trainer(options: FinetuneOptions, rows: list[Example]) -> L.Trainer:
     folder, training = options.output.folder, options.training
     recorded = {name: value for name, value in options.recorded().items() if name != "output"}
-    checkpoints = Checkpoints(folder / LAST_CHECKPOINT, every_n_steps=training.checkpoint_every, run=recorded)
+    checkpoints = Checkpoints(
+        folder / LAST_CHECKPOINT, every_n_steps=training.checkpoint_every, run=recorded | taught_by(options, rows)
+    )
     console = Console(stderr=True)
     trainer = make_trainer(
         folder, training.as_unlearning(), [checkpoints], console, what="Teaching", max_norm=training.max_norm

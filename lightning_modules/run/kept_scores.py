@@ -18,12 +18,12 @@ from lightning_modules.data.heldout import to_keep
 from lightning_modules.data.tasks import apart, prefix_ids
 from lightning_modules.evaluation.evaluate import Evaluation, summary
 from lightning_modules.evaluation.membership import HOLDOUT
-from lightning_modules.evaluation.texts import texts_of
+from lightning_modules.evaluation.texts import Texts, answers_hash, scored_as, texts_of
 from lightning_modules.folder import cache_folder, read_evaluation, write_evaluation
 from lightning_modules.run.identity import content_versions, hashed, model_identity
 from lightning_modules.run.loading import start_name, tokenizer_texts
-from lightning_modules.run.models import load_tokenizer
-from lightning_modules.run.options import LoadingOptions, Options, UnlearnOptions
+from lightning_modules.run.models import Pretrained, load_tokenizer
+from lightning_modules.run.options import DataOptions, EvaluationOptions, LoadingOptions, Options, UnlearnOptions
 from lightning_modules.run.run import Run, Splits
 from lightning_modules.run.scoring import ScoredSplits, score, to_score
 from lightning_modules.training import scratch
@@ -105,7 +105,23 @@ def start_path(options: UnlearnOptions, splits: Splits) -> Path | None:
     return path_of(options, splits, known, tokenizer)
 
 
-def matching(log: Mapping[str, Sequence[Mapping[str, Any]]], examples: Splits, name: str) -> ScoredSplits:
+_SAME = {
+    "answers_hash": "the same paraphrased and wrong answers, found others; truth ratios can be compared with the same ones only: score "
+    "the reference on these files",
+    "tokens_hash": "the same tokens, found others; score the reference with the same --prompt-format, --chat-template-kwargs, --max-length "
+    "and tokenizer",
+    "max_new_tokens": "at most {ours} tokens of a generated answer, found {theirs}; give the --max-new-tokens of the log, or score the "
+    "reference again",
+}
+"""What has to be the same where scores are compared; earlier logs, and those of other tools, do not say it."""
+
+
+def matching(
+    log: Mapping[str, Sequence[Mapping[str, Any]]],
+    examples: Splits,
+    name: str,
+    scored: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+) -> ScoredSplits:
     """The log's rows about the same questions and answers, in the same order.
 
     A log without a holdout split is accepted; then the result has none either.
@@ -114,9 +130,10 @@ def matching(log: Mapping[str, Sequence[Mapping[str, Any]]], examples: Splits, n
         log: Split -> scored examples.
         examples: Split -> examples that are scored here, with their wrong answers, which the truth ratio compares.
         name: What the messages call the log.
+        scored: Split -> how each example is scored here, as `texts.scored_as` says it; None where it is not known.
 
     Raises:
-        ValueError: If an example is missing in the log, or was scored with another number of wrong answers.
+        ValueError: If an example is missing in the log, or was scored with other wrong answers, tokens or lengths.
     """
     found: ScoredSplits = {}
     for split, rows in examples.items():
@@ -132,7 +149,8 @@ def matching(log: Mapping[str, Sequence[Mapping[str, Any]]], examples: Splits, n
                 "be compared on the same questions only"
             )
         found[split] = [known[key] for key in keys]
-        for ours, theirs in zip(rows, found[split], strict=True):
+        how = (scored or {}).get(split) or [{}] * len(rows)
+        for ours, theirs, here in zip(rows, found[split], how, strict=True):
             wanted, scores = (
                 len(row.get(key) or ()) for row, key in ((ours, "perturbed_answer"), (theirs, "perturbed_nll"))
             )
@@ -141,7 +159,54 @@ def matching(log: Mapping[str, Sequence[Mapping[str, Any]]], examples: Splits, n
                     f"--reference: expected {name} to score the same {wanted} perturbed answers of {ours['question']!r:.80} ({split}), "
                     f"found {scores}; truth ratios can be compared with the same wrong answers only: score the reference on these files"
                 )
+            _check_same(
+                {"answers_hash": answers_hash(ours), **here}, theirs, f"{ours['question']!r:.80} ({split})", name
+            )
     return found
+
+
+def _check_same(ours: Mapping[str, Any], theirs: Mapping[str, Any], what: str, name: str) -> None:
+    for key, said in _SAME.items():
+        counts = key != "max_new_tokens" or theirs.get("generation") is not None
+        if counts and theirs.get(key) is not None and ours.get(key, theirs[key]) != theirs[key]:
+            said = said.format(ours=ours[key], theirs=theirs[key])
+            raise ValueError(f"--reference: expected {name} to score of {what} {said}")
+
+
+def scored_here(
+    evaluation: EvaluationOptions, data: DataOptions, known: Pretrained | None, examples: Splits
+) -> dict[str, list[dict[str, Any]]] | None:
+    """How the examples are scored here, for `matching`; None of the small Llama, which has no tokenizer yet.
+
+    Args:
+        evaluation: How to score.
+        data: How long a text can be.
+        known: Of the model, whose tokenizer has been told its format.
+        examples: Those that are scored.
+    """
+    if known is None:
+        return None
+    found = _texts(known.tokenizer, evaluation, data, apart(examples)[0], known.config)
+    scored: dict[str, list[dict[str, Any]]] = {}
+    for item, how in zip(found.items, scored_as(found, evaluation.max_new_tokens), strict=True):
+        scored.setdefault(item.split, []).append(how)
+    return scored
+
+
+def _texts(
+    tokenizer: Any, evaluation: EvaluationOptions, data: DataOptions, examples: Splits, config: Any = None
+) -> Texts:
+    if not examples:
+        return Texts()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of texts that are cut; it is said when they are scored
+        return texts_of(
+            tokenizer,
+            examples,
+            max_length=data.max_length,
+            context=getattr(config, "max_position_embeddings", None),
+            max_new_tokens=evaluation.max_new_tokens,
+        )
 
 
 def _tokens(name: str, loading: LoadingOptions, options: Options, examples: Splits) -> str | None:
@@ -156,14 +221,7 @@ def _tokens(name: str, loading: LoadingOptions, options: Options, examples: Spli
     set_format(tokenizer, options.data.chat_template_kwargs, options.data.prompt_format)
     usual, tasks = apart(examples)
     prompts = [[prefix_ids(tokenizer, row.get("prompt", row["answer"])) for row in rows] for rows in tasks.values()]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of texts that are cut; it is said when they are scored
-        found = texts_of(
-            tokenizer,
-            usual,
-            max_length=options.data.max_length,
-            max_new_tokens=options.evaluation.max_new_tokens,
-        )
+    found = _texts(tokenizer, options.evaluation, options.data, usual)
     return hashed([found.encoded, found.prompts, *prompts])
 
 

@@ -51,11 +51,14 @@ def make_data(options: Options, tokenizer: Any) -> ForgetRetainDataModule:
     if isinstance(options, UnlearnOptions):
         training = options.training
         common |= {"batch_size": training.batch_size, "group_by_length": training.group_by_length}
-        common |= {"refusals": _refusals(options.method), "keep_asked_words": options.method.keep_asked_words}
+        common |= {"refusals": refusals_of(options.method), "keep_asked_words": options.method.keep_asked_words}
         common["target"] = TARGET if objectives.needs_target(objectives.by_name(options.method.forget_loss)) else None
     if data.tofu is not None:
-        authors = data.authors if options.chooses_authors else None
-        common |= {"num_authors": authors, "forget_authors": data.forget_authors, "general": not options.model.scratch}
+        common |= {
+            "num_authors": options.authors,
+            "forget_authors": data.forget_authors,
+            "general": not options.model.scratch,
+        }
         common["heldout_authors"] = data.heldout_authors
         return TOFUDataModule(data.tofu, tokenizer, folder=data.tofu_dir, **common)
     if data.cuts_texts:
@@ -63,13 +66,14 @@ def make_data(options: Options, tokenizer: Any) -> ForgetRetainDataModule:
     forget = data.forget if data.requests is None else together(read_requests(data.requests))
     if forget is not None and data.retain is not None:
         return ForgetRetainDataModule(forget, data.retain, tokenizer, retain_heldout=data.retain_heldout, **common)
-    forgotten = data.authors // 5 if data.forget_authors is None else data.forget_authors
+    authors = options.authors or 0
+    forgotten = authors // 5 if data.forget_authors is None else data.forget_authors
     if not forgotten:
         raise ValueError(
-            f"expected at least 5 authors, so that a fifth of them can be forgotten, or --forget-authors, found {data.authors}"
+            f"expected at least 5 authors, so that a fifth of them can be forgotten, or --forget-authors, found {authors}"
         )
-    rows = fictional_authors(data.authors)
-    kept = (data.authors - forgotten) * QUESTIONS_PER_AUTHOR
+    rows = fictional_authors(authors)
+    kept = (authors - forgotten) * QUESTIONS_PER_AUTHOR
     chosen = held_out(rows[:kept], data.heldout_authors, QUESTIONS_PER_AUTHOR)
     return ForgetRetainDataModule(rows[kept:], tokenizer=tokenizer, **chosen, **common)
 
@@ -110,7 +114,7 @@ def _holdout(name: str, data: DataOptions) -> list[Example]:
     return read_examples(name)
 
 
-def _refusals(method: MethodOptions) -> Sequence[str] | None:
+def refusals_of(method: MethodOptions) -> Sequence[str] | None:
     """Answers that refuse, one a line of the file; None where the forget loss needs none."""
     if not objectives.needs_refusals(objectives.by_name(method.forget_loss)):
         return None

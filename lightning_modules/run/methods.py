@@ -27,14 +27,13 @@ from lightning_modules.run.assembly import adapted, make_module, make_trainer, s
 from lightning_modules.run.batch import held_down
 from lightning_modules.run.deletion import begin, protecting
 from lightning_modules.run.finish import finish, kept_start
-from lightning_modules.run.identity import examples_hash
 from lightning_modules.run.kept_scores import scores_before
 from lightning_modules.run.loading import make_data
 from lightning_modules.run.options import AUTO, TrainingOptions, UnlearnOptions
 from lightning_modules.run.plugins import make_callbacks, make_loggers
 from lightning_modules.run.probing import probe_it
 from lightning_modules.run.radius import with_radius, write_radius
-from lightning_modules.run.resume import write_options
+from lightning_modules.run.resume import read_by, write_options
 from lightning_modules.run.run import Run
 from lightning_modules.run.saving import whole
 from lightning_modules.run.scoring import ScoredSplits
@@ -249,7 +248,7 @@ def _checkpoints(run: Run[UnlearnOptions]) -> Checkpoints:
     for name in ("lr", "stop_below", "finish_lr"):
         if options[name] in (None, AUTO):
             del options[name]
-    options["the examples in these files"] = examples_hash(run.splits)[:12]
+    options |= read_by(run)
     every = run.options.training.checkpoint_every
     return Checkpoints(run.folder / LAST_CHECKPOINT, every_n_steps=every, run=options)
 

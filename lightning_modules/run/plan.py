@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -36,7 +38,7 @@ def show_plan(options: UnlearnOptions, splits: Mapping[str, Sequence[Example]], 
     Raises:
         FileExistsError: If the output folder holds a run.
     """
-    check_free(options.output.folder)
+    check_place(options.output.folder)
     training, method = options.training, options.method
     said = [f"Model: {_model(options.model.model, known, options.loading.dtype)}"]
     said += [_count(split, rows, options.evaluation.evaluation_examples) for split, rows in splits.items()]
@@ -64,9 +66,25 @@ def show_plan(options: UnlearnOptions, splits: Mapping[str, Sequence[Example]], 
     _print(said, Console(soft_wrap=True))
 
 
+def check_place(folder: Path) -> None:
+    """Refuse a folder that a run would refuse. Nothing is created, so that its nearest parent is looked at.
+
+    Raises:
+        FileExistsError: If it holds a run.
+        PermissionError: If it cannot be a folder that is written to.
+    """
+    check_free(folder)
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        found = "a folder that cannot be written to" if there.is_dir() else "a file"
+        raise PermissionError(
+            f"--output: expected a folder that can be written, found {folder}: {there} is {found}; choose another"
+        )
+
+
 def show_taught_plan(options: FinetuneOptions, rows: Sequence[Example], known: Pretrained) -> None:
     """As `show_plan`, for `finetune`."""
-    check_free(options.output.folder)
+    check_place(options.output.folder)
     training = options.training
     said = [
         f"Model: {_model(str(options.taught.model), known, options.loading.dtype)}",

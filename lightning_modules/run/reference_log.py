@@ -14,9 +14,9 @@ from lightning_modules.data.heldout import to_keep
 from lightning_modules.evaluation.processes import every_process, from_first, is_first, will_be_first
 from lightning_modules.folder import read_evaluation
 from lightning_modules.run.identity import model_identity
-from lightning_modules.run.kept_scores import keep, kept, matching, path_of, say, small_identity
+from lightning_modules.run.kept_scores import keep, kept, matching, path_of, say, scored_here, small_identity
 from lightning_modules.run.loading import load_reference, reference_name
-from lightning_modules.run.models import check_pretrained
+from lightning_modules.run.models import Pretrained, check_pretrained
 from lightning_modules.run.options import DataOptions, EvaluationOptions, LoadingOptions, Options
 from lightning_modules.run.options.loading import USUAL
 from lightning_modules.run.places import is_log
@@ -35,6 +35,7 @@ def rows_of_log(
     loading: LoadingOptions = USUAL,
     *,
     sharded: bool = False,
+    known: Pretrained | None = None,
 ) -> ScoredSplits | None:
     """The scores in the log that is given as the reference.
 
@@ -48,6 +49,7 @@ def rows_of_log(
         data: How a model's tokenizer writes examples, to see that it can.
         loading: How a model is loaded.
         sharded: Whether several devices share its weights.
+        known: Of the model that is scored here: with its tokens, a log's are compared.
 
     Returns:
         Split -> rows in the order of the examples that are scored; `None` if the reference is a model, or if there is
@@ -61,11 +63,12 @@ def rows_of_log(
     if name is None:
         return None
     if not is_log(name):
-        known = check_pretrained(name, loading.of_reference(), sharded=sharded)
-        set_format(known.tokenizer, data.chat_template_kwargs, data.prompt_format)
+        reference = check_pretrained(name, loading.of_reference(), sharded=sharded)
+        set_format(reference.tokenizer, data.chat_template_kwargs, data.prompt_format)
         return None
     model, log = read_evaluation(Path(name))
-    rows = matching(log, to_score(evaluation, splits), name)
+    examples = to_score(evaluation, splits)
+    rows = matching(log, examples, name, scored_here(evaluation, data, known, examples))
     if will_be_first():
         say(f"Reference: the rows of {model!r} in {name}")
     return rows

@@ -11,6 +11,7 @@ from lightning_modules import report
 from lightning_modules.folder import check_links
 from lightning_modules.report.changed import Defaults
 from lightning_modules.run.options import UnlearnOptions
+from lightning_modules.run.options.data import AUTHORS
 from lightning_modules.run.resume import settled
 
 
@@ -38,6 +39,8 @@ def _usual(config: Mapping[str, Any], settled: Sequence[str]) -> dict[str, Any]:
     usual |= {name: config[name] for name in settled if name in config}
     if isinstance(config.get("probes"), bool):  # as earlier versions wrote it
         usual["probes"] = usual["probes"] == "quick"
+    if config.get("authors") == AUTHORS:  # earlier versions wrote it also where it had no effect
+        usual["authors"] = AUTHORS
     # These defaults depend on the machine, and the report may be drawn on another one than the run's.
     usual["padding_free"] = config.get("padding_free", False)
     return usual | {"precision": "bf16-mixed" if config.get("precision") == "bf16-mixed" else "32-true"}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from lightning_modules.data.examples import Example
 from lightning_modules.data.files import read_json
 from lightning_modules.folder import CHECKPOINTS, CONFIG, METRICS, TRAINING, check_links, write_config
-from lightning_modules.run.options import AUTO, FinetuneOptions, UnlearnOptions
+from lightning_modules.run.finish import substitute_answers
+from lightning_modules.run.identity import examples_hash, hashed, model_identity
+from lightning_modules.run.loading import refusals_of
+from lightning_modules.run.options import AUTO, FinetuneOptions, LoadingOptions, UnlearnOptions
 from lightning_modules.run.options.flat import flag
 from lightning_modules.run.options.shared import NO_PART
 from lightning_modules.run.run import Run
@@ -46,6 +50,35 @@ def write_options(run: Run[UnlearnOptions]) -> None:
     write_config(run.folder, "unlearn", run.options.recorded())
     if run.chosen and not run.options.training.resume:
         note(run.folder / TRAINING, CHOSEN, {"options": list(run.chosen)})
+
+
+def read_by(run: Run[UnlearnOptions]) -> dict[str, str]:
+    """What a run reads, as short hashes, beside the options that name it: the same names may mean other files later.
+
+    A checkpoint has it (`callbacks.Checkpoints`), so that no run goes on with other texts or from another model.
+    """
+    options, method = run.options, run.options.method
+    found: dict[str, object] = {}
+    if method.refusals is not None:
+        found["the texts in --refusals"] = refusals_of(method)
+    if options.finish.substitutes is not None:
+        found["the answers in --substitutes"] = substitute_answers(options, run.splits)
+    models = {} if options.model.scratch else {"model": (options.model.model, options.loading)}
+    if method.teacher is not None:
+        models["teacher"] = (method.teacher, options.loading.of_reference())
+    examples = {"the examples in these files": examples_hash(run.splits)[:12]}
+    return examples | {name: hashed(value)[:12] for name, value in found.items()} | files_of(models)
+
+
+def taught_by(options: FinetuneOptions, rows: Sequence[Example]) -> dict[str, str]:
+    """As `read_by`, of a run of `finetune`."""
+    return {"the examples": hashed(list(rows))[:12]} | files_of({"model": (str(options.taught.model), options.loading)})
+
+
+def files_of(models: Mapping[str, tuple[str, LoadingOptions]]) -> dict[str, str]:
+    """A short hash of what tells each model from others, where that is known, by name and how it is loaded."""
+    known = {option: model_identity(name, loading) for option, (name, loading) in models.items()}
+    return {f"the files of {flag(option)}": hashed(found)[:12] for option, found in known.items() if found is not None}
 
 
 def resumed(given: OptionsT, stated: Collection[str] = ()) -> OptionsT:

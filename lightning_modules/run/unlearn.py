@@ -81,7 +81,8 @@ def _unlearn(options: UnlearnOptions) -> Path:
         check_probes(splits)
     if not (options.training.resume and only_report_is_missing(folder)):
         check_deletion(options, splits)
-    log = rows_of_log(options.evaluation, splits, options.data, options.loading, sharded=options.training.sharded)
+    sharded = options.training.sharded
+    log = rows_of_log(options.evaluation, splits, options.data, options.loading, sharded=sharded, known=known)
     if options.training.dry_run:
         if will_be_first():
             show_plan(options, splits, known)

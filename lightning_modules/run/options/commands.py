@@ -6,9 +6,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_modules.data.formats import AUTO as AUTO_FORMAT
 from lightning_modules.run.options.data import (
-    BENCHMARKS,
+    AUTHORS,
     DataOptions,
     EvaluateOutputOptions,
     EvaluationOptions,
@@ -59,37 +58,30 @@ class Options(Flat):
         self.evaluation.check()
         self.output.check()
         self.loading.check(scratch=self.model.scratch)
-        files = self.data.from_files
-        benchmark = next((name for name in BENCHMARKS if getattr(self.data, name) is not None), None)
-        if not self.model.scratch and not files and benchmark is None:
+        if not (self.model.scratch or self.data.from_files or self.data.benchmark):
             raise ValueError(
                 f"expected --forget and --retain, or --tofu, --muse or --wmdp, with --model {self.model.model}: which answers is it to "
                 "forget?"
             )
-        if self.model.scratch and self.data.cuts_texts:
-            raise ValueError(
-                f"{flag(str(benchmark))}: expected --model, a pre-trained model, found the model from scratch, which knows nothing that it "
-                "asks about"
-            )
-        if self.model.scratch and self.data.prompt_format != AUTO_FORMAT:
-            raise ValueError(
-                f"--prompt-format: expected --model, which was taught so, found {self.data.prompt_format!r:.80} with the model from "
-                "scratch, which learns one format; leave it out"
-            )
-        if self.model.scratch and self.data.chat_template_kwargs:
-            raise ValueError(
-                "--chat-template-kwargs: expected --model with a chat template, found the model from scratch, which has none; leave it out"
-            )
-        if self.data.forget_authors is not None and (files or not self.chooses_authors):
-            raise ValueError(
-                "--forget-authors: expected a model from scratch, or --finetune-first, and no --forget, which says what is to be "
-                "forgotten; leave it out"
-            )
+        if self.model.scratch:
+            self.data.check_scratch()
+        self.check_authors()
+
+    def check_authors(self, *, typed: bool = False) -> None:
+        """As `DataOptions.check_authors`."""
+        self.data.check_authors(chosen=self.authors is not None, typed=typed)
 
     @property
     def chooses_authors(self) -> bool:
-        """Whether --authors and --forget-authors say of how many authors the model learns."""
-        return self.model.scratch
+        """Whether --authors and --forget-authors choose among the authors."""
+        return self.model.scratch or (self.data.tofu is not None and self.data.authors is not None)
+
+    @property
+    def authors(self) -> int | None:
+        """Of how many authors the examples are; None where they are no authors', or all of them."""
+        if self.data.from_files or self.data.cuts_texts or not self.chooses_authors:
+            return None
+        return AUTHORS if self.data.authors is None else self.data.authors
 
 
 @dataclass(frozen=True)
@@ -321,7 +313,8 @@ class UnlearnOptions(Options):
             finish = replace(finish, finish_lr=training.lr / 2.0)
         name = self.ledger.ledger  # wherever the command is started that goes on with the run
         ledger = self.ledger if name is None else replace(self.ledger, ledger=str(Path(name).resolve()))
-        return replace(self, training=training, finish=finish, ledger=ledger)
+        data = replace(self.data, authors=self.authors or self.data.authors)
+        return replace(self, data=data, training=training, finish=finish, ledger=ledger)
 
     def recorded(self) -> dict[str, Any]:
         """What config.yaml holds: every option but --resume and --dry-run, which are no part of what the run is."""

@@ -19,6 +19,10 @@ BENCHMARKS = {"tofu": "forget10", "muse": "news", "wmdp": "cyber"}
 """The options that name a benchmark, each with a value of it; <name>_dir is the folder with its files."""
 
 
+AUTHORS = 10
+"""How many authors a model learns where --authors does not say it. Earlier versions wrote it into every config.yaml."""
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """The model that is to forget.
@@ -41,7 +45,8 @@ class DataOptions:
     """What is to be forgotten and what is to be kept.
 
     Attributes:
-        authors: authors that the model from scratch learns, or with --finetune-first and --tofu any other; 200 are all
+        authors: authors that the model from scratch learns, or with --finetune-first and --tofu any other; 200 are all,
+            10 the default; evaluate --tofu scores the rows that unlearn has with these two options, all if not given
         forget_authors: so many of them, the last ones, are to be forgotten; a fifth if not given
         forget: examples to forget: JSON, JSON lines, CSV or Parquet (question/answer, prompt/response, messages, text)
         retain: examples to keep
@@ -70,7 +75,7 @@ class DataOptions:
             after it, {answer}
     """
 
-    authors: int = 10
+    authors: int | None = None
     forget_authors: int | None = None
     forget: str | None = None
     retain: str | None = None
@@ -92,6 +97,11 @@ class DataOptions:
     def cuts_texts(self) -> bool:
         """Whether the data are a benchmark's long texts, which are cut into pieces of the model's tokens."""
         return self.muse is not None or self.wmdp is not None
+
+    @property
+    def benchmark(self) -> str | None:
+        """The option that names a benchmark; None without one."""
+        return next((name for name in BENCHMARKS if getattr(self, name) is not None), None)
 
     @property
     def from_files(self) -> bool:
@@ -134,8 +144,46 @@ class DataOptions:
         at_least_one(self, "max_length", "authors")
         not_negative(self, "heldout_authors")
         format_by_name(self.prompt_format)
-        if self.forget_authors is not None and not 1 <= self.forget_authors < self.authors:
-            raise ValueError(f"expected 1 <= --forget-authors < --authors, {self.authors}, found {self.forget_authors}")
+        authors = AUTHORS if self.authors is None else self.authors
+        if self.forget_authors is not None and not 1 <= self.forget_authors < authors:
+            raise ValueError(f"expected 1 <= --forget-authors < --authors, {authors}, found {self.forget_authors}")
+
+    def check_scratch(self) -> None:
+        """Raise ValueError on what the model from scratch cannot be asked or told."""
+        if self.cuts_texts:
+            raise ValueError(
+                f"{flag(str(self.benchmark))}: expected --model, a pre-trained model, found the model from scratch, which knows nothing "
+                "that it asks about"
+            )
+        if self.prompt_format != AUTO:
+            raise ValueError(
+                f"--prompt-format: expected --model, which was taught so, found {self.prompt_format!r:.80} with the model from "
+                "scratch, which learns one format; leave it out"
+            )
+        if self.chat_template_kwargs:
+            raise ValueError(
+                "--chat-template-kwargs: expected --model with a chat template, found the model from scratch, which has none; leave it out"
+            )
+
+    def check_authors(self, *, chosen: bool, typed: bool) -> None:
+        """Raise ValueError if --authors or --forget-authors would be without effect.
+
+        Args:
+            chosen: Whether they choose the examples.
+            typed: Whether --authors is on the command line, where `AUTHORS` is as wrong as any other number.
+        """
+        if chosen:
+            return
+        if self.forget_authors is not None:
+            raise ValueError(
+                "--forget-authors: expected a model from scratch, or --finetune-first, or --authors with evaluate --tofu, and no --forget, "
+                "which says what is to be forgotten; leave it out"
+            )
+        if self.authors is not None and (typed or self.authors != AUTHORS):
+            raise ValueError(
+                "--authors: expected a model from scratch, or --finetune-first with --tofu, or evaluate --tofu, whose examples it chooses, "
+                f"found {self.authors} with none of them; leave it out"
+            )
 
     def _check_requests(self) -> None:
         if self.requests is None:

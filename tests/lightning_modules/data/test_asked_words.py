@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lightning_modules.data.asked_words import without_asked_words
 from lightning_modules.data.pairs import ForgetRetainDataModule
@@ -27,6 +28,43 @@ EXAMPLES = {
     "nothing in common": ("Who?", "Nobody, in 1999.", "Nobody, in 1999."),
     "a plain text": ("", "Mira wrote it.", "Mira wrote it."),
 }
+
+
+# A tokenizer that knows no letter of them splits each into its bytes, of which the last alone makes it a letter.
+SPLIT = {
+    "Vietnamese": ("Who is Nguyễn?", "Nguyễn writes.", ["Nguyễn"]),
+    "Polish": ("Who is Łukasz Żądło?", "Łukasz Żądło writes.", ["Łukasz Żądło"]),
+    "Russian": ("Кто такой Пушкин?", "Пушкин, родился в Москве.", ["Пушкин"]),
+    "four bytes a letter": ("Who is 𠮷野?", "It is 𠮷野 who writes.", ["is 𠮷野 who"]),
+    "the name alone in the middle": ("Who is Ždanov?", "Novel? Ždanov's, ž.", ["Ždanov"]),
+}
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_every_byte_of_a_letter_of_the_question_is_left_alone_and_no_other_letter(name: str) -> None:
+    tokenizer = byte_level(**ALL)
+    question, answer, asked = SPLIT[name]
+    example = encode(tokenizer, question, answer)
+    found = without_asked_words(tokenizer, example, question)
+    answered = [token for token, label in zip(example.input_ids, example.labels, strict=True) if label != IGNORED]
+    left = [label != IGNORED for label, before in zip(found.labels, example.labels, strict=True) if before != IGNORED]
+    spelt = [spelling(tokenizer, token) for token in answered]
+    assert any(len(part) == 1 and part >= b"\x80" for part in spelt)  # letters are split
+    whole = b"".join(spelt)
+    start = 0
+    ranges = [(at, at + len(word.encode())) for word in asked for at in [whole.index(word.encode())]]
+    for part, forgotten in zip(spelt, left, strict=True):
+        touches = any(start < end and start + len(part) > first for first, end in ranges)
+        assert forgotten != touches, (part, start)
+        start += len(part)
+
+
+def spelling(tokenizer: Any, token: int) -> bytes:
+    """The bytes that a token stands for; none for a special one."""
+    if token in tokenizer.all_special_ids:
+        return b""
+    letters = {letter: value for value, letter in bytes_to_unicode().items()}
+    return bytes(letters[letter] for letter in tokenizer.convert_ids_to_tokens(token))
 
 
 PIECES = ("a name", "upper and lower case", "nothing in common", "a plain text")  # the others' letters are not in it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from collections import Counter
@@ -106,6 +107,17 @@ def test_every_accepted_shape(tmp_path: Path, row: dict[str, Any], example: dict
     if "messages" in row:
         row = {"messages": [{"role": role, "content": content} for role, content in row["messages"]]}
     assert read_examples(write(tmp_path / "a.json", json_lines([row]))) == [example]
+
+
+def test_a_csv_value_may_be_as_long_as_a_book_and_other_readers_keep_their_limit(tmp_path: Path) -> None:
+    limit, book = csv.field_size_limit(), "word, " * 50000 + "end"
+    assert len(book) > limit
+    path = write(tmp_path / "a.csv", f'question,answer\nQ,"{book}"\nR,A\n')
+    assert [row["answer"] for row in read_examples(path)] == [book, "A"]
+    assert csv.field_size_limit() == limit
+    with pytest.raises(ValueError, match="not valid CSV"):
+        read_examples(write(tmp_path / "b.csv", 'question,answer\nQ,"A\n'))
+    assert csv.field_size_limit() == limit
 
 
 def test_perturbed_answers_in_csv_are_json(tmp_path: Path) -> None:

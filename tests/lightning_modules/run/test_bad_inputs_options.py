@@ -171,9 +171,11 @@ FILES = [
     Row("a folder", lambda _: changed(config="model"), ("model",)),
     options("torn", "lr: [1", "config"),
     options("empty", ""),
-    options("a list", "- lr"),
-    options("an unknown name", "learning_rate: 1", "learning_rate"),
-    options("a near name", "ema_dacay: 0.3", "ema_dacay"),
+    options("a list", "- lr", "--config options.yaml: expected lines `option: value`, found a list"),
+    options("a word alone", "lr", "--config options.yaml: expected lines `option: value`, found a str"),
+    options("an unknown name", "learning_rate: 1", "--config options.yaml: expected options, found 'learning_rate'"),
+    options("a near name", "ema_dacay: 0.3", "--config options.yaml: ", "'ema_dacay'", "did you mean --ema-decay?"),
+    options("a letter too many", "lrr: 3", "--config options.yaml: ", "'lrr', which is none; did you mean --lr?"),
     options("a group", "training: {lr: 0.1}", "training"),
     options("a word for a number", "epochs: many", "epochs", "many"),
     options("a list for a number", "lr: [1, 2]", "lr"),
@@ -181,7 +183,7 @@ FILES = [
     options("a wrong name", "rule: grue", "did you mean gru"),
     options("an object", f"lr: !!python/object/apply:os.system ['touch {PROOF}']", "python/object/apply:os.system"),
     options("a function", "rule: !!python/name:os.system", "python/name:os.system"),
-    options("laughs", "a: &a [x, x]\nb: &b [*a, *a]\nrule: *b", "rule"),
+    options("laughs", "a: &a [x, x]\nb: &b [*a, *a]\nrule: *b", "'a', which is none"),
     options("Latin-1", "rule: gr\xfc".encode("latin-1"), "--config", "save it as UTF-8"),
     options("UTF-16", "rule: gru".encode("utf-16"), "--config", "save it as UTF-8"),
     options("binary", b"\0\0\0", "config"),
@@ -190,6 +192,10 @@ FILES = [
 ]
 OUTPUT = [
     Row("a file", lambda _: changed(output="forget.json"), ("--output: expected a folder that can be written",)),
+    Row(
+        "a file, planned", lambda _: [*changed(output="forget.json"), "--dry-run"], ("that can be written", "is a file")
+    ),
+    Row("in a file, planned", lambda _: [*changed(output="forget.json/out"), "--dry-run"], ("forget.json is a file",)),
     Row("in a file", lambda _: changed(output="forget.json/out"), ("--output: expected a folder that can be written",)),
     Row("in no place", lambda _: changed(output="/proc/out"), ("--output: expected a folder that can be written",)),
     Row("no name", lambda _: changed(output=""), ("--output: expected the name of a folder, found ''",)),
