@@ -85,10 +85,10 @@ def generate_tokens(
 ) -> list[list[int]]:
     """Continues each prompt with the most likely token at every step, until eos or the chat template's end of turn.
 
-    Prompts are padded on the left under an attention mask and share a key-value cache; padding changes no answer: where
-    it would, as with a model that does not heed the mask (RWKV, MiniMax), which is tried out, each prompt is continued
-    alone. An
-    answer also ends where the model's context does; a warning says how many prompts leave less than `max_new_tokens`.
+    Prompts are padded on the left under an attention mask and share a key-value cache. Padding changes no answer: where
+    it would, as with a model that does not heed the mask (RWKV, MiniMax), each prompt is continued alone. That is tried
+    out, but for the shards of one model. An answer also ends where the model's context does; a warning says how many
+    prompts leave less than `max_new_tokens`.
 
     Args:
         model: a causal language model with Hugging Face's `generate`.
@@ -196,6 +196,8 @@ def _continued(
     going_on = [index for index in range(len(begun)) if left[index] > 0]
     trial = sorted((begun[index].prompt for index in going_on), key=len)
     together = _Together(generate, pad, device, trial, min((room[index] for index in going_on), default=0))
+    if sharded:
+        together.harmless = True  # not every process may have two prompts to try it out with
     with evaluation_mode(model):
         for everything in generation_batches(begun, max_new_tokens, batch_size):
             batch = [index for index in everything if left[index] > 0]
