@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lightning_modules import progress
+from lightning_modules.ablation.depth_figure import draw_depth
 from lightning_modules.ablation.figure import draw_tradeoff
 from lightning_modules.ablation.grid import Grid, Run, plain
 from lightning_modules.ablation.options import AblateOptions
@@ -33,7 +34,7 @@ from lightning_modules.progress import Stage
 from lightning_modules.run.assembly import check_hardware
 from lightning_modules.run.quiet import quiet
 
-GRID, RESULTS, TABLE, FIGURE = "grid.yaml", "results.csv", "table.md", "tradeoff.png"
+GRID, RESULTS, TABLE, FIGURE, DEPTH = "grid.yaml", "results.csv", "table.md", "tradeoff.png", "depth.png"
 _SHOWN = 5  # reasons in the error message; a grid that is wrong fails in every run
 T = TypeVar("T")
 Task = Callable[[Run, Path], "tuple[str, str | None]"]
@@ -70,7 +71,8 @@ def ablate(options: AblateOptions) -> Path | None:
         _draw(grid, folder)
         Console(stderr=True).print(
             f"{len(runs)} runs, {len(pending)} of them now, in {time.perf_counter() - started:.0f} s. "
-            f"Everything is in [bold]{escape(str(folder))}[/bold]: {TABLE}, {RESULTS}, {FIGURE}, {RUNS}/"
+            f"Everything is in [bold]{escape(str(folder))}[/bold]: {TABLE}, {RESULTS}, {FIGURE}, "
+            f"{f'{DEPTH}, ' if (folder / DEPTH).exists() else ''}{RUNS}/"
         )
     if failed:
         said = "\n".join(f"  {name}: {reason}" for name, reason in list(failed.items())[:_SHOWN])
@@ -228,3 +230,4 @@ def _draw(grid: Grid, folder: Path) -> None:
     write_csv(results, folder / RESULTS)
     write_table(grid, results, folder, folder / TABLE)
     draw_tradeoff(grid, results, folder / FIGURE)
+    draw_depth(grid, results, folder, folder / DEPTH)

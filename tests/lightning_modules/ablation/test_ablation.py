@@ -525,6 +525,7 @@ def test_the_table_says_what_the_lines_say(done: Path, config: str) -> None:
     assert "| too slow | 0 of 2 | -" in text
     assert "- too slow, model seed 0, data seed 1: not reached" in text
     assert (done / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
+    assert not (done / "depth.png").exists()  # nothing was attacked
     assert "(6)" in line  # KS over six forget examples
     result = json.loads((done / "runs" / "ga-m0-d0.json").read_text())
     ratios = result["targets"][0]["examples"]["truth_ratio_R"]

@@ -12,12 +12,14 @@ import torch
 
 import gradsurgery as gs
 from lightning_modules import cli
+from lightning_modules.ablation import depth_figure
 from lightning_modules.ablation.attacks import attacked, relearn_settings
 from lightning_modules.ablation.grid import Grid, Run
 from lightning_modules.ablation.many_rows import ManyRows, RowsData
 from lightning_modules.ablation.memory import peak_megabytes, reset_peak
 from lightning_modules.ablation.methods import Method
 from lightning_modules.ablation.reading import read_grid
+from lightning_modules.ablation.results import read_results
 from lightning_modules.ablation.sections import Data, Evaluate, Targets
 from lightning_modules.data.pairs import ForgetRetainDataModule
 from lightning_modules.run.options import FirstOptions
@@ -111,6 +113,29 @@ def test_it_ends_where_the_forget_probability_is_low_enough(lines: dict[str, dic
     curve = json.loads((done / "runs" / "ce-u-m0-d0.json").read_text())["curve"]
     assert [point["forget_probability"] < 0.5 for point in curve] == [False] * (len(curve) - 1) + [True]
     assert float(lines["CE-U"]["forget_probability"]) == pytest.approx(curve[-1]["forget_probability"], rel=1e-5)
+
+
+def test_the_picture_has_a_point_for_every_method_and_attack(
+    done: Path, lines: dict[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert (done / "depth.png").read_bytes().startswith(b"\x89PNG")
+    grid = read_grid(done / "grid.yaml")
+    drawn: dict[str, list[tuple[float, float]]] = {}
+
+    def point(axes: Any, at: Any, mark: str, colour: Any, label: str) -> None:
+        drawn.setdefault(label, []).append((at[0].mean, at[1].mean))
+
+    monkeypatch.setattr(depth_figure, "_point", point)
+    depth_figure.draw_depth(grid, read_results(grid, done), done, tmp_path / "depth.png")
+    reference = json.loads((done / "models" / "m0.json").read_text())["reference"]
+    assert drawn.pop(depth_figure.REFERENCE) == [
+        (reference["attacks"][name], reference["retain_heldout_probability"]) for name in ATTACKS
+    ]
+    for method, points in drawn.items():
+        row = lines[method]
+        wanted = [(float(row[f"attack {name}"]), float(row["retain_heldout_probability"])) for name in ATTACKS]
+        assert points == [pytest.approx(pair) for pair in wanted]
+    assert drawn.keys() == lines.keys()
 
 
 def test_the_reference_is_the_control_of_every_attack(done: Path) -> None:
