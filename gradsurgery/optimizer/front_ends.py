@@ -188,7 +188,8 @@ class FrontEnds(Adjustable):
             # micro-batch.
             if self._ranks.synchronising(parameters):
                 self.combine(scale=loss_scale)
-            window.spent.look(parameters)
+            else:
+                window.spent.look(parameters)
 
         arm = partial(self._ranks.arm_reducer, parameters)
         end = partial(window.refuse_another_term, parameters)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef
 
 from gradsurgery.gram import local_tensor
 
@@ -14,13 +14,13 @@ class Spent:
     """What stood in ``.grad`` at the latest look. It keeps no gradient alive."""
 
     def __init__(self) -> None:
-        self._seen: list[tuple[TensorWeakRef | None, int]] = []
+        self._seen: list[tuple[weakref.ref[Tensor] | None, int]] = []
 
     def look(self, parameters: Sequence[Tensor]) -> None:
         """Remember it."""
         gradients = [parameter.grad for parameter in parameters]
         self._seen = [
-            (None if gradient is None else TensorWeakRef(gradient), _version(gradient)) for gradient in gradients
+            (None, 0) if gradient is None else (weakref.ref(gradient), _version(gradient)) for gradient in gradients
         ]
 
     def written(self, parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -29,7 +29,8 @@ class Spent:
         found: list[Tensor] = []
         for parameter, (seen, version) in zip(parameters, [*self._seen, *unseen], strict=False):
             gradient = parameter.grad
-            if gradient is not None and (seen is None or gradient is not seen() or _version(gradient) != version):
+            # Python has one plain weak reference of an object; a dead one is nobody else's.
+            if gradient is not None and (weakref.ref(gradient) is not seen or _version(gradient) != version):
                 found.append(gradient)
         return found
 
@@ -39,7 +40,7 @@ def zeroed(gradients: Sequence[Tensor]) -> bool:
     return not any(bool(local_tensor(gradient).any()) for gradient in gradients)
 
 
-def _version(gradient: Tensor | None) -> int:
+def _version(gradient: Tensor) -> int:
     # Autograd writes to a DTensor, FSDP2 to the local part of one; each counts what was written to itself.
-    both = (gradient, getattr(gradient, "_local_tensor", None))
-    return sum(tensor._version for tensor in both if tensor is not None and not tensor.is_inference())
+    local = None if type(gradient) is Tensor else getattr(gradient, "_local_tensor", None)
+    return sum(tensor._version for tensor in (gradient, local) if tensor is not None and not tensor.is_inference())
