@@ -180,6 +180,6 @@ def _split_state(
         if _STEPS in entries and index in of_key:
             steps[of_key[index]] = int(entries[_STEPS])
         rest = {key: value for key, value in entries.items() if key not in ours and key != _STEPS}
-        if rest or len(rest) == len(entries):
+        if rest or not entries:
             state[index] = rest
     return state, averages, steps

@@ -12,8 +12,8 @@ from gradsurgery.gram import Metric, dtensor_type
 
 UserMetric: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
 """A user's own metric: the parameters -> for each the diagonal of the inner product, a tensor like the parameter with
-weights > 0, or None where it is Euclidean. It is asked whenever rows are combined: once a
-step, or with ``accumulate`` and `join` once a micro-batch."""
+weights > 0, or None where it is Euclidean. It is asked whenever rows are combined: once a step, or
+with ``accumulate`` and `join` once a micro-batch."""
 
 MetricOption: TypeAlias = Literal["euclidean", "optimizer"] | UserMetric
 """What ``metric`` may be."""

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning_modules.ablation.grid import Grid
-from lightning_modules.ablation.run import MODELS, read_result
+from lightning_modules.ablation.results import REFERENCE, read_models
 from lightning_modules.ablation.statistics import Spread, spread
 from lightning_modules.files import replacing
 
 _LEAST = 1e-3  # a smaller probability is drawn as this one
-REFERENCE = "never saw the forget set"
 HELD_OUT, SEEN = "retain_heldout_probability", "retain_probability"
 
 
@@ -62,13 +61,8 @@ def draw_depth(grid: Grid, results: Sequence[Mapping[str, Any]], folder: Path, p
 
 def _references(grid: Grid, folder: Path) -> list[dict[str, Any]]:
     """The scores of each model seed's reference, by the columns' names."""
-    found: list[dict[str, Any]] = []
-    for seed in grid.seeds.model:
-        path = folder / MODELS / f"m{seed}.json"
-        known = read_result(path, "reference")["reference"] if path.exists() else None
-        if known is not None:
-            found.append(known | {f"attack {name}": value for name, value in known.get("attacks", {}).items()})
-    return found
+    scores = [known["reference"] for _, known in read_models(grid, folder) if known["reference"] is not None]
+    return [row | {f"attack {name}": value for name, value in row.get("attacks", {}).items()} for row in scores]
 
 
 def _means(rows: Sequence[Mapping[str, Any]], attack: str, kept: str) -> tuple[Spread | None, Spread | None]:

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from lightning_modules.ablation.grid import Grid, Run
-from lightning_modules.ablation.run import RUNS, read_result, refuse_other
+from lightning_modules.ablation.run import MODELS, RUNS, read_result, refuse_other
 from lightning_modules.ablation.scoring import GENERAL
 from lightning_modules.ablation.statistics import Paired, paired
 from lightning_modules.files import write_text
 from lightning_modules.metrics.functional import UTILITY_METRICS
 
 Result = Mapping[str, Any]
+
+REFERENCE = "never saw the forget set"
+"""What a table and a picture call the reference."""
 
 _SCORES = (
     "retain_probability",
@@ -78,6 +81,14 @@ def _rows(run: Run, folder: Path) -> Iterator[dict[str, Any]]:
         said = {"target": target, "value": row.get("value"), "reached": row["reached"], "reason": row["reason"]}
         attacks = {f"attack {name}": number(value) for name, value in row.get("attacks", {}).items()}
         yield {**identity, **said, **measured, **attacks, **cost, "curve": found.get("curve", [])}
+
+
+def read_models(grid: Grid, folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each model seed with the scores of its `start` model and `reference`, as far as they are there."""
+    for seed in grid.seeds.model:
+        path = folder / MODELS / f"m{seed}.json"
+        if path.exists():
+            yield seed, read_result(path, "start", "reference")
 
 
 def write_csv(results: Sequence[Result], path: Path) -> None:

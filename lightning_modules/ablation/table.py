@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
 from lightning_modules.ablation.grid import Grid
-from lightning_modules.ablation.results import Result, differences, number
-from lightning_modules.ablation.run import MODELS
+from lightning_modules.ablation.results import REFERENCE, Result, differences, number, read_models
 from lightning_modules.ablation.scoring import GENERAL
 from lightning_modules.ablation.statistics import Paired, Spread, spread
 from lightning_modules.files import write_text
@@ -207,12 +205,8 @@ def _models(grid: Grid, folder: Path) -> list[str]:
     )
     further = ("retain_heldout_probability",) if _holds_out(grid) else ()
     further += _UTILITY if grid.evaluate.utility else ()
-    for seed in grid.seeds.model:
-        path = folder / MODELS / f"m{seed}.json"
-        if not path.exists():
-            continue
-        known = json.loads(path.read_text(encoding="utf-8"))
-        for name, model in (("start", known["start"]), ("never saw the forget set", known["reference"])):
+    for seed, known in read_models(grid, folder):
+        for name, model in (("start", known["start"]), (REFERENCE, known["reference"])):
             if model is not None:
                 scores = [number(model.get(score)) for score in (*names, *further)]
                 scores += [number(model.get("attacks", {}).get(attack)) for attack in grid.evaluate.attacks]

@@ -195,9 +195,9 @@ def _continued(
     left = [0 if answer.ended else tokens - len(answer.said) for answer, tokens in zip(begun, room, strict=True)]
     going_on = [index for index in range(len(begun)) if left[index] > 0]
     trial = sorted((begun[index].prompt for index in going_on), key=len)
-    together = _Together(generate, pad, device, trial, min((room[index] for index in going_on), default=0))
-    if sharded:
-        together.harmless = True  # not every process may have two prompts to try it out with
+    fewest = min((room[index] for index in going_on), default=0)
+    # Of the processes with shards not every one may have two prompts to try it out with.
+    together = _Together(generate, pad, device, trial, fewest, harmless=True if sharded else None)
     with evaluation_mode(model):
         for everything in generation_batches(begun, max_new_tokens, batch_size):
             batch = [index for index in everything if left[index] > 0]
@@ -239,6 +239,7 @@ class _Together:
         device: where the model is.
         prompts: all of them, the shortest first.
         steps: the most tokens that may follow each of them.
+        harmless: whether it changes none; None tries it out.
     """
 
     def __init__(
@@ -248,10 +249,12 @@ class _Together:
         device: torch.device,
         prompts: Sequence[Sequence[int]],
         steps: int,
+        *,
+        harmless: bool | None,
     ) -> None:
         self.generate, self.pad, self.device = generate, pad, device
         self.prompts, self.steps = prompts, steps
-        self.harmless: bool | None = None
+        self.harmless = harmless
 
     def parts(self, indices: Sequence[int]) -> list[list[int]]:
         """The prompts that can share a batch: all of these, or each one alone."""

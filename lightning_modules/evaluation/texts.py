@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lightning_modules.data.examples import asked
+from lightning_modules.data.hashes import hashed
 from lightning_modules.data.tokenization import Encoded, encode, prompt_ids, shortened
 
 if TYPE_CHECKING:
@@ -118,7 +117,7 @@ def texts_of(
 def answers_hash(row: Mapping[str, Any]) -> str:
     """A hash of the answers that the truth ratio compares: where it is another, truth ratios cannot be compared."""
     wrong = row.get("perturbed_answer") or []
-    return _hashed([row.get("paraphrased_answer"), wrong] if wrong else [])
+    return hashed([row.get("paraphrased_answer"), wrong] if wrong else [])[:12]
 
 
 def scored_as(found: Texts, max_new_tokens: int) -> list[dict[str, Any]]:
@@ -135,15 +134,11 @@ def scored_as(found: Texts, max_new_tokens: int) -> list[dict[str, Any]]:
     return [
         {
             "answers_hash": answers_hash(item.row),
-            "tokens_hash": _hashed([prompt, found.encoded[item.answer : item.perturbed.stop]]),
+            "tokens_hash": hashed([prompt, found.encoded[item.answer : item.perturbed.stop]])[:12],
             "max_new_tokens": max_new_tokens,
         }
         for item, prompt in zip(found.items, found.prompts, strict=True)
     ]
-
-
-def _hashed(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class _Cut:

@@ -11,10 +11,11 @@ import torch
 
 from lightning_modules.data.examples import Example, asked
 from lightning_modules.data.formats import set_format
+from lightning_modules.data.hashes import hashed
 from lightning_modules.data.heldout import RETAIN_HELDOUT
 from lightning_modules.data.tokenization import Encoded, encode, padding_id
 from lightning_modules.folder import cache_folder
-from lightning_modules.run.identity import content_versions, hashed, model_identity
+from lightning_modules.run.identity import content_versions, model_identity
 from lightning_modules.run.models import load_tokenizer
 from lightning_modules.run.options import LoadingOptions, Options, UnlearnOptions
 from lightning_modules.training.finetuning import FinetuningSettings

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import torch
 import transformers
 
 import gradsurgery as gs
+from lightning_modules.data.hashes import hashed
 from lightning_modules.run.options.loading import USUAL, LoadingOptions
 from lightning_modules.run.places import is_gguf, place_of
 from lightning_modules.run.run import Splits
@@ -28,11 +27,6 @@ def content_versions() -> dict[str, str]:
 def examples_hash(splits: Splits) -> str:
     """A hash of all examples in their order, whatever files they were read from."""
     return hashed({name: list(rows) for name, rows in splits.items()})
-
-
-def hashed(value: object) -> str:
-    """A hash of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def model_identity(name: str, loading: LoadingOptions = USUAL) -> object:

@@ -14,13 +14,14 @@ from torch import nn
 
 from lightning_modules.data.examples import Example, numbered
 from lightning_modules.data.formats import set_format
+from lightning_modules.data.hashes import hashed
 from lightning_modules.data.heldout import to_keep
 from lightning_modules.data.tasks import apart, prefix_ids
 from lightning_modules.evaluation.evaluate import Evaluation, summary
 from lightning_modules.evaluation.membership import HOLDOUT
 from lightning_modules.evaluation.texts import Texts, answers_hash, scored_as, texts_of
 from lightning_modules.folder import cache_folder, read_evaluation, write_evaluation
-from lightning_modules.run.identity import content_versions, hashed, model_identity
+from lightning_modules.run.identity import content_versions, model_identity
 from lightning_modules.run.loading import start_name, tokenizer_texts
 from lightning_modules.run.models import Pretrained, load_tokenizer
 from lightning_modules.run.options import DataOptions, EvaluationOptions, LoadingOptions, Options, UnlearnOptions

@@ -8,9 +8,10 @@ from typing import TypeVar
 
 from lightning_modules.data.examples import Example
 from lightning_modules.data.files import read_json
+from lightning_modules.data.hashes import hashed
 from lightning_modules.folder import CHECKPOINTS, CONFIG, METRICS, TRAINING, check_links, write_config
 from lightning_modules.run.finish import substitute_answers
-from lightning_modules.run.identity import examples_hash, hashed, model_identity
+from lightning_modules.run.identity import examples_hash, model_identity
 from lightning_modules.run.loading import refusals_of
 from lightning_modules.run.options import AUTO, FinetuneOptions, LoadingOptions, UnlearnOptions
 from lightning_modules.run.options.flat import flag
@@ -72,7 +73,8 @@ def read_by(run: Run[UnlearnOptions]) -> dict[str, str]:
 
 def taught_by(options: FinetuneOptions, rows: Sequence[Example]) -> dict[str, str]:
     """As `read_by`, of a run of `finetune`."""
-    return {"the examples": hashed(list(rows))[:12]} | files_of({"model": (str(options.taught.model), options.loading)})
+    examples = {"the examples": examples_hash({"taught": rows})[:12]}
+    return examples | files_of({"model": (str(options.taught.model), options.loading)})
 
 
 def files_of(models: Mapping[str, tuple[str, LoadingOptions]]) -> dict[str, str]:

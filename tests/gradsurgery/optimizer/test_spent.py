@@ -58,7 +58,7 @@ def test_a_backward_pass_outside_every_objective_is_refused_and_not_lost(
 ) -> None:
     model, optimizer = stepped()
     LEFT[left](model, optimizer)
-    sum(parameter.square().sum() for parameter in model.parameters()).backward()  # type: ignore[union-attr]
+    torch.stack([parameter.square().sum() for parameter in model.parameters()]).sum().backward()
     before = snapshot(model, optimizer)
     with pytest.raises(RuntimeError, match=STRAY):
         ahead(model, optimizer)

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.optim import lr_scheduler
 
 import gradsurgery as gs
+from gradsurgery.rules import StatefulRule
 from tests.problems import BASES, FOUR, assert_same, classification, contexts, joined, mlp, snapshot, taken, values
 
 pytestmark = pytest.mark.supports(
@@ -290,11 +291,12 @@ def test_a_rule_whose_numbers_do_not_fit_changes_nothing() -> None:
     for group in state_dict["param_groups"]:
         group["gradsurgery_rule"] = {"memory": 1}
     before = snapshot(model, optimizer)
-    kept = optimizer.rule.state_dict()  # type: ignore[attr-defined]
+    assert isinstance(optimizer.rule, StatefulRule)
+    kept = optimizer.rule.state_dict()
     with pytest.raises(KeyError):
         optimizer.load_state_dict(state_dict)
     assert_same(snapshot(model, optimizer), before)
-    assert optimizer.rule.state_dict() == kept  # type: ignore[attr-defined]
+    assert optimizer.rule.state_dict() == kept
 
 
 def test_rows_of_before_are_forgotten_by_a_load() -> None:
