@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_modules.training import callbacks, objectives, references
     from lightning_modules.training.checkpoint_file import CheckpointFile
     from lightning_modules.training.module import UnlearningModule
+    from lightning_modules.training.noise import NoiseSettings
     from lightning_modules.training.perturb import PerturbSettings
     from lightning_modules.training.uld import ULDModule
 
@@ -25,6 +26,7 @@ __all__ = [
     "CheckpointFile",
     "ForgetRetainDataModule",
     "MUSEDataModule",
+    "NoiseSettings",
     "PerturbSettings",
     "TOFUDataModule",
     "ULDModule",
@@ -41,6 +43,7 @@ _HOMES = {
     "CheckpointFile": "training.checkpoint_file",
     "ForgetRetainDataModule": "data.pairs",
     "MUSEDataModule": "data.muse",
+    "NoiseSettings": "training.noise",
     "PerturbSettings": "training.perturb",
     "TOFUDataModule": "data.pairs",
     "ULDModule": "training.uld",

@@ -17,8 +17,9 @@ def combine_(rows: Sequence[Row], coefficients: Tensor) -> list[Tensor | None]:
     r"""Overwrite the first row by $\sum_k c_k\, \mathrm{row}_k$.
 
     Args:
-        rows: K rows over the same parameters. Tensors of ``rows[0]`` are overwritten in place. Where it holds None and
-            another row does not, a new tensor is put there, so ``rows[0]`` must then be a list.
+        rows: K rows over the same parameters. Tensors of ``rows[0]`` are overwritten in place, so no other row may
+            share their memory. Where it holds None and another row does not, a new tensor is put there, so ``rows[0]``
+            must then be a list.
         coefficients: The c_k, ``[K]``.
 
     Returns:

@@ -121,7 +121,12 @@ class Batch:
                     and not tensor.is_neg()
                     and number == size  # global shapes are the same, but what this process holds of them need not be
                 ):
-                    addresses.append(tensor.data_ptr() | (dtype is torch.bfloat16))  # the mark that kernel.cpp reads
+                    address = tensor.data_ptr()
+                    if (
+                        address & 1
+                    ):  # of a tensor in the midst of a file; the lowest bit is the mark that kernel.cpp reads
+                        break
+                    addresses.append(address | (dtype is torch.bfloat16))
                 else:
                     break
             if len(addresses) < len(tensors) or len(local) > _MOST_ROWS:

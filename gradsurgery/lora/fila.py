@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -195,6 +196,12 @@ def _check_layer(key: str, layer: Any, adapter_name: str) -> None:
         raise ValueError(
             f"{key}: expected a plain floating-point weight, found {type(base.weight).__name__} of {base.weight.dtype}; FILA writes to "
             "the base, so do it before the model is quantised or sharded"
+        )
+    scaling = layer.scaling[adapter_name]
+    if not 0.0 < scaling < math.inf:
+        raise ValueError(
+            f"{key}: expected a scaling (lora_alpha / r) above 0, of which FILA takes the root, found {scaling}; give LoraConfig "
+            "a lora_alpha above 0"
         )
     variants = {*getattr(layer, "lora_variant", ()), *(name for name, used in layer.use_dora.items() if used)}
     if adapter_name in variants:

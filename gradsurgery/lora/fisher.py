@@ -190,7 +190,8 @@ def _fisher(
     model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Batches, per: str, argument: str
 ) -> dict[str, Tensor]:
     """The sum of n g^2 divided by the sum of n, over every batch or every example."""
-    sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+    # By weight and not by name: of two modules that share one, two hooks would find its gradient once.
+    sums = {weight: torch.zeros_like(weight, dtype=torch.float32) for weight in weights.values()}
     tokens, number = 0, 0
 
     def square(total: Tensor) -> Callable[[Tensor], None]:
@@ -203,7 +204,7 @@ def _fisher(
         return add
 
     count = 0
-    handles = [weight.register_post_accumulate_grad_hook(square(sums[name])) for name, weight in weights.items()]
+    handles = [weight.register_post_accumulate_grad_hook(square(total)) for weight, total in sums.items()]
     try:
         for batch in batches:
             number += 1
@@ -220,7 +221,7 @@ def _fisher(
             f"{argument}: expected at least one batch with answer tokens (labels that are not -100), found {number} batches with "
             "none; a generator can be read only once"
         )
-    return {name: total.div_(tokens) for name, total in sums.items()}
+    return {name: sums[weight] / tokens for name, weight in weights.items()}
 
 
 def _examples(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -57,3 +57,10 @@ def check_tokens(labels: Tensor, vocabulary: int) -> None:
             f"labels: expected -100 or one of {vocabulary} tokens, found {least if least < 0 else most}; a tokenizer that outgrew "
             "the model's embeddings makes such labels"
         )
+
+
+def check_values(values: object, tokens: Tensor) -> None:
+    """Refuse what is not one value per token: the mean over tokens is taken later."""
+    if not isinstance(values, Tensor) or values.shape != tokens.shape:
+        found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"loss: expected one value per token, {list(tokens.shape)}, found {found}; take no mean in it")

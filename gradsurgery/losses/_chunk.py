@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.losses import _kernel
-from gradsurgery.losses._checks import float_type
+from gradsurgery.losses._checks import check_values, float_type
 from gradsurgery.losses._log_odds import gradient, reduce_
 from gradsurgery.losses._loss import Loss
 
@@ -115,13 +115,13 @@ def _slopes(
     inputs = [own, other] if loss.runner_up and other is not None else [own]
     if not differentiate:
         values = function(*inputs)
-        _check_values(values, own)
+        check_values(values, own)
         return values, own, other
     for tensor in inputs:
         tensor.requires_grad_()
     with torch.enable_grad(), _unhooked():
         values = function(*inputs)
-    _check_values(values, own)
+    check_values(values, own)
     if not values.requires_grad:  # a constant
         return values, torch.zeros_like(own), torch.zeros_like(own) if loss.runner_up else None
     slopes = torch.autograd.grad(values, inputs, weights.to(values.dtype), allow_unused=True, materialize_grads=True)
@@ -135,17 +135,10 @@ def _differentiated(
     rows = rows.detach()
     with torch.set_grad_enabled(differentiate), _unhooked():
         values = loss(rows.requires_grad_(differentiate), *others)
-    _check_values(values, others[0])
     if not values.requires_grad:
         return values, torch.zeros_like(rows) if differentiate else rows
     (gradients,) = torch.autograd.grad(values, rows, weights.to(values.dtype), materialize_grads=True)
     return values.detach(), gradients
-
-
-def _check_values(values: Any, tokens: Tensor) -> None:
-    if not isinstance(values, Tensor) or values.shape != tokens.shape:
-        found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"loss: expected one value per token, {list(tokens.shape)}, found {found}; take no mean in it")
 
 
 def _unhooked() -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.losses._backend import worth_a_kernel
+from gradsurgery.losses._backward import check_first_derivative, rowwise
 from gradsurgery.losses._checks import IGNORED, float_type
 from gradsurgery.losses._divergence_kernel import Compared, Kernel, built
 from gradsurgery.losses._in_memory import known
@@ -115,13 +116,16 @@ class _Divergence(torch.autograd.Function):
         return values if labels is None else values.masked_fill_(labels == IGNORED, 0.0)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        check_first_derivative()
+        return rowwise(lambda outer: _Divergence._gradient(ctx, outer), gradients[0]), None, None, None
+
+    @staticmethod
+    def _gradient(ctx: Any, outer: Tensor) -> Tensor:
         logits, reference, labels, index, totals = ctx.saved_tensors
         if ctx.kernel is not None:
-            compared = Compared(logits, reference, labels, ctx.beta)
-            return ctx.kernel.gradient(compared, totals, gradients[0].contiguous()), None, None, None
-        outer, (result, ctx.gradient) = gradients[0], (ctx.gradient, None)
+            return ctx.kernel.gradient(Compared(logits, reference, labels, ctx.beta), totals, outer.contiguous())
+        result, ctx.gradient = ctx.gradient, None
         if result is None:
             result = torch.empty_like(logits)
             compared = Compared(logits, reference, index, ctx.beta)
@@ -137,4 +141,4 @@ class _Divergence(torch.autograd.Function):
             # On a CPU it is cheap to look whether any token is ignored, and a mask takes longer than all the rest.
             if result.device.type != "cpu" or bool(ignored.any()):
                 result.masked_fill_(ignored, 0.0)
-        return result, None, None, None
+        return result

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradsurgery.losses._backward import check_first_derivative, rowwise
 from gradsurgery.losses._checks import float_type
 from gradsurgery.losses._pairs import Room, blocks, shifted
 
@@ -59,13 +60,17 @@ class _JensenShannon(torch.autograd.Function):
         return jensen_shannon_(logits, None, reference, None)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        check_first_derivative()
         logits, reference = ctx.saved_tensors
-        result = torch.empty_like(logits)
-        for rows, block in _blocks(logits, reference):
-            result[rows] = _gradient(block, _of_model(block), gradients[0][rows])
-        return result, None
+
+        def gradient(outer: Tensor) -> Tensor:
+            result = torch.empty_like(logits)
+            for rows, block in _blocks(logits, reference):
+                result[rows] = _gradient(block, _of_model(block), outer[rows])
+            return result
+
+        return rowwise(gradient, gradients[0]), None
 
 
 def _blocks(logits: Tensor, reference: Tensor) -> Iterator[tuple[slice, _Block]]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from gradsurgery.losses._checks import IGNORED
+from gradsurgery.losses._checks import IGNORED, check_values
 from gradsurgery.losses._head import Reference
 
 F = TypeVar("F", bound=Callable[..., Tensor])
@@ -78,10 +78,14 @@ class Loss:
         )
 
     def __call__(self, logits: Tensor, labels: Tensor, *reference_logits: Tensor) -> Tensor:
-        """The values ``[N]``, whether or not the function itself takes labels; 0 where the label is -100."""
-        if self.takes_labels:
-            return self.function(logits, labels, *reference_logits)
-        return self.function(logits, *reference_logits).where(labels != IGNORED, 0.0)
+        """The values ``[N]``, whether or not the function itself takes labels; 0 where the label is -100.
+
+        Raises:
+            ValueError: If the function returns something else than one value per token, such as their mean.
+        """
+        values = self.function(logits, *([labels] if self.takes_labels else ()), *reference_logits)
+        check_values(values, labels)
+        return values if self.takes_labels else values.where(labels != IGNORED, 0.0)
 
 
 def described(

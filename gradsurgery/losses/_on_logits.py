@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.losses import _kernel
+from gradsurgery.losses._backward import batched, check_first_derivative
 from gradsurgery.losses._checks import IGNORED, float_type
 from gradsurgery.losses._in_memory import check_known_tokens, known, readable
 from gradsurgery.losses._log_odds import Reduced, gradient, reduce_
@@ -41,13 +42,13 @@ class _LogOdds(torch.autograd.Function):
         return reduced.own, reduced.other
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        check_first_derivative()
         logits, *rest = ctx.saved_tensors
         own, other = gradients[0], gradients[1] if ctx.runner_up else None
         if not ctx.compiled:
             rows, reduced = logits, Reduced(*rest)
-        elif any(map(_batched, (own,) if other is None else (own, other))):
+        elif any(map(batched, (own,) if other is None else (own, other))):
             rows, reduced = _plain(logits, rest[-1], ctx.runner_up)
         else:
             rows, nothing = _as_saved(ctx.dtype, logits, rest), logits.new_empty(0)
@@ -56,15 +57,6 @@ class _LogOdds(torch.autograd.Function):
             _kernel.gradient_(rows, found, own, other, to=result)
             return result, None, None
         return gradient(rows, reduced, own, other, in_place=False).to(ctx.dtype), None, None
-
-
-def _batched(gradient: Tensor) -> bool:
-    """Whether it stands for many (is_grads_batched, vmap): then it has no address."""
-    try:
-        gradient.data_ptr()
-    except RuntimeError:
-        return True
-    return False
 
 
 def _plain(logits: Tensor, labels: Tensor, runner_up: bool) -> tuple[Tensor, Reduced]:

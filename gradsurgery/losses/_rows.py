@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsurgery.losses._backward import check_first_derivative
 from gradsurgery.losses._checks import IGNORED, check_integers, check_rows, checked, float_type
 from gradsurgery.losses._divergence import checked_beta, compare, cross_entropy_, divergence_
 from gradsurgery.losses._in_memory import check_known_tokens
@@ -220,8 +221,8 @@ class _Margin(torch.autograd.Function):
         return margins
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        check_first_derivative()
         largest, valid = ctx.saved_tensors
         outer = gradients[0][:, None]
         if valid is not None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradsurgery.losses._backward import check_first_derivative
 from gradsurgery.losses._checks import IGNORED, check_tokens, float_type
 from gradsurgery.losses._chunk import Task, chunks, kind, values_
 
@@ -64,10 +65,7 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "linear: expected a first derivative, found create_graph=True; use the loss on logits where a second one is needed"
-            )
+        check_first_derivative()
         inputs = _Inputs(*ctx.saved_tensors)
         kept, outer = inputs.kept, upstream[0]
         same = outer.stride() == (0,)  # values.sum() and values.sum() / n send such a tensor: no need to ask the device
@@ -102,7 +100,9 @@ def _sweep(inputs: _Inputs, task: Task, wanted: _Wanted, weights: Tensor) -> tup
     values = torch.zeros(len(labels), dtype=float_type(hidden.dtype), device=hidden.device)
     of_hidden = hidden.new_empty(len(kept), hidden.shape[1]) if wanted.hidden else None
     of_weight = torch.empty_like(weight) if wanted.weight else None
-    of_bias = None if bias is None or not wanted.bias else torch.zeros_like(bias)
+    of_bias = None
+    if bias is not None and wanted.bias:  # few numbers, summed over every chunk: in 16 bits the sum would stop growing
+        of_bias = torch.zeros_like(bias, dtype=float_type(bias.dtype))
     if of_weight is not None and not len(kept):
         of_weight.zero_()
     rows = min(task.chunk_size or chunk_rows(weight, trainable=wanted.weight), max(len(kept), 1))
@@ -125,8 +125,8 @@ def _sweep(inputs: _Inputs, task: Task, wanted: _Wanted, weights: Tensor) -> tup
         elif of_weight is not None:
             of_weight.addmm_(logits.T, chunk)
         if of_bias is not None:
-            of_bias += logits.sum(0)
-    return values, _Gradients(of_hidden, of_weight, of_bias)
+            of_bias += logits.sum(0, dtype=of_bias.dtype)
+    return values, _Gradients(of_hidden, of_weight, None if bias is None or of_bias is None else of_bias.to(bias.dtype))
 
 
 def _reference_logits(task: Task, chosen: Tensor) -> Tensor | None:

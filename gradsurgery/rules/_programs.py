@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from gradsurgery.rules._algebra import ratio
+
 # An inner product that is smaller than this multiple of the rows' lengths is rounding noise of the float64 Gram matrix.
 TOLERANCE = 1e-13
 # A quadratic program on unit rows counts as solved when its optimality conditions hold up to this.
@@ -213,6 +215,9 @@ def least_norm(gram: Tensor) -> Tensor:
     """
     faces, matrix = faces_of(gram)
     number = gram.shape[-1]
+    # In units of the face's longest row: beside the border of ones, far shorter ones would count as zeros.
+    longest = (faces * gram.diagonal(dim1=-2, dim2=-1)[..., None, :]).amax(-1)[..., None, None]
+    matrix = torch.where(faces[:, :, None] * faces[:, None, :] > 0.0, ratio(matrix, longest.expand_as(matrix)), matrix)
     border = faces.expand(*matrix.shape[:-1])
     top = torch.cat([matrix, border[..., None]], -1)
     bottom = torch.cat([border, torch.zeros_like(border[..., :1])], -1)[..., None, :]

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from gradsurgery.rules._algebra import of_gram, vaccinated
 
+_LARGEST = 1.0 - 1e-6  # of GradVac's targets
+
 
 @runtime_checkable
 class StatefulRule(Protocol):
@@ -40,7 +42,8 @@ class GradVac:
 
     The targets start at 0 and move by $t \leftarrow (1 - \beta) t + \beta \cos$. A call computes the new
     targets, and `commit` adopts them; the optimizer commits once for each step that happened. There is one target per
-    protected row; in a scope of several blocks, one per block and protected row.
+    protected row; in a scope of several blocks, one per block and protected row. Parallel rows bring it no nearer to 1
+    than 1e-6: at 1 the correction of any other row would be infinite.
 
     Source: Gradient Vaccine (2010.05874), equations 3 and 4; the paper's beta is 1e-2, LibMTL's 0.5.
 
@@ -84,7 +87,7 @@ class GradVac:
                     f"{list(matrix.shape)}; make a new GradVac for other objectives or another scope"
                 )
             coefficients, cosines = vaccinated(matrix, target)
-            self._proposed = (1.0 - self.beta) * target + self.beta * cosines
+            self._proposed = ((1.0 - self.beta) * target + self.beta * cosines).clamp(-_LARGEST, _LARGEST)
             return coefficients
 
         return of_gram(vaccinate)(gram)

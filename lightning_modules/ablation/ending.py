@@ -50,4 +50,5 @@ def ended(run: Run, model: nn.Module, before: Any, tokenizer: Any, hardware: Cal
         module, data = finishing(options.resolved(), data.read(), tokenizer, model, SecondModel(start))
         steps = method.finish_steps
     L.Trainer(**trainer_options(**hardware(steps))).fit(module.train(), data)
-    return Cost(time.perf_counter() - started, 2 * steps)
+    noised = method.finish_steps > 0 and method.retain_noise != 0.0
+    return Cost(time.perf_counter() - started, (2 + noised) * steps)

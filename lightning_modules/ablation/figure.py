@@ -25,6 +25,7 @@ def draw_tradeoff(grid: Grid, results: Sequence[Mapping[str, Any]], path: Path) 
       are interpolated in the logarithm of the forget probability. A line ends where the first of the seeds ends.
     - Circles with bars: matches, mean and standard deviation over the seeds.
     - Squares: the same of models mixed with the start model until retention is equal.
+    - Diamonds: the same of each method's own end, after its finish.
 
     Args:
         grid: What was compared.
@@ -85,7 +86,7 @@ def _draw(axes: Any, name: str, results: Sequence[Mapping[str, Any]], colour: An
         reached = [row for row in rows if row["target"] == target and row["reached"]]
         x, y = (spread([row[f"{split}_probability"] for row in reached]) for split in ("forget", "retain"))
         if x is not None and y is not None:
-            marker = "s" if target.startswith("retained") else "o"
+            marker = {"retained": "s", "end": "D"}.get(target.partition("=")[0], "o")
             axes.errorbar(x.mean, y.mean, y.sd or 0.0, fmt=marker, color=colour, ms=4, capsize=2, lw=1)
 
 
@@ -93,9 +94,8 @@ def _interpolated(run: Sequence[Mapping[str, Any]], at: Any) -> Any:
     """The run's retain probability at these forget probabilities; NaN at those that it never had."""
     import numpy as np
 
-    met = [
-        row for row in run if row["reached"] and not row["target"].startswith("retained")
-    ]  # a mixed model is no state of training
+    # Neither a mixed model nor one after its finish is a state of the training.
+    met = [row for row in run if row["reached"] and row["target"].partition("=")[0] not in ("retained", "end")]
     scored = [*run[0]["curve"], *met]
     points = sorted((float(point["forget_probability"]), float(point["retain_probability"])) for point in scored)
     x, y = (np.array(values) for values in zip(*points, strict=True))

@@ -225,12 +225,13 @@ class Grid:
                     f"methods: expected the baseline of {method.name!r} to be one of {names}, found {method.baseline!r}"
                 )
             by_coordinates = method.rule in gs.elementwise.ELEMENTWISE
-            if method.placebo and (
-                method.rule == "none" or by_coordinates or method.scope != "global" or self.train.max_norm is not None
-            ):
+            max_norm = self.train.max_norm if method.max_norm is None else method.max_norm
+            plain_length = (method.scope, method.metric, max_norm) == ("global", "euclidean", None)
+            if method.placebo and (method.rule == "none" or by_coordinates or not plain_length):
                 raise ValueError(
-                    "methods: expected a rule of the Gram matrix to take the length from, scope: global and train.max_norm: null for the "
-                    f"placebo {method.name!r}, found rule: {method.rule}, scope: {method.scope}, max_norm: {self.train.max_norm}"
+                    "methods: expected a rule of the Gram matrix to take the length from, scope: global, metric: euclidean and no max_norm "
+                    f"for the placebo {method.name!r}, found rule: {method.rule}, scope: {method.scope}, metric: {method.metric}, "
+                    f"max_norm: {max_norm}"
                 )
             try:
                 method.check()

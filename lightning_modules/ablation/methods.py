@@ -96,13 +96,15 @@ class Method:
     def backward_passes(self) -> int:
         """Backward passes that a step of the method needs.
 
-        One, one more for each use of the retain loss, and one more for the direction in which weights are moved.
+        One, one more for each use of the retain loss, for noised retain examples, and for the direction in which
+        weights are moved.
         """
         if self.kind != "surgery":
             return 2 if self.kind == "uld" else 1
         surgery = self.rule != "none" or self.retain_weight != 0.0 or self.guard == "update"
         moved = int(bool(self.radius)) + int(bool(self.adversary))
-        return 1 + int(self.retain_inside != 0.0) + (self.retain_rows or int(surgery)) + moved
+        retained = int(self.retain_inside != 0.0) + int(self.retain_noise != 0.0)
+        return 1 + retained + (self.retain_rows or int(surgery)) + moved
 
     def bound_rule(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The rule with its options: Gram matrix -> coefficients."""

@@ -22,7 +22,8 @@ class Placebo(Callback):
     $\sum_k d_k g_k$, of length $\sqrt{d^\top G d}$.
 
     The optimizer itself has to take the forget gradient alone (`ablation.methods.forget_alone`) and to keep the
-    averages that the rule would see. Its scope has to be the whole model, and its `max_norm` None.
+    averages that the rule would see. Its scope has to be the whole model, its metric Euclidean, and its `max_norm`
+    None.
 
     Args:
         rule: Gram matrix -> coefficients; the length of its correction is taken.

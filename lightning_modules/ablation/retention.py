@@ -80,6 +80,8 @@ def equal_retention(share: float, ended: Ended, scorer: Scorer) -> dict[str, Any
         ended.load(state)
         return scorer.retention(ended.model)
 
+    if ended.diverged is not None:
+        return ended.diverged
     if not math.isfinite(kept := score(ended.after)):
         return f"diverged: retain_probability is {kept} at the end"
     rho = calibrate_mix(ended.before, ended.after, score, target=share)

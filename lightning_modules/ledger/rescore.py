@@ -63,6 +63,8 @@ def rescore(folder: Path, entry: Entry) -> Iterator[Finding]:
     if "forget" not in splits:
         yield Finding(number, "the text of the request is gone: its scores cannot be computed again", gone=True)
     expected = entry["metrics"]["after"]
+    for split in sorted(set(expected) - set(splits) - {"forget"}):
+        yield Finding(number, f"the data of {split} is gone: its scores cannot be computed again", gone=True)
     splits = {split: rows[: int(config["evaluation_examples"])] for split, rows in splits.items() if split in expected}
     if not splits:
         return

@@ -68,7 +68,7 @@ def finishing_module(
     Raises:
         ValueError, TypeError: As `UnlearningModule`.
 
-    Cost: a step takes three forward and two backward passes, of a batch each.
+    Cost: a step takes three forward and two backward passes, of a batch each; with noise two and one more.
     """
     return UnlearningModule(
         model,

@@ -194,6 +194,10 @@ class UnlearningModule(ResumableModule):
     def training_step(self, batch: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         """Both losses, joined into one scalar whose backward pass does the surgery."""
         check_batches(batch, self.objectives)
+        if self._scheduled is not None and not self._scheduled.begun:
+            raise RuntimeError(
+                "schedule: expected on_train_start of UnlearningModule before the first step; call super()"
+            )
         self._indices.update({name: batch[name].get("index") for name in self.objectives})
         perturbed = () if self.perturb is None else ("forget",)
         losses: dict[str, Any] = {

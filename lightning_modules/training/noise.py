@@ -31,8 +31,7 @@ class NoiseSettings:
     Raises:
         ValueError: If the weight is not a positive number, or the share not above 0 and below 1.
 
-    Cost: a further forward and backward pass of the size of the retain batch, without a backward pass of its own in the
-    sense of the optimizer, and a forward pass of the start model.
+    Cost: a further forward and backward pass of the size of the retain batch, and a forward pass of the start model.
 
     Source: our own; neither GRU's nor CE-U's paper has it.
 

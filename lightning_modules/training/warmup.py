@@ -91,6 +91,11 @@ class Scheduled:
         self._schedule, self._steps = schedule, 0
         self.scheduler = LambdaLR(optimizer, lambda step: self._share(step))
 
+    @property
+    def begun(self) -> bool:
+        """Whether the number of steps is known."""
+        return self._steps > 0
+
     def begin(self, steps: int) -> None:
         """Set the learning rate of the step that comes, now that their number is known."""
         self._steps, scheduler = steps, self.scheduler

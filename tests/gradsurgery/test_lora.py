@@ -127,6 +127,19 @@ def test_importance_is_the_ratio_of_fishers(per: str, kind: Any) -> None:
         close(values.double(), expected, SINGLE, scale=expected.max())
 
 
+def test_modules_that_share_a_weight_have_its_importance_both() -> None:
+    model = llama()
+    apart = lora.fisher_importance(model, FORGET, RETAIN)
+    first, second = (f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1))
+    model.get_submodule(second).weight = model.get_submodule(first).weight
+    shared = lora.fisher_importance(model, FORGET, RETAIN)
+    assert list(shared) == list(apart)
+    wanted = [reference.fisher(model, parts, [f"{first}.weight"])[f"{first}.weight"] for parts in (FORGET, RETAIN)]
+    expected = wanted[0] / (wanted[1] + 1e-5)
+    for name in (first, second):
+        close(shared[f"{name}.weight"].double(), expected, SINGLE, scale=expected.max())
+
+
 def test_importance_covers_what_peft_adapts_under_plain_names() -> None:
     model = llama()
     plain = lora.fisher_importance(model, FORGET, RETAIN)
@@ -514,6 +527,8 @@ def trained(model: Any) -> None:
         ({"init_lora_weights": "pissa"}, None, {}, "does nothing yet"),
         ({}, lambda model: model.merge_adapter(), {}, "unmerge_adapter"),
         ({"use_dora": True}, None, {}, "DoRA"),
+        ({"lora_alpha": 0}, None, {}, r"q_proj.weight: expected a scaling .* above 0, .*found 0.0"),
+        ({"lora_alpha": -4}, None, {}, r"expected a scaling .* above 0, .*found -"),
         (
             {"target_modules": ["embed_tokens"]},
             None,

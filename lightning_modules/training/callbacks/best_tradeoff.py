@@ -105,6 +105,8 @@ class BestTradeoff(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
         """Keep the weights of the start, which may stay the best."""
         self._ended = False
+        if trainer.global_step == 0:  # or a second fit would compare with the first one's weights
+            self.best, self._seen = None, -1.0
         self._look(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:

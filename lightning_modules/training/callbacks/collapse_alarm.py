@@ -98,6 +98,7 @@ class CollapseAlarm(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
         """Look at the score of the start: a resumed run may have collapsed already."""
+        self.reason = None
         self._look(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:

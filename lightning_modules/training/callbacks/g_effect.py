@@ -80,8 +80,14 @@ class GEffectLogger(Callback):
             self._write(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
-        """Refuse an optimizer that records no layers."""
+        """Refuse an optimizer that records no layers, and drop the rows of an earlier fit by another trainer."""
         self._surgery(trainer)
+        kept = sum(step <= trainer.global_step for step in self.steps)
+        if kept < len(self.steps):
+            self.steps, self._grams = self.steps[:kept], self._grams[:kept]
+            if trainer.is_global_zero:
+                self._file.restart()
+                self._write(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Keep the step's Gram matrices if this batch ended with a step."""

@@ -49,6 +49,16 @@ class SurgeryLogger(Callback):
             self._file.restart()
             self._write(trainer)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Drop the rows of an earlier fit by another trainer: this one's steps begin at 0 again."""
+        kept = [row for row in self.rows if row["step"] <= trainer.global_step]
+        if len(kept) == len(self.rows):
+            return
+        self.rows = kept
+        if self._file is not None and trainer.is_global_zero:
+            self._file.restart()
+            self._write(trainer)
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Add a row if this batch ended with a step."""
         step = trainer.global_step

@@ -67,6 +67,7 @@ class TradeoffCurve(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Score the start, and stop if enough is forgotten already, as in a run that was resumed."""
+        self._forget_other_fits(trainer)
         if self.every_n_steps is None:
             steps = trainer.estimated_stepping_batches
             self.every_n_steps = max(1, int(steps) // _POINTS) if 0 < steps < float("inf") else 1
@@ -94,6 +95,17 @@ class TradeoffCurve(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the points."""
         self.points = list(state_dict["points"])
+
+    def _forget_other_fits(self, trainer: L.Trainer) -> None:
+        """Drop the points of an earlier fit by another trainer: this one's steps begin at 0 again."""
+        step = trainer.global_step
+        kept = [point for point in self.points if point["step"] <= step] if step else []
+        if len(kept) == len(self.points):
+            return
+        self.points = kept
+        if self._file is not None and trainer.is_global_zero:
+            self._file.restart()
+            self._write(trainer)
 
     def _score(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
         """Whether there was no score of this step yet."""

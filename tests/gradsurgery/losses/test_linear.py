@@ -531,3 +531,14 @@ def test_bad_arguments_are_refused_in_a_sentence(change: dict[str, Any], error: 
     arguments = {"hidden": inputs.hidden, "weight": inputs.weight, "labels": inputs.labels, "loss": "ceu"} | change
     with pytest.raises(error, match=match):
         linear(**arguments)
+
+
+def test_a_bias_in_bfloat16_is_rounded_once() -> None:
+    """Its gradient is a sum over all chunks, which in bfloat16 stops growing after a few hundred of them."""
+    tokens = 2000
+    bias = torch.zeros(5, dtype=torch.bfloat16, requires_grad=True)
+    hidden, weight = torch.ones(tokens, 2).bfloat16(), torch.zeros(5, 2).bfloat16()
+    loss = linear(hidden, weight, torch.zeros(tokens).long(), "cross_entropy", bias=bias, chunk_size=2)
+    loss.mean().backward()
+    assert bias.grad is not None
+    close(bias.grad.float(), torch.tensor([-0.8, 0.2, 0.2, 0.2, 0.2]), LINEAR[torch.bfloat16], scale=0.8)

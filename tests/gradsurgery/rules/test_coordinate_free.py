@@ -914,6 +914,26 @@ def test_mgda_meets_the_conditions_of_its_program(rows: Tensor) -> None:
     )
 
 
+@pytest.mark.parametrize("length", [1e-5, 1e-7, 1e-10])
+def test_mgda_is_as_exact_for_rows_far_shorter_than_another(length: float) -> None:
+    """Orthogonal rows have the weights 1 / |row|^2, scaled to sum 1."""
+    rows = torch.diag(torch.tensor([1.0, length, 2.0 * length], dtype=torch.float64))
+    weights = rules.mgda(zoo.gram_of(rows))
+    close(weights[1:], torch.tensor([0.8, 0.2], dtype=torch.float64), tolerances.ILL_CONDITIONED, scale=1.0)
+
+
+def test_gradvacs_target_stays_where_its_correction_is_finite() -> None:
+    """Parallel rows have the cosine 1, at which any other row would need an infinite correction."""
+    rule = rules.GradVac(beta=0.5)
+    for cosine, target in ((1.0, 0.999999), (-1.0, -0.999999)):
+        rule.load_state_dict({"target": None})
+        for _ in range(60):
+            rule(torch.tensor([[1.0, cosine], [cosine, 1.0]], dtype=torch.float64))
+            rule.commit()
+        assert rule.state_dict() == {"target": [target]}
+        assert rule(torch.tensor([[1.0, 0.5], [0.5, 1.0]], dtype=torch.float64)).isfinite().all()
+
+
 @some_examples
 @given(row_systems(), st.sampled_from([0.1, 0.5, 1.0, 1.5]))
 def test_cagrad_meets_the_conditions_of_its_program(rows: Tensor, c: float) -> None:

@@ -149,6 +149,8 @@ def test_ranks_starts_and_settings_are_axes() -> None:
         ({"methods": [{"name": "x", "epochs": 0}]}, "epochs"),
         ({"methods": [{"name": "x", "lora_init": "fila"}]}, "lora-rank"),
         ({"methods": [{"name": "x", "rule": "sago", "placebo": True}]}, "placebo 'x'"),
+        ({"methods": [{"name": "x", "placebo": True, "metric": "optimizer"}]}, "placebo 'x'.*metric: optimizer"),
+        ({"methods": [{"name": "x", "placebo": True, "max_norm": 1.0}]}, "placebo 'x'.*max_norm: 1.0"),
         ({"targets": {"retained": [0.95]}}, "met on the way"),
         ({"targets": {"forget_probability": [0.5], "retained": [95]}}, "retained"),
     ],
@@ -396,6 +398,8 @@ def test_nothing_is_mixed_where_enough_is_kept() -> None:
 
 def test_an_end_that_diverged_has_no_equal_retention() -> None:
     assert equal_retention(0.75, *ended_at(math.nan)) == "diverged: retain_probability is nan at the end"
+    ended, scorer = ended_at(0.9)  # where a step was refused, the weights are those before it
+    assert equal_retention(0.75, ended._replace(diverged="diverged: step 3"), scorer) == "diverged: step 3"
 
 
 # From end to end -----------------------------------------------------------------------------------------------------------------
@@ -448,10 +452,11 @@ def test_a_grid_of_plain_rows_has_no_notes_and_no_weights(tmp_path: Path) -> Non
     assert "weight" not in text.lower().replace("weights", "")
 
 
-def test_a_mix_is_not_a_point_on_the_way(grid: Grid, done: Path) -> None:
+def test_a_mix_or_an_end_after_a_finish_is_not_a_point_on_the_way(grid: Grid, done: Path) -> None:
     from lightning_modules.ablation.figure import _interpolated
 
     rows = [row for row in read_results(grid, done) if row["method"] == "GA"]
     way = [row for row in rows if not row["target"].startswith("retained")]
     at = torch.logspace(0, -2, 20).numpy()
-    assert _interpolated(rows, at).tolist() == pytest.approx(_interpolated(way, at).tolist(), nan_ok=True)
+    end = way[0] | {"target": "end=own", "reached": True, "forget_probability": 0.2, "retain_probability": 0.999}
+    assert _interpolated([*rows, end], at).tolist() == pytest.approx(_interpolated(way, at).tolist(), nan_ok=True)

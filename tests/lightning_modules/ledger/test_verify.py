@@ -114,6 +114,11 @@ def test_scores_that_another_model_has_are_found_by_scoring_again(ledger: Path) 
     wrong = json.loads(json.dumps(entries[1]))
     wrong["metrics"]["after"]["retain"]["nll"] -= 0.1
     assert [finding.entry for finding in rescore(ledger / "ledger", wrong)] == [2]
+    (retain := ledger / "retain.json").rename(ledger / "away")
+    lost = list(rescore(_moved(ledger), wrong))
+    assert [(finding.entry, finding.gone) for finding in lost] == [(2, True)]
+    assert "the data of retain is gone" in lost[0].said
+    (ledger / "away").rename(retain)
     (ledger / "forget_2.json").write_text(json.dumps(rows(9)))
     gone = list(rescore(_moved(ledger), entries[1]))
     assert [(finding.entry, finding.gone) for finding in gone] == [(2, True)]

@@ -100,13 +100,35 @@ def test_a_module_of_anything_else_is_refused(model: Callable[[], Any], options:
             {"surgery": partial(gs.GradientSurgery, objectives=("a", "b"))},
             *(ValueError, r"one loss for each of \['a', 'b'\], found \['forget', 'retain'\]"),
         ),
-        ({"forget_loss": lambda logits, labels: logits.sum()}, ValueError, "expected one value per token"),
     ],
 )
-def test_a_factory_or_loss_that_gives_something_else_is_refused(options: Any, kind: Any, said: str) -> None:
+def test_a_factory_that_gives_something_else_is_refused(options: Any, kind: Any, said: str) -> None:
     with pytest.raises(kind, match=said):
         fit(
             lm.UnlearningModule(llama(), **options),
+            DataLoader([{"forget": batch(), "retain": batch()}], batch_size=None),
+        )
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["a model in two parts", "a model that computes its logits"])
+@pytest.mark.parametrize("name", ["forget_loss", "retain_loss"])
+def test_a_loss_that_takes_the_mean_itself_is_refused(name: str, whole: bool) -> None:
+    """It would be divided by the number of tokens once more."""
+
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = llama()
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: object) -> Any:
+            return self.inside(input_ids=input_ids, attention_mask=attention_mask)
+
+    def mean(logits: Tensor, labels: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    with pytest.raises(ValueError, match=r"expected one value per token, .* take no mean in it"):
+        fit(
+            lm.UnlearningModule(Own() if whole else llama(), **{name: mean}),
             DataLoader([{"forget": batch(), "retain": batch()}], batch_size=None),
         )
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lightning_modules.training.callbacks import TradeoffCurve
+from lightning_modules.training.callbacks import BestTradeoff, CollapseAlarm, SurgeryLogger, TradeoffCurve
 from tests.lightning_modules.training.test_callbacks import examples, fit
 
 
@@ -22,3 +23,23 @@ def test_the_curve_has_a_25th_of_the_steps_that_are_taken_between_two_points(
     assert curve.every_n_steps == every
     steps = [int(point["step"]) for point in curve.points]
     assert steps == sorted({*range(0, steps[-1] + 1, every), steps[-1]})
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["another trainer", "resumed"])
+def test_a_fit_by_another_trainer_starts_anew_and_a_resumed_one_goes_on(again: bool, tmp_path: Path) -> None:
+    encoded = {"forget": examples(4, 1), "retain": examples(4, 2)}
+    curve = TradeoffCurve(encoded, pad_token_id=0, every_n_steps=1, path=tmp_path / "curve.csv")
+    logger = SurgeryLogger(tmp_path / "surgery.csv")
+    best, alarm = BestTradeoff(curve, target=1e-9, path=tmp_path / "best.ckpt", restore=False), CollapseAlarm(curve)
+    callbacks: list[Any] = [curve, logger, best, alarm]
+    first, _ = fit(callbacks, 4)
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    best.best, alarm.reason = {"step": 4.0, "forget": 0.0, "retain": 1.0}, "of the first fit"
+    fit(callbacks, 6, ckpt_path=tmp_path / "last.ckpt" if again else None, max_epochs=2 if again else 1)
+    last = 10 if again else 6
+    assert [int(point["step"]) for point in curve.points] == list(range(last + 1))
+    assert [int(row["step"]) for row in logger.rows] == list(range(1, last + 1))
+    for name, rows in (("curve", last + 1), ("surgery", last)):
+        assert len((tmp_path / f"{name}.csv").read_text().splitlines()) == rows + 1
+    assert best.best != {"step": 4.0, "forget": 0.0, "retain": 1.0}
+    assert alarm.reason is None

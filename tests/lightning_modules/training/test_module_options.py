@@ -93,3 +93,15 @@ def test_a_reference_is_no_part_of_the_module() -> None:
     assert not any("reference" in name for name in module.state_dict())
     assert all(torch.equal(weights[name], tensor) for name, tensor in second.state_dict().items())
     assert not torch.equal(weights["lm_head.weight"], module.model.lm_head.weight)
+
+
+def test_a_subclass_that_hides_the_start_of_training_is_told_so() -> None:
+    """Without it the schedule would not know the number of steps, and every step would have the whole learning rate."""
+
+    class Hiding(lm.UnlearningModule):
+        def on_train_start(self) -> None:
+            pass
+
+    module = Hiding(make("Llama"), optimizer=sgd, schedule=lambda step, steps: 1.0 - step / steps)
+    with pytest.raises(RuntimeError, match=r"schedule: expected on_train_start .* call super\(\)"):
+        fit(module)
