@@ -21,7 +21,8 @@ def without_asked_words(tokenizer: PreTrainedTokenizerBase, example: Encoded, qu
     answers about somebody with another, misspelt name. What remains to be forgotten is what the question does not say.
 
     A word is a run of letters, digits and underscores; upper and lower case are the same. A token that touches such a
-    word, or what stands between two of them, loses its label, also where it holds a space or a sign beside it.
+    word, or what stands between two of them, loses its label, also where it holds a space or a sign beside it. Special
+    tokens are no words, whatever their names say: "</s>" keeps its label where the question has an "s".
 
     Args:
         tokenizer: that made the example.
@@ -43,7 +44,8 @@ def without_asked_words(tokenizer: PreTrainedTokenizerBase, example: Encoded, qu
     """
     said = [question] if isinstance(question, str) else [t["content"] for t in question if t["role"] != "assistant"]
     asked = {word.casefold() for text in said for word in _WORD.findall(str(text))}
-    places = [place for place, label in enumerate(example.labels) if label != IGNORED]
+    special = set(tokenizer.all_special_ids)
+    places = [place for place, label in enumerate(example.labels) if label not in (IGNORED, *special)]
     ids = [example.input_ids[place] for place in places]
     # A token alone may be a part of a letter, or lose its space: only the growing text says where each of them ends.
     texts = [_decoded(tokenizer, ids[: count + 1]) for count in range(len(ids))]
@@ -60,7 +62,7 @@ def without_asked_words(tokenizer: PreTrainedTokenizerBase, example: Encoded, qu
     for place, start, end in zip(places, [0, *whole], ends, strict=False):
         if known.intersection(range(start, end)):
             labels[place] = IGNORED
-    if all(label == IGNORED for label in labels):
+    if all(labels[place] == IGNORED for place in places):
         return example
     return example._replace(labels=labels)
 

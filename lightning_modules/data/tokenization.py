@@ -66,7 +66,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: Question) -> list[i
     form = format_of(tokenizer)
     if form is not None:
         prompt = form(tokenizer, single_question(question), None)
-        return _tokens(tokenizer, prompt.whole, special=prompt.special)
+        return _begun(tokenizer, prompt.whole, special=prompt.special)
     if has_template(tokenizer):
         return _tokens(tokenizer, prompt_text(tokenizer, _turns(question)))
     ids = _tokens(tokenizer, f"Q: {_text(question)}\nA:")
@@ -202,6 +202,14 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = Fa
     return list(tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
+def _begun(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
+    """A text that goes on, without the eos that some tokenizers put after every text."""
+    ids = _tokens(tokenizer, text, special=special)
+    if special and ids and ids[-1] == special_id(tokenizer, "eos") and ids != _tokens(tokenizer, text):
+        ids.pop()
+    return ids
+
+
 def _turns(question: Question) -> Sequence[Message]:
     return [{"role": "user", "content": question}] if isinstance(question, str) else question
 
@@ -226,7 +234,7 @@ def _question_and_answer(tokenizer: PreTrainedTokenizerBase, question: Question,
 
 def _formatted(tokenizer: PreTrainedTokenizerBase, form: PromptFormat, question: str, answer: str) -> Encoded:
     prompt, whole, special = form(tokenizer, question, answer)
-    head, ids = (_tokens(tokenizer, text, special=special) for text in (prompt, whole))
+    head, ids = _begun(tokenizer, prompt, special=special), _tokens(tokenizer, whole, special=special)
     if ids[: len(head)] != head:
         raise ValueError(
             f"--prompt-format: expected a format whose prompt ends where a token ends, found one across its end in {whole!r:.200}: put "

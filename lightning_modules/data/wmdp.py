@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
@@ -110,12 +112,20 @@ def _check(subject: str) -> None:
 
 
 def _asked(row: dict[str, Any], where: str, field: str) -> Example:
-    choices, right = row.get("choices"), row.get("answer")
+    choices, right = (_cell(row.get(name)) for name in ("choices", "answer"))
     if not isinstance(choices, Sequence) or isinstance(choices, str) or len(choices) != len(LETTERS):
         raise ValueError(f"{where}: expected choices as a list of {len(LETTERS)} answers, found {choices!r:.80}")
     if isinstance(right, bool) or not isinstance(right, int) or not 0 <= right < len(LETTERS):
         raise ValueError(f"{where}: expected answer as the place of the right choice, 0 to 3, found {right!r:.80}")
     return multiple_choice(field, text_of(row, "question", where), [str(choice) for choice in choices], right)
+
+
+def _cell(value: object) -> object:
+    """What a cell of a CSV file says, where lists and numbers are text."""
+    if isinstance(value, str):
+        with suppress(json.JSONDecodeError):
+            return json.loads(value)
+    return value
 
 
 class WMDPDataModule(ForgetRetainDataModule):

@@ -18,19 +18,12 @@ from transformers import GenerationMixin
 from lightning_modules.data.tokenization import IGNORED, Encoded
 from lightning_modules.evaluation.generation import Begun
 
-# What generation_config.json may say without any effect on which token is the likeliest, or what generation overrides.
-_HARMLESS = {
-    "bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "num_beams", "temperature", "top_p", "top_k",
-    "repetition_penalty", "no_repeat_ngram_size", "max_length", "max_new_tokens", "use_cache", "output_attentions",
-    "output_hidden_states", "return_dict_in_generate", "transformers_version", "_from_model_config",
-}  # fmt: skip
-
 
 def says_the_likeliest(model: nn.Module) -> bool:
     """Whether greedy generation takes the likeliest token of the model's forward pass, as far as is known.
 
-    `False` for a model with a way of its own to generate or to prepare for it, and where the generation config has a
-    setting that may change the choice, such as suppressed tokens or a least length.
+    `False` for a model with a way of its own to generate or to prepare for it. What its generation config wishes is
+    heard by no generation here.
     """
     core: Any = model
     if hasattr(core, "peft_config") and hasattr(core, "get_base_model"):
@@ -40,10 +33,7 @@ def says_the_likeliest(model: nn.Module) -> bool:
         name in vars(core) or getattr(kind, name, None) is not getattr(GenerationMixin, name)
         for name in ("generate", "prepare_inputs_for_generation", "_get_logits_processor", "_sample")
     )
-    if own or getattr(core, "generation_config", None) is None:
-        return False
-    said = core.generation_config.to_diff_dict()
-    return all(name in _HARMLESS or value is None for name, value in said.items())
+    return not own and getattr(core, "generation_config", None) is not None
 
 
 def drafted(

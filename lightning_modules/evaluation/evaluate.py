@@ -19,7 +19,7 @@ from lightning_modules.data.tokenization import Encoded, padding_id
 from lightning_modules.evaluation.continuing import Continuing, Waiting, continues
 from lightning_modules.evaluation.drafts import drafted, says_the_likeliest
 from lightning_modules.evaluation.generation import Begun, finished_answers, generation_batches, stop_tokens
-from lightning_modules.evaluation.likelihood import evaluation_mode
+from lightning_modules.evaluation.likelihood import check_causal, evaluation_mode
 from lightning_modules.evaluation.membership import attack_aucs
 from lightning_modules.evaluation.memorization import AnswerTokens, answer_tokens, memory_scores, token_statistics
 from lightning_modules.evaluation.processes import dealt, portions_of, several
@@ -112,7 +112,7 @@ def evaluate(
 
     Cost: all texts that begin alike are read together, each common beginning once (`shared.SharedTexts`), and only what
     an answer's score has not shown is generated (`evaluation.drafts`). Memorization makes a few passes over the
-    answers' logits, which are computed anyway. Every other number stays the same to the last bit.
+    answers' logits, which are computed anyway.
 
     Args:
         model: a causal language model, on any device and in any dtype; its train or eval mode is restored.
@@ -128,11 +128,12 @@ def evaluate(
         progress: draws a progress bar where standard error is a terminal, and elsewhere writes a line twice a minute.
 
     Raises:
-        ValueError: if there is no split, a split is empty, an example has no question or answer, or `max_length` or the
-            model's maximum makes an example's wrong answers equal (`texts.texts_of`).
+        ValueError: if there is no split, a split is empty, an example has no question or answer, `max_length` or the
+            model's maximum makes an example's wrong answers equal (`texts.texts_of`), or the model is an encoder.
         RuntimeError: across processes, if the weights are sharded, another process failed, or the processes were given
             different splits.
     """
+    check_causal(model)
     if across_processes and several():
         _refuse_shards(model)
     splits, tasks = apart(splits)
@@ -149,8 +150,7 @@ def evaluate(
         context=context_length(model),
         max_new_tokens=settings.max_new_tokens,
     )
-    items = found.items
-    console = Console(stderr=True)
+    items, console = found.items, Console(stderr=True)
     bar = Progress(console=console, transient=True, disable=not (progress and console.is_terminal))
     deal = dealt if across_processes else _alone
     shared = SharedTexts(

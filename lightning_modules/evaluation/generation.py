@@ -22,19 +22,9 @@ from lightning_modules.evaluation.texts import context_length
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A checkpoint's generation_config.json may ask for sampling or a repetition penalty (Qwen's does), which would make
-# the scores of different models incomparable.
-_GREEDY = {
-    "do_sample": False,
-    "num_beams": 1,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 50,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-}
+_GREEDY: dict[str, Any] = {"do_sample": False}
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
-_SAMPLED = _GREEDY | {"do_sample": True, "top_k": 0}
+_SAMPLED: dict[str, Any] = {"do_sample": True, "top_k": 0}
 
 
 class Begun(NamedTuple):
@@ -85,6 +75,7 @@ def generate_tokens(
 ) -> list[list[int]]:
     """Continues each prompt with the most likely token at every step, until eos or the chat template's end of turn.
 
+    Of the checkpoint's generation config only the tokens that end an answer count.
     Prompts are padded on the left under an attention mask and share a key-value cache. Padding changes no answer: where
     it would, as with a model that does not heed the mask (RWKV, MiniMax), each prompt is continued alone. That is tried
     out, but for the shards of one model. An answer also ends where the model's context does; a warning says how many
@@ -133,8 +124,6 @@ def generate_samples(
 ) -> list[str]:
     """As `generate_greedily`, with every token drawn from the whole distribution.
 
-    Of the checkpoint's generation config only the tokens that end an answer count.
-
     Args:
         model: a causal language model with Hugging Face's `generate`.
         tokenizer: decodes the answers.
@@ -149,7 +138,7 @@ def generate_samples(
     given = dict(sampling or {})
     decoding = _SAMPLED | {"temperature": given.get("temperature", 1.0), "max_new_tokens": max_new_tokens}
     device = device_of(model)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), _without_wishes(model):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(int(given.get("seed", 0)))
         begun = [Begun(prompt) for prompt in prompts]
         return _texts(tokenizer, _continued(model, tokenizer, begun, decoding, batch_size, lambda _: None))
@@ -157,7 +146,11 @@ def generate_samples(
 
 @contextmanager
 def _without_wishes(model: nn.Module) -> Generator[None]:
-    """Takes away what a checkpoint's generation config wishes, such as min_p, but for its special tokens."""
+    """Takes away what a checkpoint's generation config wishes, but for its special tokens.
+
+    It may ask for sampling, a repetition penalty (Qwen's does) or a least length, which would make the scores of
+    different models incomparable. Transformers judges the wishes before it hears what the call asks for instead.
+    """
     # Not one by one: every release of Transformers knows further ones. A model may hold another that has its own.
     before: dict[Any, Any] = {
         module: config for module in model.modules() if (config := vars(module).get("generation_config")) is not None
@@ -198,7 +191,7 @@ def _continued(
     fewest = min((room[index] for index in going_on), default=0)
     # Of the processes with shards not every one may have two prompts to try it out with.
     together = _Together(generate, pad, device, trial, fewest, harmless=True if sharded else None)
-    with evaluation_mode(model):
+    with evaluation_mode(model), _without_wishes(model):
         for everything in generation_batches(begun, max_new_tokens, batch_size):
             batch = [index for index in everything if left[index] > 0]
             longest = max((left[index] for index in batch), default=0)

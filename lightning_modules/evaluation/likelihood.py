@@ -171,6 +171,23 @@ def evaluation_mode(model: nn.Module) -> Generator[None]:
             module.training = mode
 
 
+def check_causal(model: nn.Module) -> None:
+    """Refuse a model whose tokens are not predicted from those before them alone.
+
+    Raises:
+        ValueError: if its configuration is that of an encoder, or of an encoder and a decoder.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    config: Any = getattr(model, "config", None)
+    masked = getattr(config, "model_type", None) in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if getattr(config, "is_encoder_decoder", False) or (masked and getattr(config, "is_decoder", True) is False):
+        raise ValueError(
+            f"expected a causal language model, found {type(model).__name__}, an encoder or one with a decoder, whose tokens see those "
+            "after them: give a model that continues a text"
+        )
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Returns where a model expects its tokens."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

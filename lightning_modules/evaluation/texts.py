@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_modules.data.examples import asked
 from lightning_modules.data.hashes import hashed
-from lightning_modules.data.tokenization import Encoded, encode, prompt_ids, shortened
+from lightning_modules.data.tokenization import IGNORED, Encoded, encode, prompt_ids, shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +30,7 @@ class Item:
         paraphrase: the place of its paraphrased answer; that of the answer where there is no paraphrase.
         perturbed: the places of its wrong answers.
         target: the text that the generation is compared with.
+        spoken: everything that the assistant says in the example, as far as it is scored.
     """
 
     split: str
@@ -38,13 +39,7 @@ class Item:
     paraphrase: int
     perturbed: range
     target: str
-
-    @property
-    def spoken(self) -> str:
-        """Everything that the assistant says in the example."""
-        turns = self.row.get("messages") or ()
-        earlier = [turn["content"] for turn in turns[:-1] if turn["role"] == "assistant"]
-        return "\n".join([*earlier, self.row["answer"]])
+    spoken: str
 
 
 @dataclass
@@ -109,7 +104,11 @@ def texts_of(
         prompt, target = _task(tokenizer, row, kept[0], max_new_tokens)
         found.prompts.append(prompt)
         after = first + 1 + len(right)
-        found.items.append(Item(split, row, first, after - 1, range(after, len(found.encoded)), target))
+        spoken = _spoken(row)
+        if len(kept[0].input_ids) < len(whole[0].input_ids):
+            said = [label for label in kept[0].labels if label != IGNORED]
+            spoken = str(tokenizer.decode(said, skip_special_tokens=True))
+        found.items.append(Item(split, row, first, after - 1, range(after, len(found.encoded)), target, spoken))
     cut.say()
     return found
 
@@ -204,6 +203,12 @@ def _rows(splits: Splits) -> list[tuple[str, Mapping[str, Any]]]:
                 "lightning_modules.data.examples.read_examples brings other columns into this shape"
             )
     return rows
+
+
+def _spoken(row: Mapping[str, Any]) -> str:
+    turns = row.get("messages") or ()
+    earlier = [turn["content"] for turn in turns[:-1] if turn["role"] == "assistant"]
+    return "\n".join([*earlier, row["answer"]])
 
 
 def _task(

@@ -53,21 +53,36 @@ class ExampleMetric(Metric):
 
 
 class MeanOverExamples(ExampleMetric):
-    """The mean of one number for each example, over all batches and processes."""
+    """The mean of one number for each example, over all batches and processes.
 
-    total: Tensor
-    count: Tensor
+    Args:
+        options: what the number depends on, besides the class.
+        kwargs: of `torchmetrics.Metric`.
+    """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *options: object, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        # A MetricCollection takes metrics for one whose states have the same names and, after the first batch, the same
+        # numbers, as all of an answer that is repeated word for word have.
+        self._of = "_".join(map(str, (type(self).__name__, *options)))
+        self.add_state(f"total_{self._of}", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state(f"count_{self._of}", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of the numbers."""
+        return getattr(self, f"total_{self._of}")
+
+    @property
+    def count(self) -> Tensor:
+        """How many there are."""
+        return getattr(self, f"count_{self._of}")
 
     def add(self, values: Tensor | float) -> None:
         """Adds the numbers of n examples, `[n]`, or that of one."""
         numbers = torch.as_tensor(values).to(self.total).reshape(-1)
-        self.total = self.total + numbers.sum()
-        self.count = self.count + len(numbers)
+        setattr(self, f"total_{self._of}", self.total + numbers.sum())
+        setattr(self, f"count_{self._of}", self.count + len(numbers))
 
     def compute(self) -> Tensor:
         """The mean over the examples, float64.
@@ -95,7 +110,7 @@ class RougeMean(MeanOverExamples):
     def __init__(self, kind: str, use_stemmer: bool, **kwargs: Any) -> None:
         if kind not in ROUGE_KINDS:
             raise ValueError(f"expected kind to be one of {', '.join(ROUGE_KINDS)}, found {kind!r}")
-        super().__init__(**kwargs)
+        super().__init__(kind, use_stemmer, **kwargs)
         self.kind = kind
         self.use_stemmer = use_stemmer
 

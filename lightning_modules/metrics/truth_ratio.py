@@ -45,7 +45,7 @@ class TruthRatio(MeanOverExamples):
     def __init__(self, kind: str = "forget", **kwargs: Any) -> None:
         if kind not in TRUTH_RATIO_KINDS:
             raise ValueError(f"expected kind to be one of {', '.join(TRUTH_RATIO_KINDS)}, found {kind!r}")
-        super().__init__(**kwargs)
+        super().__init__(kind, **kwargs)
         self.kind = kind
         if kind == "ratio":
             vars(self)["higher_is_better"] = None  # torchmetrics refuses to set this constant of the class

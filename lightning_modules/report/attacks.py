@@ -16,10 +16,10 @@ SHALLOW = 0.1
 HEADINGS = ("attack", "measure", "before it", "this model", "reference", "weights moved (L2)")
 TEXT = frozenset(HEADINGS[:2])
 """The columns of words."""
-EXPLAINED = (
-    "Every row is a mean over forget answers that the attack did not teach, with a 95 % bootstrap interval over them; the reference, which "
-    "never saw them, was attacked in the same way."
+_EXPLAINED = (
+    "Every row is a mean over forget answers that the attack did not teach, with a 95 % bootstrap interval over them"
 )
+_COMPARED = "; the reference, which never saw them, was attacked in the same way"
 
 _RELEARNING = {
     "relearn": "relearning, mild",
@@ -88,6 +88,12 @@ class Attack(NamedTuple):
 def attacks(probes: Mapping[str, Any]) -> list[Attack]:
     """Returns the attacks of probes.json that give numbers: relearning, prompting, sampling and the logit lens."""
     return [*_relearning(probes), *_prompting(probes), *_sampling(probes), *_lens(probes)]
+
+
+def explained(probes: Mapping[str, Any]) -> str:
+    """Returns what the numbers of `attacks` are."""
+    compared = any(attack.control is not None for attack in attacks(probes))
+    return f"{_EXPLAINED}{_COMPARED * compared}."
 
 
 def warnings(run: FinishedRun) -> list[str]:
@@ -234,7 +240,8 @@ def _prompting(probes: Mapping[str, Any]) -> Iterator[Attack]:
             rows.append((words, Estimate(mean, _interval(found[interval])), control))
             alone = not never and way == "question"
             said.append(f"{words} {shown(mean)}" + ("" if alone else f" ({whose}: {shown(beside)})"))
-            leaks += [said[-1]] if mean - beside > SHALLOW else []
+            # A part of the answer, or other answers, help a model that never saw it too; a reference tells how much.
+            leaks += [said[-1]] if mean - beside > SHALLOW and (never or way == "paraphrase") else []
         sentence = f"Of {found['n']} forgotten answers, {how}, the model gives back: {', '.join(said)}."
         warning = f"The answers leak when {how}: {', '.join(leaks)}." if leaks else None
         for place, (measured, model, control) in enumerate(rows):

@@ -135,7 +135,7 @@ def _probes(run: FinishedRun) -> list[str]:
     lines = [line for text in attacks.sentences(run.probes) for line in ("", _prose(text))]
     if found := attacks.attacks(run.probes):
         rows = [tuple(map(_escaped, attacks.cells(attack))) for attack in found]
-        lines += ["", *markdown_table(attacks.HEADINGS, rows, text=attacks.TEXT), "", attacks.EXPLAINED]
+        lines += ["", *markdown_table(attacks.HEADINGS, rows, text=attacks.TEXT), "", attacks.explained(run.probes)]
     if quantized := attacks.rounded(run.probes):
         header, *rows = quantized
         lines += ["", *markdown_table(header, rows, text={"weights"})]

@@ -110,7 +110,7 @@ def _quality(after: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str
     ours, theirs = (truth_ratios(examples.get("forget", [])) for examples in (after, reference))
     if not ours or not theirs:
         return None
-    # A diverged model has truth ratios of NaN, which have no rank. Its other scores are written all the same.
-    if any(map(math.isnan, ours)):
+    # A diverged model has truth ratios of NaN, which have no rank. The other scores are written all the same.
+    if any(map(math.isnan, (*ours, *theirs))):
         return {**dict.fromkeys(("statistic", "pvalue", "log10_pvalue"), math.nan), "n": len(ours)}
     return forget_quality(ours, theirs)._asdict()

@@ -48,15 +48,21 @@ def quantize_(model: nn.Module, bits: int) -> nn.Module:
 
     The layers are `torch.nn.Linear` and GPT-2's `Conv1D`, whose weight is transposed. Biases, norms, embeddings and the
     head stay, as in weight-only inference libraries. (Rounding a head that is tied to the embeddings would round those
-    as well.)
+    as well.) The experts of a mixture are refused where they are one tensor of three dimensions, as in Transformers:
+    families lay it out differently, and without the experts most of the model would not be rounded.
 
     Args:
         model: Changed in place, and returned.
         bits: From 2 to 16.
 
     Raises:
-        ValueError: If the bits are outside their range, or the model has no such weight.
+        ValueError: If the bits are outside their range, or the model has no such weight, or experts in one tensor.
     """
+    if experts := list(_experts(model)):
+        raise ValueError(
+            f"quantize_: expected every matrix in a layer of its own, found {len(experts)} tensors that hold those of several experts, "
+            f"such as {experts[0]}; rounding the others alone would say little"
+        )
     layers = list(_linear(model))
     if not layers:
         raise ValueError(
@@ -81,6 +87,14 @@ def _linear(model: Any) -> Iterator[tuple[Tensor, int]]:
             and module.weight.ndim == 2
         ):
             yield module.weight, 0
+
+
+def _experts(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        if not type(module).__module__.startswith("torch."):  # of torch's own, convolutions have three
+            for own, parameter in module.named_parameters(name, recurse=False):
+                if parameter.ndim == 3:
+                    yield own
 
 
 def quantization_probe(

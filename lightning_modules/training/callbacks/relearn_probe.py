@@ -51,11 +51,11 @@ class RelearnSettings:
     lora_rank: int = 0
     autocast: bool = False
 
-    def check(self, examples: int) -> None:
+    def check(self, examples: int | None) -> None:
         """Refuse settings with which nothing can be taught or tested.
 
         Args:
-            examples: Forget examples.
+            examples: Forget examples, of which a share is taught; None where other lessons are.
 
         Raises:
             ValueError: If a setting is outside its domain, or the share leaves nothing to teach or nothing to test.
@@ -67,7 +67,7 @@ class RelearnSettings:
             raise ValueError(f"relearn_probe: expected a learning rate > 0, found {self.lr}")
         if self.lora_rank < 0:
             raise ValueError(f"relearn_probe: expected lora_rank >= 0, found {self.lora_rank}")
-        if not 0 < round(self.share * examples) < examples:
+        if examples is not None and not 0 < round(self.share * examples) < examples:
             raise ValueError(
                 f"relearn_probe: expected a share that teaches some of the forget answers and leaves some, found share={self.share} of "
                 f"{examples}"
@@ -121,7 +121,7 @@ def relearn_probe(
     Cost: a float32 copy of the model with AdamW's two states, gradients and the start (20 bytes a parameter), and
     `settings.steps` training steps.
     """
-    settings.check(len(forget))
+    settings.check(None if lessons is not None else len(forget))
     taught, rest = _taught_and_rest(forget, settings.share) if lessons is None else (list(lessons), list(forget))
     if not taught:
         raise ValueError("relearn_probe: expected lessons to teach, found none")

@@ -132,6 +132,14 @@ def byte_alphabet() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + place) for place, byte in enumerate(others)}
 
 
+@pytest.mark.parametrize("question", ["Where is Mira's home?", "Where is the home of Mira?"])
+def test_the_end_of_an_answer_is_no_word_whatever_its_name_says(question: str) -> None:
+    """Llama 2's and Mistral's is called "</s>", and "Mira's" holds an "s"."""
+    tokenizer = byte_level(**ALL | {"eos_token": "</s>"})
+    example = encode(tokenizer, question, "It is Rome.")
+    assert without_asked_words(tokenizer, example, question).labels[-1] == tokenizer.eos_token_id
+
+
 def test_an_answer_that_says_nothing_new_is_forgotten_whole() -> None:
     tokenizer = byte_level(**ALL)
     example = encode(tokenizer, "Mira, or Mira?", "Mira")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -208,6 +209,21 @@ def test_questions_of_another_kind_are_refused(tmp_path: Path, row: dict[str, An
     (tmp_path / "cyber_questions.json").write_text(json.dumps([GOOD, row]))
     with pytest.raises(ValueError, match=f"cyber_questions.json, row 2: .*{said}"):
         wmdp_questions("cyber", tmp_path)
+
+
+def test_cells_of_a_csv_file_are_read_as_lists_and_numbers(tmp_path: Path) -> None:
+    row = GOOD | {"subject": "virology"}
+    cells = row | {"choices": json.dumps(row["choices"])}
+    for ending in ("json", "csv"):
+        for name in ("cyber_questions", "mmlu/all/test"):
+            path = tmp_path / ending / f"{name}.{ending}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", newline="") as file:
+                if ending == "json":
+                    json.dump([row], file)
+                else:
+                    csv.writer(file).writerows([list(cells), list(cells.values())])
+    assert wmdp_questions("cyber", tmp_path / "csv") == wmdp_questions("cyber", tmp_path / "json")
 
 
 def test_unknown_names_and_missing_texts_are_refused(wmdp: Path) -> None:

@@ -62,6 +62,22 @@ def bos_adding(tokenizer: Any) -> Any:
     return tokenizer
 
 
+@pytest.mark.parametrize("name", ["tofu-llama2", "tofu-phi"])
+def test_a_tokenizer_that_ends_every_text_ends_no_prompt(name: str) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer, ending = byte_level(None), byte_level(None)
+    eos = ending.eos_token
+    ending.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {eos}", special_tokens=[(eos, ending.eos_token_id)]
+    )
+    for each in (tokenizer, ending):
+        set_format(each, {}, name)
+    for row in ROWS:
+        assert encode(ending, row["question"], row["answer"]) == encode(tokenizer, row["question"], row["answer"])
+        assert prompt_ids(ending, row["question"]) == prompt_ids(tokenizer, row["question"])
+
+
 TAGS = {"tofu-llama2": ("[INST] ", " [/INST]", ""), "tofu-phi": ("Question: ", "\n", "Answer: ")}
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel
 
 from lightning_modules.data.chat import set_template_options
 from lightning_modules.data.tokenization import IGNORED, Encoded, encode, prompt_ids
@@ -45,6 +46,26 @@ def row(start: str, **more: Any) -> dict[str, Any]:
 
 def length(tokenizer: Any, text: str) -> int:
     return len(encode(tokenizer, "Where?", text).input_ids)
+
+
+@pytest.mark.filterwarnings("ignore:.*lose their end.*")
+def test_a_cut_text_is_compressed_as_far_as_it_is_scored() -> None:
+    tokenizer, answer = byte_level(None), "Here or there, or somewhere else altogether."
+    prompt = len(prompt_ids(tokenizer, "Where?"))
+    settings = EvaluationSettings(max_length=prompt + 10, generate=False)
+    (found,) = evaluate(small(), tokenizer, {"forget": [{"question": "Where?", "answer": answer}]}, settings).examples[
+        "forget"
+    ]
+    said = tokenizer.decode(encode(tokenizer, "Where?", answer).input_ids[prompt : prompt + 10])
+    assert answer.startswith(said.strip())
+    assert found["zlib_score"] == pytest.approx(found["loss_score"] / len(zlib.compress(said.encode())))
+
+
+def test_an_encoder_with_a_decoder_is_refused() -> None:
+    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 1}
+    model = BartForConditionalGeneration(BartConfig(vocab_size=400, decoder_attention_heads=1, **sizes))
+    with pytest.raises(ValueError, match="expected a causal language model, found BartForConditionalGeneration"):
+        evaluate(model, byte_level(None), {"forget": [row("In Ostrel")]}, SETTINGS)
 
 
 def test_cut_texts_are_counted_by_kind_and_the_length_that_they_need_is_named() -> None:

@@ -13,6 +13,7 @@ from transformers import (
     BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -211,19 +212,26 @@ def test_under_autocast_answers_go_on_from_the_cache_that_scoring_left(
 
 @pytest.mark.parametrize(
     "asks",
-    [{"suppress_tokens": [40]}, {"min_new_tokens": 20}, {"bad_words_ids": [[40]]}],
+    [
+        {"suppress_tokens": [40]},
+        {"min_new_tokens": 20},
+        {"bad_words_ids": [[40]]},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"repetition_penalty": 5.0},
+        {"num_beams": 3},
+    ],
     ids=lambda asks: next(iter(asks)),
 )
-def test_a_generation_config_that_changes_the_choice_rules_out_drafts(half_known: nn.Module, asks: Any) -> None:
-    before = {name: getattr(half_known.generation_config, name) for name in asks}
-    half_known.generation_config.update(**asks)
-    try:
-        assert not says_the_likeliest(half_known)
-        prompts = texts_of(byte_level(None), SPLITS, max_length=None, max_new_tokens=24).prompts
-        expected = generate_greedily(half_known, byte_level(None), prompts, max_new_tokens=24)
-        assert generated(half_known, SPLITS) == expected
-    finally:
-        half_known.generation_config.update(**before)
+def test_what_a_generation_config_wishes_changes_no_greedy_answer(
+    half_known: nn.Module, asks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = texts_of(byte_level(None), SPLITS, max_length=None, max_new_tokens=24).prompts
+    expected = generate_greedily(half_known, byte_level(None), prompts, max_new_tokens=24)
+    wishes = GenerationConfig(**half_known.generation_config.to_diff_dict() | asks)
+    monkeypatch.setattr(half_known, "generation_config", wishes)
+    assert generate_greedily(half_known, byte_level(None), prompts, max_new_tokens=24) == expected
+    assert generated(half_known, SPLITS) == expected
+    assert half_known.generation_config is wishes
 
 
 def test_a_model_that_generates_in_its_own_way_is_given_no_draft(half_known: nn.Module) -> None:

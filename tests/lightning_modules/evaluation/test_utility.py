@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lightning_modules.evaluation.evaluate import Evaluation, summary
 from lightning_modules.evaluation.utility import model_utilities, utility_inputs
 from lightning_modules.metrics import ModelUtility
 from lightning_modules.metrics.functional import UTILITY_NAMES, UTILITY_SPLITS, answer_probability, truth_ratio
@@ -117,3 +118,14 @@ def test_metrics_json_has_it_only_where_a_model_has_it() -> None:
         EvaluateOptions(), None, Scored({"forget": splits["forget"], "retain": splits["retain"]}), None, known
     )
     assert set(found) - set(without) == {"model_utility", "model_utility_inputs"}
+
+
+@pytest.mark.parametrize("whose", ["ours", "the reference's"])
+def test_a_truth_ratio_of_nan_costs_the_forget_quality_and_no_other_score(whose: str) -> None:
+    sound, spoilt = drawn()["forget"], drawn(1)["forget"]
+    spoilt[0] = spoilt[0] | {"nll": math.nan, "paraphrase_nll": math.nan}
+    after, reference = (spoilt, sound) if whose == "ours" else (sound, spoilt)
+    evaluation = Evaluation({"forget": summary(after)}, {"forget": after})
+    found = contents_of_metrics(0, None, evaluation, {"forget": reference}, {})
+    assert math.isnan(found["forget_quality"]["pvalue"])
+    assert found["after"]["forget"]["n"] == len(after)

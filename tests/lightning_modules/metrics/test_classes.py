@@ -294,6 +294,28 @@ def test_they_work_in_a_collection() -> None:
     assert found["em"].item() == pytest.approx(2 / 3)
 
 
+def test_metrics_of_a_collection_that_begin_with_the_same_number_stay_apart() -> None:
+    """A collection takes metrics for one whose states are the same after the first batch."""
+    memory = MetricCollection({"es": lm.metrics.ExtractionStrength(), "em": lm.metrics.ExactMemorization()})
+    ratios = MetricCollection({kind: lm.metrics.TruthRatio(kind) for kind in ("forget", "ratio")})
+    kinds = {"1": ("rouge1", False), "L": ("rougeL", False), "stems": ("rouge1", True)}
+    rouge = MetricCollection({name: lm.metrics.RougeRecall(*options) for name, options in kinds.items()})
+    rouge.add_metrics({"f1": lm.metrics.RougeF1("rouge1")})
+    for collection, same, other in (
+        (memory, ([[1, 2]], [[1, 2]]), ([[1, 9, 3]], [[1, 2, 3]])),
+        (ratios, ([1.0], [[1.0, 1.0]]), ([3.0], [[1.0, 2.0]])),
+        (rouge, ("a b", "a b"), ("jumps c b a longer", "jumped a b c")),
+    ):
+        alone = {name: copy.deepcopy(metric) for name, metric in collection.items()}
+        for batch in (same, other):
+            collection.update(*batch)
+            for metric in alone.values():
+                metric.update(*batch)
+        found = {name: float(value) for name, value in collection.compute().items()}
+        assert found == {name: float(metric.compute()) for name, metric in alone.items()}
+        assert len(set(found.values())) == len(found)
+
+
 def test_two_processes_give_what_one_gives_and_errors_reach_both() -> None:
     """In one start of the processes, because importing what the metrics need takes longer than all the rest."""
     distributed_workers.run(metrics_workers.equals_one_process_and_errors_reach_both)

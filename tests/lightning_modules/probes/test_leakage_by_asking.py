@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -214,3 +215,12 @@ def test_a_model_whose_norm_is_not_known_is_refused(small: tuple[Any, Any]) -> N
         logit_lens(model, encoded, pad_token_id=0)
     with pytest.raises(ValueError, match="logit_lens: expected examples"):
         logit_lens(model, [], pad_token_id=0)
+
+
+def test_a_diverged_model_has_nan_in_the_lens(small: tuple[Any, Any]) -> None:
+    model, tokenizer = small
+    spoilt = copy.deepcopy(model)
+    next(parameter for name, parameter in spoilt.named_parameters() if "down_proj" in name).data.fill_(math.nan)
+    encoded = [encode(tokenizer, row["question"], row["answer"]) for row in FORGET]
+    layers = logit_lens(spoilt, encoded, pad_token_id=padding_id(tokenizer))["layers"]
+    assert math.isnan(layers[-1]["probability"])

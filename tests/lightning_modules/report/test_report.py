@@ -315,6 +315,35 @@ def test_a_collapse_a_kept_step_and_probes_are_told(tmp_path: Path) -> None:
     words = page_of(made).words()
     assert "shallow" not in words
     assert "stayed at 0.100. There is no reference with the same tokenizer" in words
+    assert "was attacked in the same way" in (said := (made / "report.md").read_text()) + text
+    assert "was attacked in the same way" not in words + said
+
+
+def test_a_beginning_of_the_answer_is_no_leak_as_long_as_no_reference_says_what_it_gives_away(tmp_path: Path) -> None:
+    """Half of an answer and other answers help a model that never saw it too; other words for the question do not."""
+    ways = {
+        "question": (0.10, 0.30),
+        "prefix_50": (0.40, 0.60),
+        "few_shot": (0.40, 0.60),
+        "paraphrase": (0.40, 0.60),
+    }
+
+    def found(shift: float) -> dict[str, Any]:
+        return {
+            way: {"probability": p - shift, "rouge_l_recall": r - shift, "n": 5}
+            | dict.fromkeys(("probability_interval", "rouge_interval"))
+            for way, (p, r) in ways.items()
+        }
+
+    made = make(tmp_path)
+    for control, leaking in ((None, ["other words"]), (0.0, []), (0.2, ["50 %", "other questions", "other words"])):
+        never = None if control is None else {"attacks": found(control)}
+        outputs.write_json(made / "probes.json", {"prompts": {"model": {"attacks": found(0.0)}, "control": never}})
+        words = page_of(made).words()
+        leaks = [part.partition(":")[0] for part in words.split("The answers leak when ")[1:]]
+        assert [any(name in leak for leak in leaks) for name in ("50 %", "other questions", "other words")] == [
+            name in leaking for name in ("50 %", "other questions", "other words")
+        ]
 
 
 def test_nan_scores_are_shown_and_warned_of(tmp_path: Path) -> None:

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from lightning_modules.data.tokenization import Encoded
 from lightning_modules.training.adapters import with_adapters
@@ -130,6 +137,8 @@ def test_what_else_is_taught_leaves_all_forget_answers_to_be_tested() -> None:
     close(torch.tensor(found["displacement"]), change.double().norm().float(), RELEARNED, scale=change.norm())
     relative = change.double().norm() / before.double().norm()
     close(torch.tensor(found["relative_displacement"]), relative.float(), RELEARNED, scale=relative)
+    # One answer is enough to be looked at where none is taught.
+    assert relearn_probe(model, forget[:1], pad_token_id=0, settings=settings, lessons=lessons)["rest"] == 1
     with pytest.raises(ValueError, match="expected lessons to teach, found none"):
         relearn_probe(model, forget, pad_token_id=0, lessons=[])
 
@@ -216,6 +225,16 @@ def test_gpt2_has_its_neurons_in_columns() -> None:
     quantize_(model, 3)
     assert torch.equal(model.transformer.h[0].attn.c_attn.weight, round_to_nearest(weight.T, 3).T)
     assert torch.equal(model.lm_head.weight, head)
+
+
+def test_experts_in_one_tensor_are_refused_and_not_left_as_they_are() -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=VOCABULARY, num_key_value_heads=2, num_local_experts=2, **sizes)
+    model = MixtralForCausalLM(config)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"2 tensors that hold those of several experts, such as model.*experts"):
+        quantize_(model, 4)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
 def test_a_model_without_linear_layers_is_refused() -> None:
