@@ -5,10 +5,11 @@
 #     gradsurgery ablate --config examples/ablation/grid_a22.yaml --tofu-dir FOLDER --output runs/grid_a22   # what failed, and the table
 #
 # The array below has a task for every run of grid_a22.yaml. For another grid --array=0-9 may have any end: task i of n does the runs i, i + n,
-# i + 2n and so on, so that together they do all of them; mind the time that a task then needs. --array=5,17 does these two runs only.
+# i + 2n and so on, so that together they do all of them; mind the time that a task then needs. --array=5,17, which does not begin at 0, does
+# these two runs only.
 #
 # Every run writes runs/<id>.json in the shared output folder and does nothing if it is there, so the same sbatch goes on after a failure.
-# Start models are cached in XDG_CACHE_HOME, which must be shared too; do --index 0 for each model seed first, or several tasks train the same one.
+# Start models are cached in XDG_CACHE_HOME, which must be shared too; do the first run of each model seed in `--list` first (here --index 0 and 90), or several tasks train the same one.
 #SBATCH --job-name=ablate
 #SBATCH --array=0-179
 #SBATCH --cpus-per-task=1

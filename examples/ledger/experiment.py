@@ -194,12 +194,12 @@ def read(folder: Path, seeds: Sequence[int], requests: int, method: str) -> tupl
 
 
 def table(folder: Path, seeds: Sequence[int], requests: int) -> str:
-    """Markdown: each method after the last request, mean and standard deviation over the seeds."""
+    """Markdown: each method after the last request, mean and population standard deviation over the seeds."""
     names = ("requests above their limit", "the highest, at any time", "mean forget probability", "retention")
     names += ("relearned", "steps, first and last request", "CPU seconds, first and last request")
     lines = [
         f"After {requests} requests of one author each; limit {LIMIT:g}, runs end at {ROOM * LIMIT:g}; "
-        f"mean ± standard deviation over data seeds {', '.join(map(str, seeds))}.",
+        f"mean ± population standard deviation over data seeds {', '.join(map(str, seeds))}.",
         "",
         f"| method | {' | '.join(names)} |",
         "|---|" + "---:|" * len(names),

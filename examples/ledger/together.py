@@ -125,7 +125,7 @@ def table(pairs: list[dict[str, Any]]) -> str:
         ranks.append(float(found.statistic))
     lines = [
         f"Rank correlation (Spearman) of the estimated with the measured saving, by seed: {', '.join(f'{r:.2f}' for r in ranks)}; mean",
-        f"{fmean(ranks):.2f} ± {pstdev(ranks):.2f}. Written by `python examples/ledger/together.py`.",
+        f"{fmean(ranks):.2f} ± {pstdev(ranks):.2f} (population). Written by `python examples/ledger/together.py`.",
         "",
         "| seed | requests | cosine | estimated saving | steps together | apart | saved |",
         "|---:|---|---:|---:|---:|---:|---:|",

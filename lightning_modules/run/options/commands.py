@@ -97,7 +97,7 @@ class UnlearnOptions(Options):
 
     Without arguments: a small model and fictional authors.
 
-    The defaults of the model from scratch are the papers' (CE-U, GRU), with --model what kept most at equal forgetting
+    The defaults of the model from scratch are the papers' (CE-U, GRU), with --model those that kept most without a tuned weight
     (--recipe balanced). deep lasts longest when answers are taught again, imitate sounds like a model without them.
     """
 
