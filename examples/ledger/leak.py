@@ -87,8 +87,8 @@ if __name__ == "__main__":
         for which, model in models.items():
             everything[which].append(attack(released, model, asked[0], others))
     lines = [
-        f"Membership attack on the sketch of a request of one author, {len(given.seeds)} data seeds, mean ± population standard deviation; written",
-        "by `python examples/ledger/leak.py`. An AUC of 0.5 is guessing, 1 tells every text of the request.",
+        f"Membership attack on the sketch of a request of one author, {len(given.seeds)} data seeds, mean ± population standard deviation;",
+        "written by `python examples/ledger/leak.py`. An AUC of 0.5 is guessing, 1 tells every text of the request.",
         "",
         "| attacker's model | he also has | AUC, authors never seen | AUC, wrong answers | bytes | share of the gradient |",
         "|---|---|---:|---:|---:|---:|",

@@ -105,7 +105,8 @@ def prepare(run: Run, folder: Path) -> dict[str, Any]:
     splits = read_splits(options)
     found = content(run.grid, splits)
     config = {name: run.config[name] for name in ("data", "model", "evaluate", "model_seed")}
-    config |= {"first": run.config["first"]} if "first" in run.config else {}
+    if "first" in run.config:  # they are taught in the precision in which methods train
+        config |= {"first": run.config["first"], "precision": run.grid.train.precision}
     if path.exists():
         known = read_result(path, "start", "reference")
         refuse_other(path, known["config"], config)

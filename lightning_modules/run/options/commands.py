@@ -97,8 +97,9 @@ class UnlearnOptions(Options):
 
     Without arguments: a small model and fictional authors.
 
-    The defaults of the model from scratch are the papers' (CE-U, GRU), with --model those that kept most without a tuned weight
-    (--recipe balanced). deep lasts longest when answers are taught again, imitate sounds like a model without them.
+    The defaults of the model from scratch are the papers' (CE-U, GRU), with --model those that kept most without a
+    tuned weight (--recipe balanced). deep lasts longest when answers are taught again, imitate sounds like a model
+    without them.
     """
 
     recipe: RecipeOptions = field(default_factory=RecipeOptions)

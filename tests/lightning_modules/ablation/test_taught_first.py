@@ -10,7 +10,7 @@ import pytest
 
 from lightning_modules import cli
 from lightning_modules.ablation.reading import read_grid
-from lightning_modules.ablation.run import load_start
+from lightning_modules.ablation.run import load_start, prepare
 from lightning_modules.run.loading import make_data
 from lightning_modules.run.teaching import teach_first
 from tests.lightning_modules.ablation.test_ablation import write_grid
@@ -57,6 +57,14 @@ def test_each_model_seed_has_a_taught_model_and_a_reference_that_never_saw_the_f
         starts.append(weights(load_start(run, splits)[0]))
     assert status_of(tmp_path, "ce-u-m0-d5") == status_of(tmp_path, "ce-u-m1-d5") == "finished"
     assert not starts[0].equal(starts[1])
+
+
+def test_scores_of_models_that_were_taught_in_another_precision_are_not_taken(config: str, tmp_path: Path) -> None:
+    exact, other = read_grid(config), tmp_path / "bf16.yaml"
+    prepare(exact.runs()[0], tmp_path)
+    other.write_text(Path(config).read_text() + "\ntrain: {precision: bf16-mixed}\n")
+    with pytest.raises(ValueError, match=r"precision: 32-true there, bf16-mixed now"):
+        prepare(read_grid(other).runs()[0], tmp_path)
 
 
 def status_of(folder: Path, name: str) -> str:
