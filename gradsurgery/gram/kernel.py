@@ -122,11 +122,9 @@ class Batch:
                     and number == size  # global shapes are the same, but what this process holds of them need not be
                 ):
                     address = tensor.data_ptr()
-                    if (
-                        address & 1
-                    ):  # of a tensor in the midst of a file; the lowest bit is the mark that kernel.cpp reads
+                    if address & 1:  # as of a tensor in the midst of a mapped file
                         break
-                    addresses.append(address | (dtype is torch.bfloat16))
+                    addresses.append(address | (dtype is torch.bfloat16))  # the mark that kernel.cpp reads
                 else:
                     break
             if len(addresses) < len(tensors) or len(local) > _MOST_ROWS:

@@ -221,7 +221,10 @@ def _fisher(
             f"{argument}: expected at least one batch with answer tokens (labels that are not -100), found {number} batches with "
             "none; a generator can be read only once"
         )
-    return {name: sums[weight] / tokens for name, weight in weights.items()}
+    for total in sums.values():
+        total.div_(tokens)
+    first = {weight: name for name, weight in reversed(weights.items())}
+    return {name: sums[weight] if first[weight] == name else sums[weight].clone() for name, weight in weights.items()}
 
 
 def _examples(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -98,9 +98,8 @@ def _kept(command: list[str], key: str, load: Callable[[Path], K]) -> K:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gradsurgery" / "kernel"
     library = folder / f"{key[:24]}.so"
     try:
-        if (
-            not folder.is_absolute()
-        ):  # of a user without a home: whoever owns the working directory could put a library there
+        # As of a user without a home: a library there would be that of whoever owns the working directory.
+        if not folder.is_absolute():
             raise OSError(f"{folder} is not an absolute path")
         if library.exists():
             try:

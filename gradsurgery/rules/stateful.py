@@ -103,5 +103,6 @@ class GradVac:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a target."""
         target = state_dict["target"]
-        self._target = None if target is None else torch.tensor(target, dtype=torch.float64, device="cpu")
+        read = None if target is None else torch.tensor(target, dtype=torch.float64, device="cpu")
+        self._target = None if read is None else read.clamp(-_LARGEST, _LARGEST)
         self._proposed = None
