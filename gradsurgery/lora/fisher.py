@@ -221,9 +221,10 @@ def _fisher(
             f"{argument}: expected at least one batch with answer tokens (labels that are not -100), found {number} batches with "
             "none; a generator can be read only once"
         )
-    for total in sums.values():
-        total.div_(tokens)
-    first = {weight: name for name, weight in reversed(weights.items())}
+    first: dict[nn.Parameter, str] = {}
+    for name, weight in weights.items():
+        if first.setdefault(weight, name) == name:
+            sums[weight].div_(tokens)
     return {name: sums[weight] if first[weight] == name else sums[weight].clone() for name, weight in weights.items()}
 
 
