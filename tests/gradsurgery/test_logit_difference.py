@@ -583,3 +583,25 @@ def test_what_both_models_mask_stays_masked(never: float, weight: float) -> None
     found = logit_difference(base, assistant, weight=weight)
     assert torch.equal(found, torch.tensor([2.0 - weight, 1.0 - 3.0 * weight, never]))
     assert float(found.softmax(-1)[2]) == 0.0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_assistant_takes_the_mode_of_the_base(training: bool) -> None:
+    base = llama().train(training)
+    model = LogitDifferenceModel(base, trained(base).train(not training))
+    assert {part.training for part in model.modules()} == {training}
+
+
+def test_a_weight_that_the_assistant_trains_is_not_put_on_the_base() -> None:
+    base = llama()
+    small = copy.deepcopy(trained(base))
+    weight = small.get_base_model().get_submodule("model.layers.0.mlp.up_proj").base_layer.weight.requires_grad_(True)
+    LogitDifferenceModel(base, small)
+    assert weight.data_ptr() != base.get_parameter("model.layers.0.mlp.up_proj.weight").data_ptr()
+
+
+def test_an_assistant_that_was_loaded_refuses_to_merge(tmp_path: Path) -> None:
+    pair().save_pretrained(tmp_path)
+    loaded: Any = LogitDifferenceModel.from_pretrained(tmp_path).assistant
+    with pytest.raises(RuntimeError, match="own storage"):
+        loaded.merge_and_unload()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery import lora
-from tests.tolerances import Tolerance, close
+from tests.tolerances import LINEAR, Tolerance, close
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -124,3 +124,15 @@ def test_importance_has_the_plain_names_and_numbers_under_any_adapter_without_ef
     through_adapters = lora.fisher_importance(wrapped, BATCHES, OTHERS)
     saved = options.get("modules_to_save", ["lm_head"])[0]
     assert set(through_adapters) == {name for name in plain if saved not in name and "lm_head" not in name}
+
+
+def test_importance_is_of_the_copy_that_is_in_use() -> None:
+    def head(name: str) -> bool:
+        return name == "lm_head"
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    wrapped: Any = peft.get_peft_model(llama(), config, "used")
+    wrapped.add_adapter("idle", config)
+    found = lora.fisher_importance(wrapped, BATCHES, OTHERS, modules=head)["lm_head.weight"]
+    plain = lora.fisher_importance(llama(), BATCHES, OTHERS, modules=head)["lm_head.weight"]
+    close(found, plain, LINEAR[torch.float32], scale=plain.max())

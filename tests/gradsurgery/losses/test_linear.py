@@ -542,3 +542,12 @@ def test_a_bias_in_bfloat16_is_rounded_once() -> None:
     loss.mean().backward()
     assert bias.grad is not None
     close(bias.grad.float(), torch.tensor([-0.8, 0.2, 0.2, 0.2, 0.2]), LINEAR[torch.bfloat16], scale=0.8)
+
+
+def test_chunks_of_a_bias_in_bfloat16_that_cancel_are_not_rounded_before() -> None:
+    labels = torch.arange(480).gt(240).long()  # 240 tokens of label 0, then one more beside 239 of label 1
+    bias = torch.zeros(2, dtype=torch.bfloat16, requires_grad=True)
+    hidden, weight = torch.ones(480, 2).bfloat16(), torch.zeros(2, 2).bfloat16()
+    linear(hidden, weight, labels, "cross_entropy", bias=bias, chunk_size=240).mean().backward()
+    assert bias.grad is not None
+    close(bias.grad.float(), torch.tensor([-1.0, 1.0]) / 480, LINEAR[torch.bfloat16], scale=1 / 480)

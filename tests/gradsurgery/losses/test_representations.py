@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradsurgery.losses import rmu, rmu_direction
 from tests.reference import row_losses as reference
-from tests.tolerances import LOSS, close
+from tests.tolerances import LINEAR, LOSS, close
 
 
 def states(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,3 +98,9 @@ def test_a_direction_is_positive_of_the_given_length_and_its_generators() -> Non
 def test_wrong_arguments_are_refused(call: Callable[[], Tensor], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         call()
+
+
+def test_a_direction_is_on_the_device_of_its_generator_whatever_the_default() -> None:
+    with torch.device("meta"):
+        found = rmu_direction(8, 3.0, generator=torch.Generator("cpu").manual_seed(0))
+    close(found.norm(), torch.tensor(3.0), LINEAR[torch.float32])

@@ -14,7 +14,7 @@ import gradsurgery as gs
 from gradsurgery.optimizer.wrapper import refuse_groups
 from tests.problems import FOUR, FRONT_ENDS, classification, contexts, mlp, taken, values
 from tests.reference import training
-from tests.tolerances import STEPPED, close
+from tests.tolerances import LINEAR, STEPPED, close
 
 # The guard in the base's own units --------------------------------------------------------------------------------------------------
 
@@ -362,3 +362,33 @@ def test_low_precision_parameters_with_wide_gradients(rule: str) -> None:
     optimizer.combine()
     assert weight.grad is not None
     assert weight.grad.dtype is torch.float32
+
+
+def test_the_average_of_a_parameter_that_no_objective_reached_stays() -> None:
+    model = nn.ParameterList([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))])
+    optimizer = gs.GradientSurgery(torch.optim.SGD(model.parameters(), lr=0.1), ema_decay=0.5)
+
+    def step(number: int) -> dict[str, Any]:
+        for name in optimizer.objectives:
+            with optimizer.objective(name):
+                sum(weight.square().sum() for weight in list(model)[:number]).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad()
+        return copy.deepcopy(optimizer.state_dict()["state"][1])
+
+    torch.testing.assert_close(step(1 + 1), step(1), rtol=0, atol=0)
+
+
+def test_the_average_of_a_complex_parameter_is_that_of_its_parts() -> None:
+    start = torch.tensor([1.0 + 2.0j, -1.0 + 0.5j])
+    whole, parts = nn.Parameter(start.clone()), nn.Parameter(torch.view_as_real(start).clone())
+    optimizers = [gs.GradientSurgery(torch.optim.SGD([weight], lr=0.1), ema_decay=0.5) for weight in (whole, parts)]
+    for step in range(3):
+        for optimizer, found in zip(optimizers, (lambda: torch.view_as_real(whole), lambda: parts), strict=True):
+            with optimizer.objective("forget"):
+                (-found()).sum().backward()
+            with optimizer.objective("retain"):
+                (found() * torch.tensor([1.0, step - 3.0])).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    close(torch.view_as_real(whole.detach()), parts.detach(), LINEAR[torch.float32])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import gradsurgery as gs
 from gradsurgery.optimizer import guard as guard_module
@@ -105,3 +105,18 @@ def test_a_guard_on_low_precision_weights_warns_and_records_what_was_achieved() 
     assert optimizer.record is not None
     assert optimizer.record.actual_change is not None
     assert float(optimizer.record.actual_change[0]) == pytest.approx(float(moved), rel=1e-4, abs=1e-12)
+
+
+def test_the_guard_leaves_what_the_base_does_not_step() -> None:
+    """A gradient that is taken out after combine() keeps its parameter out of the correction too."""
+    weight, held = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = gs.GradientSurgery(torch.optim.SGD([weight, held], lr=0.1), rule="sum", guard="update")
+    with optimizer.objective("forget"):
+        (-3.0 * weight.sum() - held.sum()).backward()
+    with optimizer.objective("retain"):
+        (weight.sum() + held.sum()).backward()
+    optimizer.combine()
+    held.grad = None
+    optimizer.step()
+    assert held.tolist() == [1.0, 1.0]
+    assert optimizer.record is not None

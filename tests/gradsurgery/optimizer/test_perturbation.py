@@ -398,3 +398,14 @@ def test_the_oracle_sees_a_row_at_the_weights_themselves() -> None:
     still = torch.autograd.grad(forget(0)(model), list(model.parameters()))
     difference = torch.cat([(a - b).flatten() for a, b in zip(moved, still, strict=True)]).norm()
     assert difference > 0.05 * torch.cat([part.flatten() for part in still]).norm()
+
+
+def test_a_direction_that_was_not_captured_leaves_none_from_before() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    perturbed = gs.GradientSurgery(torch.optim.SGD([weight], lr=0.1)).perturbed(radius=0.5)
+    with perturbed.direction():
+        weight.sum().backward()
+    with pytest.raises(KeyboardInterrupt), perturbed.direction():
+        raise KeyboardInterrupt
+    with pytest.raises(RuntimeError, match="expected a direction"):
+        perturbed.check()

@@ -134,3 +134,11 @@ def test_a_look_keeps_no_gradient_alive_and_knows_it_again() -> None:
     weight.grad = None
     gc.collect()
     assert gone() is None
+
+
+def test_a_parameter_that_was_added_since_is_looked_at() -> None:
+    first, added = (nn.Parameter(torch.ones(1)) for _ in range(2))
+    spent = Spent()
+    spent.look([first])
+    added.grad = torch.ones(1)
+    assert [gradient is added.grad for gradient in spent.written([first, added])] == [True]

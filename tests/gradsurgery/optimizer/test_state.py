@@ -536,3 +536,28 @@ def test_methods_called_on_lightnings_proxy_change_the_real_object() -> None:
     assert len(optimizer.base.param_groups) == 2
     assert isinstance(proxy, gs.GradientSurgery)
     assert proxy.memory_estimate() == optimizer.memory_estimate()
+
+
+def test_a_base_that_refuses_leaves_the_rules_numbers() -> None:
+    class Refusing(torch.optim.SGD):
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            raise ValueError("not mine")
+
+    rule, other = gs.rules.GradVac(beta=0.5), gs.rules.GradVac(beta=0.5)
+    saved = gs.GradientSurgery(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), rule=other)
+    optimizer = gs.GradientSurgery(Refusing([nn.Parameter(torch.ones(1))], lr=0.1), rule=rule)
+    other(torch.tensor([[1.0, 0.5], [0.5, 1.0]]))
+    other.commit()
+    before = rule.state_dict()
+    assert other.state_dict() != before
+    with pytest.raises(ValueError, match="not mine"):
+        optimizer.load_state_dict(saved.state_dict())
+    assert rule.state_dict() == before
+
+
+def test_a_checkpoint_before_the_first_step_fits_any_decay() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    saved = gs.GradientSurgery(torch.optim.SGD([weight], lr=0.1), ema_decay=0.5).state_dict()
+    optimizer = gs.GradientSurgery(torch.optim.SGD([weight], lr=0.1), ema_decay=0.9)
+    optimizer.load_state_dict(saved)
+    assert optimizer.ema_decay == {"retain": 0.9}

@@ -247,3 +247,24 @@ def test_validation_without_gradients_takes_features_too() -> None:
         hidden, losses = shared(model, 0, 0, TWO)
         total = optimizer.join(features=hidden, **losses)
     close(total, losses["forget"] + losses["retain"], STEPPED)
+
+
+@pytest.mark.parametrize("hook", ["retain_grad", "post-accumulate"])
+def test_what_a_hook_would_see_keeps_backward_passes_whole(hook: str) -> None:
+    def run(**options: Any) -> list[Any]:
+        model, seen = mlp(), []
+        optimizer = gs.GradientSurgery(torch.optim.SGD(model.parameters(), lr=0.1), objectives=("retain", "forget"))
+        hidden, losses = shared(model, 0, 0, ("retain", "forget"))
+        if hook == "retain_grad":
+            hidden.retain_grad()
+        else:
+            model[0].weight.register_post_accumulate_grad_hook(lambda weight: seen.append(weight.grad.clone()))
+        given = {"features": hidden} if "batched" in options else {"retain_graph": True}
+        optimizer.join(**losses, **given, **options).backward()
+        return [hidden.grad, *seen] if hook == "retain_grad" else seen
+
+    whole, apart = run(), run(batched=False)
+    assert len(whole) == len(apart)
+    torch.testing.assert_close(apart, whole)
+    with pytest.raises(RuntimeError, match="hook"):
+        run(batched=True)

@@ -667,3 +667,9 @@ def test_one_run_can_be_chosen_by_index_or_id(config: str, tmp_path: Path, capsy
     for wrong in (["--index", "6"], ["--only", "nobody"], ["--index", "-1"]):
         assert cli.main(["ablate", "--config", config, *wrong, "--output", str(tmp_path)]) == 1
     assert "expected the id of a run" in capsys.readouterr().err
+
+
+def test_where_both_ends_meet_the_target_the_state_that_was_reached_counts() -> None:
+    at: list[float] = []
+    assert match(at.append, lambda: 0.0, 1.0, ends=(1.01, 0.99)) == (1.0, 0.99, 0)
+    assert at == [1.0]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_modules.ledger.hashes import canonical, request_hash, row_hash, tensors_hash
+from lightning_modules.ledger.hashes import canonical, other_files, request_hash, row_hash, tensors_hash
 from tests.lightning_modules.evaluation.evaluation_workers import model_and_tokenizer
 from tests.reference import ledger as slow
 
@@ -82,3 +82,10 @@ def test_a_request_is_the_set_of_its_rows() -> None:
 def test_json_cannot_hold_nan() -> None:
     with pytest.raises(ValueError, match="JSON"):
         canonical({"value": float("nan")})
+
+
+def test_files_of_folders_beside_the_tensors_count_too(tmp_path: Path) -> None:
+    (tmp_path / "additional_chat_templates").mkdir()
+    for name in ("config.json", "additional_chat_templates/tools.jinja", "model.safetensors"):
+        (tmp_path / name).write_text(name)
+    assert set(other_files(tmp_path)) == {"config.json", str(Path("additional_chat_templates", "tools.jinja"))}

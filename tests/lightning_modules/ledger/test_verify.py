@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from lightning_modules import cli
-from lightning_modules.ledger.chain import read_chain
+from lightning_modules.ledger.chain import append, read_chain
 from lightning_modules.ledger.verify import verify
 from tests.lightning_modules.ledger.requests import rows
 from tests.test_rooms import FILES, imported
@@ -168,3 +168,15 @@ def test_the_report_says_it_in_words_and_a_picture(ledger: Path) -> None:
     flip(ledger / "run_2" / "metrics.json", 9)
     assert cli.main(["ledger", "report", str(ledger / "ledger")]) == 0
     assert "Not everything that this record names" in (ledger / "ledger" / "report.html").read_text()
+
+
+def test_a_request_that_does_not_begin_where_the_one_before_ended_is_found(ledger: Path) -> None:
+    path = ledger / "ledger" / "ledger.jsonl"
+    first, second = read_chain(path)
+    second["model"]["before"] = "0" * 64
+    path.unlink()
+    for entry in (first, second):
+        append(path, {key: value for key, value in entry.items() if key not in ("number", "previous", "hash")})
+    findings = verify(ledger / "ledger")[1]
+    assert [(finding.entry, finding.gone) for finding in findings] == [(2, False)]
+    assert "begin with the model that the entry before left" in findings[0].said

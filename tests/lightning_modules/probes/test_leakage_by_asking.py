@@ -24,12 +24,13 @@ from lightning_modules.probes import (
     prompting_probe,
     sampling_probe,
 )
+from lightning_modules.probes import sampling as sampling_module
 from lightning_modules.probes.prompting import after_shots, prompts
 from lightning_modules.training.probability import answer_probabilities
 from tests.lightning_modules.data.chat_templates import CHATML, byte_level
 from tests.lightning_modules.evaluation.evaluation_workers import SPLITS, model_and_tokenizer
 from tests.reference import probes as oracle
-from tests.tolerances import Tolerance, close
+from tests.tolerances import LINEAR, Tolerance, close
 
 SCORED = Tolerance(2e-6, "float32 logits of a small model, in batches of another size and padding")
 FORGET: list[dict[str, Any]] = [{**row, "paraphrased_question": f"Tell: {row['question']}"} for row in SPLITS["forget"]]
@@ -224,3 +225,28 @@ def test_a_diverged_model_has_nan_in_the_lens(small: tuple[Any, Any]) -> None:
     encoded = [encode(tokenizer, row["question"], row["answer"]) for row in FORGET]
     layers = logit_lens(spoilt, encoded, pad_token_id=padding_id(tokenizer))["layers"]
     assert math.isnan(layers[-1]["probability"])
+
+
+def test_probes_of_two_seeds_share_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    def said(_model: Any, _tokenizer: Any, asked: list[Any], *, sampling: dict[str, Any], **_: Any) -> list[str]:
+        seeds.append(sampling["seed"])
+        return [""] * len(asked)
+
+    monkeypatch.setattr(sampling_module, "generate_samples", said)
+    for seed in range(3):
+        sampling_probe(*model_and_tokenizer(), SPLITS["forget"], SamplingSettings(samples=4, seed=seed))
+    assert len(set(seeds)) == 12
+
+
+def test_the_final_norm_is_taken_once_of_the_last_layer() -> None:
+    """With gains of 1, as a new model has, a second norm changes nothing."""
+    model, tokenizer = model_and_tokenizer()
+    with torch.no_grad():
+        model.model.norm.weight.uniform_(0.2, 3.0, generator=torch.Generator().manual_seed(0))
+    encoded = [encode(tokenizer, row["question"], row["answer"]) for row in SPLITS["forget"]]
+    found = logit_lens(model, encoded, pad_token_id=padding_id(tokenizer))["layers"][-1]["probability"]
+    says = answer_probabilities(model, encoded, pad_token_id=padding_id(tokenizer))
+    expected = torch.tensor(sum(says) / len(says))
+    close(torch.tensor(found), expected, LINEAR[torch.float32], scale=expected)

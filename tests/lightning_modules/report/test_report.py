@@ -16,6 +16,7 @@ from scipy import stats
 
 from lightning_modules import cli
 from lightning_modules import folder as outputs
+from lightning_modules.evaluation import intervals
 from lightning_modules.report import mean_interval
 from lightning_modules.report.changed import changed_options
 from lightning_modules.report.finished import read
@@ -474,3 +475,10 @@ def test_intervals_of_little_and_of_nan() -> None:
     for wrong in ({"confidence": 1.0}, {"confidence": 0.0}, {"resamples": 0}):
         with pytest.raises(ValueError, match="mean_interval"):
             mean_interval([1.0, 2.0], **wrong)
+
+
+def test_an_interval_does_not_depend_on_how_many_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).random(50).tolist()
+    whole = intervals.mean_interval(values)
+    monkeypatch.setattr(intervals, "_AT_ONCE", 7 * len(values))  # 5000 is no multiple of 7
+    assert intervals.mean_interval(values) == whole

@@ -14,7 +14,7 @@ from lightning_modules.training.adversary import AdversarialModule, AdversarySet
 from lightning_modules.training.perturb import PerturbSettings
 from tests.lightning_modules.training.test_module import Bigram, batches, fit
 from tests.lightning_modules.training.test_perturbed import answers, llama, weights
-from tests.tolerances import STEPPED_FLOAT32, close
+from tests.tolerances import LINEAR, STEPPED_FLOAT32, close
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*computes all its logits.*", "ignore:.*does not have many workers.*")
 LR = 0.05
@@ -97,3 +97,12 @@ def test_it_takes_no_radius_beside_it() -> None:
         AdversarialModule(Bigram(), perturb=PerturbSettings(0.5))
     with pytest.raises(ValueError, match="retain_inside"):
         AdversarialModule(Bigram(), retain_inside=1.0)
+
+
+def test_under_autocast_the_retain_loss_reads_the_models_own_weights() -> None:
+    model, data = llama(), batches(2)  # at the second step the adversary is somewhere else
+    module = AdversarialModule(model, adversary=AdversarySettings(5.0), optimizer=partial(torch.optim.SGD, lr=0.0))
+    fit(module, data, precision="bf16-mixed")
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = answers(model, data[-1]["retain"], gs.losses.cross_entropy)
+    close(module.losses["retain"].float(), expected.float(), LINEAR[torch.bfloat16])

@@ -16,7 +16,7 @@ from lightning_modules import cli
 from lightning_modules.data.tokenization import Encoded, collate
 from lightning_modules.run import methods, radius
 from lightning_modules.training.adapters import with_adapters
-from lightning_modules.training.auto_radius import GROWTH, RadiusSearch, measured_radius
+from lightning_modules.training.auto_radius import GROWTH, RadiusSearch, _search, measured_radius
 from tests.lightning_modules.run.small_runs import small_run
 from tests.lightning_modules.training.test_callbacks import examples
 from tests.lightning_modules.training.test_probes import llama
@@ -132,3 +132,21 @@ def test_auto_is_not_taken_for_a_radius_that_was_given(tmp_path: Path, capsys: p
     (tmp_path / "run" / "config.yaml").write_text("radius: {start: 0.1}\n")
     assert cli.main([*arguments, "--radius", "auto", "--resume"]) == 1
     assert "--radius auto (there it is {'start': 0.1})" in capsys.readouterr().err
+
+
+def test_the_search_ends_where_the_loss_stops_to_fall() -> None:
+    tried: list[float] = []
+
+    def at(radius: float) -> float:
+        tried.append(radius)
+        return (radius - 2.0) ** 2 if radius < 4.5 else -1.0  # it falls again, far beyond
+
+    assert _search(at, 4.0, 1.0) == pytest.approx(2.0)
+    assert tried == pytest.approx([1.0, 2**0.5, 2.0, 2 * 2**0.5])
+
+
+def test_a_batch_has_examples_from_everywhere() -> None:
+    model, rows = knowing()
+    both = measured_radius(model, rows[:2], pad_token_id=0, settings=RadiusSearch(batches=1, batch_size=2))
+    twice = [rows[0], rows[0], rows[1], rows[1]]
+    assert measured_radius(model, twice, pad_token_id=0, settings=RadiusSearch(batches=2, batch_size=2)) == both

@@ -33,6 +33,7 @@ from lightning_modules.training.callbacks import (
     mean_probabilities,
 )
 from lightning_modules.training.callbacks.notes import note
+from lightning_modules.training.displacement import Displacement
 from tests.reference import callbacks as oracle
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*computes all its logits.*", "ignore:.*checkpoint.*")
@@ -343,3 +344,11 @@ def test_public_names() -> None:
     ):
         assert issubclass(getattr(lm.callbacks, name), L.Callback)
     assert lm.callbacks.SurgeryLogger is SurgeryLogger
+
+
+def test_a_way_from_zero_has_no_relative_length() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    nn.init.zeros_(model.weight)
+    way = Displacement(model)
+    nn.init.ones_(model.weight)
+    assert way.to(model) == (2.0, float("inf"))

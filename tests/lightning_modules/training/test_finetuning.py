@@ -12,7 +12,7 @@ from lightning_modules.data.lengths import LengthBatches
 from lightning_modules.data.tokenization import Encoded, collate
 from lightning_modules.training import finetuning
 from lightning_modules.training.finetuning import FinetuningSettings
-from lightning_modules.training.warmup import warmup_and_decay
+from lightning_modules.training.warmup import LAST_SHARE, rising_and_falling, warmup_and_decay
 from tests.gradsurgery.optimizer.distributed_workers import run
 from tests.lightning_modules.training import finetuning_workers as workers
 from tests.lightning_modules.training.finetuning_workers import SETTINGS, examples, fit, model, weights
@@ -64,3 +64,9 @@ def test_frozen_weights_stay_as_they_are() -> None:
     changed = {name for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])}
     assert "model.embed_tokens.weight" not in changed
     assert "lm_head.weight" in changed
+
+
+def test_a_decay_ends_above_nothing() -> None:
+    assert rising_and_falling(0, 1000) == 0.01
+    assert rising_and_falling(100, 1000) == 1.0
+    assert rising_and_falling(999, 1000) == rising_and_falling(1000, 1000) == LAST_SHARE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_modules as lm
-from lightning_modules.training.learning_rate import MOST, Trial, rate_for, trial
+from lightning_modules.training.learning_rate import FACTOR, FASTER, MOST, MOVED, Trial, rate_for, trial
 from lightning_modules.training.perturb import PerturbSettings
 from lightning_modules.training.probability import mean_probabilities, uncollated
 from tests.lightning_modules.training.test_module import Bigram, batches
@@ -98,3 +99,13 @@ def test_trial_steps_forget_and_are_the_same_again_and_leave_no_trace(
     assert torch.equal(torch.get_rng_state(), drawn[0])
     assert random.getstate() == drawn[1]
     assert all(part.training for part in model.modules())  # as a module's `train()` left them
+
+
+def test_trial_steps_grow_faster_as_long_as_nothing_moves() -> None:
+    data = batches(30)
+    module = lm.UnlearningModule(Bigram(), optimizer=partial(torch.optim.AdamW, lr=1.0))
+    points = trial(module, _Data(data), uncollated(data[0]["forget"]), level=0.0, pad_token_id=0).points
+    factors = [after["lr"] / before["lr"] for before, after in itertools.pairwise(points[1:])]
+    moved = [point["forget"] < MOVED * points[0]["forget"] for point in points[1:-1]]
+    assert len(set(moved)) == 2
+    assert factors == pytest.approx([FACTOR if far else FASTER for far in moved])

@@ -122,3 +122,15 @@ def test_a_sketch_of_another_model_is_refused() -> None:
         ValueError, match="earlier_0: expected a sketch of the weights that are trained, found another at"
     ):
         train({"earlier_0": [{"weight": torch.ones(2)}]}, {})
+
+
+def test_the_sketches_of_a_request_take_turns() -> None:
+    model, _ = model_and_tokenizer()
+    sketches = [{name: torch.full_like(weight, size) for name, weight in model.named_parameters()} for size in (1, 2)]
+    number = sum(weight.numel() for weight in model.parameters())
+    module, steps = train({"earlier": sketches}, {})
+    record = module.surgery.record
+    assert record is not None
+    size = 1 + (len(steps.changes) - 1) % 2
+    assert size == 2, "an even number of steps, or this test means nothing"
+    assert float(record.gram[2, 2]) == pytest.approx(size**2 * number, rel=1e-4)
