@@ -194,10 +194,16 @@ def test_the_base_alone_can_go_on_from_a_checkpoint_with_averages() -> None:
     model = mlp()
     optimizer = surgeon(model)
     contexts(model, optimizer, LOSSES, HALF)
-    base = BASES["AdamW"](model.parameters())
-    base.load_state_dict(through_a_file(optimizer.state_dict()))
-    LOSSES(model, 5, 0)["retain"].backward()
-    base.step()
+    optimizer.zero_grad()
+    trained = []
+    for uses_file in (True, False):
+        own = copy.deepcopy(model)
+        base = BASES["AdamW"](own.parameters())
+        base.load_state_dict(through_a_file(optimizer.state_dict()) if uses_file else optimizer.base.state_dict())
+        LOSSES(own, 5, 0)["retain"].backward()
+        base.step()
+        trained.append(list(own.named_parameters()))
+    assert_same(*trained)
 
 
 def test_loading_does_not_change_the_state_dict_and_saving_does_not_share_groups() -> None:
