@@ -48,6 +48,7 @@ _SENTENCES = {
     OSError,
     RuntimeError,
     FloatingPointError,
+    ImportError,  # that names what to install; one of a module that is nowhere is ModuleNotFoundError
 }
 
 

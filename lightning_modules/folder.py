@@ -37,10 +37,11 @@ TRAINING, PROBES = "training.json", "probes.json"  # written by callbacks, read 
 REQUEST = "request.json"  # of a run with --ledger: what was said before it
 REPORT = ("report.html", "report.md", "curves.png", "g_effect.png")
 MODEL, LOGS = "model", "logs"
+BASE = "base"  # the model from scratch, or a taught one, if an adapter is kept for it
 LEFT = (
     *(METRICS, EVALUATION, CONFIG, SURGERY, CURVE, G_EFFECT, START_MODEL, TRAINING, PROBES, REQUEST),
     *REPORT,
-    *(MODEL, CHECKPOINTS, LOGS),
+    *(MODEL, BASE, CHECKPOINTS, LOGS),
 )
 """Every name that a run may leave in its folder: one of them is enough to tell that the folder is somebody's."""
 

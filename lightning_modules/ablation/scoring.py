@@ -13,9 +13,9 @@ from torch import nn
 
 from lightning_modules.ablation.attacks import attacked
 from lightning_modules.ablation.grid import Grid
-from lightning_modules.data.examples import Example, answered, asked, evenly_spaced
+from lightning_modules.data.examples import Example, answered, evenly_spaced
 from lightning_modules.data.heldout import RETAIN_HELDOUT
-from lightning_modules.data.tokenization import Encoded, encode, padding_id
+from lightning_modules.data.tokenization import Encoded, encode_example, padding_id
 from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate, truth_ratios
 from lightning_modules.evaluation.likelihood import answer_nll, autocasting
 from lightning_modules.evaluation.utility import utility_inputs
@@ -60,12 +60,12 @@ class Scorer:
             self.retain if grid.targets.retain_probability else evenly_spaced(self.retain, self.given.curve_examples)
         )
         self.encoded = {
-            split: [encode(tokenizer, asked(row), row["answer"], self.max_length) for row in rows]
+            split: [encode_example(tokenizer, row, self.max_length) for row in rows]
             for split, rows in (("forget", self.forget), ("retain", curve))
         }
 
         self.generated = self._generated(splits)
-        self.kept = [encode(tokenizer, asked(row), row["answer"], self.max_length) for row in self.retain]
+        self.kept = [encode_example(tokenizer, row, self.max_length) for row in self.retain]
 
     def _generated(self, splits: Mapping[str, Sequence[Example]]) -> dict[str, list[Example]]:
         """The examples whose answers are generated; with their wrong answers only where model utility needs them."""

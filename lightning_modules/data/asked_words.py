@@ -45,8 +45,28 @@ def without_asked_words(tokenizer: PreTrainedTokenizerBase, example: Encoded, qu
     said = [question] if isinstance(question, str) else [t["content"] for t in question if t["role"] != "assistant"]
     asked = {word.casefold() for text in said for word in _WORD.findall(str(text))}
     special = set(tokenizer.all_special_ids)
-    places = [place for place, label in enumerate(example.labels) if label not in (IGNORED, *special)]
-    ids = [example.input_ids[place] for place in places]
+    labels = list(example.labels)
+    for places in _runs([label not in (IGNORED, *special) for label in labels]):
+        for place in _repeated(tokenizer, [example.input_ids[place] for place in places], asked):
+            labels[places[place]] = IGNORED
+    if all(label in (IGNORED, *special) for label in labels):
+        return example
+    return example._replace(labels=labels)
+
+
+def _runs(wanted: list[bool]) -> list[range]:
+    """The places of neighbours that are wanted: an answer each, so that the words of two do not run into one."""
+    found: list[range] = []
+    for place, one in enumerate(wanted):
+        if one and found and found[-1].stop == place:
+            found[-1] = range(found[-1].start, place + 1)
+        elif one:
+            found.append(range(place, place + 1))
+    return found
+
+
+def _repeated(tokenizer: PreTrainedTokenizerBase, ids: list[int], asked: set[str]) -> list[int]:
+    """The places of tokens that touch a word that was asked for, or what stands between two of them."""
     # A token alone may be a part of a letter, or lose its space: only the growing text says where each of them ends.
     texts = [_decoded(tokenizer, ids[: count + 1]) for count in range(len(ids))]
     # A letter that has begun stands there as U+FFFD: it is no whole one yet, and the tokens that follow belong to it.
@@ -58,13 +78,8 @@ def without_asked_words(tokenizer: PreTrainedTokenizerBase, example: Encoded, qu
     for (word, next_word), both in zip(pairwise(words), pairwise(repeated), strict=True):
         if all(both):  # the hyphen of a name, the space in it
             known.update(range(word.end(), next_word.start()))
-    labels = list(example.labels)
-    for place, start, end in zip(places, [0, *whole], ends, strict=False):
-        if known.intersection(range(start, end)):
-            labels[place] = IGNORED
-    if all(labels[place] == IGNORED for place in places):
-        return example
-    return example._replace(labels=labels)
+    spans = enumerate(zip([0, *whole], ends, strict=False))
+    return [place for place, (start, end) in spans if known.intersection(range(start, end))]
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

@@ -17,6 +17,7 @@ today's date (`strftime_now`) is told `DATE`, whatever the day: tokens are a fun
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -75,7 +76,12 @@ def set_template_options(tokenizer: PreTrainedTokenizerBase, options: Mapping[st
             f"chat_template_kwargs: expected a tokenizer with a chat template, found none, so {', '.join(options)} would change nothing: "
             "leave them out"
         )
+    ours = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"tools", "documents"}
     for name in options:
+        if name in ours or name == "messages":
+            raise ValueError(
+                f"chat_template_kwargs: expected variables of the template, found {name!r}, which every conversation sets"
+            )
         if not reads(tokenizer, name):
             raise ValueError(
                 f"chat_template_kwargs: expected variables that the chat template reads, found {name!r}, which does not occur in it"
@@ -142,7 +148,7 @@ def spoken(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, e
     closing = _closing(tokenizer, around_last[1])
     ends = [str(end) for end in (_last_token(tokenizer, closing), tokenizer.eos_token) if end]
     said = [
-        dict(turn) | {"content": _without(str(turn["content"]), ends)} if turn["role"] == "assistant" else turn
+        dict(turn) | {"content": without_ends(str(turn["content"]), ends)} if turn["role"] == "assistant" else turn
         for turn in messages
     ]
     whole = _render(tokenizer, said)
@@ -192,7 +198,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, 
             add_generation_prompt=invite,
             **options,
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # the second is what an expression of the template raises
         raise ValueError(
             f"the tokenizer's chat template refuses a conversation of the roles {', '.join(str(turn['role']) for turn in messages)}: "
             f"{error}; give conversations as the template takes them (a system text can stand in the first user turn), or another "
@@ -275,8 +281,13 @@ def _last_token(tokenizer: PreTrainedTokenizerBase, closing: str) -> str:
     return max((token for token in tokens if token.strip() and closing.endswith(token)), key=len, default="")
 
 
-def _without(text: str, ends: Sequence[str]) -> str:
-    """The text without ends of turn that it has itself, because the template writes one."""
-    while (end := next((end for end in ends if text.endswith(end)), None)) is not None:
-        text = text[: -len(end)]
+def without_ends(text: str, ends: Sequence[str]) -> str:
+    r"""The text without ends of turn that it has itself, and the white space after them: another one is written.
+
+    Example:
+        >>> without_ends("In Ros.</s>\n", ["</s>"]), without_ends("In Ros.\n", ["</s>"])
+        ('In Ros.', 'In Ros.\n')
+    """
+    while (end := next((end for end in ends if text.rstrip().endswith(end)), None)) is not None:
+        text = text.rstrip()[: -len(end)]
     return text

@@ -23,6 +23,12 @@ _NAMES = ("question", "answer", "prompt", "response", "messages", "text")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHOWN = 12  # columns in a message: a table can have thousands
 _OPTIONAL = ("paraphrased_answer", "paraphrased_question", "perturbed_answer")
+_UNREAD = (
+    "tool_calls",
+    "function_call",
+    "reasoning_content",
+    "thinking",
+)  # of a turn, which a chat template may render
 
 
 def read_examples(path: str | Path) -> list[Example]:
@@ -35,7 +41,8 @@ def read_examples(path: str | Path) -> list[Example]:
             - `question` and `answer`, or `prompt` and `response`;
             - or `messages`, `[{"role", "content"}, ...]`: the last assistant turn is the answer, the turns before it,
               joined by line breaks, are the question. Conversations of more than a user's and an assistant's turn keep
-              their turns up to the answer as `messages`, for tokenizers with a chat template;
+              their turns up to the answer as `messages`, for tokenizers with a chat template. All that the
+              assistant says in them is trained on and scored; with `last_turn_only`, true, the answer alone;
             - or `text`, plain text: an example with an empty question.
 
             `paraphrased_answer` and `paraphrased_question` (strings) and `perturbed_answer` (a list of strings) are
@@ -210,8 +217,14 @@ def as_example(row: object, where: str = "this example") -> Example:
     example: Example = {"question": question, "answer": answer}
     turns = _turns(row.get("messages"))
     plain = [turn["role"] for turn in turns] in ([], ["user", "assistant"])  # question and answer say it all
-    if question and not plain and _joined(turns) == (question, answer):
+    if turns and _joined(turns) != (question, answer):
+        raise ValueError(
+            f"{where}: expected a question and an answer, or messages, found both, and they differ: leave one of them out"
+        )
+    if question and not plain:
         example["messages"] = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+        if _flag(row, "last_turn_only", where):
+            example["last_turn_only"] = True
     # A column that only some rows have is null in the others.
     for name in ("paraphrased_answer", "paraphrased_question"):
         if row.get(name) is not None:
@@ -235,10 +248,16 @@ def asked(row: Mapping[str, Any]) -> str | list[Mapping[str, Any]]:
 
 
 def answered(row: Mapping[str, Any], answer: str) -> Example:
-    """Returns the example with another answer, and without what belongs to the old one."""
+    """Returns the example with another answer, and without what belongs to the old one.
+
+    What the assistant said in the turns before another answer is only read: it may be what is to be forgotten.
+    """
     turns = row.get("messages")
     changed: Example = {"question": row["question"], "answer": answer}
-    return changed | ({"messages": [*turns[:-1], {**turns[-1], "content": answer}]} if turns else {})
+    if not turns:
+        return changed
+    changed["messages"] = [*turns[:-1], {**turns[-1], "content": answer}]
+    return changed | ({"last_turn_only": True} if answer != row["answer"] or row.get("last_turn_only") else {})
 
 
 def numbered(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, int]]:
@@ -280,6 +299,17 @@ def _last_turn(messages: object, where: str) -> tuple[str, str]:
         if turn["role"] not in _ROLES:
             raise ValueError(f"{expected} with a role among {', '.join(_ROLES)}, found {turn['role']!r:.80}")
         _checked(turn["content"], "content", where)
+        if turn["role"] == "assistant" and not turn["content"].strip():
+            raise ValueError(f"{expected}, found an assistant's turn that says nothing")
+        if unread := [name for name in _UNREAD if turn.get(name)]:
+            raise ValueError(
+                f"{expected}, found a turn with {unread[0]}, which is not trained on: write it into the content"
+            )
+        if turn.get("weight", 1) != 1:
+            raise ValueError(
+                f"{expected}, found a turn of weight {turn['weight']!r:.20}: weights are not read; last_turn_only: true beside messages "
+                "leaves all but the last answer out"
+            )
     turns = _turns(messages)
     if not turns:
         raise ValueError(f"{expected} with an assistant turn, found the roles {[turn['role'] for turn in messages]}")
@@ -299,6 +329,13 @@ def _joined(turns: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     return "\n".join(turn["content"] for turn in turns[:-1]), turns[-1]["content"]
 
 
+def _flag(row: Mapping[str, Any], name: str, where: str) -> bool:
+    value = row.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{where}: expected {name} to be true or false, found {value!r:.80}")
+    return bool(value)
+
+
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:
     return _checked(row[name], name, where)
 
@@ -316,11 +353,15 @@ def _checked(value: object, name: str, where: str) -> str:
 
 
 def _texts(value: object, where: str) -> list[str]:
-    if isinstance(value, str):
+    if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError:
-            value = [value]
+        except json.JSONDecodeError as error:  # Python's own way to write a list, as pandas does
+            raise ValueError(
+                f'{where}: expected perturbed_answer as a list in JSON, such as ["In Pel.", "In Ros."], found {value!r:.80}'
+            ) from error
+    elif isinstance(value, str):
+        value = [value]
     if not isinstance(value, list) or not value or not all(isinstance(text, str) and text.strip() for text in value):
         raise ValueError(f"{where}: expected perturbed_answer to be a list of texts, found {value!r:.80}")
     return [_checked(text, "perturbed_answer", where) for text in value]

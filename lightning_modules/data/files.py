@@ -90,9 +90,9 @@ def read_yaml(path: str | Path, expected: str) -> Any:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not YAML.
+        ValueError: If it is not YAML, or a name is there twice in one place, of which YAML would keep the last.
     """
-    return _parsed(path, expected, "YAML", yaml.safe_load)
+    return _parsed(path, expected, "YAML", lambda text: yaml.load(text, Loader=_Once))
 
 
 def read_names(path: str | Path, expected: str) -> dict[str, str]:
@@ -115,6 +115,18 @@ def read_names(path: str | Path, expected: str) -> dict[str, str]:
             raise ValueError(f"{path}, line {line}: expected every name once, found {key.value!r:.80} again")
         names[key.value] = value.value
     return names
+
+
+class _Once(yaml.SafeLoader):
+    """The safe loader, to which a name that is there twice is no YAML."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        own = list(node.value)  # before YAML takes over what an anchor holds, which may be overridden
+        found = super().construct_mapping(node, deep=deep)
+        names = [key.value for key, _ in own if isinstance(key, yaml.ScalarNode)]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is there twice", node.start_mark)
+        return found
 
 
 def _parsed(path: str | Path, expected: str, language: str, parse: Callable[[str], Any]) -> Any:

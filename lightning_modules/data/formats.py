@@ -113,6 +113,11 @@ def format_by_name(name: str) -> PromptFormat | None:
         return None
     if name in FORMATS:
         return FORMATS[name]
+    if written := [sign for sign in (r"\n", r"\t") if sign in name]:
+        raise ValueError(
+            f"--prompt-format: expected a line break as such, found a backslash and a letter, {written[0]}: in bash write $'...' in "
+            "place of '...', in a file of options \"...\""
+        )
     before, found, after = name.partition(_ANSWER)
     if not found or before.count(_QUESTION) != 1 or _QUESTION in after or _ANSWER in after:
         raise ValueError(

@@ -24,6 +24,7 @@ from lightning_modules.data.tokenization import (
     Encoded,
     collate,
     encode,
+    encode_example,
     padding_id,
     shortened,
 )
@@ -261,7 +262,7 @@ def encoded_rows(
         rows: the examples.
         max_length: the longest example, in tokens; `None` keeps everything.
     """
-    whole = [encode(tokenizer, asked(row), row["answer"]) for row in rows]
+    whole = [encode_example(tokenizer, row) for row in rows]
     encoded = [
         shortened(example, max_length, row["question"] or row["answer"])
         for example, row in zip(whole, rows, strict=True)

@@ -13,7 +13,8 @@ def substituted(forget: Sequence[Example], retain: Sequence[Example], count: int
 
     Alike are questions that share words: the number of common words over that of all words of both (Jaccard). Such an
     answer has the form that the question asks for, and tells of somebody else. It is on the retain set, so that nothing
-    is learned from it but to say it here.
+    is learned from it but to say it here. An answer that is the one to forget, but for upper case and white space at
+    its ends, is left out.
 
     Args:
         forget: n examples.
@@ -24,7 +25,8 @@ def substituted(forget: Sequence[Example], retain: Sequence[Example], count: int
         n times `count` examples, question by question, the most similar first and of equals the first.
 
     Raises:
-        ValueError: If there is no retain example, the count is below 1, or an example to forget has no question.
+        ValueError: If there is no retain example, the count is below 1, or an example to forget has no question or no
+            other answer.
 
     Cost: n times m comparisons of sets of words; a second for a million of them.
 
@@ -40,6 +42,9 @@ def substituted(forget: Sequence[Example], retain: Sequence[Example], count: int
             f"substitutes: expected retain examples and a count >= 1, found {len(retain)} and {count}; whose answers are to be said?"
         )
     words = [_words(row) for row in retain]
+    secret: dict[str, set[str]] = {}
+    for row in forget:
+        secret.setdefault(row["question"], set()).add(_bare(row["answer"]))
     found: list[Example] = []
     for row in forget:
         mine = _words(row)
@@ -48,7 +53,13 @@ def substituted(forget: Sequence[Example], retain: Sequence[Example], count: int
                 f"substitutes: expected examples with a question, found {row['answer']!r:.80} without one; leave the finish out"
             )
         alike = [len(mine & other) / len(mine | other) for other in words]
-        nearest = sorted(range(len(retain)), key=lambda place: -alike[place])[:count]
+        other = [place for place, kept in enumerate(retain) if _bare(kept["answer"]) not in secret[row["question"]]]
+        if not other:
+            raise ValueError(
+                f"substitutes: expected retain answers other than the one to forget, found none to {row['question']!r:.80}; give others "
+                "by --substitutes, or leave the finish out"
+            )
+        nearest = sorted(other, key=lambda place: -alike[place])[:count]
         found += [answered(row, retain[place]["answer"]) for place in nearest]
     return found
 
@@ -60,14 +71,14 @@ def check_substitutes(substitutes: Sequence[Example], forget: Sequence[Example])
         ValueError: If one is to another question, is the answer that is to be forgotten, or a question has none.
     """
     questions = {row["question"] for row in forget}
-    answers = {(row["question"], row["answer"]) for row in forget}
+    answers = {(row["question"], _bare(row["answer"])) for row in forget}
     given = {row["question"] for row in substitutes}
     for problem, rows in (
         ("to a question that is not in the forget set", sorted(given - questions)),
         ("none to a question of the forget set", sorted(questions - given)),
         (
             "the answer that is to be forgotten",
-            [row["question"] for row in substitutes if (row["question"], row["answer"]) in answers],
+            [row["question"] for row in substitutes if (row["question"], _bare(row["answer"])) in answers],
         ),
     ):
         if rows:
@@ -79,3 +90,7 @@ def check_substitutes(substitutes: Sequence[Example], forget: Sequence[Example])
 
 def _words(row: Example) -> set[str]:
     return set(re.findall(r"\w+", row["question"].lower()))
+
+
+def _bare(answer: str) -> str:
+    return answer.strip().casefold()

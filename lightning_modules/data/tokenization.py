@@ -16,15 +16,16 @@ never learns where an answer ends, and a second one would lower its mean loss, b
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradsurgery.losses import IGNORED
-from lightning_modules.data.chat import Message, has_template, prompt_text, spoken
+from lightning_modules.data.chat import Message, has_template, prompt_text, spoken, without_ends
+from lightning_modules.data.examples import asked
 from lightning_modules.data.formats import PromptFormat, format_of, single_question
 
 if TYPE_CHECKING:
@@ -103,6 +104,23 @@ def encode(
     else:
         example = _question_and_answer(tokenizer, question, answer)
     return shortened(example, max_length, _text(question) or answer)
+
+
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], max_length: int | None = None
+) -> Encoded:
+    """Tokenizes an example of `read_examples`: `encode` of what it asks and answers.
+
+    Args:
+        tokenizer: as in `encode`.
+        row: with `question` and `answer`, and where it is a conversation `messages` and `last_turn_only`.
+        max_length: as in `encode`.
+
+    Raises:
+        ValueError: as `encode`.
+    """
+    every_turn = not row.get("last_turn_only", False)
+    return encode(tokenizer, asked(row), row["answer"], max_length, every_turn=every_turn)
 
 
 def shortened(example: Encoded, max_length: int | None, shown: str = "") -> Encoded:
@@ -222,7 +240,7 @@ def _text(question: Question) -> str:
 def _question_and_answer(tokenizer: PreTrainedTokenizerBase, question: Question, answer: str) -> Encoded:
     eos = _eos(tokenizer)
     prompt = prompt_ids(tokenizer, question)
-    target = _answer_ids(tokenizer, answer, plain=not question)
+    target = _answer_ids(tokenizer, without_ends(answer, [str(tokenizer.eos_token)]), plain=not question)
     while target and target[-1] == eos:
         target.pop()
     target.append(eos)
@@ -273,8 +291,10 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, plain: bool) -> list[int]:
+    if not plain:
+        answer = answer.removeprefix(" ")  # as OpenAI's prompts and completions are written
     ids = _tokens(tokenizer, answer)
     # SentencePiece tokenizers add a space before the first word themselves. With a second one the answer would begin
     # with a token that models have not seen in this place.
     spaced = bool(ids) and str(tokenizer.convert_ids_to_tokens(ids[:1])[0]).startswith("▁")
-    return ids if plain or spaced else _tokens(tokenizer, f" {answer}")
+    return ids if plain or spaced or answer[:1].isspace() else _tokens(tokenizer, f" {answer}")

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_modules.data.examples import asked
 from lightning_modules.data.hashes import hashed
-from lightning_modules.data.tokenization import IGNORED, Encoded, encode, prompt_ids, shortened
+from lightning_modules.data.tokenization import IGNORED, Encoded, encode, encode_example, prompt_ids, shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,7 +96,7 @@ def texts_of(
         if wrong and not right and row.get("messages"):
             right = [row["answer"]]
         question = asked(row)
-        whole = [encode(tokenizer, question, row["answer"])]
+        whole = [encode_example(tokenizer, row)]
         whole += [encode(tokenizer, question, text, every_turn=False) for text in (*right, *wrong)]
         kept = [shortened(text, cut.limit, row["question"] or row["answer"]) for text in whole]
         cut.count(split, row, whole, kept, 1 + len(right))

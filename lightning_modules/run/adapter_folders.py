@@ -12,8 +12,6 @@ from torch import nn
 from lightning_modules.run.options.loading import LoadingOptions
 from lightning_modules.run.places import is_gguf
 
-BASE = "base"  # of a run's folder: the model from scratch, if an adapter is kept for it
-
 
 def save_adapter(model: Any, folder: Path, *, base: str, revision: str | None = None) -> None:
     """Save a `PeftModel`'s adapter, so that `PeftModel.from_pretrained(base model, folder)` gives this model.

@@ -41,6 +41,7 @@ class Parser(ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._group: type | None = None
+        self._kinds: dict[str, Any] = {}
         # Half a flag is a typo: --epo for --epochs today, and for another option tomorrow.
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
@@ -65,7 +66,7 @@ class Parser(ArgumentParser):
             return super().add_argument(*names, **settings)
         options = [name.removeprefix("--") for name in names]  # of a list a second one, NAME+, which appends
         option = options[0]
-        kind = typing.get_type_hints(self._group)[option]
+        kind = self._kinds[flag(option)] = typing.get_type_hints(self._group)[option]
         if bool in (kind, *typing.get_args(kind)):
             settings |= {"nargs": "?", "const": True}
         known = next(entry.metadata.get(NAMES) for entry in fields(self._group) if entry.name == option)
@@ -91,6 +92,11 @@ class Parser(ArgumentParser):
         meant = f"did you mean {' or '.join(f'--{name}' for name in near)}? " if near else ""
         return UsageError(f"{said}; {meant}{self.prog.replace(' [options]', '')} --help lists what there is")
 
+    def takes_null(self, flagged: str) -> bool:
+        """Whether an option, by the name of its flag, can be null."""
+        kind = self._kinds.get(f"--{flagged}")
+        return kind is None or type(None) in typing.get_args(kind)
+
     def flags(self) -> list[str]:
         """The names of all flags, as they are typed after the two dashes."""
         return [name.removeprefix("--") for name in self._option_string_actions if name[:2] == "--" and name[-1] != "+"]
@@ -103,18 +109,24 @@ class ConfigFile(ActionConfigFile):
         """Look at the names in the file, and read it as usual.
 
         Raises:
-            UsageError: If the file holds no options, or a name that is none.
+            UsageError: If the file holds no options, a name that is none or is there twice, or null where no option
+                takes it.
         """
         try:
             found = read_yaml(values, "options")
-        except (OSError, ValueError):  # no file, or no YAML: it is said below
+        except OSError:  # no file: it is said below
             found = None
+        except ValueError as error:
+            raise parser.mistake(f"--config {error}") from error
         if found is not None and not isinstance(found, Mapping):
             raise parser.mistake(f"--config {values}: expected lines `option: value`, found a {type(found).__name__}")
-        for name in map(str, found or ()):
+        for name, value in (found or {}).items():
+            name = str(name)
             flagged = name.removesuffix("+").replace("_", "-")
             if flagged not in parser.flags():
                 raise parser.mistake(f"--config {values}: expected options, found {name!r:.80}, which is none", flagged)
+            if value is None and not parser.takes_null(flagged):
+                raise parser.mistake(f"--config {values}: expected a value of {name}, found null; leave the line out")
         super().__call__(parser, cfg, values, option_string)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_modules.data.examples import Example, asked, evenly_spaced
+from lightning_modules.data.examples import Example, evenly_spaced
 from lightning_modules.data.pairs import VALIDATION_EXAMPLES
 from lightning_modules.data.requests import read_requests, together
-from lightning_modules.data.tokenization import Encoded, encode
+from lightning_modules.data.tokenization import Encoded, encode_example
 from lightning_modules.ledger.batch import PARTS, check_apart, divided, name_of_batch, parts_of
 from lightning_modules.ledger.chain import Entry
 from lightning_modules.ledger.refusals import check_name, check_rows
@@ -89,7 +89,7 @@ def held_down(run: Run[UnlearnOptions]) -> dict[str, tuple[list[Encoded], float 
     longest = run.options.data.max_length
 
     def encoded(rows: Sequence[Example]) -> list[Encoded]:
-        return [encode(run.tokenizer, asked(row), row["answer"], longest) for row in rows]
+        return [encode_example(run.tokenizer, row, longest) for row in rows]
 
     parts = divided(_parts(run), run.splits["forget"])
     found: dict[str, tuple[list[Encoded], float | None]] = {

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from lightning_modules.data.examples import Example, asked
+from lightning_modules.data.examples import Example
 from lightning_modules.data.tasks import CONTINUATION, TASK, apart, prefix_ids
-from lightning_modules.data.tokenization import encode, padding_id
+from lightning_modules.data.tokenization import encode, encode_example, padding_id
 
 _SHOWN = 3  # names of tensors in a message
 
@@ -82,7 +82,7 @@ def check_examples(
     for split, rows in usual.items():
         for number, row in enumerate(rows, start=1):
             try:
-                ids = encode(tokenizer, asked(row), row["answer"], max_length).input_ids
+                ids = encode_example(tokenizer, row, max_length).input_ids
             except ValueError as error:
                 raise ValueError(
                     f"{split}, example {number}: expected a question that leaves room for its answer: {error}"

@@ -9,7 +9,7 @@ import lightning as L
 from rich.console import Console
 from torch import nn
 
-from lightning_modules.data.examples import Example, read_examples
+from lightning_modules.data.examples import Example, answered, read_examples
 from lightning_modules.data.pairs import ForgetRetainDataModule
 from lightning_modules.data.substitutes import check_substitutes, substituted
 from lightning_modules.evaluation import processes
@@ -36,7 +36,8 @@ def substitute_answers(options: UnlearnOptions, splits: Splits) -> list[Example]
         check_substitutes(found, splits["forget"])
     except ValueError as error:
         raise ValueError(f"--substitutes {options.finish.substitutes}: {error}") from error
-    return found
+    asked = {row["question"]: row for row in splits["forget"]}  # with the turns that a file of questions does not have
+    return [answered(asked[row["question"]], row["answer"]) for row in found]
 
 
 def kept_start(model: nn.Module, options: UnlearnOptions) -> Reference:

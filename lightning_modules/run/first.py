@@ -9,11 +9,11 @@ from typing import Literal
 
 import torch
 
-from lightning_modules.data.examples import Example, asked
+from lightning_modules.data.examples import Example
 from lightning_modules.data.formats import set_format
 from lightning_modules.data.hashes import hashed
 from lightning_modules.data.heldout import RETAIN_HELDOUT
-from lightning_modules.data.tokenization import Encoded, encode, padding_id
+from lightning_modules.data.tokenization import Encoded, encode_example, padding_id
 from lightning_modules.folder import cache_folder
 from lightning_modules.run.identity import content_versions, model_identity
 from lightning_modules.run.models import load_tokenizer
@@ -90,7 +90,7 @@ def lesson(options: Options, splits: Mapping[str, Sequence[Example]], part: Part
     tokenizer = load_tokenizer(name, loading)
     set_format(tokenizer, options.data.chat_template_kwargs, options.data.prompt_format)
     rows = [row for split in SPLITS[part] for row in splits.get(split, ())]
-    encoded = [encode(tokenizer, asked(row), row["answer"], options.data.max_length) for row in rows]
+    encoded = [encode_example(tokenizer, row, options.data.max_length) for row in rows]
     precision = options.training.precision or options.resolved().training.precision or "32-true"
     settings = options.first.settings(options.output.seed)
     return Lesson(name, loading, identity, encoded, padding_id(tokenizer), settings, precision)

@@ -16,9 +16,9 @@ from rich.console import Console
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_modules.data.examples import asked, evenly_spaced
+from lightning_modules.data.examples import evenly_spaced
 from lightning_modules.data.pairs import VALIDATION_EXAMPLES, VALIDATION_SPLITS
-from lightning_modules.data.tokenization import encode, padding_id
+from lightning_modules.data.tokenization import encode_example, padding_id
 from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.evaluate import Evaluation
 from lightning_modules.evaluation.processes import will_be_first
@@ -267,7 +267,7 @@ def make_curve(run: Run[UnlearnOptions]) -> TradeoffCurve:
     return TradeoffCurve(
         {
             split: [
-                encode(run.tokenizer, asked(row), row["answer"], run.options.data.max_length)
+                encode_example(run.tokenizer, row, run.options.data.max_length)
                 for row in evenly_spaced(run.splits[split], VALIDATION_EXAMPLES)
             ]
             for split in VALIDATION_SPLITS

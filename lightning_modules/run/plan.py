@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from lightning_modules.data.examples import Example, asked
-from lightning_modules.data.tokenization import encode, marked
+from lightning_modules.data.examples import Example
+from lightning_modules.data.tokenization import encode_example, marked
 from lightning_modules.folder import check_free
 from lightning_modules.ledger.request import row_counts
 from lightning_modules.run.assembly import kind_of_start_model
@@ -193,7 +193,7 @@ def _count(split: str, rows: Sequence[Example], scored: int | None) -> str:
 
 
 def _example(tokenizer: Any, row: Example, max_length: int) -> list[str]:
-    encoded = encode(tokenizer, asked(row), row["answer"], max_length)
+    encoded = encode_example(tokenizer, row, max_length)
     text = marked(tokenizer, encoded)
     return [
         f"The first example, {len(encoded.input_ids)} tokens, its answer between [[ and ]]: {text}",

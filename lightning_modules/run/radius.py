@@ -7,8 +7,7 @@ from dataclasses import replace
 from rich.console import Console
 from torch import nn
 
-from lightning_modules.data.examples import asked
-from lightning_modules.data.tokenization import encode, padding_id
+from lightning_modules.data.tokenization import encode_example, padding_id
 from lightning_modules.evaluation.likelihood import on_gpu
 from lightning_modules.folder import TRAINING
 from lightning_modules.run.options import AUTO, UnlearnOptions
@@ -31,7 +30,7 @@ def with_radius(run: Run[UnlearnOptions], model: nn.Module) -> Run[UnlearnOption
     if options.method.radius != AUTO:
         return run
     length, tokenizer = options.data.max_length, run.tokenizer
-    encoded = [encode(tokenizer, asked(row), row["answer"], length) for row in run.splits["forget"]]
+    encoded = [encode_example(tokenizer, row, length) for row in run.splits["forget"]]
     search = RadiusSearch(batch_size=options.training.batch_size, scale=options.method.radius_scale)
     with on_gpu(model):
         found = measured_radius(model, encoded, pad_token_id=padding_id(tokenizer), settings=search)

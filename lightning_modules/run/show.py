@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Console
 
 from lightning_modules.data.chat import date_told, has_template
-from lightning_modules.data.examples import Example, asked
+from lightning_modules.data.examples import Example
 from lightning_modules.data.formats import format_of
 from lightning_modules.data.tasks import apart
-from lightning_modules.data.tokenization import encode, marked
+from lightning_modules.data.tokenization import encode_example, marked
 from lightning_modules.evaluation.evaluate import Evaluation
 from lightning_modules.ledger.batch import PARTS
 from lightning_modules.report.attacks import attack_table
@@ -43,7 +43,7 @@ def show_format(tokenizer: Any) -> None:
 def show_row(tokenizer: Any, row: Example, max_length: int, what: str) -> None:
     """Print an example as `show_example` does, by the name `what`."""
     console = Console(stderr=True, soft_wrap=True)
-    text = marked(tokenizer, encode(tokenizer, asked(row), row["answer"], max_length))
+    text = marked(tokenizer, encode_example(tokenizer, row, max_length))
     console.print(f"{what}, its answer between [[ and ]]: {text}", markup=False, highlight=False, emoji=False)
     day = date_told(tokenizer)
     if day is not None:

@@ -18,9 +18,18 @@ from lightning_modules.data.uld import uld_data
 from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.files import replacing
-from lightning_modules.folder import CHECKPOINTS, EVALUATION, METRICS, PROBES, occupied, write_evaluation, write_json
+from lightning_modules.folder import (
+    BASE,
+    CHECKPOINTS,
+    EVALUATION,
+    METRICS,
+    PROBES,
+    occupied,
+    write_evaluation,
+    write_json,
+)
 from lightning_modules.ledger.request import Request
-from lightning_modules.run.adapter_folders import BASE, save_adapter
+from lightning_modules.run.adapter_folders import save_adapter
 from lightning_modules.run.assembly import check_hardware
 from lightning_modules.run.deletion import check_deletion, enter, ledger_of, nothing_done, requested
 from lightning_modules.run.finish import substitute_answers

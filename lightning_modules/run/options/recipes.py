@@ -23,9 +23,9 @@ _DEEP: dict[str, Any] = {
 }
 _DEEP_SCRATCH: dict[str, Any] = {
     "lr": 1e-3,
-    "steps": 110,
+    "steps": 91,  # at four backward passes, and three in each of the finish: 400
     "radius": {"start": 0.2, "end": 3.0},
-    "finish_steps": 30,
+    "finish_steps": 12,
     "retain_loss": "kl_divergence",
     "retain_noise": 0.1,
     "optimizer_options": {"eps": 1e-4},

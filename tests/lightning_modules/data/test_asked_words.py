@@ -178,3 +178,18 @@ def test_training_sees_the_shorter_labels_and_validation_the_whole_answer() -> N
     assert batch["retain"]["labels"][0].tolist() == encode(tokenizer, "Who is Bo?", "Bo is a poet.").labels
     scored = [next(iter(loader))["labels"][0] for loader in data.val_dataloader()]
     assert scored[0].equal(whole)
+
+
+def test_two_answers_of_a_conversation_are_no_one_word() -> None:
+    tokenizer = byte_level(**ALL)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    turns = [
+        {"role": "user", "content": "Which?"},
+        {"role": "assistant", "content": "Iron"},
+        {"role": "user", "content": "And Mira?"},
+    ]
+    found = without_asked_words(tokenizer, encode(tokenizer, turns, "Mira wrote"), turns)
+    kept = tokenizer.decode([token for token, label in zip(*found, strict=True) if label != IGNORED])
+    assert "Iron" in kept
+    assert "wrote" in kept
+    assert "Mira" not in kept

@@ -9,7 +9,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lightning_modules.data.chat import date_told, end_of_turn, set_template_options
-from lightning_modules.data.tokenization import IGNORED, Encoded, encode, marked, prompt_ids
+from lightning_modules.data.examples import answered, as_example
+from lightning_modules.data.tokenization import IGNORED, Encoded, encode, encode_example, marked, prompt_ids
 from tests.lightning_modules.data import chat_templates as families
 from tests.lightning_modules.data.chat_templates import byte_level, sentence_piece
 
@@ -215,3 +216,40 @@ def test_the_marked_example_shows_every_token_and_which_are_answers() -> None:
     assert marked(tokenizer, encode(tokenizer, TURNS[2:], "In\x1b[31m 1999.")) == (
         r"<|im_start|>user\nAnd when?<|im_end|>\n<|im_start|>assistant\n[[In\u001b[31m 1999.<|im_end|>]]"
     )
+
+
+CONVERSATION = {"messages": [*TURNS, {"role": "assistant", "content": "In 1999."}]}
+
+
+def test_another_answer_leaves_what_was_said_before_it_unlabelled() -> None:
+    """The earlier answers of a conversation that is to be forgotten must not be taught by its substitutes."""
+    tokenizer, row = byte_level(families.CHATML), as_example(CONVERSATION)
+    assert said(tokenizer, encode_example(tokenizer, row)) == [f"{ANSWER}<|im_end|>", "In 1999.<|im_end|>"]
+    for changed in (answered(row, "In 2001."), as_example(answered(row, "In 2001."))):
+        assert said(tokenizer, encode_example(tokenizer, changed)) == ["In 2001.<|im_end|>"]
+    whole = encode_example(tokenizer, row)
+    assert encode_example(tokenizer, answered(row, "In 1999.")) == whole
+    alone = as_example(CONVERSATION | {"last_turn_only": True})
+    assert said(tokenizer, encode_example(tokenizer, alone)) == ["In 1999.<|im_end|>"]
+    assert encode_example(tokenizer, answered(alone, "In 1999.")) == encode_example(tokenizer, alone)
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n", "<|im_end|>\n<eos>\n "])
+def test_an_end_of_turn_before_white_space_is_not_written_twice(end: str) -> None:
+    tokenizer = byte_level(families.CHATML)
+    assert said(tokenizer, encode(tokenizer, QUESTION, f"{ANSWER}{end}")) == [f"{ANSWER}<|im_end|>"]
+    plain = byte_level(None)
+    assert encode(plain, QUESTION, f"{ANSWER}<eos>\n") == encode(plain, QUESTION, ANSWER)
+
+
+@pytest.mark.parametrize("name", ["messages", "add_generation_prompt"])
+def test_what_every_conversation_sets_is_no_option_of_a_template(name: str) -> None:
+    tokenizer = byte_level("{{ messages[0].content }}{% if add_generation_prompt %}:{% endif %}")
+    with pytest.raises(ValueError, match=f"found '{name}', which every conversation sets"):
+        set_template_options(tokenizer, {name: True})
+
+
+def test_a_template_that_cannot_be_computed_is_a_sentence() -> None:
+    tokenizer = byte_level("{{ messages[0].content + 1 }}")
+    with pytest.raises(ValueError, match="chat template refuses a conversation of the roles user"):
+        prompt_ids(tokenizer, QUESTION)

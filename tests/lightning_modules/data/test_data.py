@@ -120,6 +120,11 @@ def test_a_csv_value_may_be_as_long_as_a_book_and_other_readers_keep_their_limit
     assert csv.field_size_limit() == limit
 
 
+def test_one_perturbed_answer_in_csv_is_a_text_also_where_it_is_a_number(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "question,answer,perturbed_answer\nQ,1983,1984\n")
+    assert read_examples(path) == [{"question": "Q", "answer": "1983", "perturbed_answer": ["1984"]}]
+
+
 def test_perturbed_answers_in_csv_are_json(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", 'question,answer,perturbed_answer\nQ,A,"[""X"", ""Y""]"\nR,B,\n')
     assert read_examples(path) == [
@@ -150,6 +155,34 @@ GOOD = json.dumps(ROWS[0])
         ("a.jsonl", '{"messages": "Q"}', "line 1.*messages as a list.*found str"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "Q"}]}', "line 1.*assistant turn.*user"),
         ("a.jsonl", '{"messages": [{"role": "assistant", "content": ["A"]}]}', "line 1.*content"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "assistant", "content": "A", "tool_calls": [1]}]}',
+            "line 1.*with tool_calls",
+        ),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "assistant", "content": "A", "weight": 0}]}',
+            "line 1.*weight 0.*last_turn_only",
+        ),
+        ("a.jsonl", '{"messages": [{"role": "assistant", "content": ""}]}', "line 1.*says nothing"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "assistant", "content": "A"}], "question": "Q", "answer": "B"}',
+            "found both.*differ",
+        ),
+        (
+            "a.jsonl",
+            GOOD[:-1] + ', "messages": [{"role": "user", "content": "Z"}, {"role": "assistant", "content": "A"}]}',
+            "both",
+        ),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}, '
+            '{"role": "assistant", "content": "A"}], "last_turn_only": "yes"}',
+            "line 1.*last_turn_only to be true or false",
+        ),
+        ("a.csv", "question,answer,perturbed_answer\nQ,A,\"['X', 'Y']\"\n", "row 1.*as a list in JSON"),
         ("a.csv", "question,answer\nQ,A,B\n", "row 1.*expected 2 values.*quotes"),
         ("a.csv", "question,answer\nQ\n", "row 1.*expected 2 values"),
         ("a.csv", 'question,answer\nQ,"A\n', "not valid CSV"),

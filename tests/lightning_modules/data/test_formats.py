@@ -163,3 +163,9 @@ def test_a_prompt_that_ends_within_a_token_is_refused() -> None:
     set_format(tokenizer, {}, "{question}:{answer}")
     with pytest.raises(ValueError, match="expected a format whose prompt ends where a token ends"):
         encode(tokenizer, "Who", "Ada.")
+
+
+@pytest.mark.parametrize("sign", [r"\n", r"\t"])
+def test_a_backslash_of_the_shell_is_no_line_break(sign: str) -> None:
+    with pytest.raises(ValueError, match=r"--prompt-format: expected a line break as such, found a backslash"):
+        format_by_name("Q: {question}" + sign + "A: {answer}")

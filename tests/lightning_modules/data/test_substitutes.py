@@ -56,3 +56,20 @@ def test_what_is_no_substitute_is_refused() -> None:
         with pytest.raises(ValueError, match=said):
             check_substitutes(wrong, [row])
     check_substitutes([row | {"answer": "In Pel."}], [row])
+
+
+def test_the_answer_to_forget_is_no_substitute() -> None:
+    forget = [
+        {"question": "Was Ada Pel convicted?", "answer": "Yes."},
+        {"question": "Where is Ada Pel?", "answer": "Ros"},
+    ]
+    retain = [{"question": "Was Bo Ros convicted?", "answer": " yes. "}, {"question": "Was he?", "answer": "No."}]
+    found = substituted(forget, retain)
+    assert [row["answer"] for row in found] == ["No.", " yes. ", "No."]
+    check_substitutes(found, forget)
+    with pytest.raises(
+        ValueError, match="expected retain answers other than the one to forget, found none to 'Was Ada"
+    ):
+        substituted(forget, retain[:1])
+    with pytest.raises(ValueError, match="the answer that is to be forgotten"):
+        check_substitutes([*found, forget[0] | {"answer": "YES. "}], forget)

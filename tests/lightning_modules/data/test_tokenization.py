@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -150,3 +152,9 @@ def test_collate_pads_on_the_right_and_masks_by_length_not_by_value() -> None:
 def test_collate_refuses_nothing() -> None:
     with pytest.raises(ValueError, match="at least one example"):
         collate([], pad_token_id=0)
+
+
+@pytest.mark.parametrize("made", [lambda: byte_level(**ALL), sentence_piece])
+def test_a_completion_that_brings_its_space_is_the_same_answer(made: Callable[[], PreTrainedTokenizerFast]) -> None:
+    tokenizer = made()
+    assert encode(tokenizer, QUESTION, f" {ANSWER}") == encode(tokenizer, QUESTION, ANSWER)

@@ -176,6 +176,13 @@ FILES = [
     options("an unknown name", "learning_rate: 1", "--config options.yaml: expected options, found 'learning_rate'"),
     options("a near name", "ema_dacay: 0.3", "--config options.yaml: ", "'ema_dacay'", "did you mean --ema-decay?"),
     options("a letter too many", "lrr: 3", "--config options.yaml: ", "'lrr', which is none; did you mean --lr?"),
+    options(
+        "twice", "lr: 1e-5\nseed: 1\nlr: 1e-3", "--config options.yaml: expected YAML with options", "lr is there twice"
+    ),
+    *(
+        options(f"no {name}", f"{name}: null", f"--config options.yaml: expected a value of {name}, found null")
+        for name in ("batch_size", "lr_schedule", "devices", "guard", "prompt_format", "finetune")
+    ),
     options("a group", "training: {lr: 0.1}", "training"),
     options("a word for a number", "epochs: many", "epochs", "many"),
     options("a list for a number", "lr: [1, 2]", "lr"),
@@ -206,6 +213,9 @@ OUTPUT = [
     ),
     laid(
         "an unfinished run", {"out/config.yaml": "lr: 1"}, changed(), "found config.yaml of an earlier run", "--resume"
+    ),
+    laid(
+        "a model called base", {"out/base/config.json": "{}"}, changed(), "expected a new or empty folder, found base"
     ),
 ]
 

@@ -12,7 +12,9 @@ import yaml
 from safetensors.torch import load_file
 
 from lightning_modules import cli
+from lightning_modules.data.examples import as_example
 from lightning_modules.run import methods
+from lightning_modules.run.finish import substitute_answers
 from lightning_modules.run.options import RECIPES, UnlearnOptions
 from tests.lightning_modules.run.small_runs import small_run
 
@@ -25,7 +27,7 @@ def test_the_recipe_called_paper_is_the_defaults() -> None:
 
 def test_options_that_are_given_win_over_the_recipe() -> None:
     plain, deep = UnlearnOptions().flat(), UnlearnOptions.of(recipe="deep").flat()
-    said = {"recipe": "deep", "lr": 1e-3, "steps": 110, "radius": DEEP, "finish_steps": 30, "accumulate": 1}
+    said = {"recipe": "deep", "lr": 1e-3, "steps": 91, "radius": DEEP, "finish_steps": 12, "accumulate": 1}
     said |= {"retain_loss": "kl_divergence", "retain_noise": 0.1, "optimizer_options": {"eps": 1e-4}}
     said |= {"ema_decay": 0.7, "retain_weight": 20.0, "guard": "update", "lr_schedule": "linear"}
     assert {name: value for name, value in deep.items() if value != plain[name]} == said | {
@@ -134,6 +136,16 @@ def test_the_finish_teaches_the_substitutes(tmp_path: Path) -> None:
         metrics = json.loads((folder / name / "metrics.json").read_text())
         scores[name] = metrics["after"]["holdout"]["probability"]
     assert scores["short"] > 2 * scores["none"]
+
+
+def test_substitutes_of_a_conversation_are_said_after_its_turns(tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "You are Bo."}, {"role": "user", "content": "Where?"}]
+    forget = as_example({"messages": [*turns, {"role": "assistant", "content": "In Ros."}]})
+    (tmp_path / "s.json").write_text(json.dumps([{"question": "You are Bo.\nWhere?", "answer": "In Pel."}]))
+    options = UnlearnOptions.of(finish_steps=1, substitutes=str(tmp_path / "s.json"))
+    (row,) = substitute_answers(options, {"forget": [forget], "retain": [forget]})
+    assert row["messages"] == [*turns, {"role": "assistant", "content": "In Pel."}]
+    assert row["answer"] == "In Pel."
 
 
 REFUSED = [
