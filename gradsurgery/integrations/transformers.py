@@ -251,7 +251,8 @@ class SurgeryTrainerMixin(_Trainer):
             return values.sum() / max(len(values), 1)
         # DDP takes the mean over the processes, and the number is theirs together.
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return values.sum() / num_items_in_batch * processes
+        number = num_items_in_batch  # a tensor is not read
+        return values.sum() / (number.clamp_min(1) if isinstance(number, Tensor) else max(number, 1)) * processes
 
     # What is logged and counted --------------------------------------------------------------------------------------
 

@@ -116,6 +116,7 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         generating: bool = False,
         return_dict: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run both models and subtract their logits. The signature is Hugging Face's.
@@ -130,6 +131,8 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
             logits_to_keep: How many of the last positions, 0 for all, or which.
             generating: Whether filtered tokens get -inf, see `logit_difference`; `model.generate` sets it.
             return_dict: False for a tuple.
+            num_items_in_batch: The number of labels of a whole step, over which a trainer that accumulates takes the
+                mean; by default of this batch.
             kwargs: Given to both models.
 
         Returns:
@@ -159,7 +162,12 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
             for model, half in zip((self.base, self.assistant), halves, strict=True)
         )
         logits = logit_difference(base, assistant, self.weight, self.top_logit_filter, generating=generating)
-        loss = None if labels is None else cross_entropy(*answer_tokens(logits, labels))
+        loss = None
+        if labels is not None:
+            rows, tokens = answer_tokens(logits, labels)
+            loss = cross_entropy(rows, tokens)
+            if num_items_in_batch is not None:
+                loss = loss * (len(tokens) / num_items_in_batch)
         output = CausalLMOutputWithPast(
             loss=loss,  # pyright: ignore[reportArgumentType] (a plain tensor, as everywhere in Transformers)
             logits=logits,  # pyright: ignore[reportArgumentType]

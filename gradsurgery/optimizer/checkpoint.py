@@ -83,6 +83,7 @@ def load(
     state, averages, steps = _split_state(state_dict, parameters_of(base), average)
     _refuse_other_parameters(state_dict["param_groups"], state, base)
     groups = [dict(group) for group in state_dict["param_groups"]]
+    _refuse_late_averages(groups, average)
     for group in groups:
         for key in [key for key in group if key.startswith(_DECAY)]:
             name, decay = key.removeprefix(_DECAY), group.pop(key)
@@ -106,6 +107,18 @@ def load(
     # Checkpoints of earlier versions have one number of steps for all parameters.
     averaged = {parameter for of_name in averages.values() for parameter in of_name}
     average.restore(averages, dict.fromkeys(averaged, of_all) | steps)
+
+
+def _refuse_late_averages(groups: list[dict[str, Any]], average: EMA) -> None:
+    """Raise ValueError where an average would begin now and be corrected as one of all the steps before."""
+    begun = {
+        key.removeprefix(_DECAY) for group in groups if group.get(_STEPS) for key in group if key.startswith(_DECAY)
+    }
+    if begun and (late := sorted(average.decays.keys() - begun)):
+        raise ValueError(
+            f"load_state_dict: expected averages of {sorted(average.decays)}, found those of {sorted(begun)} alone, which have begun; "
+            f"construct GradientSurgery with ema_decay for these, and none for {', '.join(late)}"
+        )
 
 
 def _refuse_flattening(average: EMA, rule: object) -> None:

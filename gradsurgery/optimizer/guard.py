@@ -64,7 +64,11 @@ def guard(
     units = rows.units(device).clone()
     units[0] = -1.0  # gru rectifies a gradient, which is minus a change; and the change carries no loss scale
     shares = _shares(param_groups, len(rows.parameters), device)
-    measured = _Change([list(before), *rows.lists[1:]], rows, units, shares)
+    # A parameter that the base does not step cannot take a part of the correction, and must not count as if it could.
+    protected: list[list[Tensor | None]] = [
+        [None if old is None else tensor for old, tensor in zip(before, row, strict=True)] for row in rows.lists[1:]
+    ]
+    measured = _Change([list(before), *protected], rows, units, shares)
     gram = measured.gram()
     unguarded = -gram[:, 0, 1:].sum(0)
     if not project:
@@ -74,11 +78,10 @@ def guard(
         return unguarded, unguarded
     # A NaN that the base wrote must not spread to what it left whole.
     amounts, of_parameter = measured.amounts(torch.where(coefficients.isfinite().all(), coefficients, 0.0))
-    moved: list[list[Tensor | None]] = [
-        [None if old is None else tensor for old, tensor in zip(before, row, strict=True)]
-        for row in (rows.parameters, *rows.lists[1:])
+    moved: list[Tensor | None] = [
+        None if old is None else tensor for old, tensor in zip(before, rows.parameters, strict=True)
     ]
-    combine_blocks_(moved, amounts, blocks=of_parameter)
+    combine_blocks_([moved, *protected], amounts, blocks=of_parameter)
     # Measured and not predicted, so that what the parameters' type rounds away shows.
     return unguarded, -measured.products_with_change()
 

@@ -28,6 +28,7 @@ class Joined:
         number: Micro-batches captured so far.
         explicit: Whether they came with the loss scale that their incoming gradients carry; None before the first.
         incoming: The latest incoming gradient, 0-dim, from the second micro-batch on, if the loss scale is not given.
+        total: The sum of the incoming gradients, if the loss scale is not given.
         loss_scale: What an undivided loss would bring as its incoming gradient: 1, or a GradScaler's scale.
     """
 
@@ -39,6 +40,7 @@ class Joined:
         self.number = 0
         self.explicit: bool | None = None
         self.incoming: Tensor | None = None
+        self.total: Tensor | None = None
         self.loss_scale: float | Tensor = 1.0
 
     def add(self, gradient: Tensor, scale: float | Tensor | None) -> float | Tensor:
@@ -49,14 +51,16 @@ class Joined:
             scale: The loss scale, where that was given.
 
         Returns:
-            What the rows must be divided by. An incoming gradient is loss scale / micro-batches, and the rows are sums
-            so far: their number makes means of them. With a given scale they stay sums.
+            What the rows must be divided by. An incoming gradient is the loss scale times the micro-batch's share of
+            the step, usually one over their number, and the rows are sums of gradients times these: over the sum of
+            the shares so far they are means. With a given scale they stay sums.
         """
         self.number += 1
         if scale is not None:
             return scale
         self.incoming = gradient if self.number > 1 else None
-        return gradient * self.number
+        self.total = gradient if self.total is None else self.total + gradient
+        return self.total
 
     def undivided(self, device: torch.device) -> Tensor:
         """Whether a loss was not divided by the number of micro-batches, as far as its gradient tells, 0-dim bool."""

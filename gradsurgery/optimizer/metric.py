@@ -105,7 +105,7 @@ def optimizer_metric(base: torch.optim.Optimizer, parameters: Sequence[Tensor]) 
         if not state:
             return None  # this parameter's first step
         eps = group.get("eps", 0.0)
-        if "exp_avg_sq" in state:
+        if "exp_avg_sq" in state and "step" in state and "betas" in group:  # Adam's, and not only a name of it
             # In float64, because 1 - 0.999 ** step would keep only a few digits of a float32 step count's power.
             step = state["step"]
             unbiased = 1.0 - group["betas"][1] ** (step.double() if isinstance(step, Tensor) else step)
@@ -122,7 +122,7 @@ def optimizer_metric(base: torch.optim.Optimizer, parameters: Sequence[Tensor]) 
                 return None if step == 0 else (state["sum"], lambda v: 1.0 / (v.sqrt() + eps))
             return state["sum"], lambda v: torch.where(step == 0, 1.0, 1.0 / (v.sqrt() + eps))
         raise RuntimeError(
-            "metric='optimizer': expected exp_avg_sq, exp_inf, square_avg or sum in the state of "
+            "metric='optimizer': expected exp_avg_sq with Adam's step and betas, exp_inf, square_avg or sum in the state of "
             f"{type(base).__name__}, found {sorted(map(str, state))}; use metric='euclidean'"
         )
 

@@ -149,6 +149,9 @@ class Adjustable(Wrapper):
         blocks_of_both(self._options.scope, value, self.param_groups)
         self._options.record_scope = value
 
+    def _reads_names(self) -> bool:
+        return callable(self._options.scope) or callable(self._options.record_scope)
+
     def memory_estimate(self) -> int:
         """Bytes on this rank that surgery holds at most, besides what a plain step of the base holds at the same time.
 

@@ -82,11 +82,30 @@ class Wrapper(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the base; its rows and averages start with the next objective.
 
+        Torch refuses parameters without names beside parameters with names, as trainers that unfreeze add them: here
+        they get some, unless a scope of the user's reads names.
+
         Raises:
             ValueError: If this optimizer cannot step such a group. Nothing is added then.
         """
         self._check_groups([{**self.defaults, **param_group}])
-        self._base.add_param_group(param_group)
+        self._base.add_param_group(self._named(param_group))
+
+    def _named(self, param_group: dict[str, Any]) -> dict[str, Any]:
+        """The group, with names where the other groups have some and it has none."""
+        given = param_group.get("params", ())
+        added = [given] if isinstance(given, Tensor) else list(given)
+        if not any("param_names" in group for group in self.param_groups) or not added:
+            return param_group
+        if self._reads_names() or "param_names" in param_group or not all(isinstance(one, Tensor) for one in added):
+            return param_group
+        number = len(self._parameters())
+        named = [(f"added.{number + place}", parameter) for place, parameter in enumerate(added)]
+        return {**param_group, "params": named}
+
+    def _reads_names(self) -> bool:
+        """Whether the parameters' own names matter; here they do not."""
+        return False
 
     @staticmethod
     def _check_groups(groups: Sequence[Mapping[str, Any]]) -> None:

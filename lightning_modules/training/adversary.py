@@ -18,10 +18,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import gradsurgery as gs
 from lightning_modules.training.module import UnlearningModule
@@ -86,8 +87,16 @@ class AdversarialModule(UnlearningModule):
         self._taught = 0
 
     def on_train_start(self) -> None:
-        """Start with an adversary that is the model."""
+        """Start with an adversary that is the model.
+
+        Raises:
+            RuntimeError: If the weights are sharded over processes.
+        """
         super().on_train_start()
+        if any(isinstance(parameter, DTensor) for parameter in self._trained()):
+            raise RuntimeError(
+                "adversary: expected weights that every process holds whole, found sharded ones; use ddp, or the recipe deep"
+            )
         self._weights, self._taught = [], 0
 
     def training_step(self, batch: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
@@ -107,7 +116,7 @@ class AdversarialModule(UnlearningModule):
             torch._foreach_copy_(parameters, self._weights)  # pyright: ignore[reportPrivateUsage]
         try:
             torch.clear_autocast_cache()  # it holds 16-bit copies of the weights as they were
-            gradients = torch.autograd.grad(self._teach(self, batch, "forget"), parameters)
+            gradients = self._gradients(self._teach(self, batch, "forget"), parameters)
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(parameters, here)  # pyright: ignore[reportPrivateUsage]
@@ -116,6 +125,25 @@ class AdversarialModule(UnlearningModule):
             for weight, start, gradient in zip(self._weights, here, gradients, strict=True):
                 weight.sub_(gradient, alpha=settings.lr)
                 weight.lerp_(start, 1.0 - settings.keep)
+
+    def _gradients(self, loss: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+        """The gradient of the whole step's loss, in every process; 0 where a loss does not reach a parameter."""
+        try:
+            found: Any = torch.autograd.grad(loss, parameters, allow_unused=True)
+        except RuntimeError as error:
+            if "incompatible with .grad()" not in str(error):
+                raise
+            raise RuntimeError(
+                "adversary: expected gradient checkpointing that takes gradients by name, found use_reentrant=True; say "
+                'gradient_checkpointing_enable({"use_reentrant": False})'
+            ) from error
+        gradients = [
+            torch.zeros_like(parameter) if gradient is None else gradient
+            for gradient, parameter in zip(found, parameters, strict=True)
+        ]
+        if self.trainer.world_size == 1:
+            return gradients
+        return [cast("Tensor", self.trainer.strategy.reduce(gradient, reduce_op="mean")) for gradient in gradients]
 
     def _perturbed(self, batch: Mapping[str, Mapping[str, Tensor]], name: str) -> gs.Perturbed:
         if self._at is None:

@@ -77,16 +77,18 @@ def undo_settings(given: Mapping[str, float]) -> UndoSettings:
 
 @torch.no_grad()
 def perturb_(model: nn.Module, settings: UndoSettings) -> None:
-    """Mix every matrix of a model with noise, in place.
+    """Mix every matrix of a model with noise, in place; of a mixture's experts, that are one tensor, each is a matrix.
 
     Vectors (the gains of norms, biases) stay as they are. The authors' code shrinks them by 1 - alpha, which is
     harmless where a gain is 1 + w as in Gemma, and scales a Llama's hidden states down. Tied weights are mixed once.
     """
     generator = torch.Generator().manual_seed(settings.seed)
+    convolutions = (part for part in model.modules() if isinstance(part, (nn.Conv1d, nn.Conv2d, nn.Conv3d)))
+    kernels = {id(part.weight) for part in convolutions}
     for weight in model.parameters():
         if weight.ndim < 2:
             continue
-        outputs, inputs = weight.shape[0], weight[0].numel()
+        outputs, inputs = (weight.shape[0], weight[0].numel()) if id(weight) in kernels else weight.shape[-2:]
         bound = math.sqrt(6.0 / (outputs + inputs))
         noise = (2.0 * torch.rand(weight.shape, generator=generator) - 1.0).to(weight) * bound
         weight.mul_(1.0 - settings.alpha).add_(noise, alpha=settings.alpha * settings.beta)

@@ -31,7 +31,7 @@ from transformers import (
 
 from gradsurgery.logit_difference import LogitDifferenceModel, assistant, logit_difference, top_logit_mask
 from tests.reference import logit_difference as reference
-from tests.tolerances import Tolerance, close
+from tests.tolerances import LINEAR, Tolerance, close
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 23
@@ -605,3 +605,15 @@ def test_an_assistant_that_was_loaded_refuses_to_merge(tmp_path: Path) -> None:
     loaded: Any = LogitDifferenceModel.from_pretrained(tmp_path).assistant
     with pytest.raises(RuntimeError, match="own storage"):
         loaded.merge_and_unload()
+
+
+def test_the_loss_of_a_micro_batch_is_its_share_of_the_step() -> None:
+    """As a trainer asks that accumulates: over the labels of all micro-batches, and not of this one."""
+    model = pair()
+    rows = torch.randint(0, VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(0))
+    labels = rows.masked_fill(torch.arange(6) < torch.tensor([[1], [3], [0], [4]]), -100)
+    with torch.no_grad():
+        whole = model(rows, labels=labels).loss
+        number = int((labels[:, 1:] != -100).sum())
+        parts = [model(rows[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=number).loss for i in range(4)]
+    close(torch.stack(parts).sum(), whole, LINEAR[torch.float32], scale=whole)

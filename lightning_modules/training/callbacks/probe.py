@@ -8,12 +8,15 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lightning_modules.folder import PROBES
 from lightning_modules.training.callbacks.notes import note
 from lightning_modules.training.merging import check_mergeable, merged
+
+SHARDED = "expected a model that one process holds whole, found sharded weights; save it, and probe the saved model in one process"
 
 
 class Probe(Callback):
@@ -36,7 +39,14 @@ class Probe(Callback):
         self.result: dict[str, Any] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002 (Lightning's signature)
-        """Refuse adapters that cannot be merged into a copy now, and not after training."""
+        """Refuse what cannot be copied now, in every process, and not after training: some adapters, sharded weights.
+
+        Raises:
+            RuntimeError: If the strategy shards the weights.
+            ValueError: If the adapters cannot be merged.
+        """
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise RuntimeError(SHARDED)
         check_mergeable(pl_module.get_submodule("model"))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -56,6 +66,16 @@ class Probe(Callback):
         raise NotImplementedError
 
 
+def check_whole(model: nn.Module) -> None:
+    """Refuse a model that no process holds whole.
+
+    Raises:
+        RuntimeError: If the weights are sharded over processes.
+    """
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise RuntimeError(SHARDED)
+
+
 def plain_copy(model: nn.Module) -> nn.Module:
     """A copy of the model without gradients, with its adapters merged: what somebody who is given the model holds.
 
@@ -63,10 +83,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
         RuntimeError: If the weights are sharded over processes.
         ValueError: If the adapters cannot be merged, see `merging.check_mergeable`.
     """
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise RuntimeError(
-            "expected a model that one process holds whole, found sharded weights; save it, and probe the saved model in one process"
-        )
+    check_whole(model)
     copied: nn.Module = merged(copy.deepcopy(model))
     for parameter in copied.parameters():
         parameter.grad = None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_modules.data.tokenization import Encoded
 from lightning_modules.progress import Stage
-from lightning_modules.training.callbacks.probe import Probe, plain_copy
+from lightning_modules.training.callbacks.probe import Probe, check_whole, plain_copy
 from lightning_modules.training.probability import mean_probabilities
 
 
@@ -127,6 +127,7 @@ def quantization_probe(
         ValueError: If bits are outside 2 to 16, or the model has no linear layer.
         RuntimeError: If the weights are sharded.
     """
+    check_whole(model)  # before anything is computed, which would wait for the other processes
     points: list[dict[str, Any]] = [
         {"bits": None, **mean_probabilities(model, splits, pad_token_id=pad_token_id, batch_size=batch_size)}
     ]

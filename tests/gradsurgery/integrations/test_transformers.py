@@ -240,3 +240,9 @@ def test_engines_that_own_the_gradients_are_refused(
     monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", with_engine)
     with pytest.raises(RuntimeError, match=f"expected one process for each device.* found {engine}.*torchrun"):
         trainer(tmp_path, llama(), optimizers=(None, None))
+
+
+def test_the_mean_of_no_token_is_0(tmp_path: Path) -> None:
+    run = trainer(tmp_path, llama())
+    for number in (0, torch.tensor(0), None):
+        assert float(run.mean_over_step(torch.zeros(0), number)) == 0.0

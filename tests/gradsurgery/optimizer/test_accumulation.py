@@ -308,3 +308,21 @@ def test_an_average_begins_with_the_first_step() -> None:
         optimizer.ema_decay = None
     optimizer.ema_decay = {"retain": 0.0}
     contexts(model, optimizer, LOSSES, [1])
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.25, 0.75), (0.9, 0.1), (0.2, 0.3, 0.5)])
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_micro_batches_may_have_shares_of_their_own(shares: tuple[float, ...], scale: float) -> None:
+    """As tokens give them: the rows are the weighted mean, and clipping sees their true length."""
+    weight = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    optimizer = gs.GradientSurgery(torch.optim.SGD([weight], lr=1.0), rule="sum", max_norm=1.0, accumulate=True)
+    gradients = torch.tensor([[1.0, 2.0, 2.0], [3.0, 0.0, 4.0], [2.0, 1.0, 0.0]], dtype=torch.float64)
+    for share, gradient in zip(shares, gradients, strict=False):
+        loss = optimizer.join(forget=(weight * gradient).sum(), retain=(weight * gradient).sum() * 0)
+        (loss * share * scale).backward()
+    mean = sum(share * gradient for share, gradient in zip(shares, gradients, strict=False))
+    assert isinstance(mean, torch.Tensor)
+    assert optimizer.record is not None
+    close(optimizer.record.norms[0], mean.norm(), STEPPED)
+    assert weight.grad is not None
+    close(weight.grad / scale, mean / (mean.norm() + 1e-6), STEPPED)  # as torch clips

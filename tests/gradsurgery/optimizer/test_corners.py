@@ -392,3 +392,16 @@ def test_the_average_of_a_complex_parameter_is_that_of_its_parts() -> None:
             optimizer.step()
             optimizer.zero_grad()
     close(torch.view_as_real(whole.detach()), parts.detach(), LINEAR[torch.float32])
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_parameters_without_names_join_those_with_names(many: bool) -> None:
+    """As trainers add them that unfreeze a model part by part."""
+    model = mlp()
+    optimizer = gs.GRU(torch.optim.AdamW(list(model.named_parameters())[:2], lr=0.1))
+    late = list(model.parameters())[2:]
+    optimizer.add_param_group({"params": late if many else late[0], "lr": 0.01})
+    assert optimizer.param_groups[1]["params"] == (late if many else late[:1])
+    assert optimizer.param_groups[1]["lr"] == 0.01
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    assert len(set(names)) == len(names) == 2 + len(optimizer.param_groups[1]["params"])

@@ -12,7 +12,7 @@ import gradsurgery as gs
 from gradsurgery.optimizer import guard as guard_module
 from tests.problems import BASES, FOUR, classification, contexts, joined, mlp, values
 from tests.reference import training
-from tests.tolerances import STEPPED, close
+from tests.tolerances import STEPPED, STEPPED_FLOAT32, close
 
 STEPS = 8
 
@@ -119,4 +119,7 @@ def test_the_guard_leaves_what_the_base_does_not_step() -> None:
     held.grad = None
     optimizer.step()
     assert held.tolist() == [1.0, 1.0]
+    close(weight.detach(), torch.ones(2), STEPPED_FLOAT32)
     assert optimizer.record is not None
+    assert optimizer.record.actual_change is not None
+    close(optimizer.record.actual_change, torch.zeros(1, dtype=torch.float64), STEPPED_FLOAT32)

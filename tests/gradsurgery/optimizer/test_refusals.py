@@ -103,6 +103,26 @@ def test_the_metric_of_an_optimizer_without_a_diagonal(base: Callable[..., torch
         gs.GradientSurgery(base(mlp().parameters()), metric="optimizer")
 
 
+@pytest.mark.parametrize("lacks", ["step", "betas"])
+def test_the_metric_of_a_state_that_is_adams_in_name_alone(lacks: str) -> None:
+    """As that of Transformers' Adafactor and of schedule-free optimizers."""
+
+    class Named(torch.optim.Optimizer):
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, {"lr": 0.1, **({} if lacks == "betas" else {"betas": (0.9, 0.99)})})
+
+        def step(self, closure: Any = None) -> None:
+            for parameter in self.param_groups[0]["params"]:
+                count = {} if lacks == "step" else {"step": torch.tensor(1.0)}
+                self.state[parameter].update({"exp_avg_sq": torch.ones_like(parameter), **count})
+
+    model = mlp()
+    optimizer = gs.GradientSurgery(Named(model.parameters()), metric="optimizer")
+    contexts(model, optimizer, LOSSES, [0])
+    with pytest.raises(RuntimeError, match=r"metric='optimizer': expected exp_avg_sq with Adam's step and betas"):
+        contexts(model, optimizer, LOSSES, [1])
+
+
 def test_the_metric_of_centered_rmsprop() -> None:
     with pytest.raises(ValueError, match=r"metric='optimizer'"):
         gs.GradientSurgery(torch.optim.RMSprop(mlp().parameters(), centered=True), metric="optimizer")

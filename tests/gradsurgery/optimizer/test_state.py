@@ -567,3 +567,20 @@ def test_a_checkpoint_before_the_first_step_fits_any_decay() -> None:
     optimizer = gs.GradientSurgery(torch.optim.SGD([weight], lr=0.1), ema_decay=0.9)
     optimizer.load_state_dict(saved)
     assert optimizer.ema_decay == {"retain": 0.9}
+
+
+def test_a_checkpoint_without_one_of_the_averages_that_have_begun_is_refused() -> None:
+    """It would begin at 0 and be corrected as one of all the steps before."""
+    model = mlp()
+    optimizer = surgeon(model, ema_decay={"retain": 0.5})
+    contexts(model, optimizer, LOSSES, HALF)
+    other = mlp()
+    more = surgeon(other)
+    before = snapshot(other, more)
+    with pytest.raises(
+        ValueError, match=r"expected averages of \['retain', 'style'\], found those of \['retain'\] alone"
+    ):
+        more.load_state_dict(optimizer.state_dict())
+    assert_same(snapshot(other, more), before)
+    begun = surgeon(mlp(), ema_decay={"retain": 0.5})
+    surgeon(other).load_state_dict(begun.state_dict())  # nothing has begun: anything fits

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,3 +108,23 @@ def test_under_autocast_the_retain_loss_reads_the_models_own_weights() -> None:
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         expected = answers(model, data[-1]["retain"], gs.losses.cross_entropy)
     close(module.losses["retain"].float(), expected.float(), LINEAR[torch.bfloat16])
+
+
+def test_a_part_that_no_text_reaches_stays(tmp_path: Path) -> None:
+    model = llama()
+    model.tower = nn.Linear(3, 3)
+    before = model.tower.weight.detach().clone()
+    module = AdversarialModule(model, adversary=AdversarySettings(0.2, 3), optimizer=partial(torch.optim.SGD, lr=LR))
+    fit(module, batches(3), default_root_dir=tmp_path)
+    assert torch.equal(model.tower.weight, before)
+    assert (weights(model)[: weights(llama()).numel()] - weights(llama())).norm() > 1e-2
+
+
+def test_checkpointing_with_reentry_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    model: Any = llama()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    module = AdversarialModule(model.train(), optimizer=partial(torch.optim.SGD, lr=LR))
+    before = weights(model).clone()
+    with pytest.raises(RuntimeError, match="adversary: expected gradient checkpointing that takes gradients by name"):
+        fit(module, batches(1), default_root_dir=tmp_path)
+    assert torch.equal(weights(model), before)

@@ -22,6 +22,7 @@ import lightning_modules as lm
 from lightning_modules.data.order import PairDataset, PairSampler, collate_pairs
 from lightning_modules.data.tokenization import Encoded
 from lightning_modules.run.options.training import SHARDED_PRECISIONS
+from lightning_modules.training.adversary import AdversarialModule, AdversarySettings
 from lightning_modules.training.sharding import POLICIES, Distributed, blocks, parts
 from lightning_modules.training.trainer import trainer_options
 from tests.gradsurgery.optimizer import distributed_workers
@@ -81,6 +82,7 @@ class Hybrid(lm.UnlearningModule):
 
 # An end of its own, so that the processes have to agree on the number of steps too.
 PERTURBED = partial(lm.UnlearningModule, perturb=lm.PerturbSettings(start=0.1, end=0.4))
+ADVERSARIAL = partial(AdversarialModule, adversary=AdversarySettings(0.2, 3))
 
 
 def trained(strategy: Any = "auto", kind: Any = lm.UnlearningModule) -> Any:
@@ -101,6 +103,7 @@ def four_processes(_: int) -> None:
     os.environ.update(LOCAL_WORLD_SIZE=str(WORLD), GROUP_RANK="0", MASTER_PORT="29500", TORCHELASTIC_RUN_ID="test")
     own: dict[str, Any] = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
     alone, perturbed = gathered(trained().model), gathered(trained(kind=PERTURBED).model)
+    adversarial = gathered(trained(kind=ADVERSARIAL).model)
     assert not torch.equal(alone, gathered(llama()))
     assert (perturbed - alone).abs().max() > 1e-3
     model_parallel = partial(ModelParallelStrategy, process_group_backend="gloo")
@@ -108,6 +111,7 @@ def four_processes(_: int) -> None:
         "ddp": lambda: trained(DDPStrategy(**own)),
         "ddp, bucket views": lambda: trained(DDPStrategy(**own, gradient_as_bucket_view=True)),
         "ddp, perturbed": lambda: trained(DDPStrategy(**own), PERTURBED),
+        "ddp, adversarial": lambda: trained(DDPStrategy(**own), ADVERSARIAL),
         "shards": lambda: trained(model_parallel(data_parallel_size=WORLD, tensor_parallel_size=1)),
         "shards, perturbed": lambda: trained(
             model_parallel(data_parallel_size=WORLD, tensor_parallel_size=1), PERTURBED
@@ -117,7 +121,8 @@ def four_processes(_: int) -> None:
     for name, case in cases.items():
         found = gathered(case().model)
         try:
-            close(found, perturbed if name.endswith("perturbed") else alone, STEPPED_FLOAT32)
+            expected = {"perturbed": perturbed, "adversarial": adversarial}.get(name.rpartition(" ")[2], alone)
+            close(found, expected, STEPPED_FLOAT32)
             for rank in range(WORLD):
                 theirs = found.clone()
                 torch.distributed.broadcast(theirs, rank)
@@ -127,6 +132,8 @@ def four_processes(_: int) -> None:
             raise
     with raises_everywhere("expected tensor_parallel_size=1, found 2.*in configure_model of a subclass"):
         trained(model_parallel(data_parallel_size=2, tensor_parallel_size=2))
+    with raises_everywhere("adversary: expected weights that every process holds whole, found sharded ones"):
+        trained(model_parallel(data_parallel_size=WORLD, tensor_parallel_size=1), ADVERSARIAL)
     with raises_everywhere("drop static_graph"):
         trained(DDPStrategy(**own, static_graph=True))
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,
@@ -19,9 +22,11 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+import lightning_modules as lm
 from lightning_modules.data.tokenization import Encoded
 from lightning_modules.training.adapters import with_adapters
 from lightning_modules.training.callbacks import (
+    QuantizationProbe,
     RelearnSettings,
     mean_probabilities,
     quantization_probe,
@@ -262,3 +267,11 @@ def test_adapters_are_merged_before_rounding_and_stay_in_the_model() -> None:
     assert any("lora_B" in name for name, _ in adapted.named_parameters())
     merged = quantize_(copy.deepcopy(adapted).merge_and_unload(), 3)
     assert points[1]["forget"] == mean_probabilities(merged, splits, pad_token_id=0)["forget"]
+
+
+def test_probes_of_sharded_weights_are_refused_by_every_process_before_training(tmp_path: Path) -> None:
+    """After training the first process would wait for the others, which have gone on."""
+    probe = QuantizationProbe({"forget": []}, pad_token_id=0, folder=tmp_path)
+    trainer = L.Trainer(accelerator="cpu", strategy=ModelParallelStrategy(), devices=1, logger=False)
+    with pytest.raises(RuntimeError, match="expected a model that one process holds whole, found sharded weights"):
+        probe.setup(trainer, lm.UnlearningModule(llama()), "fit")

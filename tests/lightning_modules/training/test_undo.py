@@ -79,3 +79,15 @@ def test_the_student_learns_to_answer_as_the_teacher_of_both_sets() -> None:
 def test_settings_outside_their_domain_are_refused(given: dict[str, float], said: str) -> None:
     with pytest.raises(ValueError, match=f"undo, {said}"):
         undo_settings(given)
+
+
+def test_each_matrix_gets_xaviers_noise_also_of_experts_in_one_tensor_and_of_kernels() -> None:
+    model = nn.Module()
+    model.experts = nn.Parameter(torch.zeros(8, 128, 64))
+    model.down = nn.Linear(64, 128, bias=False)
+    model.kernel = nn.Conv1d(64, 32, 3, bias=False)
+    perturb_(model, UndoSettings(alpha=1.0, beta=1.0))
+    bounds = {"experts": 128 + 64, "down.weight": 64 + 128, "kernel.weight": 32 + 64 * 3}
+    for name, weight in model.named_parameters():
+        bound = (6.0 / bounds[name]) ** 0.5
+        assert 0.97 * bound < weight.abs().max() <= bound, name
