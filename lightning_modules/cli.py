@@ -103,9 +103,9 @@ def _work(command: str, given: Mapping[str, Any], words: Sequence[str]) -> Calla
     from lightning_modules.run.options import EvaluateOptions, FinetuneOptions, UnlearnOptions
 
     if command == "report":
-        from lightning_modules.run.report import draw
+        from lightning_modules.run.report import draw_again
 
-        work = partial(draw, Path(given["folder"]), [Path(other) for other in given.get("others") or ()])
+        work = partial(draw_again, Path(given["folder"]), [Path(other) for other in given.get("others") or ()])
     elif command == "ledger":
         work = _work_of_ledger(given["subcommand"], dict(vars(given[given["subcommand"]])))
     elif command == "ablate":

@@ -74,11 +74,11 @@ def tofu_examples(
     if not 1 <= forgotten <= available[0] or not 1 <= kept <= available[1]:
         if forget_authors is not None:
             raise ValueError(
-                f"num_authors={num_authors} and forget_authors={forget_authors} mean {forgotten} authors to forget and {kept} to "
+                f"{num_authors} authors of which {forgotten} are to be forgotten leave {kept} to "
                 f"keep, and {split} has {available[0]} and {available[1]}"
             )
         raise ValueError(
-            f"num_authors={num_authors} means {forgotten} authors to forget and {kept} to keep, and {split} has "
+            f"{num_authors} authors mean {forgotten} to forget and {kept} to keep, and {split} has "
             f"{available[0]} and {available[1]}: use 5 to {min(5 * available[0] + 4, sum(available) - 1)} authors, or "
             f"{sum(available)} for all of them"
         )

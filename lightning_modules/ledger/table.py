@@ -85,10 +85,14 @@ def over_time(entries: Sequence[Entry]) -> tuple[list[Entry], list[list[float | 
 
 
 def table(entries: Sequence[Entry], title: str) -> Table:
-    """The table for a terminal: of criteria and earlier requests it says how many hold."""
+    """The table for a terminal: of criteria and earlier requests it says how many hold.
+
+    Dates and hashes are left to the report, for which a terminal is wide enough.
+    """
     drawn = Table(title=escape(title), title_style="bold", header_style="bold")
-    for heading in HEADINGS:
-        drawn.add_column(heading, overflow="fold")
+    shown_here = [place for place, heading in enumerate(HEADINGS) if heading not in ("date", "hash")]
+    for place in shown_here:
+        drawn.add_column(HEADINGS[place], overflow="fold")
     for cells in lines(entries):
-        drawn.add_row(*map(escape, cells))
+        drawn.add_row(*(escape(cells[place]) for place in shown_here))
     return drawn

@@ -66,6 +66,23 @@ def little_to_forget(before: Mapping[str, Mapping[str, Any]] | None) -> str | No
     )
 
 
+def little_forgotten(metrics: Mapping[str, Any]) -> str | None:
+    """Returns a sentence if a model that knew what it was to forget knows most of it still; else None.
+
+    Args:
+        metrics: the contents of metrics.json.
+    """
+    known, still = (
+        number(((metrics[model] or {}).get("forget") or {}).get("probability")) for model in ("before", "after")
+    )
+    if known is None or still is None or known < MEMORISED or not still > 0.5 * known:
+        return None
+    return (
+        f"Little was forgotten: the mean probability of the forget answers is {shown(still)}, {100.0 * still / known:.0f} % of what it "
+        "was; raise --lr, or --steps or --epochs, in a new run."
+    )
+
+
 def warnings(run: FinishedRun) -> list[str]:
     """Returns what a reader must know before the numbers: a collapse, NaN, degenerate answers, shallow forgetting."""
     said: list[str] = []
@@ -73,12 +90,11 @@ def warnings(run: FinishedRun) -> list[str]:
     level = target.get("forget_probability", run.config.get("stop_below"))
     # A benchmark says itself how much is known before; the probability of long plain texts does not.
     known_by_itself = bool(run.metrics.get("benchmarks"))
-    about_target = (
-        None if known_by_itself else nothing_to_forget(before, level, target.get("of", "asked")),
-        None if known_by_itself else little_to_forget(before),
-        not_reached(run.metrics),
-    )
-    said += [sentence for sentence in about_target if sentence is not None]
+    if not known_by_itself:
+        little = nothing_to_forget(before, level, target.get("of", "asked")) or little_to_forget(before)
+        said += [] if little is None else [little]
+    missed = not_reached(run.metrics) or (None if known_by_itself else little_forgotten(run.metrics))
+    said += [] if missed is None else [missed]
     if collapse := run.training.get("collapse"):
         said.append(f"The collapse alarm stopped the run: {collapse['reason']}.")
     broken = sorted(
@@ -150,10 +166,10 @@ class Conflict:
         ]
         if self.coefficients:
             parts = [
-                f"{value:.3g} of the {name} gradient (a part of norm {self.sizes[name]:.3g})"
+                f"{value:.3g} times the {name} gradient, of length {self.sizes[name]:.3g}"
                 for name, value in self.coefficients.items()
             ]
-            said.append(f"An average update was {' and '.join(parts)}, clipping included.")
+            said.append(f"What the optimizer was given was on average {', and '.join(parts)}; clipping included.")
         for name, count in self.raised.items():
             said.append(
                 f"What the optimizer made of it, the parameter change itself, raised the {name} loss to first order in {count} of "

@@ -77,9 +77,7 @@ def heat_map(csv_path: str | Path, png_path: str | Path) -> None:
             edge += len(members)
             axes.axhline(edge, color="white", lw=2)
     _label(panels[0], groups)
-    figure.colorbar(
-        colours, ax=list(panels), label="cosine of the rows: below 0 they conflict", fraction=0.05, pad=0.02
-    )
+    figure.colorbar(colours, ax=list(panels), label="cosine (red: conflict)", fraction=0.05, pad=0.02)
     with replacing(Path(png_path)) as temporary:
         figure.savefig(temporary, dpi=150)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from lightning_modules.report.finished import MODELS, FinishedRun
 
 # Texts with fewer words than this repeat themselves by chance.
 _FEW_WORDS = 6
+# A piece that follows itself at least three times, as what a model without spaces between its tokens repeats.
+_REPEATED = re.compile(r"(.{1,40}?)\1{3,}", re.DOTALL)
+_FEW_SIGNS = 20
 _GOLDEN = (5.0**0.5 - 1.0) / 2.0
 
 
@@ -43,12 +47,20 @@ def samples(run: FinishedRun, split: str, count: int = 4) -> list[Sample]:
 
 
 def is_degenerate(text: str) -> bool:
-    """Whether a text is empty, or has at least six words and over half of its sequences of three words are repetitions.
+    """Whether a text is empty or repeats itself.
+
+    It does where it has at least six words, and over half of its sequences of three words are repetitions; and where
+    over half of its signs, at least 20, are one piece of up to 40 signs that follows itself three times or more.
 
     Example:
         >>> [is_degenerate(text) for text in ("", "Hana Hana Hana Hana Hana Hana", "She was born in a small town.")]
         [True, True, False]
+        >>> is_degenerate("AnnaCarlCarlCarlCarlCarlCarl"), is_degenerate("In Ros ...")
+        (True, False)
     """
+    longest = max((len(found.group()) for found in _REPEATED.finditer(text)), default=0)
+    if longest >= _FEW_SIGNS and 2 * longest > len(text):
+        return True
     words = text.split()
     if len(words) < _FEW_WORDS:
         return not words

@@ -24,12 +24,10 @@ def nothing_to_forget(
         return None
     goal = {
         "reference": f"that of the reference, which never saw them, is {shown(level)}",
-        "usual": f"a run ends below {level:g}, where nobody says otherwise",
+        "usual": f"a run usually ends below {level:g}",
     }.get(of, f"--stop-below is {level:g}")
     after = (
-        "no step is taken"
-        if of == "asked"
-        else "all steps are taken, because nothing says when to stop (--stop-below does)"
+        "no step is taken" if of == "asked" else "this one takes all its steps, unless --stop-below says when to end"
     )
     return (
         f"There is nothing to forget: the mean probability of the forget answers is {shown(known)} before unlearning already, and {goal}; "

@@ -50,7 +50,8 @@ def table(
         for index, model in enumerate(models):
             scores = metrics[model][split]
             cells = [shown(scores.get(column)) for column, _ in columns]
-            drawn.add_row("" if index else split, model, *cells, str(scores["n"]), end_section=index == len(models) - 1)
+            name = "the model" if models == ["after"] and not metrics["before"] else model
+            drawn.add_row("" if index else split, name, *cells, str(scores["n"]), end_section=index == len(models) - 1)
     return drawn
 
 

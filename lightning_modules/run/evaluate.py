@@ -7,6 +7,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import lightning as L
+from rich.console import Console
+from rich.markup import escape
 
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import EVALUATION, METRICS, occupied, write_evaluation, write_json
@@ -63,4 +65,5 @@ def _scored(options: EvaluateOptions, splits: Splits, log: ScoredSplits | None) 
         write_evaluation(folder / EVALUATION, examples_by_model(None, after, reference))
     write_json(folder / METRICS, found)
     show(found)
+    Console().print(f"Everything is in [bold]{escape(str(folder))}[/bold]")
     return folder

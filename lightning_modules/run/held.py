@@ -50,11 +50,13 @@ def held_by_unlearning(model: nn.Module, options: UnlearnOptions) -> list[Held]:
         parts.append(Held(f"{sketches} sketches of earlier requests, as dense gradients", sketches * _bytes(trained)))
     if method.radius:
         parts.append(Held("weights before they are moved for the forget row", _bytes(trained)))
-    copies = kind_of_start_model(options) == "copy"
     plain = training.lora_rank and training.lora_init == "default"
-    number = int(copies) + int(bool(options.finish.finish_steps and not plain))
-    compared = Held("a copy of the model before unlearning, with which the losses compare", bytes_of(model))
-    parts += [compared] * number
+    for needed, what in (
+        (kind_of_start_model(options) == "copy", "the losses compare"),
+        (options.finish.finish_steps and not plain, "the finish compares"),
+    ):
+        if needed:
+            parts.append(Held(f"a copy of the model before unlearning, with which {what}", bytes_of(model)))
     if method.teacher is not None:
         parts.append(Held("the teacher", bytes_of(model)))
     return [Held(what, None if count is None else count // _shards(training)) for what, count in parts]

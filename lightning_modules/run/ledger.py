@@ -35,7 +35,10 @@ def ledger_command(
             f"ledger {action}: expected --rescore, --head and --allow-missing with verify only, found one; leave it out"
         )
     if action == "show":
-        console.print(table(read_chain(entries_at(folder)), str(folder)))
+        known = read_chain(entries_at(folder))
+        console.print(table(known, str(folder)))
+        if known:
+            console.print(f"The last hash is {known[-1]['hash']}", highlight=False, soft_wrap=True)
         return
     entries, findings = verify(folder, options.head)
     if action == "report":

@@ -151,9 +151,11 @@ def _objectives(options: UnlearnOptions) -> list[str]:
         "--guard": None if method.guard == "none" else method.guard,
         "--scope": None if method.scope == "global" else method.scope,
         "--metric": None if method.metric == "euclidean" else method.metric,
+        "--radius": method.radius or None,
+        "--retain-noise": method.retain_noise or None,
     }
     further = "".join(f", {name} {value}" for name, value in extra.items() if value is not None)
-    kind = kind_of_start_model(options) or "not needed"
+    kind = kind_of_start_model(options) or ("for the finish" if options.finish.finish_steps else "not needed")
     teacher = "" if not method.imitates else f" from the teacher {method.teacher}"
     return [
         f"Objectives: forget by {method.forget_loss}{teacher}, retain by {method.retain_loss}; the model before unlearning: {kind}",

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from lightning_modules import report
 from lightning_modules.folder import check_links
 from lightning_modules.report.changed import Defaults
@@ -19,6 +21,12 @@ def draw(folder: Path, others: Sequence[Path] = ()) -> None:
     """Draw the report of a run of `unlearn`, which names the options that are not the default; see `report.draw`."""
     check_links(folder)
     report.draw(folder, others, defaults(folder))
+
+
+def draw_again(folder: Path, others: Sequence[Path] = ()) -> None:
+    """As `draw`, and say where the report is."""
+    draw(folder, others)
+    Console(soft_wrap=True).print(f"The report is {folder / 'report.html'}", markup=False, highlight=False)
 
 
 def defaults(folder: Path | None = None) -> Defaults:

@@ -17,8 +17,9 @@ from lightning_modules.evaluation.evaluate import Evaluation
 from lightning_modules.ledger.batch import PARTS
 from lightning_modules.report.attacks import attack_table
 from lightning_modules.report.attacks import sentences as attack_sentences
-from lightning_modules.report.findings import little_to_forget
-from lightning_modules.report.target import not_reached, nothing_to_forget
+from lightning_modules.report.findings import little_to_forget, warnings
+from lightning_modules.report.finished import read
+from lightning_modules.report.target import nothing_to_forget
 from lightning_modules.report.terminal import sentences, tables
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.run import Run
@@ -79,9 +80,9 @@ def show_start(before: Evaluation, level: float | None = None, of: str = "asked"
     """
     if apart(before.examples)[1]:
         return
-    for said in (nothing_to_forget(before.summary, level, of), little_to_forget(before.summary)):
-        if said is not None:
-            Console(stderr=True, soft_wrap=True).print(f"Warning: {said}", markup=False, highlight=False)
+    said = nothing_to_forget(before.summary, level, of) or little_to_forget(before.summary)
+    if said is not None:
+        Console(stderr=True, soft_wrap=True).print(f"Warning: {said}", markup=False, highlight=False)
 
 
 def show(metrics: Mapping[str, Any]) -> None:
@@ -91,8 +92,12 @@ def show(metrics: Mapping[str, Any]) -> None:
         console.print(table)
     for sentence in sentences(metrics):
         console.print(sentence)
-    if (missed := not_reached(metrics)) is not None:
-        console.print(f"Warning: {missed}", highlight=False)
+
+
+def show_warnings(folder: Path) -> None:
+    """Print what the report of a run's folder begins with: what a reader must know before the numbers."""
+    for warning in warnings(read(folder)):
+        Console(soft_wrap=True).print(f"Warning: {warning}", markup=False, highlight=False)
 
 
 def show_probes(probes: Mapping[str, Any]) -> None:

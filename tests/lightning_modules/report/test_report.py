@@ -77,7 +77,10 @@ def test_every_number_of_the_table_is_that_of_metrics_json_with_an_interval(fold
 def test_the_conflict_is_that_of_the_steps(page: Page) -> None:
     words = page.words()
     assert "conflicted in 7 of 10 steps (70 %), with a mean cosine of -0.275" in words
-    assert "0.25 of the forget gradient (a part of norm 1) and 2 of the retain gradient (a part of norm 1)" in words
+    assert (
+        "0.25 times the forget gradient, of length 1, and 2 times the retain gradient, of length 1; clipping included"
+        in words
+    )
     assert "raised the retain loss to first order in 2 of 10 steps (20 %)" in words
 
 
@@ -283,6 +286,13 @@ def test_the_chosen_questions_are_spread_and_out_of_step_with_the_file(tmp_path:
         ("a b c a b c a b c", True),
         ("She was born in Garinport on 11 May 1949.", False),
         ("a b c d e f a b c d e f", False),  # six of ten are different
+        ("AnnaCarlCarlCarlCarlCarlCarl", True),  # tokens without a space between them
+        ("." * 60, True),
+        ("东京" * 10, True),
+        ("Carl Dahl was born in Lund Lund Lund Lund Lund Lund", True),
+        ("In Ros .......", False),  # few signs
+        ("She was born in a small town, and the others too: Lund Lund Lund Lund Lund", False),  # less than half
+        ("abcd abcd abcd efgh", False),  # it follows itself but twice
     ],
 )
 def test_what_degenerate_means(text: str, expected: bool) -> None:

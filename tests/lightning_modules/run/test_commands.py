@@ -240,13 +240,16 @@ def test_two_processes_score_the_model_that_they_leave(run: Path, tmp_path: Path
     assert found["reference"]["forget"] == pytest.approx(metrics_of(run)["reference"]["forget"], rel=1e-5)
 
 
-def test_report_holds_the_numbers_and_a_picture_and_can_be_drawn_again(run: Path) -> None:
+def test_report_holds_the_numbers_and_a_picture_and_can_be_drawn_again(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = (run / "report.md").read_text()
     assert f"{metrics_of(run)['after']['retain']['probability']:.3f}" in text
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     (run / "report.md").unlink()
     (run / "curves.png").unlink()
     assert cli.main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"The report is {run / 'report.html'}\n"
     assert (run / "report.md").read_text() == text
     assert (run / "curves.png").exists()
 
@@ -263,7 +266,9 @@ def test_config_yaml_repeats_the_run_to_the_last_digit(
     assert (run / "evaluation.jsonl").read_text() == (tmp_path / "again" / "evaluation.jsonl").read_text()
 
 
-def test_an_interrupted_run_goes_on_to_the_same_end(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_goes_on_to_the_same_end(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, score = tmp_path / "interrupted", callbacks.TradeoffCurve._score
     stop = len(rows_of(run / "surgery.csv")) // 2
 
@@ -285,6 +290,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(run: Path, tmp_path: Path, m
             lambda self, trainer, module: started.append(trainer.global_step),
         )
         assert cli.main(["unlearn", "--resume", "--output", str(folder)]) == 0
+    assert f"Going on with the run in {folder}, from its last checkpoint\n" in capsys.readouterr().err
     assert 0 < started[0] <= stop  # from the last finished epoch, and not from the start
     assert metrics_of(folder)["after"] == metrics_of(run)["after"]
     assert (folder / "surgery.csv").read_text() == (run / "surgery.csv").read_text()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from lightning_modules import cli, progress
 from lightning_modules.data.fictional_authors import fictional_authors
 from lightning_modules.folder import locked
-from lightning_modules.report.findings import little_to_forget
+from lightning_modules.report.findings import little_forgotten, little_to_forget
 from lightning_modules.run import teaching
 from lightning_modules.run.first import Lesson, lesson, taught_folder
 from lightning_modules.run.loading import make_data, read_splits
@@ -255,3 +255,20 @@ def test_little_to_forget_is_less_than_a_half(probability: float | None, said: b
     if found is not None:
         assert found.startswith("There is little to forget: the mean probability of the forget answers is 0.490 before")
     assert little_to_forget(None) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [(0.9, 0.46, True), (0.9, 0.44, False), (0.4, 0.39, False), (None, 0.9, False), (0.9, float("nan"), False)],
+)
+def test_little_was_forgotten_is_more_than_a_half_of_what_was_known(
+    before: float | None, after: float, said: bool
+) -> None:
+    scores = {"before": {"forget": {"probability": before}}, "after": {"forget": {"probability": after}}}
+    found = little_forgotten(scores)
+    assert (found is not None) == said
+    if found is not None:
+        assert found.startswith(
+            "Little was forgotten: the mean probability of the forget answers is 0.460, 51 % of what"
+        )
+    assert little_forgotten(scores | {"before": None}) is None
