@@ -31,7 +31,7 @@ def draw_depth(grid: Grid, results: Sequence[Mapping[str, Any]], folder: Path, p
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    attacks = list(grid.evaluate.attacks)
+    attacks = grid.evaluate.attacks
     ends = [row for row in results if row["target"].startswith("end=") and row["reached"]]
     if not attacks or not ends:
         return
@@ -40,13 +40,15 @@ def draw_depth(grid: Grid, results: Sequence[Mapping[str, Any]], folder: Path, p
     figure = Figure(figsize=(4.6 * len(attacks), 4.4 + 0.18 * (len(names) + 1)), layout="constrained")
     panels = figure.subplots(1, len(attacks), sharey=True, squeeze=False)[0]
     references = _references(grid, folder)
-    for axes, attack in zip(panels, attacks, strict=True):
+    colours = [colormaps["tab20"](place) for place in (*range(0, 20, 2), *range(1, 20, 2))]  # the pale ones last
+    for axes, (attack, how) in zip(panels, attacks.items(), strict=True):
         for number, name in reversed(list(enumerate(names, start=1))):  # the first ones on top
             rows = [row for row in ends if row["method"] == name]
-            colour = colormaps["tab20"]((number - 1) % 20)
-            _point(axes, _means(rows, f"attack {attack}", kept), f"{number}", colour, name)
+            _point(axes, _means(rows, f"attack {attack}", kept), f"{number}", colours[(number - 1) % 20], name)
         _point(axes, _means(references, f"attack {attack}", kept), "*", "black", REFERENCE)
-        axes.set(xscale="log", xlim=(1.1, 0.8 * _LEAST), title=f"after {attack}", xlabel="mean forget probability")
+        steps = f"{how['steps']:.0f} steps at {how['lr']:g}" if {"steps", "lr"} <= set(how) else "its attack"
+        axes.set(xscale="log", xlim=(1.1, 0.8 * _LEAST), title=f"{attack}: after {steps}")
+        axes.set_xlabel("mean forget probability; better to the right")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     panels[0].set(ylim=(-0.02, 1.05), ylabel=f"mean retain probability, {'held out' if kept == HELD_OUT else 'seen'}")
