@@ -111,12 +111,13 @@ def test_the_readme_code_runs_block_after_block() -> None:
         "retain_batch": torch.tensor([2, 3]),
         "forget_loss": lambda model, batch: -model(batch).square().mean(),
         "retain_loss": lambda model, batch: model(batch).square().mean(),
-        "hidden": model.embedding(labels),
-        "labels": labels,
+        "hidden_states": model.embedding(torch.cat([labels, labels[-1:]]))[None],
+        "labels": torch.cat([labels[:1], labels])[None],
     }
+    before = model.lm_head.weight.detach().clone()
     for block in blocks:
         exec(block, names)
-    assert model.lm_head.weight.grad is not None
+    assert not torch.equal(model.lm_head.weight, before)
     assert names["half_way"](torch.eye(2, dtype=torch.float64)).tolist() == [1.0, 0.5]
     torch.testing.assert_close(names["values"], names["patient_unlikelihood"](model(labels), labels))
 
