@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_modules.data.examples import read_rows
 from lightning_modules.data.files import read_text
+from lightning_modules.data.rows import read_rows
 
 _ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
 

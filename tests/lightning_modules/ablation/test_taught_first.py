@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lightning_modules import cli
 from lightning_modules.ablation.reading import read_grid
@@ -62,7 +63,7 @@ def test_each_model_seed_has_a_taught_model_and_a_reference_that_never_saw_the_f
 def test_scores_of_models_that_were_taught_in_another_precision_are_not_taken(config: str, tmp_path: Path) -> None:
     exact, other = read_grid(config), tmp_path / "bf16.yaml"
     prepare(exact.runs()[0], tmp_path)
-    other.write_text(Path(config).read_text() + "\ntrain: {precision: bf16-mixed}\n")
+    other.write_text(yaml.safe_dump(yaml.safe_load(Path(config).read_text()) | {"train": {"precision": "bf16-mixed"}}))
     with pytest.raises(ValueError, match=r"precision: 32-true there, bf16-mixed now"):
         prepare(read_grid(other).runs()[0], tmp_path)
 
