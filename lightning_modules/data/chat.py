@@ -182,6 +182,22 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return place
 
 
+def written_before_answers(tokenizer: PreTrainedTokenizerBase) -> str:
+    r"""Returns what the chat template itself writes where the assistant begins to speak; mostly nothing.
+
+    Qwen3's is an empty thought, `<think>\n\n</think>\n\n`, which its option `enable_thinking: false` puts into the
+    prompt.
+
+    Raises:
+        ValueError: if the template refuses a question and an answer.
+    """
+    if not has_template(tokenizer):
+        return ""
+    conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
+    before, prompt = _around(tokenizer, conversation, 1)[0], prompt_text(tokenizer, conversation[:1])
+    return before[len(prompt) :] if before.startswith(prompt) else ""
+
+
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, invite: bool = False) -> str:
     from jinja2 import TemplateError  # a dependency of chat templates, which few runs have
 

@@ -18,12 +18,8 @@ _ACCEPTED = "question and answer, prompt and response, messages, or text"
 _PAIRS = (("question", "answer"), ("prompt", "response"))
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHOWN = 12  # columns in a message: a table can have thousands
-_UNREAD = (
-    "tool_calls",
-    "function_call",
-    "reasoning_content",
-    "thinking",
-)  # of a turn, which a chat template may render
+# Of a turn; a chat template may render them.
+_UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
 
 
 def read_examples(path: str | Path) -> list[Example]:

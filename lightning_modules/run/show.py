@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lightning_modules.data.chat import date_told, has_template
+from lightning_modules.data.chat import date_told, has_template, written_before_answers
 from lightning_modules.data.examples import Example
 from lightning_modules.data.formats import format_of
 from lightning_modules.data.tasks import apart
@@ -62,6 +62,11 @@ def format_said(tokenizer: Any) -> list[str]:
     if not has_template(tokenizer) and format_of(tokenizer) is None:
         said.append(
             "The tokenizer has no chat template: questions and answers are written as Q: and A:, which --prompt-format changes"
+        )
+    if format_of(tokenizer) is None and (written := written_before_answers(tokenizer)).strip():
+        said.append(
+            f"The chat template writes {written!r} before every answer, which is trained on and scored as a part of it; "
+            "--chat-template-kwargs can put a thought into the prompt: '{enable_thinking: false}'"
         )
     if tokenizer.pad_token is None:
         said.append(f"The tokenizer has no pad token, and needs none: {tokenizer.eos_token} fills up shorter rows")

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lightning_modules.data.chat import date_told, end_of_turn, set_template_options
+from lightning_modules.data.chat import date_told, end_of_turn, set_template_options, written_before_answers
 from lightning_modules.data.examples import answered, as_example
 from lightning_modules.data.tokenization import IGNORED, Encoded, encode, encode_example, marked, prompt_ids
+from lightning_modules.run.show import format_said
 from tests.lightning_modules.data import chat_templates as families
 from tests.lightning_modules.data.chat_templates import byte_level, sentence_piece
 
@@ -101,6 +102,17 @@ def test_an_answer_that_looks_like_the_template_is_found_all_the_same(template: 
     assert said(tokenizer, encode(tokenizer, QUESTION, answer + END_OF_TURN[template] + "<eos>")) == [
         kept + END_OF_TURN[template]
     ]
+
+
+def test_what_a_template_writes_before_answers_is_known() -> None:
+    tokenizer = byte_level(families.THINKING)
+    assert written_before_answers(tokenizer) == "<think>\n\n</think>\n\n"
+    assert "enable_thinking: false" in " ".join(format_said(tokenizer))
+    set_template_options(tokenizer, {"enable_thinking": False})
+    assert written_before_answers(tokenizer) == ""
+    for template in (families.CHATML, families.LLAMA3, None):
+        assert written_before_answers(byte_level(template)) == ""
+        assert "before every answer" not in " ".join(format_said(byte_level(template)))
 
 
 def test_a_template_that_leaves_the_turn_open_gets_eos() -> None:
