@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -38,10 +40,19 @@ def attacked(
     pad_token_id: int,
     autocast: bool = False,
 ) -> dict[str, float]:
-    """Name of an attack -> mean probability of the untaught forget answers after it. The model stays as it is."""
-    found: dict[str, float] = {}
-    for name, given in attacks.items():
-        settings = relearn_settings(given, autocast=autocast)
-        result = relearn_probe(model, forget, pad_token_id=pad_token_id, settings=settings)
-        found[name] = float(result["points"][-1]["rest"])
-    return found
+    """Name of an attack -> mean probability of the untaught forget answers after it. The model stays as it is.
+
+    Attacks that differ in their steps alone are one: the shorter are scored on the way of the longest.
+    """
+    given_settings = {name: relearn_settings(given, autocast=autocast) for name, given in attacks.items()}
+    alike: dict[RelearnSettings, list[str]] = {}
+    for name, settings in given_settings.items():
+        alike.setdefault(replace(settings, steps=1, every=1), []).append(name)
+    after: dict[str, float] = {}
+    for common, names in alike.items():
+        steps = {name: given_settings[name].steps for name in names}
+        longest = replace(common, steps=max(steps.values()), every=math.gcd(*steps.values()))
+        result = relearn_probe(model, forget, pad_token_id=pad_token_id, settings=longest)
+        rest = {point["step"]: float(point["rest"]) for point in result["points"]}
+        after |= {name: rest[step] for name, step in steps.items()}
+    return {name: after[name] for name in attacks}

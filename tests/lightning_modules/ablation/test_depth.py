@@ -12,7 +12,7 @@ import torch
 
 import gradsurgery as gs
 from lightning_modules import cli
-from lightning_modules.ablation import depth_figure
+from lightning_modules.ablation import attacks, depth_figure
 from lightning_modules.ablation.attacks import attacked, relearn_settings
 from lightning_modules.ablation.grid import Grid, Run
 from lightning_modules.ablation.many_rows import ManyRows, RowsData
@@ -181,6 +181,26 @@ def test_an_attack_is_the_relearning_probe_of_these_settings() -> None:
         exact = RelearnSettings(steps=int(settings["steps"]), every=1, lr=settings["lr"])
         assert found[name] == relearn_probe(model, forget, pad_token_id=pad, settings=exact)["points"][-1]["rest"]
     assert relearn_settings({"steps": 20.0, "lr": 1e-3, "batch_size": 4.0}).batch_size == 4
+
+
+def test_attacks_of_different_lengths_are_one_attack(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = model_and_tokenizer()
+    data = ForgetRetainDataModule(SPLITS["forget"], SPLITS["retain"], tokenizer)
+    data.setup()
+    assert data.dataset is not None
+    forget, pad = data.dataset.forget, tokenizer.pad_token_id
+    lengths = {"A6": {"steps": 6, "lr": 2e-3}, "other": {"steps": 4, "lr": 1e-3}, "A4": {"steps": 4, "lr": 2e-3}}
+    apart = {name: attacked(model, forget, {name: given}, pad_token_id=pad)[name] for name, given in lengths.items()}
+    taught: list[int] = []
+
+    def counted(*args: Any, settings: RelearnSettings, **keywords: Any) -> dict[str, Any]:
+        taught.append(settings.steps)
+        return relearn_probe(*args, settings=settings, **keywords)
+
+    monkeypatch.setattr(attacks, "relearn_probe", counted)
+    together = attacked(model, forget, lengths, pad_token_id=pad)
+    assert together == apart
+    assert (list(together), taught) == (list(lengths), [6, 4])
 
 
 def test_the_parts_of_the_retain_set_are_whole_apart_and_in_their_order() -> None:
