@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_modules.ablation.grid import Grid, Run
-from lightning_modules.ablation.run import MODELS, RUNS, read_result, refuse_other
+from lightning_modules.ablation.run import RUNS, models_file, read_result, refuse_other
 from lightning_modules.ablation.scoring import GENERAL
 from lightning_modules.ablation.statistics import Paired, paired
 from lightning_modules.files import write_text
@@ -86,7 +86,7 @@ def _rows(run: Run, folder: Path) -> Iterator[dict[str, Any]]:
 def read_models(grid: Grid, folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Each model seed with the scores of its `start` model and `reference`, as far as they are there."""
     for seed in grid.seeds.model:
-        path = folder / MODELS / f"m{seed}.json"
+        path = models_file(folder, seed)
         if path.exists():
             yield seed, read_result(path, "start", "reference")
 

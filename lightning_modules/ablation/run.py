@@ -98,9 +98,9 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
 def prepare(run: Run, folder: Path) -> dict[str, Any]:
     """The scores of the model that is to forget and of the reference.
 
-    They are computed once for each model seed, and kept in `models/m<seed>.json`.
+    They are computed once for each model seed, and kept in `models_file`.
     """
-    path = folder / MODELS / f"m{run.model_seed}.json"
+    path = models_file(folder, run.model_seed)
     options = run.options()
     splits = read_splits(options)
     found = content(run.grid, splits)
@@ -123,6 +123,11 @@ def prepare(run: Run, folder: Path) -> dict[str, Any]:
     known = {"config": config, "content": found, "start": scorer.thoroughly(model, attack=False), "reference": scored}
     write_json(path, known)
     return known
+
+
+def models_file(folder: Path, model_seed: int) -> Path:
+    """Where the scores of the model that is to forget and of the reference are kept."""
+    return folder / MODELS / f"m{model_seed}.json"
 
 
 def targets(grid: Grid, known: Mapping[str, Any]) -> list[Target]:

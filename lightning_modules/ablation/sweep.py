@@ -26,11 +26,12 @@ from lightning_modules.ablation.grid import Grid, Run, plain
 from lightning_modules.ablation.options import AblateOptions
 from lightning_modules.ablation.reading import read_grid
 from lightning_modules.ablation.results import read_results, write_csv
-from lightning_modules.ablation.run import RUNS, content, execute, prepare, read_result, refuse_other
+from lightning_modules.ablation.run import RUNS, content, execute, models_file, prepare, read_result, refuse_other
 from lightning_modules.ablation.table import write_table
 from lightning_modules.files import write_text
 from lightning_modules.folder import check_writable, versions, write_json
 from lightning_modules.progress import Stage
+from lightning_modules.report.findings import little_to_forget
 from lightning_modules.run.assembly import check_hardware
 from lightning_modules.run.quiet import quiet
 
@@ -127,6 +128,8 @@ def _do(pending: Sequence[Run], folder: Path, options: AblateOptions) -> dict[st
         for name, reason in do(_prepare, list(first_of_model.values()), folder):
             if reason is not None:
                 raise RuntimeError(f"the models of {name} could not be made: {reason}")
+        for run in first_of_model.values():
+            _warn_of_ignorance(run, folder, console)
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("Runs", total=len(pending))
             for number, (name, reason) in enumerate(do(_execute, pending, folder), start=1):
@@ -140,6 +143,12 @@ def _do(pending: Sequence[Run], folder: Path, options: AblateOptions) -> dict[st
                 if reason is not None:
                     failed[name] = reason
     return failed
+
+
+def _warn_of_ignorance(run: Run, folder: Path, console: Console) -> None:
+    start = read_result(models_file(folder, run.model_seed), "start")["start"]
+    if said := little_to_forget({"forget": {"probability": start["forget_probability"]}}):
+        console.print(f"Warning, model seed {run.model_seed}: {said}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _prepare(run: Run, folder: Path) -> tuple[str, str | None]:

@@ -143,6 +143,10 @@ def attack_table(probes: Mapping[str, Any]) -> Table | None:
     return drawn
 
 
+ROUNDED = "mean probability of the examples scored while training; every linear layer but the head, one scale a neuron"
+"""What the numbers of `rounded` are."""
+
+
 def rounded(probes: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Returns a table of the probe that rounds weights: its header, and a row for each number of bits; else nothing."""
     found = probes.get("quantization") or {}

@@ -93,6 +93,7 @@ def page(run: FinishedRun, by_layer: Path | None = None) -> str:
         attack_rows=[attacks.cells(attack) for attack in attacks.attacks(run.probes)],
         attack_explained=attacks.explained(run.probes),
         rounded=attacks.rounded(run.probes),
+        rounded_are=attacks.ROUNDED,
         differences=findings.differences(run),
         unsure=findings.UNSURE,
         one_seed=findings.ONE_SEED,

@@ -138,7 +138,8 @@ def _probes(run: FinishedRun) -> list[str]:
         lines += ["", *markdown_table(attacks.HEADINGS, rows, text=attacks.TEXT), "", attacks.explained(run.probes)]
     if quantized := attacks.rounded(run.probes):
         header, *rows = quantized
-        lines += ["", *markdown_table(header, rows, text={"weights"})]
+        lines += ["", f"Weights rounded to fewer bits: {attacks.ROUNDED}.", ""]
+        lines += markdown_table(header, rows, text={"weights"})
     return ["", "## Does the forgetting hold?", *lines] if lines else []
 
 

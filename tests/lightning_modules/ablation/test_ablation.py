@@ -656,6 +656,18 @@ def test_a_run_that_diverges_is_a_result_with_its_reason(config: str, tmp_path: 
     assert read_results(grid, tmp_path)[0]["reason"] == result["targets"][0]["reason"]
 
 
+@pytest.mark.parametrize(("epochs", "warned"), [(1, True), (100, False)])
+def test_a_start_that_knows_nothing_is_said_before_the_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], epochs: int, warned: bool
+) -> None:
+    changes = {"model": MODEL | {"epochs": epochs}, "methods": METHODS[:1], "seeds": {"data": [0]}}
+    changes |= {"train": TRAIN | {"max_epochs": 1}, "targets": {"forget_probability": [0.3]}}
+    assert cli.main(["ablate", "--config", write_grid(tmp_path, **changes), "--output", str(tmp_path / "runs")]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("Warning, model seed 0: There is little to forget" in said) == warned
+    assert said.index("Warning, model seed 0" if warned else "[1/1]") <= said.index("[1/1]")
+
+
 def test_one_run_can_be_chosen_by_index_or_id(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["ablate", "--config", config, "--list", "--output", str(tmp_path / "none")]) == 0
     listed = capsys.readouterr().out.splitlines()

@@ -320,6 +320,7 @@ def test_a_collapse_a_kept_step_and_probes_are_told(tmp_path: Path) -> None:
         assert "brought the 30 others from 0.100 to 0.500 (reference: 0.100)" in said
         assert "0.222" in said
         assert "0.333" in said
+        assert "mean probability of the examples scored while training; every linear layer but the head" in said
     assert "kept" in found.text
     assert len([tag for tag, _ in found.tags if tag == "svg"]) == 4
     outputs.write_json(made / "probes.json", {"relearn": {"model": relearn["control"], "control": None}})
