@@ -24,6 +24,7 @@ class Ended(NamedTuple):
         before: State of the start model.
         after: State where the method ended.
         extra_backward_passes: Backward passes before the first step.
+        radius: What was measured where the method says `radius: auto`; else None.
         cost: Of what came after the last step.
         peak_megabytes: The most memory that the training took, see `memory.peak_megabytes`.
         diverged: Why there is no end to be scored; None if there is one.
@@ -35,6 +36,7 @@ class Ended(NamedTuple):
     before: StateDict
     after: StateDict
     extra_backward_passes: int = 0
+    radius: dict[str, float] | None = None
     cost: Cost = Cost()
     peak_megabytes: float | None = None
     diverged: str | None = None

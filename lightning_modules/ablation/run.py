@@ -49,9 +49,9 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
 
     Returns:
         What was written: `id`, `method`, `data_seed`, `model_seed`, `status`, `targets`, `curve`, `backward_passes` (of
-        a step), `extra_backward_passes` (before the first step), `seconds`, `config`, `content` and `versions`. Each of
-        the targets is a dictionary with `target`, `metric`, `value`, `reached` and `reason`; where it was reached, the
-        scores of the model there are in it too.
+        a step), `extra_backward_passes` (before the first step), `radius` (if it was measured), `seconds`, `config`,
+        `content` and `versions`. Each of the targets is a dictionary with `target`, `metric`, `value`, `reached` and
+        `reason`; where it was reached, the scores of the model there are in it too.
     """
     started = time.perf_counter()
     known = prepare(run, folder)
@@ -85,6 +85,7 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
         "targets": reached + missed,
         "backward_passes": run.method.backward_passes,
         "extra_backward_passes": ended.extra_backward_passes,
+        "radius": ended.radius,
         "seconds": {"train": ended.matching.curve[-1]["seconds"], "all": time.perf_counter() - started},
         "curve": ended.matching.curve,
         "config": run.config,

@@ -24,6 +24,8 @@ from lightning_modules.ablation.retention import Ended
 from lightning_modules.ablation.scoring import Scorer
 from lightning_modules.run import assembly
 from lightning_modules.run.loading import make_data
+from lightning_modules.run.options import AUTO
+from lightning_modules.run.radius import measure, search_settings
 from lightning_modules.training.adversary import AdversarialModule, AdversarySettings
 from lightning_modules.training.callbacks import ProgressLines
 from lightning_modules.training.merging import merged
@@ -44,7 +46,15 @@ def train(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: S
     before = copy.deepcopy(model.state_dict())
     started = time.perf_counter()
     adapted = assembly.adapted(model, training, data, options.output.seed)
-    spent = time.perf_counter() - started if training.lora_rank else 0.0
+    # FILA's importance takes a backward pass for every batch of both sets.
+    extra = 2 * len(data.train_dataloader()) if training.lora_init == "fila" else 0
+    radius = None
+    if run.method.radius == AUTO:
+        forget = data.read()["forget"]
+        radius = measure(options, adapted, tokenizer, forget)
+        extra += search_settings(options).count(len(forget))
+        run = replace(run, method=replace(run.method, radius=radius))
+    spent = time.perf_counter() - started
     tally = Tally()
     matching = MatchTargets(
         targets,
@@ -60,8 +70,6 @@ def train(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: S
     callbacks: list[Callback] = [tally, matching]
     if run.method.placebo:
         callbacks.append(Placebo(run.method.bound_rule(), seed=run.data_seed))
-    # FILA's importance takes a backward pass for every batch of both sets.
-    extra = 2 * len(data.train_dataloader()) if training.lora_init == "fila" else 0
     rows = run.method.retain_rows
     diverged, cost = None, Cost()
     whole: Any = None
@@ -84,6 +92,7 @@ def train(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: S
         before,
         copy.deepcopy(whole.state_dict()),
         extra,
+        radius=radius,
         cost=cost,
         peak_megabytes=tally.peak,
         diverged=diverged,

@@ -1,12 +1,15 @@
-"""--radius auto: the radius is measured once, before the run's config.yaml is written."""
+"""--radius auto: the radius is measured once, on the model before unlearning."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from rich.console import Console
 from torch import nn
 
+from lightning_modules.data.examples import Example
 from lightning_modules.data.tokenization import encode_example, padding_id
 from lightning_modules.evaluation.likelihood import on_gpu
 from lightning_modules.folder import TRAINING
@@ -26,18 +29,38 @@ def with_radius(run: Run[UnlearnOptions], model: nn.Module) -> Run[UnlearnOption
     Raises:
         ValueError: If it cannot be measured, see `measured_radius`.
     """
-    options = run.options
-    if options.method.radius != AUTO:
+    if run.options.method.radius != AUTO:
         return run
-    length, tokenizer = options.data.max_length, run.tokenizer
-    encoded = [encode_example(tokenizer, row, length) for row in run.splits["forget"]]
-    search = RadiusSearch(batch_size=options.training.batch_size, scale=options.method.radius_scale)
+    return replace(
+        run, options=run.options.but(radius=measure(run.options, model, run.tokenizer, run.splits["forget"]))
+    )
+
+
+def search_settings(options: UnlearnOptions) -> RadiusSearch:
+    """How a run with these options searches its radius."""
+    return RadiusSearch(batch_size=options.training.batch_size, scale=options.method.radius_scale)
+
+
+def measure(options: UnlearnOptions, model: nn.Module, tokenizer: Any, forget: Sequence[Example]) -> dict[str, float]:
+    """The radius that "auto" stands for, which is said too.
+
+    Args:
+        options: Of the run.
+        model: Before unlearning, with the adapters that are trained.
+        tokenizer: Its tokenizer.
+        forget: The forget examples.
+
+    Raises:
+        ValueError: If it cannot be measured, see `measured_radius`.
+    """
+    encoded = [encode_example(tokenizer, row, options.data.max_length) for row in forget]
+    search = search_settings(options)
     with on_gpu(model):
         found = measured_radius(model, encoded, pad_token_id=padding_id(tokenizer), settings=search)
     Console(stderr=True, soft_wrap=True).print(
         f"--radius auto: measured {found['start']:g}, growing to {found['end']:g}", markup=False, highlight=False
     )
-    return replace(run, options=options.but(radius=found))
+    return found
 
 
 def write_radius(run: Run[UnlearnOptions], measured: Run[UnlearnOptions]) -> None:

@@ -56,6 +56,10 @@ class RadiusSearch:
     batch_size: int = 8
     scale: Scale = "global"
 
+    def count(self, examples: int) -> int:
+        """Batches that so many forget examples give; each is searched with a backward pass."""
+        return max(1, min(self.batches, examples // self.batch_size))
+
 
 def measured_radius(
     model: nn.Module, forget: Sequence[Encoded], *, pad_token_id: int, settings: RadiusSearch = RadiusSearch()
@@ -84,7 +88,7 @@ def measured_radius(
     """
     if not forget:
         raise ValueError("radius auto: expected forget examples to measure it on, found none")
-    count = max(1, min(settings.batches, len(forget) // settings.batch_size))
+    count = settings.count(len(forget))
     rows = evenly_spaced(forget, count * settings.batch_size)
     batches = [collate(rows[number::count], pad_token_id) for number in range(count)]
     stage = Stage("Measuring the radius, batches", count)

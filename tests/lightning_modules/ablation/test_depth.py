@@ -34,6 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*computes all its logits.*", "i
 METHODS = [
     {"name": "CE-U", "stop_below": 0.5},
     {"name": "deep", "steps": 3, "lr_schedule": "linear", "radius": {"start": 0.1, "end": 0.2}, "finish_steps": 2},
+    {"name": "auto", "steps": 3, "radius": "auto"},
     {"name": "noise", "steps": 3, "retain_noise": 0.1, "finish_steps": 2},
     {"name": "rows", "retain_rows": 4, "row_examples": 2, "ema_decay": 0.9, "guard": "update", "steps": 2},
     {"name": "UNDO", "steps": 2, "undo": {"steps": 3, "alpha": 0.3}},
@@ -42,6 +43,7 @@ METHODS = [
 ]
 PASSES = {
     "deep": 3 * 3 + 2 * 2,
+    "auto": 2 + 3 * 3,
     "noise": 3 * 3 + 2 * 3,
     "rows": 2 * 5,
     "UNDO": 2 * 2 + 2 * 3,
@@ -49,7 +51,7 @@ PASSES = {
     "JensUn": 2 * 2,
 }
 """Forget and retain, or each of the parts, and the direction, the adversary's lesson or noised examples; two for each step of
-an end, with noised examples three."""
+an end, with noised examples three. A radius is measured on two batches."""
 ATTACKS = {"long": {"steps": 4, "lr": 2e-3}, "short": {"steps": 2, "lr": 1e-3}}
 
 
@@ -116,6 +118,16 @@ def test_every_method_is_scored_and_attacked_at_its_own_end(lines: dict[str, dic
 
 def test_backward_passes_are_those_of_every_loss_and_of_the_end(lines: dict[str, dict[str, str]]) -> None:
     assert {name: float(lines[name]["backward_passes"]) for name in PASSES} == PASSES
+
+
+def test_a_measured_radius_is_written_down_and_is_as_good_as_given(done: Path, tmp_path: Path) -> None:
+    measured = json.loads((done / "runs" / "auto-m0-d0.json").read_text())
+    assert set(measured["radius"]) == {"start", "end"}
+    given = written(tmp_path, methods=[{"name": "given", "steps": 3, "radius": measured["radius"]}])
+    assert cli.main(["ablate", "--config", given, "--output", str(tmp_path / "runs")]) == 0
+    same = json.loads((tmp_path / "runs" / "runs" / "given-m0-d0.json").read_text())
+    assert same["radius"] is None
+    assert same["targets"][0]["attacks"] == measured["targets"][0]["attacks"]
 
 
 def test_it_ends_where_the_forget_probability_is_low_enough(lines: dict[str, dict[str, str]], done: Path) -> None:
@@ -311,6 +323,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"methods": [{"name": "x", "undo": {"alpha": 0.5}, "finish_steps": 2}]}, "undo or finish_steps, found both"),
     ({"methods": [{"name": "x", "adversary": {"every": 0}}]}, "adversary, every"),
     ({"methods": [{"name": "x", "adversary": {"lr": 1}, "radius": {"start": 1}}]}, "neither radius nor retain_inside"),
+    ({"methods": [{"name": "x", "radius": "atuo"}]}, "radius.*atuo"),
     ({"methods": [{"name": "x", "retain_rows": -1}]}, "retain_rows >= 0"),
     ({"methods": [{"name": "x", "retain_rows": 2, "radius": {"start": 1}}]}, "retain_rows: expected neither"),
     ({"methods": [{"name": "x", "steps": 2, "epochs": 2}]}, "steps or epochs, found both"),
