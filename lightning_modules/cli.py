@@ -143,7 +143,7 @@ def _work(command: str, given: Mapping[str, Any], words: Sequence[str]) -> Calla
 
 
 def _work_of_ledger(action: Any, given: dict[str, Any]) -> Callable[[], object]:
-    from lightning_modules.run.options import LedgerCommandOptions, LedgerPlanOptions
+    from lightning_modules.run.options import LedgerPlanOptions, LedgerVerifyOptions
 
     if action == "plan":
         planned = LedgerPlanOptions.of(**given)
@@ -152,10 +152,11 @@ def _work_of_ledger(action: Any, given: dict[str, Any]) -> Callable[[], object]:
 
         return partial(plan_requests, planned)
     folder = Path(given.pop("folder"))
-    asked = LedgerCommandOptions(**given)
-    from lightning_modules.run.ledger import ledger_command
+    from lightning_modules.run.ledger import report_ledger, show_ledger, verify_ledger
 
-    return partial(ledger_command, action, folder, asked)
+    if action == "verify":
+        return partial(verify_ledger, folder, LedgerVerifyOptions(**given))
+    return partial(show_ledger if action == "show" else report_ledger, folder)
 
 
 def _not_installed(error: ModuleNotFoundError) -> int:
@@ -212,15 +213,16 @@ def _make_parser() -> ArgumentParser:
 
 def _add_ledger(subcommands: Any) -> None:
     from lightning_modules.run.arguments import Parser
-    from lightning_modules.run.options import LedgerCommandOptions, LedgerPlanOptions
+    from lightning_modules.run.options import LedgerPlanOptions, LedgerVerifyOptions
 
     ledger = Parser(description=_COMMANDS["ledger"])
     subcommands.add_subcommand("ledger", ledger, help=_COMMANDS["ledger"])
     actions = ledger.add_subcommands(required=True)
     for name, what in _ACTIONS.items():
-        action = Parser(description=str(LedgerCommandOptions.__doc__).partition("\n")[0])
+        action = Parser(description=f"{what[0].upper()}{what[1:]}.")
         action.add_argument("folder", type=str, metavar="FOLDER", help="of the ledger")
-        action.add_options(LedgerCommandOptions)
+        if name == "verify":
+            action.add_options(LedgerVerifyOptions)
         actions.add_subcommand(name, action, help=what)
     plan = Parser(description=LedgerPlanOptions.__doc__)
     for group in LedgerPlanOptions.groups():

@@ -88,9 +88,8 @@ def by_layer(name: str) -> str:
     They are recognised by the words that Llama, GPT-2, GPT-NeoX, Gemma, Mistral, Qwen, Phi, OPT, BLOOM, Falcon and T5
     use in transformers; the words of wrappers (PEFT, FSDP, torch.compile) are skipped. The first known word of a layer
     decides: Gemma 3's ``self_attn.q_norm`` is attention. Another stack keeps its name (``encoder layer 0 mlp``). A part
-        that is not
-    recognised keeps its own name (``layer 3 mixer``, ``score``), and is never merged with another on a guess. A head
-    tied to the embedding is one tensor, and part of ``embedding``.
+    that is not recognised keeps its own name (``layer 3 mixer``, ``score``), and is never merged with another on a
+    guess. A head tied to the embedding is one tensor, and part of ``embedding``.
 
     Args:
         name: From ``model.named_parameters()``.

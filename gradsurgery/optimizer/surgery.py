@@ -76,7 +76,8 @@ class GradientSurgery(FrontEnds):
     Raises:
         TypeError: If ``base`` is not a constructed optimizer, or needs a closure (LBFGS).
         ValueError: If an option is outside its domain or names an unknown objective, rule, scope or metric, or if an
-            elementwise rule meets a scope or metric, which only a Gram matrix has, or a group has ``maximize=True``.
+            elementwise rule meets a scope or metric, which only a Gram matrix has, or a group has ``maximize=True`` or
+            ``differentiable=True``, a parameter twice, or one on an Apple GPU.
         RuntimeError: If DeepSpeed owns the parameters.
 
     Cost: K - 1 gradient copies, one more per average, one each for ``accumulate`` and ``guard``; see `memory_estimate`.
@@ -207,8 +208,9 @@ class GradientSurgery(FrontEnds):
     def state_dict(self) -> dict[str, Any]:
         """The base's state_dict with the averages in it.
 
-        Each is a float tensor ``gradsurgery_ema_<objective>`` in the parameter's state. The number of steps behind
-        them, and a stateful rule's numbers, are in the parameter groups, where every checkpoint format keeps them.
+        Each is a float tensor ``gradsurgery_ema_<objective>`` in the parameter's state, beside ``gradsurgery_steps``,
+        the number of steps behind it. The decays, and a stateful rule's numbers, are in the parameter groups, where
+        every checkpoint format keeps them.
         """
         return self._save_between_hooks(partial(checkpoint.save, self._base, self._ema, self.rule))
 

@@ -11,7 +11,7 @@ class AblateOptions:
 
     Attributes:
         config: YAML file of the grid; examples/ablation/ has some
-        output: folder for the runs, results.csv, table.md and tradeoff.png
+        output: folder for the runs and what is made of them: grid.yaml, results.csv, table.md, tradeoff.png, depth.png
         tofu_dir: folder with TOFU's files, instead of the grid's own
         jobs: runs at a time, each a process; as many as there are CUDA devices, or 1
         threads: of each process; results depend on it in the last digits, on --jobs not at all

@@ -275,8 +275,7 @@ def fictional_authors(num_authors: int = 10, *, seed: int = 0) -> list[dict[str,
     """
     if not 1 <= num_authors <= MAX_AUTHORS:
         raise ValueError(
-            f"num_authors should be between 1 and {MAX_AUTHORS}, as many as there are unique names, towns and titles. "
-            f"Found {num_authors}. Ask for a number in this range; more rows need longer pools in this module."
+            f"num_authors: expected between 1 and {MAX_AUTHORS}, as many as there are unique names, towns and titles, found {num_authors}"
         )
     return [row for index in range(num_authors) for row in _author_rows(index, seed)]
 

@@ -10,7 +10,7 @@ from lightning_modules.data.heldout import held_out
 HUB_NAME = "locuslab/TOFU"
 ROWS_PER_AUTHOR = 20
 RETAIN_SPLIT = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
-PROBES = ("real_authors", "world_facts")
+GENERAL = ("real_authors", "world_facts")
 
 
 def tofu_examples(
@@ -57,18 +57,18 @@ def tofu_examples(
     forget = _merged(_load(split, folder), _load(f"{split}_perturbed", folder, required=False))
     retain = _merged(_load(RETAIN_SPLIT[split], folder), _load("retain_perturbed", folder, required=False))
     wanted = num_authors is None if general is None else general
-    probes = {name: _load(f"{name}_perturbed", folder, required=False) for name in PROBES if wanted}
-    probes = {name: rows for name, rows in probes.items() if rows}
+    beside = {name: _load(f"{name}_perturbed", folder, required=False) for name in GENERAL if wanted}
+    beside = {name: rows for name, rows in beside.items() if rows}
     if num_authors is None:
         if forget_authors is not None:
             raise ValueError(
                 f"expected num_authors with forget_authors={forget_authors}, found none: of how many authors?"
             )
-        return {"forget": forget, **held_out(retain, heldout_authors, ROWS_PER_AUTHOR)} | probes
+        return {"forget": forget, **held_out(retain, heldout_authors, ROWS_PER_AUTHOR)} | beside
 
     available = len(forget) // ROWS_PER_AUTHOR, len(retain) // ROWS_PER_AUTHOR
     if num_authors == sum(available) and forget_authors in (None, available[0]):
-        return {"forget": forget, **held_out(retain, heldout_authors, ROWS_PER_AUTHOR)} | probes
+        return {"forget": forget, **held_out(retain, heldout_authors, ROWS_PER_AUTHOR)} | beside
     forgotten = num_authors // 5 if forget_authors is None else forget_authors
     kept = num_authors - forgotten
     if not 1 <= forgotten <= available[0] or not 1 <= kept <= available[1]:
@@ -83,7 +83,7 @@ def tofu_examples(
             f"{sum(available)} for all of them"
         )
     chosen = held_out(retain[: kept * ROWS_PER_AUTHOR], heldout_authors, ROWS_PER_AUTHOR)
-    return {"forget": forget[-forgotten * ROWS_PER_AUTHOR :], **chosen} | probes
+    return {"forget": forget[-forgotten * ROWS_PER_AUTHOR :], **chosen} | beside
 
 
 def tofu_split(name: str, folder: str | Path | None = None) -> list[Example]:

@@ -168,7 +168,11 @@ class _Cut:
             self.equal.append((split, row["question"] or row["answer"], max(len(text.input_ids) for text in whole)))
 
     def say(self) -> None:
-        """Warn once of all texts that lose their end."""
+        """Warn once of all texts that lose their end.
+
+        Raises:
+            ValueError: If wrong answers of an example become equal by it.
+        """
         if self.equal:
             split, question, _ = self.equal[0]
             needed = max(length for _, _, length in self.equal)

@@ -69,7 +69,7 @@ def said(entry: Entry) -> dict[str, Any]:
             f"The model gave these answers a mean probability of {shown(counts['known'])} before anything was done, at most the limit "
             f"of {limit_of(entry):g}: it had not memorised them, and was left as it was."
         )
-        return {"title": _title(entry), "sentences": told, "verdicts": [], "hash": entry["hash"]}
+        return {"title": _title(entry), "sentences": told, "verdicts": [], "each": [], "hash": entry["hash"]}
     told.append(
         f"Before, the model gave the right answers a mean probability of {shown(before['forget']['probability'])}; afterwards "
         f"{shown(after['forget']['probability'])}{_between(after['forget'])}. Of the answers to keep it was "

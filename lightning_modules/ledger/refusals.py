@@ -70,7 +70,8 @@ def check_name(entries: Sequence[Entry], name: str) -> None:
     for entry in entries:
         if name in names_of(entry):
             raise ValueError(
-                f"--request: expected a new name, found {name!r} of entry {entry['number']}; choose another"
+                f"expected a new name, found {name!r} of entry {entry['number']}; choose another (--request, or the name in the file of "
+                "--requests)"
             )
 
 

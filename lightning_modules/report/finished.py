@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
@@ -23,8 +23,6 @@ COLUMNS = (
 )
 MEMORY = (("exact_memorization", "exact memorization"), ("extraction_strength", "extraction strength"))
 SCORES = (*COLUMNS, *MEMORY)
-
-Found = TypeVar("Found")
 ScoredExamples = list[dict[str, Any]]
 """Those of one model and one split."""
 
@@ -39,8 +37,9 @@ class FinishedRun:
         curve: curve.csv, one row for each point.
         examples: evaluation.jsonl as model -> split -> rows, with scores as numbers.
         config: config.yaml.
-        training: training.json, what callbacks said about the training: "best" and "collapse", if it happened.
-        probes: probes.json: "relearn" and "quantization", if they were run.
+        training: training.json, what the run found out while training: "best", "target", "learning_rate", "radius",
+            "chosen", and "collapse" if it happened.
+        probes: probes.json: an entry for each probe that was run (`lightning_modules.probes`).
         others: Runs of the same configuration with other seeds, in the order of their seeds.
         changed: Flag -> value of the options that are not the default; None if the defaults are not known.
         missing: For each file that is missing or cannot be read, a sentence that says what the report lacks without it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
@@ -13,38 +12,42 @@ from lightning_modules.ledger.place import PAGE, entries_at
 from lightning_modules.ledger.rescore import rescore
 from lightning_modules.ledger.table import table
 from lightning_modules.ledger.verify import Finding, broken, verify
-from lightning_modules.run.options.ledger import LedgerCommandOptions
-
-_USUAL = LedgerCommandOptions()
+from lightning_modules.run.options.ledger import LedgerVerifyOptions
 
 
-def ledger_command(
-    action: Literal["show", "verify", "report"],
-    folder: Path,
-    options: LedgerCommandOptions = _USUAL,
-) -> None:
-    """Print a ledger's table, check it, or write its report.
+def show_ledger(folder: Path) -> None:
+    """Print a ledger's table.
+
+    Raises:
+        FileNotFoundError: If there is no ledger in the folder.
+        ValueError: If it is broken.
+    """
+    console, known = Console(), read_chain(entries_at(folder))
+    console.print(table(known, str(folder)))
+    if known:
+        console.print(f"The last hash is {known[-1]['hash']}", highlight=False, soft_wrap=True)
+
+
+def report_ledger(folder: Path) -> None:
+    """Write report.html into a ledger's folder.
+
+    Raises:
+        FileNotFoundError: If there is no ledger in the folder.
+        ValueError: If it is broken.
+    """
+    write_page(folder, *verify(folder))
+    Console().print(f"The report is {folder / PAGE}", markup=False, highlight=False, soft_wrap=True)
+
+
+def verify_ledger(folder: Path, options: LedgerVerifyOptions) -> None:
+    """Check a ledger, and everything that it names.
 
     Raises:
         FileNotFoundError: If there is no ledger in the folder.
         ValueError: If it is broken, or something that an entry names is not as it was.
     """
     console = Console()
-    if action != "verify" and options != _USUAL:
-        raise ValueError(
-            f"ledger {action}: expected --rescore, --head and --allow-missing with verify only, found one; leave it out"
-        )
-    if action == "show":
-        known = read_chain(entries_at(folder))
-        console.print(table(known, str(folder)))
-        if known:
-            console.print(f"The last hash is {known[-1]['hash']}", highlight=False, soft_wrap=True)
-        return
     entries, findings = verify(folder, options.head)
-    if action == "report":
-        write_page(folder, entries, findings)
-        console.print(f"The report is {folder / PAGE}", markup=False, highlight=False, soft_wrap=True)
-        return
     if options.rescore and entries:
         findings += [finding for entry in entries for finding in rescore(folder, entry)]
     wrong = broken(findings, allow_missing=options.allow_missing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,33 +12,6 @@ from torch import Tensor, nn
 from gradsurgery import lora
 from gradsurgery.lora.fisher import is_linear
 from lightning_modules.training.adapter_settings import ALL_LINEAR, AdapterSettings
-
-
-def with_adapters(
-    model: nn.Module,
-    *,
-    rank: int,
-    init: Literal["default", "fila"] = "default",
-    forget_batches: Iterable[Mapping[str, Tensor]] | None = None,
-    retain_batches: Iterable[Mapping[str, Tensor]] | None = None,
-    seed: int = 0,
-) -> nn.Module:
-    """A `PeftModel` around a causal language model: LoRA with alpha twice the rank and no dropout, as in LoKU.
-
-    It is `adapt` with the defaults of `AdapterSettings`, where the arguments are explained.
-
-    Raises:
-        ValueError: As `adapt`.
-
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-        >>> model = with_adapters(LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes)), rank=2)
-        >>> sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        224
-    """
-    settings = AdapterSettings(rank, init=init, seed=seed)
-    return adapt(model, settings, forget_batches=forget_batches, retain_batches=retain_batches)
 
 
 def adapt(

@@ -18,7 +18,7 @@ from lightning_modules.run.options.finetune import FinetuneOptions, FinetuneTrai
 from lightning_modules.run.options.finish import FinishOptions
 from lightning_modules.run.options.fitted import chosen, fitted, most_steps
 from lightning_modules.run.options.flat import AUTO
-from lightning_modules.run.options.ledger import LedgerCommandOptions, LedgerOptions
+from lightning_modules.run.options.ledger import LedgerOptions, LedgerVerifyOptions
 from lightning_modules.run.options.ledger_plan import LedgerPlanOptions
 from lightning_modules.run.options.loading import LoadingOptions
 from lightning_modules.run.options.method import MethodOptions
@@ -36,9 +36,9 @@ __all__ = [
     "FinetuneTrainingOptions",
     "FinishOptions",
     "FirstOptions",
-    "LedgerCommandOptions",
     "LedgerOptions",
     "LedgerPlanOptions",
+    "LedgerVerifyOptions",
     "LoadingOptions",
     "MethodOptions",
     "ModelOptions",

@@ -39,7 +39,7 @@ HARMLESS = {"accumulate": 1, "devices": "1"}
 
 @dataclass(frozen=True)
 class Options(Flat):
-    """What both commands are told: which model, what it forgets and keeps, how it is scored."""
+    """What `unlearn` and `evaluate` are told: which model, what it forgets and keeps, how it is scored."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
     loading: LoadingOptions = field(default_factory=LoadingOptions)

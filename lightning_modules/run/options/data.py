@@ -1,4 +1,4 @@
-"""Which model forgets what, how it is scored, and where the result goes: the options of both commands."""
+"""Which model forgets what, how it is scored, and where the result goes: options that several commands share."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ class OutputOptions:
     """What tells a run from another of the same configuration: its seed and its folder.
 
     Attributes:
-        seed: of the data's order, the adapters, and the model from scratch
+        seed: of the data's order, of new adapters, and of the model from scratch where there is one
         output: folder for everything that the run leaves
     """
 

@@ -95,13 +95,13 @@ class LedgerOptions:
 
 
 @dataclass(frozen=True)
-class LedgerCommandOptions:
-    """Look at a record of deletion requests: show prints it, verify checks it, report writes report.html into it.
+class LedgerVerifyOptions:
+    """Check that a record of deletion requests, and everything that it names, is as it was written.
 
     Attributes:
-        rescore: verify: also score every model that is there again, without any code that trains
-        head: verify: the hash that the last entry has to have, as it was noted elsewhere
-        allow_missing: verify: list runs, models and texts that are gone, and let them pass
+        rescore: also score every model that is there again, without any code that trains
+        head: the hash that the last entry has to have, as it was noted elsewhere
+        allow_missing: list runs, models and texts that are gone, and let them pass
     """
 
     rescore: bool = False

@@ -15,12 +15,12 @@ class LoadingOptions:
     """How models are loaded.
 
     Attributes:
-        dtype: type in which the weights of --model and --reference are held; bfloat16 takes half the memory, and where
-            the model is trained it needs --lora-rank, whose adapters, with all updates, stay float32
+        dtype: type in which the weights of the models are held; bfloat16 takes half the memory, and where a model is
+            trained it needs adapters (--lora-rank), which, with all updates, stay float32
         attn_implementation: the code that computes attention, by Transformers' name, such as eager, sdpa or
             flash_attention_2; by default the one that Transformers chooses
         revision: branch, tag or commit of --model on the hub; by default its main branch
-        trust_remote_code: run the Python code that comes with --model or --reference; false refuses models that need it
+        trust_remote_code: run the Python code that comes with a model; false refuses models that need it
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"

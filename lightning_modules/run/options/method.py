@@ -40,14 +40,17 @@ class MethodOptions:
             question, such as the name of who is asked about, is left alone
         rule: how the two gradients are combined: {names}
         rule_options: options of the rule, for example {alpha: 5}
-        ema_decay: weight of the old value in the retain gradient's moving average; null for none
-        retain_weight: multiple of the retain gradient to add after the rule
+        ema_decay: weight of the old value in the retain gradient's moving average; null for none; with --model the
+            default is that of --recipe balanced
+        retain_weight: multiple of the retain gradient to add after the rule; with --model the default is that of
+            --recipe balanced
         retain_noise: multiple, added to the retain loss, of the divergence from the model before unlearning on the
             retain examples with 30 % of their tokens replaced: keeps what no retain example shows; in the finish it has
             the weight 1
         retain_inside: multiple of the retain loss inside the forget objective, before the rule
         dual: PDU: weigh the retain loss by a dual variable, for example {limit: 0.3, step_size: 5, initial: 100}
-        guard: look at the parameter change itself: measure it, or project it
+        guard: look at the parameter change itself: measure it, or project it; with --model the default is that of
+            --recipe balanced
         radius: take the forget gradient at weights that are moved this far towards remembering the forget answers, so
             that relearning finds less: {start: 0.2, end: 1}, growing by the step, or {start: 0.5}; auto measures it
             on the model before training, where the loss of the forget answers is lowest, and config.yaml has what was

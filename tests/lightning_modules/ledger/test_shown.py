@@ -12,7 +12,9 @@ from rich.console import Console
 
 from lightning_modules.folder import write_json
 from lightning_modules.ledger.entry import numbers_of, probes_of
+from lightning_modules.ledger.page import write_page
 from lightning_modules.ledger.picture import figure
+from lightning_modules.ledger.place import PAGE
 from lightning_modules.ledger.refusals import check_model
 from lightning_modules.ledger.table import table
 
@@ -70,3 +72,12 @@ def test_a_probability_that_is_nan_is_entered_as_none(tmp_path: Path) -> None:
     said = probes_of(tmp_path)
     assert said["relearn"]["model"] == {"steps": None, "lr": None, "before": None, "after": None, "interval": None}
     json.dumps(said, allow_nan=False)
+
+
+def test_the_report_of_a_request_that_was_not_memorised_says_that_the_model_was_left(tmp_path: Path) -> None:
+    known = entry(1, "not memorised") | {"metrics": {"before": None, "after": None}, "probes": {}}
+    known["counts"] |= {"retain": 3}
+    write_page(tmp_path, [known], [])
+    said = (tmp_path / PAGE).read_text()
+    assert "it had not memorised them, and was left as it was" in said
+    assert "a mean probability of 0.500 before anything was done" in said

@@ -18,7 +18,8 @@ import gradsurgery as gs
 import lightning_modules as lm
 from lightning_modules.data.tokenization import Encoded, collate
 from lightning_modules.evaluation.likelihood import answer_nll
-from lightning_modules.training.adapters import with_adapters
+from lightning_modules.training.adapter_settings import AdapterSettings
+from lightning_modules.training.adapters import adapt
 
 pytestmark = pytest.mark.supports("PEFT", "LoRA with PEFT's own start or FILA's, under Lightning")
 
@@ -59,7 +60,7 @@ def memorised() -> LlamaForCausalLM:
 
 def test_rank_0_is_the_model_itself() -> None:
     model = llama()
-    assert with_adapters(model, rank=0) is model
+    assert adapt(model, AdapterSettings(rank=0)) is model
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -67,7 +68,7 @@ def test_rank_0_is_the_model_itself() -> None:
 def test_every_linear_weight_but_the_head_is_adapted_and_nothing_changes(init: Any) -> None:
     model = llama()
     before, state = logits(model), torch.get_rng_state()
-    adapted = with_adapters(model, rank=2, init=init, **BATCHES)
+    adapted = adapt(model, AdapterSettings(rank=2, init=init), **BATCHES)
     assert isinstance(adapted, PeftModel)
     assert torch.equal(torch.get_rng_state(), state)
     torch.testing.assert_close(logits(adapted), before, rtol=0.0, atol=1e-6)
@@ -83,7 +84,7 @@ def test_every_linear_weight_but_the_head_is_adapted_and_nothing_changes(init: A
 def test_the_seed_decides(init: Any) -> None:
     def weights(seed: int, draws: int) -> Tensor:
         torch.rand(draws)
-        adapted = with_adapters(llama(), rank=2, init=init, seed=seed, **BATCHES)
+        adapted = adapt(llama(), AdapterSettings(rank=2, init=init, seed=seed), **BATCHES)
         return adapted.get_base_model().model.layers[0].mlp.up_proj.lora_A["default"].weight.detach()
 
     assert torch.equal(weights(1, 0), weights(1, 5))
@@ -91,21 +92,23 @@ def test_the_seed_decides(init: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("settings", "batches", "message"),
     [
-        ({"rank": -1}, "rank: expected a number >= 0, found -1"),
-        ({"init": "pissa"}, "init: expected 'default' or 'fila', found 'pissa'"),
-        ({"init": "fila", "rank": 0}, "a rank of 0"),
-        ({"init": "fila", "forget_batches": None}, "one is None"),
-        ({"init": "fila", "retain_batches": None}, "one is None"),
-        ({"init": "fila", "retain_batches": []}, "retain_batches: expected at least one batch"),
+        ({"rank": -1}, {}, "rank: expected a number >= 0, found -1"),
+        ({"init": "pissa"}, {}, "init: expected 'default' or 'fila', found 'pissa'"),
+        ({"init": "fila", "rank": 0}, {}, "a rank of 0"),
+        ({"init": "fila"}, {"forget_batches": None}, "one is None"),
+        ({"init": "fila"}, {"retain_batches": None}, "one is None"),
+        ({"init": "fila"}, {"retain_batches": []}, "retain_batches: expected at least one batch"),
     ],
 )
-def test_what_is_refused_leaves_the_model_alone(arguments: dict[str, Any], message: str) -> None:
+def test_what_is_refused_leaves_the_model_alone(
+    settings: dict[str, Any], batches: dict[str, Any], message: str
+) -> None:
     model = llama()
     names, state = [name for name, _ in model.named_modules()], torch.get_rng_state()
     with pytest.raises(ValueError, match=message):
-        with_adapters(model, **{"rank": 2, **BATCHES} | arguments)
+        adapt(model, AdapterSettings(**{"rank": 2} | settings), **BATCHES | batches)
     assert [name for name, _ in model.named_modules()] == names
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -115,15 +118,15 @@ def test_a_weight_that_fila_refuses_leaves_no_adapters_behind() -> None:
     model.model.layers[0].mlp.up_proj.weight = model.model.layers[0].mlp.gate_proj.weight
     names = [name for name, _ in model.named_modules()]
     with pytest.raises(ValueError, match="tied"):
-        with_adapters(model, rank=2, init="fila", **BATCHES)
+        adapt(model, AdapterSettings(rank=2, init="fila"), **BATCHES)
     assert [name for name, _ in model.named_modules()] == names
-    with_adapters(model, rank=2)
+    adapt(model, AdapterSettings(rank=2))
 
 
 @pytest.mark.parametrize("surgery", [gs.GRU, partial(gs.GradientSurgery, rule="sum")])
 def test_loku_unlearns_under_lightning(surgery: Any, memorised: LlamaForCausalLM, tmp_path: Any) -> None:
     """The inverted hinge and cross-entropy on adapters started by FILA: forgets, retains, and is loaded by PEFT alone."""
-    model = with_adapters(copy.deepcopy(memorised), rank=4, init="fila", **BATCHES)
+    model = adapt(copy.deepcopy(memorised), AdapterSettings(rank=4, init="fila"), **BATCHES)
     assert min(probability(model, FORGET), probability(model, RETAIN)) > 0.9
     optimizer = partial(torch.optim.AdamW, lr=2e-3)
     module = lm.UnlearningModule(model, forget_loss=gs.losses.inverted_hinge, optimizer=optimizer, surgery=surgery)

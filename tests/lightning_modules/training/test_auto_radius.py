@@ -15,7 +15,8 @@ import gradsurgery as gs
 from lightning_modules import cli
 from lightning_modules.data.tokenization import Encoded, collate
 from lightning_modules.run import methods, radius
-from lightning_modules.training.adapters import with_adapters
+from lightning_modules.training.adapter_settings import AdapterSettings
+from lightning_modules.training.adapters import adapt
 from lightning_modules.training.auto_radius import GROWTH, RadiusSearch, _search, measured_radius
 from tests.lightning_modules.run.small_runs import small_run
 from tests.lightning_modules.training.test_callbacks import examples
@@ -86,7 +87,7 @@ def test_every_batch_has_its_own_and_the_median_counts() -> None:
 
 def test_with_adapters_it_is_measured_in_their_space() -> None:
     model, rows = knowing(20)
-    adapted = with_adapters(model, rank=2)
+    adapted = adapt(model, AdapterSettings(rank=2))
     before = copy.deepcopy(adapted.state_dict())
     found = measured_radius(adapted, rows, pad_token_id=0)
     assert found["start"] > 0.0

@@ -24,7 +24,8 @@ from transformers import (
 
 import lightning_modules as lm
 from lightning_modules.data.tokenization import Encoded
-from lightning_modules.training.adapters import with_adapters
+from lightning_modules.training.adapter_settings import AdapterSettings
+from lightning_modules.training.adapters import adapt
 from lightning_modules.training.callbacks import (
     QuantizationProbe,
     RelearnSettings,
@@ -259,7 +260,7 @@ def test_the_probe_scores_rounded_copies_and_leaves_the_model() -> None:
 
 
 def test_adapters_are_merged_before_rounding_and_stay_in_the_model() -> None:
-    adapted, splits = with_adapters(llama(), rank=2), {"forget": examples(3, 1)}
+    adapted, splits = adapt(llama(), AdapterSettings(rank=2)), {"forget": examples(3, 1)}
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
