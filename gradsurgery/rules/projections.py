@@ -111,6 +111,10 @@ def gu(gram: Tensor) -> Tensor:
     Source: Geometric-disentanglement Unlearning (2511.17100), which takes the Gram matrix in the optimizer's metric
     (``metric="optimizer"`` here).
     """
+    return _across(gram)
+
+
+def _across(gram: Tensor) -> Tensor:
     unit, norms = _algebra.normalised(gram)
     return _algebra.unit_forget(-(_algebra.pinv(unit[..., 1:, 1:]) @ unit[..., 1:, :1]).squeeze(-1), norms)
 
@@ -131,10 +135,8 @@ def orthograd(gram: Tensor, *, gamma: float = 1.0, alpha: float = 1.0) -> Tensor
     rows' coordinates is usual.
     """
     number = gram.shape[-1] - 1
-    unit, norms = _algebra.normalised(gram)
-    across = _algebra.unit_forget(-(_algebra.pinv(unit[..., 1:, 1:]) @ unit[..., 1:, :1]).squeeze(-1), norms)
     mean = torch.cat([gram.new_zeros(1), gram.new_full((number,), alpha / max(number, 1))])
-    return gamma * across + mean
+    return gamma * _across(gram) + mean
 
 
 @of_gram

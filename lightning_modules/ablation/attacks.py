@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
 from lightning_modules.data.tokenization import Encoded
 from lightning_modules.training.callbacks import RelearnSettings, relearn_probe
+from lightning_modules.training.counts import whole
 
 _COUNTS = ("steps", "batch_size", "seed")
 
@@ -26,9 +26,7 @@ def relearn_settings(given: Mapping[str, float], *, autocast: bool = False) -> R
         raise ValueError(
             f"expected steps and lr, for example {{steps: 20, lr: 5e-5}}, found no {' and no '.join(missing)}"
         )
-    if wrong := [name for name in _COUNTS if name in given and given[name] != int(given[name])]:
-        raise ValueError(f"{wrong[0]}: expected a whole number, found {given[wrong[0]]}")
-    values: dict[str, Any] = {name: int(value) if name in _COUNTS else value for name, value in given.items()}
+    values = whole(given, _COUNTS)
     return RelearnSettings(autocast=autocast, **{"every": max(1, values["steps"]), **values})
 
 

@@ -12,6 +12,8 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
+from lightning_modules.data.heldout import held_out
+
 QUESTIONS_PER_AUTHOR = 20
 WRONG_ANSWERS = 5
 
@@ -278,6 +280,21 @@ def fictional_authors(num_authors: int = 10, *, seed: int = 0) -> list[dict[str,
             f"num_authors: expected between 1 and {MAX_AUTHORS}, as many as there are unique names, towns and titles, found {num_authors}"
         )
     return [row for index in range(num_authors) for row in _author_rows(index, seed)]
+
+
+def fictional_splits(num_authors: int, forgotten: int, heldout: int = 0) -> dict[str, list[dict[str, Any]]]:
+    """Returns the rows by split: the last authors are to be forgotten, and the last of the others can be held out.
+
+    Raises:
+        ValueError: As `fictional_authors` and `heldout.held_out`.
+
+    Example:
+        >>> {split: len(rows) for split, rows in fictional_splits(5, 1, heldout=2).items()}
+        {'forget': 20, 'retain': 40, 'retain_heldout': 40}
+    """
+    rows = fictional_authors(num_authors)
+    kept = (num_authors - forgotten) * QUESTIONS_PER_AUTHOR
+    return {"forget": rows[kept:], **held_out(rows[:kept], heldout, QUESTIONS_PER_AUTHOR)}
 
 
 def _author_rows(index: int, seed: int) -> Iterator[dict[str, Any]]:

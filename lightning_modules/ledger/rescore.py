@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning_modules.data.examples import Example, read_examples
-from lightning_modules.data.fictional_authors import QUESTIONS_PER_AUTHOR, fictional_authors
+from lightning_modules.data.fictional_authors import fictional_splits
 from lightning_modules.data.files import read_yaml
 from lightning_modules.data.formats import set_format
-from lightning_modules.data.heldout import RETAIN_HELDOUT, held_out
+from lightning_modules.data.heldout import RETAIN_HELDOUT
 from lightning_modules.data.requests import read_requests, together
 from lightning_modules.data.tofu import tofu_examples
 from lightning_modules.evaluation.evaluate import Evaluation, EvaluationSettings, evaluate
@@ -148,6 +148,5 @@ def data_of(config: Mapping[str, Any]) -> dict[str, list[Example]]:
                 found["forget"] = together(read_requests(requests))
         return found
     authors = config["authors"]
-    rows = fictional_authors(authors)
-    kept = (authors - (config["forget_authors"] or authors // 5)) * QUESTIONS_PER_AUTHOR
-    return {"forget": rows[kept:], **held_out(rows[:kept], config["heldout_authors"], QUESTIONS_PER_AUTHOR)}
+    forgotten = authors // 5 if config["forget_authors"] is None else config["forget_authors"]
+    return fictional_splits(authors, forgotten, config["heldout_authors"])

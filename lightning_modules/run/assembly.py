@@ -146,7 +146,7 @@ def kind_of_start_model(options: UnlearnOptions) -> str | None:
         return method.start_model
     if not any(objectives.needs_logits(loss) for loss in losses):
         return "precomputed"
-    return "adapters_off" if training.lora_rank and training.lora_init == "default" else "copy"
+    return "adapters_off" if training.adapters_start_at_zero else "copy"
 
 
 def make_trainer(
@@ -201,8 +201,7 @@ def make_finishing_trainer(training: TrainingOptions, steps: int, console: Conso
 
 def fsdp2(training: TrainingOptions) -> ModelParallelStrategy:
     """Lightning's strategy for a module that is sharded already, over all devices of all machines."""
-    devices = max(1, torch.cuda.device_count()) if training.devices == "auto" else int(training.devices)
-    return ModelParallelStrategy(data_parallel_size=devices * training.num_nodes, tensor_parallel_size=1)
+    return ModelParallelStrategy(data_parallel_size=training.processes, tensor_parallel_size=1)
 
 
 def check_hardware(training: TrainingOptions) -> None:

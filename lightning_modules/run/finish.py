@@ -42,8 +42,7 @@ def substitute_answers(options: UnlearnOptions, splits: Splits) -> list[Example]
 
 def kept_start(model: nn.Module, options: UnlearnOptions) -> Reference:
     """How the finish knows the model before unlearning, to be called before it: its adapters off, or a copy."""
-    plain = options.training.lora_rank and options.training.lora_init == "default"
-    start = AdapterOff() if plain else SecondModel(copy.deepcopy(model))
+    start = AdapterOff() if options.training.adapters_start_at_zero else SecondModel(copy.deepcopy(model))
     start.prepare(model)
     return start
 

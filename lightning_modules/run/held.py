@@ -50,10 +50,9 @@ def held_by_unlearning(model: nn.Module, options: UnlearnOptions) -> list[Held]:
         parts.append(Held(f"{sketches} sketches of earlier requests, as dense gradients", sketches * _bytes(trained)))
     if method.radius:
         parts.append(Held("weights before they are moved for the forget row", _bytes(trained)))
-    plain = training.lora_rank and training.lora_init == "default"
     for needed, what in (
         (kind_of_start_model(options) == "copy", "the losses compare"),
-        (options.finish.finish_steps and not plain, "the finish compares"),
+        (options.finish.finish_steps and not training.adapters_start_at_zero, "the finish compares"),
     ):
         if needed:
             parts.append(Held(f"a copy of the model before unlearning, with which {what}", bytes_of(model)))
@@ -136,10 +135,4 @@ def _types(named: Sequence[tuple[str, nn.Parameter]]) -> str:
 
 
 def _shards(training: TrainingOptions) -> int:
-    return devices(training) if training.sharded else 1
-
-
-def devices(training: TrainingOptions) -> int:
-    """How many processes train together."""
-    here = max(1, torch.cuda.device_count()) if training.devices == "auto" else int(training.devices)
-    return here * training.num_nodes
+    return training.processes if training.sharded else 1

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from lightning_modules.data.examples import Example, read_examples
-from lightning_modules.data.fictional_authors import QUESTIONS_PER_AUTHOR, fictional_authors
+from lightning_modules.data.fictional_authors import fictional_authors, fictional_splits
 from lightning_modules.data.files import read_text
 from lightning_modules.data.formats import set_format
-from lightning_modules.data.heldout import held_out, to_keep
+from lightning_modules.data.heldout import to_keep
 from lightning_modules.data.pairs import REFUSALS, TARGET, ForgetRetainDataModule, TOFUDataModule
 from lightning_modules.data.requests import read_requests, together
 from lightning_modules.data.tofu import tofu_examples, tofu_split
@@ -72,10 +72,9 @@ def make_data(options: Options, tokenizer: Any) -> ForgetRetainDataModule:
         raise ValueError(
             f"expected at least 5 authors, so that a fifth of them can be forgotten, or --forget-authors, found {authors}"
         )
-    rows = fictional_authors(authors)
-    kept = (authors - forgotten) * QUESTIONS_PER_AUTHOR
-    chosen = held_out(rows[:kept], data.heldout_authors, QUESTIONS_PER_AUTHOR)
-    return ForgetRetainDataModule(rows[kept:], tokenizer=tokenizer, **chosen, **common)
+    return ForgetRetainDataModule(
+        **fictional_splits(authors, forgotten, data.heldout_authors), tokenizer=tokenizer, **common
+    )
 
 
 def read_splits(options: Options) -> dict[str, list[Example]]:

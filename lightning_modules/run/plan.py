@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,9 +18,10 @@ from lightning_modules.folder import check_free
 from lightning_modules.ledger.request import row_counts
 from lightning_modules.run.assembly import kind_of_start_model
 from lightning_modules.run.first import SPLITS, is_taught, lesson
-from lightning_modules.run.held import devices, held_by_teaching, held_by_unlearning, lines
+from lightning_modules.run.held import held_by_teaching, held_by_unlearning, lines
 from lightning_modules.run.models import Pretrained
 from lightning_modules.run.options import FinetuneOptions, TrainingOptions, UnlearnOptions
+from lightning_modules.run.options.fitted import most_steps
 from lightning_modules.run.show import format_said
 from lightning_modules.training.adapters import adapt
 from lightning_modules.training.scratch import ScratchSettings
@@ -50,10 +50,10 @@ def show_plan(options: UnlearnOptions, splits: Mapping[str, Sequence[Example]], 
         said.append(f"Method: ULD, whose assistant is trained by AdamW with adapters of rank {training.lora_rank}")
     else:
         said += _objectives(options)
-        steps = training.steps or _steps(len(splits["forget"]), training) * (training.epochs or 1)
+        steps = most_steps(training, len(splits["forget"]))
         said.append(
             f"Steps: {'' if training.stop_below == 0.0 else 'at most '}{steps}, each of {training.accumulate or 1} x "
-            f"{training.batch_size} forget and as many retain examples on each of {devices(training)} devices; {training.optimizer}, "
+            f"{training.batch_size} forget and as many retain examples on each of {training.processes} devices; {training.optimizer}, "
             f"{_rate(training.lr)}"
         )
         if options.finish.finish_steps:
@@ -90,8 +90,8 @@ def show_taught_plan(options: FinetuneOptions, rows: Sequence[Example], known: P
         f"Model: {_model(str(options.taught.model), known, options.loading.dtype)}",
         _count("taught", rows, None),
         *_example(known.tokenizer, rows[0], options.taught.max_length),
-        f"Steps: {_steps(len(rows), training.as_unlearning()) * training.epochs}, each of {training.accumulate} x {training.batch_size} "
-        f"examples on each of {devices(training.as_unlearning())} devices; AdamW, highest lr {training.lr:g}",
+        f"Steps: {most_steps(training.as_unlearning(), len(rows))}, each of {training.accumulate} x {training.batch_size} "
+        f"examples on each of {training.processes} devices; AdamW, highest lr {training.lr:g}",
     ]
     said += _memory(options, known)
     said.append(f"Output: {options.output.folder}")
@@ -201,12 +201,6 @@ def _example(tokenizer: Any, row: Example, max_length: int) -> list[str]:
         f"The first example, {len(encoded.input_ids)} tokens, its answer between [[ and ]]: {text}",
         *format_said(tokenizer),
     ]
-
-
-def _steps(examples: int, training: TrainingOptions) -> int:
-    """Optimizer steps of an epoch: the last one may have fewer batches, and the last batch fewer examples."""
-    batches = math.ceil(math.ceil(examples / devices(training)) / training.batch_size)
-    return math.ceil(batches / (training.accumulate or 1))
 
 
 def _print(said: Sequence[str], console: Console) -> None:

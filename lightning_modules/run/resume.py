@@ -14,8 +14,7 @@ from lightning_modules.run.finish import substitute_answers
 from lightning_modules.run.identity import examples_hash, model_identity
 from lightning_modules.run.loading import refusals_of
 from lightning_modules.run.options import AUTO, FinetuneOptions, LoadingOptions, UnlearnOptions
-from lightning_modules.run.options.flat import flag
-from lightning_modules.run.options.shared import NO_PART
+from lightning_modules.run.options.flat import NO_PART, flag
 from lightning_modules.run.run import Run
 from lightning_modules.run.saved import read_options
 from lightning_modules.training.callbacks.notes import note

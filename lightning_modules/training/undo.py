@@ -15,12 +15,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 
 import gradsurgery as gs
+from lightning_modules.training.counts import whole
 from lightning_modules.training.module import UnlearningModule
 from lightning_modules.training.references import SecondModel
 from lightning_modules.training.warmup import rising_and_falling
@@ -68,11 +68,7 @@ def undo_settings(given: Mapping[str, float]) -> UndoSettings:
         TypeError: If one of them is no setting.
         ValueError: As `UndoSettings`, or if a count is no whole number.
     """
-    counts = ("steps", "seed")
-    if wrong := [name for name in counts if name in given and given[name] != int(given[name])]:
-        raise ValueError(f"undo, {wrong[0]}: expected a whole number, found {given[wrong[0]]}")
-    values: dict[str, Any] = {name: int(value) if name in counts else value for name, value in given.items()}
-    return UndoSettings(**values)
+    return UndoSettings(**whole(given, ("steps", "seed"), "undo, "))
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from lightning_modules.run.options.loading import LoadingOptions
 from lightning_modules.run.options.machine import by_machine
 from lightning_modules.run.options.method import MethodOptions
 from lightning_modules.run.options.recipes import RecipeOptions, expanded
-from lightning_modules.run.options.shared import FSDP2, NO_PART
+from lightning_modules.run.options.shared import FSDP2
 from lightning_modules.run.options.training import TrainingOptions, uld_numbers
 from lightning_modules.training.uld_settings import ULDSettings
 
@@ -316,10 +316,6 @@ class UnlearnOptions(Options):
         ledger = self.ledger if name is None else replace(self.ledger, ledger=str(Path(name).resolve()))
         data = replace(self.data, authors=self.authors or self.data.authors)
         return replace(self, data=data, training=training, finish=finish, ledger=ledger)
-
-    def recorded(self) -> dict[str, Any]:
-        """What config.yaml holds: every option but --resume and --dry-run, which are no part of what the run is."""
-        return {name: value for name, value in self.flat().items() if name not in NO_PART}
 
     def uld_settings(self) -> ULDSettings:
         """How ULD's assistant is trained; counts are whole numbers, even where a YAML file says 8.0."""

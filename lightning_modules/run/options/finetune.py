@@ -10,7 +10,7 @@ from lightning_modules.run.options.data import OutputOptions
 from lightning_modules.run.options.flat import Flat, at_least_one, check_finite, flag
 from lightning_modules.run.options.loading import LoadingOptions
 from lightning_modules.run.options.machine import by_machine
-from lightning_modules.run.options.shared import FSDP2, NO_PART, SharedOptions
+from lightning_modules.run.options.shared import FSDP2, SharedOptions
 from lightning_modules.run.options.training import TrainingOptions
 from lightning_modules.training.finetuning_settings import FinetuningSettings
 
@@ -143,10 +143,6 @@ class FinetuneOptions(Flat):
         if training.lora_rank and training.lora_alpha is None:
             known["lora_alpha"] = 2.0 * training.lora_rank
         return self.but(**known)
-
-    def recorded(self) -> dict[str, Any]:
-        """What config.yaml holds: every option but --resume and --dry-run, which are no part of what the run is."""
-        return {name: value for name, value in self.flat().items() if name not in NO_PART}
 
     def settings(self) -> FinetuningSettings:
         """How the stage is told to train."""

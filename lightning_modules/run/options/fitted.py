@@ -79,12 +79,10 @@ def most_steps(training: TrainingOptions, examples: int) -> int:
     """
     if training.steps is not None:
         return training.steps
+    # The last step of an epoch may have fewer batches, and its last batch fewer examples.
     return (training.epochs or 1) * math.ceil(_batches(training, examples) / (training.accumulate or 1))
 
 
 def _batches(training: TrainingOptions, examples: int) -> int:
     """Batches that each process has in an epoch."""
-    import torch  # only here: the parser needs these options before torch is there
-
-    devices = max(1, torch.cuda.device_count()) if training.devices == "auto" else int(training.devices)
-    return math.ceil(examples / (training.batch_size * devices * training.num_nodes))
+    return math.ceil(examples / (training.batch_size * training.processes))

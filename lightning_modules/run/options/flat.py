@@ -9,6 +9,8 @@ from typing import Any, Self
 
 AUTO = "auto"
 """The value of an option that the run finds out itself: a learning rate or a radius."""
+NO_PART = ("resume", "dry_run")
+"""Options that are no part of what a run is: they say what is done with it now."""
 NAMES = "names"
 """Key in a field's metadata: the values that the option can have, where they are the keys of a table in the code.
 
@@ -61,6 +63,10 @@ class Flat:
         """Option -> value, in the order of the command line."""
         groups = (getattr(self, entry.name) for entry in fields(self))  # pyright: ignore[reportArgumentType]
         return {name: value for group in groups for name, value in asdict(group).items()}
+
+    def recorded(self) -> dict[str, Any]:
+        """What config.yaml holds: every option but those that are no part of what the run is."""
+        return {name: value for name, value in self.flat().items() if name not in NO_PART}
 
 
 def one_of(names: Sequence[str], default: str) -> Any:

@@ -11,9 +11,6 @@ from lightning_modules.training.adapter_settings import AdapterSettings
 FSDP2 = "fsdp2"
 """The strategy that is ours and not Lightning's."""
 
-NO_PART = ("resume", "dry_run")
-"""Options that are no part of what a run is: they say what is done with it now."""
-
 
 @dataclass(frozen=True)
 class SharedOptions:
@@ -73,6 +70,14 @@ class SharedOptions:
     def sharded(self) -> bool:
         """Whether the model is sharded over the devices."""
         return self.strategy == FSDP2
+
+    @property
+    def processes(self) -> int:
+        """How many processes train together, one for each device of each machine."""
+        import torch  # only here: the parser needs these options before torch is there
+
+        here = max(1, torch.cuda.device_count()) if self.devices == "auto" else int(self.devices)
+        return here * self.num_nodes
 
     def adapters(self, seed: int) -> AdapterSettings:
         """What the adapters are, without any a rank of 0."""

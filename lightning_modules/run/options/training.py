@@ -228,6 +228,11 @@ class TrainingOptions(SharedOptions, StepOptions):
         return replace(super().adapters(seed), init=self.lora_init)
 
     @property
+    def adapters_start_at_zero(self) -> bool:
+        """Whether the model with its adapters switched off is the model before unlearning."""
+        return self.lora_rank > 0 and self.lora_init == "default"
+
+    @property
     def accumulates(self) -> bool:
         """Whether an optimizer step takes more than one batch."""
         return (self.accumulate or 1) > 1
