@@ -13,9 +13,9 @@
 | `protecting` | earlier requests of a ledger that stay forgotten |
 | `uld` | `ULDModule`, `train_assistant`: unlearning by an assistant's logits |
 | `finetuning`, `scratch` | teaching a model what it is to forget later, and the small Llama |
-| `probability`, `displacement` | how probable answers are, the one way of scoring while training; how far weights went |
+| `probability`, `displacement` | how probable answers are while training; how far weights went |
 | `learning_rate`, `warmup` | a rate that is found, and rates that rise and fall |
-| `trainer`, `sharding`, `soundness`, `token_count` | what Lightning is told, what is asked of a batch, means over processes |
+| `trainer`, `sharding`, `soundness`, `token_count` | what Lightning is told; what is asked of a batch; means |
 | `resuming`, `checkpoint_file` | so that a resumed run is the uninterrupted one |
 | `adapter_settings`, `uld_settings`, `finetuning_settings`, `counts` | settings, which the command line shows |
 | `callbacks` | what watches a run |
