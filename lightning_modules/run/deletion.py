@@ -12,7 +12,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from rich.console import Console
 from torch import nn
 
 import gradsurgery as gs
@@ -41,7 +40,7 @@ from lightning_modules.run.saved import read_options
 from lightning_modules.run.saving import save_model
 from lightning_modules.run.scoring import contents_of_metrics, score
 from lightning_modules.run.settling import USUAL_LEVEL
-from lightning_modules.run.show import show_entry
+from lightning_modules.run.show import say, show_entry
 from lightning_modules.training.module import UnlearningModule
 from lightning_modules.training.probability import mean_probabilities
 from lightning_modules.training.protecting import ProtectingModule
@@ -257,11 +256,9 @@ def nothing_done(options: UnlearnOptions, splits: Splits, request: Request) -> N
     (folder / CHECKPOINTS).mkdir(exist_ok=True)  # until it is entered, so that --resume enters it
     write_json(folder / METRICS, found)
     counts = request.said["counts"]
-    Console(stderr=True, soft_wrap=True).print(
+    say(
         f"Nothing is trained: the mean probability of the answers to forget is {counts['known']:.3g}, at most the limit of "
-        f"{counts['level']:g}, so that they are not memorised; the ledger says so",
-        markup=False,
-        highlight=False,
+        f"{counts['level']:g}, so that they are not memorised; the ledger says so"
     )
 
 

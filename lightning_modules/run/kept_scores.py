@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from lightning_modules.data.examples import Example, numbered
@@ -27,6 +26,7 @@ from lightning_modules.run.models import Pretrained, load_tokenizer
 from lightning_modules.run.options import DataOptions, EvaluationOptions, LoadingOptions, Options, UnlearnOptions
 from lightning_modules.run.run import Run, Splits
 from lightning_modules.run.scoring import ScoredSplits, score, to_score
+from lightning_modules.run.show import say
 from lightning_modules.training import scratch
 
 _FORMAT = 3  # raise it when what is scored, or how, changes, so that logs in the cache are not used any more
@@ -245,11 +245,6 @@ def kept(path: Path, examples: Splits, whose: str) -> ScoredSplits | None:
     if rows is not None:
         say(f"{whose}: scores from {path}")
     return rows
-
-
-def say(sentence: str) -> None:
-    """Writes a sentence to standard error."""
-    Console(stderr=True, soft_wrap=True).print(sentence, markup=False, highlight=False)
 
 
 def keep(path: Path, rows: ScoredSplits) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-
 from lightning_modules.data.examples import Example
 from lightning_modules.data.heldout import RETAIN_HELDOUT
 from lightning_modules.evaluation.processes import will_be_first
+from lightning_modules.run.show import say
 
 _NAMED = 5
 
@@ -41,11 +40,9 @@ def check_overlap(splits: Mapping[str, Sequence[Example]]) -> None:
             f"retain set too, {said}; take them out of the retain set"
         )
     if will_be_first():
-        Console(stderr=True, soft_wrap=True).print(
+        say(
             f"Warning: {len(both)} of {len(splits['forget'])} rows are to be forgotten and to be kept at once, {said}; take them out of "
-            "one of the two sets",
-            markup=False,
-            highlight=False,
+            "one of the two sets"
         )
 
 

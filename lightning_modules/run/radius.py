@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from rich.console import Console
 from torch import nn
 
 from lightning_modules.data.examples import Example
@@ -15,6 +14,7 @@ from lightning_modules.evaluation.likelihood import on_gpu
 from lightning_modules.folder import TRAINING
 from lightning_modules.run.options import AUTO, UnlearnOptions
 from lightning_modules.run.run import Run
+from lightning_modules.run.show import say
 from lightning_modules.training.auto_radius import RadiusSearch, measured_radius
 from lightning_modules.training.callbacks.notes import note
 
@@ -57,9 +57,7 @@ def measure(options: UnlearnOptions, model: nn.Module, tokenizer: Any, forget: S
     search = search_settings(options)
     with on_gpu(model):
         found = measured_radius(model, encoded, pad_token_id=padding_id(tokenizer), settings=search)
-    Console(stderr=True, soft_wrap=True).print(
-        f"--radius auto: measured {found['start']:g}, growing to {found['end']:g}", markup=False, highlight=False
-    )
+    say(f"--radius auto: measured {found['start']:g}, growing to {found['end']:g}")
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from rich.console import Console
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -21,7 +20,7 @@ from lightning_modules.run.options import AUTO, UnlearnOptions, most_steps
 from lightning_modules.run.reference_log import reference_rows
 from lightning_modules.run.run import Run
 from lightning_modules.run.scoring import ScoredSplits
-from lightning_modules.run.show import show_start
+from lightning_modules.run.show import say, show_start
 from lightning_modules.training.callbacks import TradeoffCurve
 from lightning_modules.training.callbacks.notes import note
 from lightning_modules.training.learning_rate import SCORED, Trial, rate_for, same_random_numbers, trial
@@ -84,7 +83,7 @@ def settle_target(
             show_start(before, level, of)
         if not nothing:
             whose = "the reference's own" if of == "reference" else "--stop-below names another"
-            _say(
+            say(
                 f"The run ends once the mean probability of the forget answers, {shown(known)} now, is below {shown(level)} ({whose})"
             )
     return replace(run, options=run.options.but(stop_below=0.0 if nothing else level)), reference
@@ -126,15 +125,15 @@ def settle_rate(
     last = tried.points[-1]
     if tried.points[0]["forget"] < level:
         rate = USUAL_RATE
-        _say(f"--lr auto: {rate:g} is taken, because no forget probability can fall to say which is right")
+        say(f"--lr auto: {rate:g} is taken, because no forget probability can fall to say which is right")
     elif rate is None:
         rate = USUAL_RATE
-        _say(
+        say(
             f"Warning: --lr auto: expected trial steps that bring the forget probability below {shown(level)}, found "
             f"{shown(last['forget'])} after the last one ({seconds}); {rate:g} is taken, give --lr for another"
         )
     else:
-        _say(f"--lr auto: {rate:g} reaches a forget probability of {shown(level)} within the {steps} steps ({seconds})")
+        say(f"--lr auto: {rate:g} reaches a forget probability of {shown(level)} within the {steps} steps ({seconds})")
     points = [dict(point) for point in tried.points]
     found = {"lr": rate, "level": level, "points": points, "found": rate_found}
     note(run.folder / TRAINING, "learning_rate", found)
@@ -152,7 +151,3 @@ def _rate(tried: Trial, run: Run[UnlearnOptions], steps: int) -> float | None:
         for step in range(max(1, round(WHOLE_WAY * steps)))
     ]
     return rate_for(tried.way, shares)
-
-
-def _say(sentence: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(sentence, markup=False, highlight=False)

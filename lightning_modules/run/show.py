@@ -25,6 +25,11 @@ from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.run import Run
 
 
+def say(sentence: str) -> None:
+    """Write a sentence to standard error, as it is."""
+    Console(stderr=True, soft_wrap=True).print(sentence, markup=False, highlight=False, emoji=False)
+
+
 def show_example(run: Run[UnlearnOptions]) -> None:
     """Print one example to standard error as the model reads it, with the tokens of the answer marked.
 
@@ -38,21 +43,18 @@ def show_example(run: Run[UnlearnOptions]) -> None:
 def show_format(tokenizer: Any) -> None:
     """Print what `format_said` says."""
     for sentence in format_said(tokenizer):
-        Console(stderr=True, soft_wrap=True).print(sentence, markup=False, highlight=False)
+        say(sentence)
 
 
 def show_row(tokenizer: Any, row: Example, max_length: int, what: str) -> None:
     """Print an example as `show_example` does, by the name `what`."""
-    console = Console(stderr=True, soft_wrap=True)
     text = marked(tokenizer, encode_example(tokenizer, row, max_length))
-    console.print(f"{what}, its answer between [[ and ]]: {text}", markup=False, highlight=False, emoji=False)
+    say(f"{what}, its answer between [[ and ]]: {text}")
     day = date_told(tokenizer)
     if day is not None:
-        console.print(
+        say(
             f"The chat template asks for today's date and is told {day}, whatever the day; --chat-template-kwargs "
-            "'{strftime_now: YYYY-MM-DD}' tells it another",
-            markup=False,
-            highlight=False,
+            "'{strftime_now: YYYY-MM-DD}' tells it another"
         )
 
 
@@ -87,7 +89,7 @@ def show_start(before: Evaluation, level: float | None = None, of: str = "asked"
         return
     said = nothing_to_forget(before.summary, level, of) or little_to_forget(before.summary)
     if said is not None:
-        Console(stderr=True, soft_wrap=True).print(f"Warning: {said}", markup=False, highlight=False)
+        say(f"Warning: {said}")
 
 
 def show(metrics: Mapping[str, Any]) -> None:

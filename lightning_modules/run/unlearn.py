@@ -46,7 +46,7 @@ from lightning_modules.run.run import Run, Splits
 from lightning_modules.run.saving import keep_files, save_model
 from lightning_modules.run.scoring import ScoredSplits, contents_of_metrics, examples_by_model, score
 from lightning_modules.run.sharded import by_shards
-from lightning_modules.run.show import show, show_example, show_probes, show_warnings
+from lightning_modules.run.show import say, show, show_example, show_probes, show_warnings
 from lightning_modules.run.teaching import teach_first
 from lightning_modules.training.scratch import one_thread
 
@@ -106,7 +106,7 @@ def _unlearn(options: UnlearnOptions) -> Path:
             show_memory(options, known)
         else:
             where = "its last checkpoint" if (folder / CHECKPOINTS).exists() else "its start"
-            Console(stderr=True, soft_wrap=True).print(f"Going on with the run in {folder}, from {where}", markup=False)
+            say(f"Going on with the run in {folder}, from {where}")
         teach_first(options, splits)
         request = requested(options, splits)
         if request is not None and not request.memorised:
