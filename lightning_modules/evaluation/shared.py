@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,8 @@ from lightning_modules.evaluation.trees import Tree, collate_trees, common_begin
 _CPU_TOKENS = 256
 
 _PREFIX = 8  # tokens from which on a common prefix is worth a pass of its own
+
+_TRIED = 64  # answer tokens of a text by which it is decided whether trees are allowed: logits of many take much memory
 
 _WORTH = 0.9  # of the tokens of the texts by themselves: above that share trees save less than their mask costs
 
@@ -60,9 +63,9 @@ class SharedTexts:
     """Texts in groups, the batches in which a model reads them, and what is computed from their answers' logits.
 
     Groups are read as trees (`evaluation.trees`) where that saves a tenth of the tokens and the model allows it.
-    Whether it does is tried out on the longest text: attention that is no softmax over what a mask shows (a state-space
-    model, a window shorter than the texts, positions that cannot be given) gives other logits there, and then every
-    text is a row of its own. So no list of architectures has to be kept.
+    Whether it does is tried out on the longest text and on the longest row: attention that is no softmax over what a
+    mask shows (a state-space model, a window shorter than the texts or the rows, positions that cannot be given) gives
+    other logits there, and then every text is a row of its own. So no list of architectures has to be kept.
 
     Args:
         model: a causal language model, on any device and in any dtype.
@@ -153,7 +156,7 @@ class SharedTexts:
     def _allowed(self) -> tuple[bool, bool]:
         """Whether trees give the logits that the texts by themselves give, and whether they do so with a cache.
 
-        It is tried on the longest text and a second one, without autocast.
+        It is tried on the longest text and a second one, and on the last text of the longest row, without autocast.
         """
         if not self.trees:
             return False, False
@@ -169,12 +172,13 @@ class SharedTexts:
         other = min(
             self.encoded, key=lambda text: (common_beginning(text.input_ids, longest.input_ids), len(text.input_ids))
         )
-        trial = [self.encoded.index(longest), self.encoded.index(other)]
-        expected = self._at_labels(self._texts(trial))
+        # The last text of a row is the farthest from the question that it shares: a local window sees less of it.
+        rows = [[self.encoded.index(longest), self.encoded.index(other)], self.rows[_largest(self.lengths)]]
+        expected = [self._at_last_labels(self._texts(row[-2:])) for row in rows]
         for cached in (True, False):
             try:
-                batch = self._tree_batch([trial], cached)
-                found = self._at_labels(batch)
+                batch = self._tree_batch(rows[:1], cached)
+                found = [self._at_last_labels(batch), self._at_last_labels(self._tree_batch(rows[1:], cached))]
                 layers = [] if batch.cache is None else batch.cache.layers
                 # A model may take a cache and leave it empty, or have layers that keep something else.
                 whole = not cached or (
@@ -182,12 +186,20 @@ class SharedTexts:
                 )
             except Exception:  # code of the model's own may raise anything where it takes no positions, or no such mask
                 continue
-            if whole and agree(found, expected, exact=found.dtype in EXACT):
+            if whole and all(
+                agree(one, other, exact=one.dtype in EXACT) for one, other in zip(found, expected, strict=True)
+            ):
                 return True, cached
         return False, False
 
-    def _at_labels(self, batch: Batch) -> Tensor:
-        return self.logits(batch)(batch.places)
+    def _at_last_labels(self, batch: Batch) -> Tensor:
+        """The logits of the last answer tokens of each of a batch's last two texts."""
+        ends = [*accumulate(batch.counts)][-2:]
+        counts = batch.counts[-2:]
+        chosen = [
+            place for end, count in zip(ends, counts, strict=True) for place in range(end - min(count, _TRIED), end)
+        ]
+        return self.logits(batch)(batch.places[chosen])
 
     def _parts(self, places: Sequence[int]) -> list[list[int]]:
         """Texts of a batch of trees, as batches of texts."""
@@ -252,6 +264,10 @@ class SharedTexts:
                 counts.append(len(said))
         cache = self._cache(len(rows)) if cached else None
         return Batch(inputs, torch.tensor(labels, device=device), torch.tensor(places, device=device), counts, cache)
+
+
+def _largest(lengths: Sequence[int]) -> int:
+    return max(range(len(lengths)), key=lambda place: lengths[place])
 
 
 def batches_of(

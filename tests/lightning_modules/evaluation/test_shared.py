@@ -16,6 +16,8 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -52,10 +54,19 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=VOCABULARY)),
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, **ATTENTION, head_dim=8, final_logit_softcapping=1.0)),
     "window": lambda: MistralForCausalLM(MistralConfig(**SIZES, **ATTENTION, sliding_window=8)),
+    "local": lambda: GPTNeoForCausalLM(
+        GPTNeoConfig(
+            **{name: size for name, size in SIZES.items() if name != "num_hidden_layers"},
+            num_layers=2,
+            num_heads=2,
+            attention_types=[[["global", "local"], 1]],
+            window_size=64,
+        )
+    ),
     "bloom": lambda: BloomForCausalLM(BloomConfig(**SIZES, n_head=2)),
     "mamba": lambda: MambaForCausalLM(MambaConfig(**SIZES, state_size=4)),
 }
-ALONE = ("window", "bloom", "mamba")  # in which a mask and positions do not decide what a token sees
+ALONE = ("window", "local", "bloom", "mamba")  # in which a mask and positions do not decide what a token sees
 
 
 def model_of(kind: str) -> nn.Module:
