@@ -47,8 +47,8 @@ class AnswerHead:
         self._compiles = False
         self._run: Any = None
         self._packs = False
-        self._packable = 0  # so long a text has been read without padding, with the same logits
-        self._unpackable = math.inf  # and so long a one with others
+        self._packable = 0, 0  # so long a text, and so long a row, has been read without padding, with the same logits
+        self._unpackable = math.inf  # and so long a text with others
 
     def compile(self) -> None:
         """Have `torch.compile` make one program of the backbone, or of a model that is not split, for any shapes.
@@ -66,10 +66,10 @@ class AnswerHead:
     def pack(self) -> None:
         """Read the texts of a batch without padding, and what they begin with in common once (`padding_free`).
 
-        States and gradients are the same up to rounding. That is tried out on two texts of a batch that is longer than
-        those before: attention may have a window that only long texts leave. A model that cannot read texts in that way
-        goes on with padding, and so do one that is not split, one with dropout, one that is compiled, a batch whose
-        texts are all the same, and one with hardly any padding.
+        States and gradients are the same up to rounding. That is tried out on three texts of a batch whose texts or
+        rows are longer than those before: attention may have a window that only these leave. A model that cannot read
+        texts in that way goes on with padding, and so do one that is not split, one with dropout, one that is compiled,
+        a batch whose texts are all the same, and one with hardly any padding.
         """
         self._packs = True
 
@@ -98,8 +98,10 @@ class AnswerHead:
 
     def _packed(self, batch: Batch) -> Tensor | None:
         """Hidden states of the batch, `[B, T, H]`, read without padding; None where it is to be read with padding."""
-        longest = int(batch["attention_mask"].sum(1).max()) if self._packs else 0
-        if not self._packs or self._compiles or longest >= self._unpackable:
+        if not self._packs or self._compiles:
+            return None
+        longest = int(batch["attention_mask"].sum(1).max())
+        if longest >= self._unpackable:
             return None
         if self.model.training and has_dropout(self.model):
             return None
@@ -109,11 +111,12 @@ class AnswerHead:
         rows = self._rows(batch)
         if rows is None:
             return None
-        if longest > self._packable:
-            if not self._same_in_a_row(batch, chosen):
+        width = rows.inputs["input_ids"].shape[1]
+        if longest > self._packable[0] or width > self._packable[1]:
+            if not self._same_in_a_row(batch, chosen, rows):
                 self._unpackable = longest
                 return None
-            self._packable = longest
+            self._packable = max(longest, self._packable[0]), max(width, self._packable[1])
         return self._read(rows)
 
     def _rows(self, batch: Batch, *, together: bool = False) -> Rows | None:
@@ -125,18 +128,23 @@ class AnswerHead:
         # Not by indexing: its backward pass adds up tokens that several texts share in an order that may change.
         return nn.functional.embedding(rows.places, hidden.flatten(0, 1))
 
-    def _same_in_a_row(self, batch: Batch, chosen: Tensor) -> bool:
-        """Whether two texts have the same logits in one row; without autocast, whose rounding hides differences."""
-        real = batch["attention_mask"].bool()[chosen]
-        trial = {name: tensor[chosen] for name, tensor in _inputs(batch).items()}
-        rows = self._rows(trial, together=True)
+    def _same_in_a_row(self, batch: Batch, chosen: Tensor, rows: Rows) -> bool:
+        """Whether two texts have the same logits in one row, and the text that ends farthest in a row of the batch.
+
+        It is tried without autocast, whose rounding hides differences.
+        """
+        pair = self._rows({name: tensor[chosen] for name, tensor in _inputs(batch).items()}, together=True)
+        tried = torch.cat([chosen, rows.farthest(batch["attention_mask"].bool())])
+        trial = {name: tensor[tried] for name, tensor in _inputs(batch).items()}
+        real = trial["attention_mask"].bool()
         last = real & (real.flip(1).cumsum(1).flip(1) <= _TRIED)  # of many tokens the logits would be too many
         with evaluation_mode(self.model), exactly(self.model):
             expected = logits_of(self._run(**trial, use_cache=False).last_hidden_state[last], self._head())
             try:
-                if rows is None:
+                if pair is None:
                     return False
-                found = logits_of(self._read(rows)[last], self._head())
+                states = torch.cat([self._read(pair), self._read(rows)[tried[2:]]])
+                found = logits_of(states[last], self._head())
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # code of the model's own may raise anything where it takes no positions, or no such mask

@@ -28,6 +28,15 @@ class Rows(NamedTuple):
     inputs: dict[str, Tensor]
     places: Tensor
 
+    def farthest(self, real: Tensor) -> Tensor:
+        """The place of the text whose end is farthest from the beginning of its row, `[1]`.
+
+        Args:
+            real: `[B, T]`, false where padding is.
+        """
+        within = (self.places % self.inputs["input_ids"].shape[1]).masked_fill(~real, 0)
+        return within.amax(1).argmax()[None]
+
 
 def rows_without_padding(batch: Mapping[str, Tensor], dtype: torch.dtype, *, together: bool = False) -> Rows | None:
     """The texts of a batch in as few tokens as possible.

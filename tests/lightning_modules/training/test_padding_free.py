@@ -11,7 +11,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 import gradsurgery as gs
 import lightning_modules as lm
@@ -142,12 +149,29 @@ def test_a_window_that_only_a_later_batch_leaves_is_noticed() -> None:
     head = AnswerHead(model)
     head.pack()
     tokens = read(model)
-    head.states(batch_of((20, 18, 16, 14)))
-    assert tokens[-1] < 4 * 20
+    head.states(batch_of((20, 18, 16, 14, 20, 20, 20, 20, 20)))  # rows that are longer than any later one
+    assert tokens[-1] < 9 * 20
     long, short = batch_of((40, 30, 25, 20), seed=1), batch_of((22, 18, 16, 14), seed=2)
     assert torch.equal(head.states(long).values, AnswerHead(model).states(long).values)
     head.states(short)
     assert tokens[-1] < 4 * 22
+
+
+def test_a_row_that_is_longer_than_a_local_window_is_noticed() -> None:
+    """GPT-Neo's local layers count tokens of the row: the end of a long row does not see what its texts begin with."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_layers": 2, "num_heads": 2}
+    no_dropout = dict.fromkeys(("classifier_dropout", "resid_dropout", "embed_dropout", "attention_dropout"), 0.0)
+    config = GPTNeoConfig(**sizes, **no_dropout, attention_types=[[["global", "local"], 1]], window_size=64)
+    model = GPTNeoForCausalLM(config).train()
+    model.get_input_embeddings().weight.data.mul_(50)  # so that what is not seen is missed
+    head = AnswerHead(model)
+    head.pack()
+    tokens = read(model)
+    head.states(batch_of((20, 18, 16, 14)))
+    assert tokens[-1] < 4 * 20
+    long = batch_of((20, 18, 16, 14, *range(15, 21), *range(15, 21)), seed=1)
+    assert torch.equal(head.states(long).values, AnswerHead(model).states(long).values)
 
 
 def test_one_that_computes_its_own_logits_or_draws_dropout_too() -> None:
