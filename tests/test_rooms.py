@@ -21,7 +21,7 @@ CORE = {
     "losses": {"gram", "native"},
     "optimizer": {"rules", "gram"},
     "lora": {"gram", "losses"},
-    "logit_difference": {"losses"},
+    "logit_difference": {"lora", "losses"},
     "task_vectors": {"rules", "gram"},
     "integrations": {"optimizer", "losses"},
 }

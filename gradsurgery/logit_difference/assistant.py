@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from gradsurgery.logit_difference.shared_layers import first_layers, refuse_to_merge
+from gradsurgery.lora.targets import without_adapters
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -42,7 +43,8 @@ def assistant(
         lora_rank: Rank r of the adapter: r * (inputs + outputs) weights a linear layer.
         lora_alpha: The adapter's output is scaled by alpha / rank.
         lora_dropout: On the adapter's input.
-        target_modules: Names of modules, as peft takes them; "all-linear" for every linear layer but the head.
+        target_modules: Names of modules, as peft takes them; "all-linear" for every linear layer but the head, and
+            those that no adapter fits.
 
     Returns:
         A `peft.PeftModel`, called like a causal language model.
@@ -70,14 +72,16 @@ def assistant(
         raise ImportError(
             f"logit_difference.assistant needs peft ({error}): pip install 'gradsurgery[lightning]'"
         ) from error
+    layers = first_layers(model, num_layers)
     config = LoraConfig(
         r=lora_rank,
         lora_alpha=lora_alpha,  # pyright: ignore[reportArgumentType] (any number will do)
         lora_dropout=lora_dropout,
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+        exclude_modules=without_adapters(layers) if target_modules == "all-linear" else None,
         task_type="CAUSAL_LM",
     )
-    adapted: Any = get_peft_model(first_layers(model, num_layers), config)
+    adapted: Any = get_peft_model(layers, config)
     # A loader that trusts the adapter's own config would put the adapter on the whole model: this name stops it, and
     # says why.
     config.base_model_name_or_path = (

@@ -19,6 +19,16 @@ def first_layers(model: nn.Module, num_layers: int) -> nn.Module:
         raise ValueError(
             f"num_layers: expected between 1 and {len(layers)}, the layers of this {type(model).__name__}, found {num_layers}"
         )
+    kinds = [*(getattr(model.config, "layer_types", None) or ("full_attention",) * len(layers))]
+    attentive = next((place for place, kind in enumerate(kinds, start=1) if kind != "linear_attention"), None)
+    if attentive is None:
+        raise TypeError(
+            f"expected a model with layers of attention, found {type(model).__name__}, whose states no cache can pair with another model's"
+        )
+    if num_layers < attentive:
+        raise ValueError(
+            f"num_layers: expected at least {attentive}, the first layer with attention of this {type(model).__name__}, found {num_layers}"
+        )
     strange = {type(parameter).__name__ for parameter in model.parameters()} - {"Parameter"}
     if strange:
         raise TypeError(

@@ -18,8 +18,9 @@ class AdapterSettings:
     Attributes:
         rank: r, of A and B; 0 for no adapters.
         alpha: In $\sigma = \alpha / r$, or $\alpha / \sqrt r$ with "rslora". None means twice the rank, as in LoKU.
-        targets: "all-linear", every linear weight but the head; or names of modules, whole
-            ("model.layers.0.mlp.up_proj") or their last parts ("up_proj").
+        targets: "all-linear", every linear weight but the head and those that no adapter fits (Mamba's out_proj, a
+            router that is more than a linear layer); or names of modules, whole ("model.layers.0.mlp.up_proj") or their
+            last parts ("up_proj").
         dropout: On the adapters' input while training, from 0 to below 1.
         kind: "lora" (2106.09685), "rslora" (2312.03732), or "dora" (2402.09353), which scales every row of
             $W + \sigma B A$ to a length that is trained too.

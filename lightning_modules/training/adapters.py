@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradsurgery import lora
 from gradsurgery.lora.fisher import is_linear
+from gradsurgery.lora.targets import without_adapters
 from lightning_modules.training.adapter_settings import ALL_LINEAR, AdapterSettings
 
 
@@ -61,6 +62,7 @@ def adapt(
         r=settings.rank,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # pyright: ignore[reportArgumentType] (any number will do)
         target_modules=targets,
+        exclude_modules=without_adapters(model) if targets == ALL_LINEAR else None,
         lora_dropout=settings.dropout,
         use_dora=settings.kind == "dora",
         use_rslora=settings.kind == "rslora",

@@ -25,8 +25,12 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from gradsurgery.logit_difference import LogitDifferenceModel, assistant, logit_difference, top_logit_mask
@@ -290,6 +294,31 @@ def test_gpt2_works_too() -> None:
 def test_a_depth_the_model_does_not_have_is_refused(layers: int) -> None:
     with pytest.raises(ValueError, match="between 1 and 4"):
         assistant(llama(), layers)
+
+
+def test_state_space_layers_alone_are_refused_because_no_cache_pairs_them() -> None:
+    sizes = {"vocab_size": 40, "hidden_size": 16}
+    mamba = MambaForCausalLM(MambaConfig(**sizes, num_hidden_layers=2, state_size=4))
+    with pytest.raises(TypeError, match="expected a model with layers of attention, found MambaForCausalLM"):
+        assistant(mamba, 1, lora_rank=2)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    linear = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
+    experts = {
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 8,
+    }
+    mixed = Qwen3NextForCausalLM(Qwen3NextConfig(**sizes, **heads, **linear, **experts, num_hidden_layers=4)).eval()
+    with pytest.raises(ValueError, match="num_layers: expected at least 4, the first layer with attention"):
+        assistant(mixed, 1, lora_rank=2)
+    both = LogitDifferenceModel(mixed, assistant(mixed, 4, lora_rank=2), weight=0.5)
+    assert both.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, min_new_tokens=2, do_sample=False).shape == (1, 5)
 
 
 def test_models_without_decoder_layers_or_with_an_adapter_are_refused() -> None:

@@ -12,7 +12,14 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 import gradsurgery as gs
 import lightning_modules as lm
@@ -78,6 +85,26 @@ def test_every_linear_weight_but_the_head_is_adapted_and_nothing_changes(init: A
     layer = adapted.get_base_model().model.layers[0].mlp.up_proj
     assert layer.scaling["default"] == 2.0
     assert bool(layer.lora_B["default"].weight.any()) == (init == "fila")
+
+
+def test_linear_modules_that_no_adapter_fits_are_left_out() -> None:
+    """PEFT refuses Mamba's out_proj, and Llama 4's router is a linear layer that returns two tensors."""
+    sizes: dict[str, Any] = {"vocab_size": 12, "hidden_size": 16, "num_hidden_layers": 2}
+    mamba = MambaForCausalLM(MambaConfig(**sizes, state_size=4))
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    experts = {"intermediate_size": 16, "intermediate_size_mlp": 16, "num_local_experts": 2}
+    mixture = Llama4ForCausalLM(
+        Llama4TextConfig(**sizes, **heads, **experts, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    )
+    for model, left_out in ((mamba, "out_proj"), (mixture, "router")):
+        adapted = adapt(model, AdapterSettings(rank=2))
+        names = {
+            name.split(".lora_")[0].rpartition(".")[2] for name, _ in adapted.named_parameters() if ".lora_" in name
+        }
+        assert left_out in {name.rpartition(".")[2] for name, _ in adapted.named_modules()}
+        assert left_out not in names
+        assert len(names) > 2
+        adapted(collate(FORGET, 0)["input_ids"]).logits.sum().backward()
 
 
 @pytest.mark.parametrize("init", ["default", "fila"])
