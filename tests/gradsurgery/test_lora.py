@@ -440,6 +440,13 @@ def test_a_rank_beyond_the_weights(rows: int) -> None:
     close(logits(model), before, RESIDUAL[torch.float32], scale=before.abs().max())
 
 
+def test_the_copy_of_the_start_is_not_trained() -> None:
+    model = adapted(llama())
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    lora.fila_(model, random_importance(model))
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+
+
 def test_only_the_named_adapter_is_started() -> None:
     plain = llama()
     before = logits(plain)

@@ -33,7 +33,7 @@ from lightning_modules.ablation.run import execute, load_start
 from lightning_modules.ablation.scoring import Scorer
 from lightning_modules.ablation.sections import Seeds, Targets
 from lightning_modules.ablation.statistics import paired, spread
-from lightning_modules.ablation.table import write_table
+from lightning_modules.ablation.table import _median_p, write_table
 from lightning_modules.ablation.training import MatchTargets, build_module
 from lightning_modules.data.pairs import ForgetRetainDataModule
 from lightning_modules.run.loading import make_data
@@ -431,6 +431,11 @@ def test_a_placebo_is_as_long_as_the_correction_and_points_elsewhere(rule: Any) 
     assert torch.equal(placebo, one_step(forget_alone, [Placebo(rule, seed=0)]))
 
 
+def test_a_placebo_has_no_direction_of_its_own() -> None:
+    noise = one_step(forget_alone, [Placebo(gs.rules.gru)]) - one_step(forget_alone, [])
+    assert abs(noise.mean() / noise.std()) < 0.4  # 121 numbers: 0.09 on average
+
+
 def test_a_placebo_of_a_rule_without_a_correction_changes_nothing() -> None:
     assert torch.equal(one_step(forget_alone, [Placebo(forget_alone)]), one_step(forget_alone, []))
 
@@ -471,6 +476,11 @@ def test_a_diverged_run_makes_the_spread_nan() -> None:
     pairs = paired({0: 1.0, 1: math.nan}, {0: 0.5, 1: 0.5})
     assert pairs is not None
     assert math.isnan(pairs.mean)
+
+
+def test_of_several_p_values_the_median_is_shown_and_not_the_best_or_worst() -> None:
+    assert _median_p([{"ks_pvalue": p} for p in (0.5, 0.001, 0.03, None)]) == "0.03"
+    assert _median_p([{"ks_pvalue": None}]) == "-"
 
 
 def test_only_seeds_that_both_have_are_paired() -> None:

@@ -19,12 +19,13 @@ from torch.nn.functional import cross_entropy
 
 from lightning_modules import cli
 from lightning_modules.ablation import training, weights
+from lightning_modules.ablation.ending import Cost
 from lightning_modules.ablation.grid import Grid, Run
 from lightning_modules.ablation.matching import Matching, Target
 from lightning_modules.ablation.methods import Method
 from lightning_modules.ablation.reading import expanded, read_grid
 from lightning_modules.ablation.results import read_results
-from lightning_modules.ablation.retention import Ended, equal_retention
+from lightning_modules.ablation.retention import Ended, equal_retention, own_end
 from lightning_modules.ablation.run import KINDS, load_start
 from lightning_modules.ablation.scoring import Scorer
 from lightning_modules.ablation.sections import Targets
@@ -365,6 +366,16 @@ def test_seconds_before_training_count() -> None:
     assert early.curve[0]["seconds"] < 0.5
 
 
+def test_the_seconds_and_steps_of_every_training_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 2.0, 5.0, 9.0])
+    monkeypatch.setattr(weights.time, "perf_counter", lambda: next(now))
+    clock: Any = weights._Clock()
+    for steps in (3, 4):  # a vector is fine-tuned on each half of the forget set
+        clock.on_train_start(SimpleNamespace(global_step=0), None)
+        clock.on_train_end(SimpleNamespace(global_step=steps), None)
+    assert (clock.steps, clock.seconds) == (7, 6.0)
+
+
 # Equal retention -----------------------------------------------------------------------------------------------------------------
 
 
@@ -394,6 +405,28 @@ def test_nothing_is_mixed_where_enough_is_kept() -> None:
     found = equal_retention(0.75, *ended_at(0.8))
     assert isinstance(found, dict)
     assert (found["share_of_start"], found["retain_probability"]) == (0.0, pytest.approx(0.8))
+
+
+def test_a_mix_of_what_a_weight_takes_away_has_a_smaller_weight() -> None:
+    ended, scorer = ended_at(0.2)
+    ended.matching.curve[-1]["weight"] = 2.0
+    found = equal_retention(0.75, ended, scorer)
+    assert isinstance(found, dict)
+    assert found["weight"] == pytest.approx(2.0 * (1.0 - 0.75) / (1.0 - 0.2), abs=5e-3)
+
+
+def test_what_comes_after_the_last_step_counts_at_a_methods_own_end() -> None:
+    ended, scorer = ended_at(0.8)
+    attacked: list[bool] = []
+    scorer.thoroughly = lambda model, attack: attacked.append(attack) or {"retain_probability": float(model.x.detach())}
+    found = own_end(ended._replace(cost=Cost(3.0, 8), peak_megabytes=5.0), scorer)
+    assert isinstance(found, dict)
+    assert (found["step"], found["seconds"], found["further_backward_passes"]) == (4.0, 5.0, 8)
+    assert (found["retain_probability"], found["peak_megabytes"]) == (pytest.approx(0.8), 5.0)
+    assert attacked == [True]
+    assert own_end(ended._replace(diverged="diverged: step 3"), scorer) == "diverged: step 3"
+    ended, scorer = ended_at(math.nan)
+    assert own_end(ended, scorer) == "diverged: retain_probability is nan at the end"
 
 
 def test_an_end_that_diverged_has_no_equal_retention() -> None:

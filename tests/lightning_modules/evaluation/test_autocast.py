@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2ForCausalLM
 
 import gradsurgery as gs
+from lightning_modules.data.tokenization import IGNORED, Encoded
 from lightning_modules.evaluation.likelihood import answer_nll, autocasting
 from lightning_modules.evaluation.memorization import token_statistics
 from lightning_modules.evaluation.shared import SharedTexts
@@ -113,3 +114,20 @@ def test_what_a_model_allows_is_tried_out_without_autocast() -> None:
     with autocasting(model):
         answer_nll(model, texts, pad_token_id=0)
     assert len(whole) > 1  # the trial, and every batch
+
+
+def test_a_common_beginning_is_kept_as_a_pass_under_autocast_gives_it_and_not_as_the_trial_did() -> None:
+    model, (texts, groups) = model_of("llama"), encoded()
+    head = [7, 300, 9, 11, 5, 301, 302, 13, 4, 6, 8]
+    texts = [Encoded([*head, *text.input_ids], [*[IGNORED] * len(head), *text.labels]) for text in texts]
+    with autocasting(model):
+        cache = model(torch.tensor([head]), use_cache=True).past_key_values
+        shared = SharedTexts(model, texts, groups, pad_token_id=0)
+        shared.over(shared.batches, token_statistics(torch.zeros(len(texts), dtype=torch.bool)), lambda _: None)
+        kept = [values for _, values in shared._prefix_states]
+    assert shared._as_trees
+    assert shared.prefix >= len(head)
+    for layer, values in zip(cache.layers, kept, strict=True):
+        close(values[:, :, : len(head)].float(), layer.values.float(), AUTOCAST, scale=layer.values.float())
+        for rounded in (layer.values, values):  # products under autocast are numbers of bfloat16
+            assert torch.equal(rounded, rounded.bfloat16().to(rounded.dtype))

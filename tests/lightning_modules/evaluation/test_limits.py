@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import warnings
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from lightning_modules.data.chat import set_template_options
 from lightning_modules.data.tokenization import IGNORED, Encoded, encode, prompt_ids
 from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate
-from lightning_modules.evaluation.generation import generate_greedily
+from lightning_modules.evaluation.generation import Begun, finished_answers, generate_greedily
+from lightning_modules.evaluation.texts import scored_as, texts_of
 from tests.lightning_modules.data import chat_templates as families
 from tests.lightning_modules.data.chat_templates import byte_level
 
@@ -49,6 +58,20 @@ def length(tokenizer: Any, text: str) -> int:
 
 
 @pytest.mark.filterwarnings("ignore:.*lose their end.*")
+def test_a_limit_that_cuts_wrong_answers_alone_is_another_way_to_score() -> None:
+    tokenizer = byte_level(None)
+    wrong = ["By the sea, in a house of stone.", "In a castle, on a hill."]
+    splits = {"forget": [{"question": "Where?", "answer": "Here.", "perturbed_answer": wrong}]}
+    whole, same, cut = (
+        scored_as(texts_of(tokenizer, splits, max_length=limit, max_new_tokens=3), 3)[0]
+        for limit in (None, max(length(tokenizer, text) for text in wrong), length(tokenizer, "Here.") + 2)
+    )
+    assert whole == same
+    assert whole["answers_hash"] == cut["answers_hash"]
+    assert whole["tokens_hash"] != cut["tokens_hash"]
+
+
+@pytest.mark.filterwarnings("ignore:.*lose their end.*")
 def test_a_cut_text_is_compressed_as_far_as_it_is_scored() -> None:
     tokenizer, answer = byte_level(None), "Here or there, or somewhere else altogether."
     prompt = len(prompt_ids(tokenizer, "Where?"))
@@ -61,11 +84,21 @@ def test_a_cut_text_is_compressed_as_far_as_it_is_scored() -> None:
     assert found["zlib_score"] == pytest.approx(found["loss_score"] / len(zlib.compress(said.encode())))
 
 
-def test_an_encoder_with_a_decoder_is_refused() -> None:
-    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 1}
-    model = BartForConditionalGeneration(BartConfig(vocab_size=400, decoder_attention_heads=1, **sizes))
-    with pytest.raises(ValueError, match="expected a causal language model, found BartForConditionalGeneration"):
-        evaluate(model, byte_level(None), {"forget": [row("In Ostrel")]}, SETTINGS)
+SIZES = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 1}
+WITH_DECODERS: dict[str, Callable[[], nn.Module]] = {
+    "BartForConditionalGeneration": lambda: BartForConditionalGeneration(
+        BartConfig(vocab_size=400, decoder_attention_heads=1, **SIZES)
+    ),
+    "T5ForConditionalGeneration": lambda: T5ForConditionalGeneration(
+        T5Config(vocab_size=400, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=1)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WITH_DECODERS)
+def test_an_encoder_with_a_decoder_is_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match=f"expected a causal language model, found {kind}"):
+        evaluate(WITH_DECODERS[kind](), byte_level(None), {"forget": [row("In Ostrel")]}, SETTINGS)
 
 
 def test_cut_texts_are_counted_by_kind_and_the_length_that_they_need_is_named() -> None:
@@ -113,6 +146,16 @@ def test_a_recall_of_an_answer_without_a_word_is_none() -> None:
     assert (found.summary["forget"]["rouge_l_recall"], found.summary["retain"]["rouge_l_recall"]) == (0.0, None)
 
 
+@pytest.mark.parametrize("text", ["abcdefgh", "abcdefghi"])
+def test_the_middle_token_of_a_plain_text_is_given_and_the_rest_is_asked_for(text: str) -> None:
+    tokenizer = byte_level(None)
+    found = texts_of(tokenizer, {"texts": [{"question": "", "answer": text}]}, max_length=None, max_new_tokens=3)
+    whole, given = found.encoded[0].input_ids, found.prompts[0]
+    assert given == whole[: len(given)]
+    assert len(whole) - len(given) in (len(given), len(given) - 1)
+    assert found.items[0].target == tokenizer.decode(whole[len(given) : len(given) + 3]).strip()
+
+
 def slow_generation(model: nn.Module, prompt: list[int], length: int) -> list[int]:
     tokens = list(prompt)
     for _ in range(length):
@@ -133,6 +176,17 @@ def test_an_answer_ends_where_the_context_does_and_others_are_not_shortened(batc
     assert found == [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in slow]
     with pytest.raises(ValueError, match=r"at most 24 tokens.*found one of 25"):
         generate_greedily(model, tokenizer, [[5] * 25], max_new_tokens=1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_answers_that_have_begun_end_at_one_length_however_much_of_each_is_said(batch_size: int) -> None:
+    tokenizer, model = byte_level(None), small()
+    prompts = [[5 + (7 * place) % 300 for place in range(n)] for n in (3, 15, 20, 24)]
+    slow = [slow_generation(model, prompt, 12) for prompt in prompts]
+    assert [len(tokens) for tokens in slow] == [12] * 4
+    begun = [Begun(prompt, said[:n]) for prompt, said, n in zip(prompts, slow, (0, 5, 11, 2), strict=True)]
+    found = finished_answers(model, tokenizer, begun, max_new_tokens=12, batch_size=batch_size)
+    assert found == [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in slow]
 
 
 def test_a_prompt_near_the_end_of_the_context_is_evaluated() -> None:

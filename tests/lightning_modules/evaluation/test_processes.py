@@ -1,4 +1,4 @@
-"""Which process is the first one, before there is a group that could be asked."""
+"""Which process is the first one, before there is a group that could be asked; and what they divide."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
 from lightning_modules import cli
@@ -124,3 +126,19 @@ def test_a_group_that_a_command_made_is_left_at_its_end_and_an_older_one_is_not(
         assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=3), max_size=9), st.integers(1, 4))
+def test_a_batch_without_answers_is_a_portion_of_its_own_and_the_others_fill_theirs(
+    counts: list[list[int]], size: int
+) -> None:
+    answers = [count for batch in counts for count in batch]
+    numbers = iter(range(len(answers)))
+    batches = [[next(numbers) for _ in batch] for batch in counts]
+    portions = processes.portions_of(batches, answers, size)
+    assert [batch for _, held in portions for batch in held] == batches
+    for rows, held in portions:
+        assert rows == [row for batch in held for row in batch]
+        of_each = [sum(answers[row] for row in batch) for batch in held]
+        assert 0 not in of_each or len(held) == 1
+        assert sum(of_each[:-1]) < size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from statistics import fmean
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from lightning_modules import cli
-from lightning_modules.ledger.batch import check_apart, largest, scored
+from lightning_modules.ledger.batch import check_apart, largest, mean, scored
 from lightning_modules.ledger.chain import read_chain
 from lightning_modules.ledger.hashes import request_hash, row_hash
 from lightning_modules.ledger.request import kept_texts
@@ -178,6 +179,16 @@ def test_every_request_has_to_be_forgotten_and_not_only_their_mean(tmp_path: Pat
     assert [part["after"] for part in said] == [pytest.approx(0.01), None]
     assert [part["holds"] for part in said] == [True, False]
     assert largest(said) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([0.25, 0.75], 0.5), ([0.01, "NaN", 0.02], None), ([math.nan, 0.01], None), ([0.01, None], None), ([], None)],
+)
+def test_a_request_with_an_answer_that_has_no_probability_has_no_mean(
+    values: list[Any], expected: float | None
+) -> None:
+    assert mean(values) == expected
 
 
 @pytest.mark.parametrize(("known", "kind"), [([0.01, 0.02, 0.2], "forgotten"), ([0.01, 0.02, 0.1], "not memorised")])

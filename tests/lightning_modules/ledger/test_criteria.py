@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lightning_modules import cli
 from lightning_modules.evaluation.evaluate import Evaluation
+from lightning_modules.folder import write_json
 from lightning_modules.ledger.criteria import KINDS, read_criteria, verdicts
+from lightning_modules.ledger.entry import contents, numbers_of
 from lightning_modules.ledger.request import Request
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.run import Run
@@ -43,6 +48,56 @@ def test_a_verdict_is_the_comparison_that_the_criterion_names() -> None:
             right = found is not None and not math.isnan(found) and (found <= 0.5 if kind.at_most else found >= 0.5)
             assert said["holds"] is right
             assert said["rule"] == ("at most" if kind.at_most else "at least")
+
+
+def test_the_number_of_each_criterion_is_that_of_the_files_of_the_run(tmp_path: Path) -> None:
+    ends = {
+        "model": {"points": [{"rest": 0.1}, {"rest": 0.5}]},
+        "control": {"points": [{"rest": 0.3}, {"rest": 0.375}]},
+    }
+    write_json(tmp_path / "probes.json", {"relearn": ends})
+    metrics: dict[str, Any] = {
+        "before": {"forget": {"probability": 0.9}, "retain": {"probability": 0.75}},
+        "after": {"forget": {"probability": 0.0625}, "retain": {"probability": 0.375}},
+        "forget_quality": {"pvalue": 0.03},
+        "model_utility": {"before": 0.7, "after": 0.6},
+    }
+    assert numbers_of(tmp_path, metrics, None) == {
+        "forget_probability": 0.0625,
+        "forget_quality": 0.03,
+        "relearning_gap": 0.125,
+        "retention": 0.5,
+        "model_utility": 0.6,
+    }
+    assert numbers_of(tmp_path, metrics, 0.9375)["retention"] == 0.4  # before the first request more was known
+    assert numbers_of(tmp_path, metrics | {"before": None}, None)["retention"] == 1.0  # nothing was trained
+    without = {"after": metrics["after"], "before": None, "forget_quality": None}
+    write_json(tmp_path / "probes.json", {"relearn": ends | {"control": None}})
+    found = numbers_of(tmp_path, without, None)
+    assert [name for name, number in found.items() if number is None] == [*list(KINDS)[1:3], "model_utility"]
+
+
+def test_retention_is_judged_by_what_was_known_before_the_first_request_of_all(tmp_path: Path) -> None:
+    scores = {"forget": {"probability": 0.05}, "retain": {"probability": 0.375}}
+    known = [{"metrics": {"before": {"retain": {"probability": start}}}} for start in (0.75, 0.5, 0.4)]
+    metrics = {"before": scores, "after": scores, "forget_quality": None, "seed": 0, "versions": {}, "seconds": {}}
+    write_json(tmp_path / "metrics.json", metrics)
+    (tmp_path / "model").mkdir()
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model" / "model.safetensors")
+    request: dict[str, Any] = {
+        "kind": "forgotten",
+        "id": "d",
+        "sha256": "0",
+        "rows": [],
+        "counts": {"level": 0.1},
+        "asked": True,
+        "model": "0",
+        "begun": "",
+        "protected": [],
+        "criteria": {"sha256": None, "limits": {"retention": 0.9}},
+    }
+    (said,) = contents(tmp_path, tmp_path, request, known, {})["verdicts"]
+    assert (said["found"], said["holds"]) == (0.5, False)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from lightning_modules.folder import write_config
-from lightning_modules.ledger.rescore import data_of
+from lightning_modules.ledger.rescore import alike, data_of
 from lightning_modules.run.loading import read_splits
 from lightning_modules.run.options import UnlearnOptions
 from tests.lightning_modules.ledger.requests import rows
@@ -67,3 +68,22 @@ def test_the_rows_are_those_of_the_run(
     del config["requests"]  # as before there was such an option
     if "requests" not in given:
         assert data_of(config)["forget"] == expected["forget"]
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "same"),
+    [
+        (0.5, 0.5009, True),
+        (0.5, 0.502, False),
+        (40.0, 40.03, True),  # a number above 1 may differ by a share of itself
+        (40.0, 40.1, False),
+        (None, None, True),
+        (None, 0.0, False),
+        (0.0, None, False),
+        (math.nan, "NaN", True),  # as JSON has it
+        (math.nan, 0.5, False),
+        (0.5, "NaN", False),
+    ],
+)
+def test_scores_are_the_same_up_to_rounding_and_nan_only_beside_nan(found: Any, expected: Any, same: bool) -> None:
+    assert alike(found, expected) is same

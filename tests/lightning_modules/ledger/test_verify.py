@@ -7,11 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from lightning_modules import cli
 from lightning_modules.ledger.chain import append, read_chain
-from lightning_modules.ledger.verify import verify
+from lightning_modules.ledger.hashes import other_files, tensors_hash
+from lightning_modules.ledger.verify import _model, verify
 from tests.lightning_modules.ledger.requests import rows
 from tests.test_rooms import FILES, imported
 
@@ -180,3 +183,19 @@ def test_a_request_that_does_not_begin_where_the_one_before_ended_is_found(ledge
     findings = verify(ledger / "ledger")[1]
     assert [(finding.entry, finding.gone) for finding in findings] == [(2, False)]
     assert "begin with the model that the entry before left" in findings[0].said
+
+
+def test_a_file_beside_the_tensors_that_is_gone_new_or_another_is_found(tmp_path: Path) -> None:
+    def said() -> list[str]:
+        return [finding.said.rpartition(".json ")[2] for finding in _model(3, tmp_path, {"model": model})]
+
+    save_file({"weight": torch.arange(3.0)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    model = {"after": tensors_hash(tmp_path), "files": other_files(tmp_path)}
+    assert said() == []
+    (tmp_path / "config.json").write_text("{ }")
+    assert said() == ["is another"]
+    (tmp_path / "config.json").unlink()
+    assert said() == ["is not there"]
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert said() == ["is not there", "was not there"]

@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 from torchmetrics import MetricCollection
 
 import lightning_modules as lm
@@ -275,6 +276,14 @@ def test_plain_and_normalised_probabilities_are_not_averaged() -> None:
     metric.update([1.0], [[1.0]])
     with pytest.raises(RuntimeError, match="1 of 2 examples"):
         metric.compute()
+
+
+def test_a_reference_that_is_changed_afterwards_changes_no_forget_quality() -> None:
+    reference = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    metric = lm.metrics.ForgetQuality(reference)
+    reference.fill_(9.0)
+    metric.update([0.1, 0.2, 0.3, 0.4])
+    assert metric.compute().statistic == 0.0
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -135,6 +135,13 @@ def test_truth_ratio_kinds_are_the_textbook_formulas() -> None:
     torch.testing.assert_close(truth_ratio(paraphrase, perturbed, kind="utility"), (1 - ratio).clamp(min=0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_results_of_half_precision_are_float32_and_those_of_float64_stay_what_they_are(dtype: torch.dtype) -> None:
+    found = truth_ratio(torch.tensor([2.0], dtype=dtype), torch.tensor([[1.0, 2.0]], dtype=dtype))
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert found.item() == pytest.approx(math.exp(0.5), rel=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["ratio", "forget", "utility"])
 def test_truth_ratio_is_finite_for_diverged_models(kind: str, dtype: torch.dtype) -> None:

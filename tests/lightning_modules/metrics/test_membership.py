@@ -134,8 +134,9 @@ def test_bad_log_probabilities_are_a_value_error(bad: object) -> None:
 
 
 def test_losses_in_place_of_log_probabilities_are_refused() -> None:
-    with pytest.raises(ValueError, match="pass log-probabilities, not losses"):
-        min_k_score([0.3, 2.0])
+    for losses in ([0.3, 2.0], [[math.nan], [0.3, 2.0]]):  # a diverged example hides no other
+        with pytest.raises(ValueError, match="pass log-probabilities, not losses"):
+            min_k_score(losses)
     assert loss_score([1e-3, 0.0]) > 0.0  # half precision rounds to above 0
 
 
@@ -144,6 +145,8 @@ def test_unlike_shapes_and_shares_are_a_value_error() -> None:
         lambda: min_k_score([-1.0], 0.0),
         lambda: min_k_score([-1.0], 1.5),
         lambda: min_k_score([-1.0], math.nan),
+        lambda: min_k_plus_plus_score([-1.0], [-1.0], [1.0], 0.0),
+        lambda: min_k_plus_plus_score([-1.0], [-1.0], [1.0], 1.5),
         lambda: min_k_plus_plus_score([[-1.0]], [[-1.0, -1.0]], [[1.0]]),
         lambda: min_k_plus_plus_score([[-1.0]], [[-1.0]], [[-1.0]]),
         lambda: zlib_score([[-1.0]], ["a", "b"]),

@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from lightning_modules.metrics.functional import ROUGE_KINDS, has_words, rouge_recall
+from lightning_modules.metrics.functional import ROUGE_KINDS, has_words, rouge_f1, rouge_recall
 
 # Texts of our own. Accents, quotes, digits and symbols are what rouge-score makes of them: white space.
 ENGLISH = [
@@ -60,3 +60,13 @@ def test_a_target_without_a_word_is_told_and_scores_what_the_package_says(target
     assert not has_words(target)
     assert rouge_recall("anything", target) == 0.0
     assert all(has_words(target) for target, _ in [*ENGLISH, *(pair[:2] for pair in SCRIPTS.values())])
+
+
+@pytest.mark.parametrize("prediction", ["The novel живёт of Lima", "The novel 住 of Lima"])
+def test_words_of_other_scripts_part_the_pairs_of_a_recall_and_not_those_of_a_published_f1(prediction: str) -> None:
+    target = "The novel of Lima"  # three pairs of words, the second of which has another word in between
+    assert rouge_recall(prediction, target, "rouge2") == pytest.approx(2 / 3)
+    assert (
+        rouge_f1(prediction, target, "rouge2") == RougeScorer(["rouge2"]).score(target, prediction)["rouge2"].fmeasure
+    )
+    assert rouge_f1(prediction, target, "rouge2") == 1.0

@@ -130,6 +130,34 @@ def test_what_cannot_be_asked_is_left_out_and_counted(small: tuple[Any, Any]) ->
         prompting_probe(model, tokenizer, [], RETAIN)
 
 
+def test_of_a_short_answer_one_token_is_given_and_one_is_left(small: tuple[Any, Any]) -> None:
+    _, tokenizer = small
+    row = {"question": FORGET[0]["question"], "answer": FORGET[0]["answer"].split()[0]}
+    whole, start = encode(tokenizer, row["question"], row["answer"]), len(prompt_ids(tokenizer, row["question"]))
+    assert len(whole.input_ids) - start == 2  # the word, and the end of the text
+    found = prompts(tokenizer, [row], RETAIN, PromptingSettings(prefixes=(0.05, 0.95)))
+    for name in ("prefix_5", "prefix_95"):
+        assert found[name][0].ids == whole.input_ids[: start + 1]
+
+
+def test_texts_without_a_question_are_no_examples_of_answering(small: tuple[Any, Any]) -> None:
+    _, tokenizer = small
+    texts = [{"question": "", "answer": row["answer"]} for row in RETAIN]
+    settings = PromptingSettings(shots=2)
+    assert prompts(tokenizer, FORGET, [*texts, *RETAIN], settings) == prompts(tokenizer, FORGET, RETAIN, settings)
+    assert "few_shot" not in prompts(tokenizer, FORGET, texts, settings)
+
+
+def test_of_an_answer_without_a_word_no_recall_is_taken(small: tuple[Any, Any]) -> None:
+    model, tokenizer = small
+    rows = [*FORGET[:2], {"question": FORGET[2]["question"], "answer": "?!"}]
+    found = prompting_probe(model, tokenizer, rows, RETAIN, PromptingSettings(max_new_tokens=4))["attacks"]["question"]
+    assert (found["n"], len(found["probabilities"]), len(found["rouge_l_recalls"])) == (3, 3, 2)
+    assert found["rouge_l_recall"] == pytest.approx(sum(found["rouge_l_recalls"]) / 2)
+    sampled = sampling_probe(model, tokenizer, rows, SamplingSettings(samples=2, max_new_tokens=4))
+    assert (sampled["n"], len(sampled["values"])) == (2, 2)
+
+
 @pytest.mark.parametrize("wrong", [{"prefixes": (0.0,)}, {"prefixes": (1.0,)}, {"shots": 0}, {"max_new_tokens": 0}])
 def test_prompts_outside_their_domain_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"prompting_probe, .*expected"):
@@ -165,6 +193,16 @@ def test_samples_differ_repeat_by_their_seed_and_leave_the_random_state(small: t
     assert said[0] != greedy
 
 
+def test_every_token_can_be_drawn_and_not_only_the_fifty_likeliest() -> None:
+    """Which are all that Transformers draws from unless it is told otherwise."""
+    tokenizer = byte_level(None)
+    torch.manual_seed(0)
+    model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    model.lm_head.weight.data.mul_(1e-2)  # hardly a token is likelier than another, and none exactly as likely
+    said = generate_samples(model.eval(), tokenizer, [[5]] * 1500, max_new_tokens=1, batch_size=1500)
+    assert len(set(said)) > 70
+
+
 def test_the_best_of_many_samples_is_scored(small: tuple[Any, Any]) -> None:
     model, tokenizer = small
     found = sampling_probe(model, tokenizer, FORGET, SamplingSettings(samples=6, max_new_tokens=4))
@@ -178,6 +216,16 @@ def test_the_best_of_many_samples_is_scored(small: tuple[Any, Any]) -> None:
     assert means == sorted(means)
     with pytest.raises(ValueError, match="sampling_probe: expected a question"):
         sampling_probe(model, tokenizer, [{"question": "", "answer": "Some text."}])
+
+
+def test_samples_of_no_temperature_are_the_greedy_answer(small: tuple[Any, Any]) -> None:
+    model, tokenizer = small
+    found = sampling_probe(model, tokenizer, FORGET, SamplingSettings(samples=3, temperature=1e-6, max_new_tokens=4))
+    asked = [prompt_ids(tokenizer, row["question"]) for row in FORGET]
+    greedy = generate_greedily(model, tokenizer, asked, max_new_tokens=4)
+    recalls = [rouge_recall(said, row["answer"]) for said, row in zip(greedy, FORGET, strict=True)]
+    assert found["values"] == [[recall] * 3 for recall in recalls]
+    assert found["temperature"] == 1e-6
 
 
 # ---- layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import math
@@ -82,6 +83,23 @@ def test_the_conflict_is_that_of_the_steps(page: Page) -> None:
         in words
     )
     assert "raised the retain loss to first order in 2 of 10 steps (20 %)" in words
+
+
+def test_parts_of_the_update_are_means_over_the_steps_and_a_change_of_zero_raises_nothing(tmp_path: Path) -> None:
+    made = make(tmp_path)
+    with (made / "surgery.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for step, row in enumerate(rows, start=1):  # the larger the coefficient, the shorter the gradient
+        row |= {"coefficient_retain": str(step), "norm_retain": str(11 - step)}
+        row["actual_change_retain"] = "0.1" if step > 7 else "0.0"
+    with (made / "surgery.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    words = page_of(made).words()
+    size = sum(step * (11 - step) for step in range(1, 11)) / 10
+    assert f"5.5 times the retain gradient, of length {size:.3g}; clipping included" in words
+    assert "raised the retain loss to first order in 3 of 10 steps (30 %)" in words
 
 
 def test_what_was_not_measured_is_said(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from lightning_modules import cli
 from lightning_modules import folder as outputs
 from lightning_modules.report import figures
+from lightning_modules.report.finished import FinishedRun
 from lightning_modules.report.over_seeds import curves, scores_over_seeds, sd_factors, sentences
 from lightning_modules.report.terminal import shown
 from lightning_modules.run.report import draw
@@ -191,6 +192,16 @@ def test_a_score_that_a_run_lacks_is_counted(tmp_path: Path) -> None:
     assert table["forget", "reference", "NLL"] == [value, value, "-", value, value, "1"]
     draw(made[1], [made[0], made[2]])  # what this run lacks has no row
     assert ("forget", "reference", "NLL") not in table_of(made[1])
+
+
+def test_a_score_of_zero_counts_as_any_other() -> None:
+    def finished(probability: float) -> FinishedRun:
+        return FinishedRun({"before": None, "after": {"forget": {"probability": probability}}, "reference": None})
+
+    run = finished(0.5)
+    run.others = [finished(0.0), finished(0.25)]
+    (row,) = scores_over_seeds(run)
+    assert (row.value, row.mean, row.sd, row.low, row.high, row.n) == (0.5, 0.25, 0.25, 0.0, 0.5, 3)
 
 
 def test_other_versions_and_a_collapse_are_told_and_are_text(tmp_path: Path) -> None:
