@@ -231,21 +231,22 @@ def _prompting(probes: Mapping[str, Any]) -> Iterator[Attack]:
     for way, found in ours.items():
         how: str = _ASKED.get(way) or str(way).replace("_", " ")
         never = theirs.get(way)
-        # Without a reference, what the question alone gets is all that there is to compare with.
-        other, whose = (never, "the reference") if never else (ours["question"], "the plain question")
+        # Without a reference, what the question alone gets is what there is to compare with, if it fitted the model.
+        other, whose = (never, "the reference") if never else (ours.get("question"), "the plain question")
         said: list[str] = []
         leaks: list[str] = []
         rows: list[tuple[str, Estimate, Estimate | None]] = []
         for measure, interval, words in _ANSWERED:
-            mean, beside = number(found[measure]), number(other[measure])
-            if mean is None or beside is None:
+            mean, beside = number(found[measure]), None if other is None else number(other[measure])
+            if mean is None or (other is not None and beside is None):
                 continue
-            control = Estimate(beside, _interval(never[interval])) if never else None
+            control = Estimate(beside, _interval(never[interval])) if never and beside is not None else None
             rows.append((words, Estimate(mean, _interval(found[interval])), control))
-            alone = not never and way == "question"
+            alone = beside is None or (not never and way == "question")
             said.append(f"{words} {shown(mean)}" + ("" if alone else f" ({whose}: {shown(beside)})"))
             # A part of the answer, or other answers, help a model that never saw it too; a reference tells how much.
-            leaks += [said[-1]] if mean - beside > SHALLOW and (never or way == "paraphrase") else []
+            more = beside is not None and mean - beside > SHALLOW
+            leaks += [said[-1]] if more and (never or way == "paraphrase") else []
         sentence = f"Of {found['n']} forgotten answers, {how}, the model gives back: {', '.join(said)}."
         warning = f"The answers leak when {how}: {', '.join(leaks)}." if leaks else None
         for place, (measured, model, control) in enumerate(rows):

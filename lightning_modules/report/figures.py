@@ -51,8 +51,8 @@ def panels(run: FinishedRun) -> dict[str, tuple[Panel, str]]:
         points = relearned["model"]["points"]
         found["relearning"] = (
             _relearning,
-            f"Line chart over relearning steps: forget answers that were not taught again go from {points[0]['rest']:.2f} to "
-            f"{points[-1]['rest']:.2f}.",
+            f"Line chart over relearning steps: forget answers that were not taught again go from {float(points[0]['rest']):.2f} to "
+            f"{float(points[-1]['rest']):.2f}.",
         )
     return found
 

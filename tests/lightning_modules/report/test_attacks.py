@@ -112,3 +112,10 @@ def test_samples_leak_if_the_best_of_as_many_of_the_reference_is_worse(never: li
     assert (found.name, found.start, found.model.mean) == ("best of 4 sampled answers", 0.2, 0.6)
     assert (found.control and found.control.mean) == (never and never[-1])
     assert [said.partition(":")[0] for said in warned({"sampling": probe})] == ["Sampling leaks"] * leaks
+
+
+def test_a_way_of_asking_stands_alone_where_the_plain_questions_did_not_fit() -> None:
+    row = {"n": 2, "probability": 0.3, "rouge_l_recall": 0.2, "probability_interval": None, "rouge_interval": None}
+    found = [*attacks.attacks({"prompts": {"model": {"attacks": {"paraphrase": row}}, "control": None}})]
+    assert found[0].sentence.endswith("the model gives back: probability 0.300, ROUGE-L recall 0.200.")
+    assert all(attack.control is None and attack.warning is None for attack in found)

@@ -1,15 +1,20 @@
-"""Differences between models in the report: of the same examples, pair by pair."""
+"""Differences between models in the report: of the same examples, pair by pair; and what a diverged probe leaves of it."""
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
 
+from lightning_modules import folder as outputs
 from lightning_modules.report import mean_interval
 from lightning_modules.report.findings import differences
 from lightning_modules.report.finished import FinishedRun
+from lightning_modules.run.report import draw
+from tests.lightning_modules.report.reports import make
 
 KNOWN = {
     "before": {"forget": [0.9, 0.7, 0.8], "retain": [0.5, 0.6]},
@@ -51,3 +56,12 @@ def test_other_examples_and_those_without_a_score_have_no_difference(change: dic
     ]
     run.examples["reference"]["forget"].reverse()
     assert len(differences(run)) == 2
+
+
+def test_a_relearning_that_diverged_leaves_a_report(tmp_path: Path) -> None:
+    made = make(tmp_path)
+    points = [{"step": step, "rest": rest, "taught": rest} for step, rest in ((0, 0.1), (20, math.nan))]
+    probe = {"taught": 1, "rest": 3, "steps": 20, "lr": 1e-4, "points": points}
+    outputs.write_json(made / "probes.json", {"relearn": {"model": probe, "control": None}})
+    draw(made)
+    assert "nan" in (made / "report.html").read_text()
