@@ -136,7 +136,7 @@ def _taught(options: FinetuneOptions, rows: list[Example]) -> Path:
             tokenizer.save_pretrained(temporary)
         else:
             save_model(taught, tokenizer, temporary)
-        keep_files(str(options.taught.model), options.loading, temporary)
+        keep_files(str(options.taught.model), options.loading, temporary, tokenizer)
     after = _probability(taught, scored, tokenizer)
     found = {"before": before, "after": after, "scored": len(scored), "examples": len(rows)}
     seed = options.output.seed

@@ -33,15 +33,19 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def keep_files(name: str, loading: LoadingOptions, folder: Path) -> None:
+def keep_files(name: str, loading: LoadingOptions, folder: Path, tokenizer: Any) -> None:
     """Put a model's own files over what Transformers wrote for its tokenizer and for generation, byte for byte.
 
-    Nothing in them has changed, and Transformers would write its version, its order of keys and its defaults.
+    Nothing in them has changed, and Transformers would write its version, its order of keys and its defaults. But
+    Transformers may have chosen the tokenizer's class by the kind of model, such as Qwen2's, which splits numbers
+    whatever its files say. In a folder of another kind, ULD's or an adapter's, these files would be another tokenizer:
+    there its class and its rules are written down.
 
     Args:
         name: Folder, hub name or GGUF file of the model before the training.
         loading: How it was loaded.
         folder: With the model after it.
+        tokenizer: Of the model.
     """
     base = base_of_adapter(name, loading)
     at = {} if base is None else {base.name: base.loading}
@@ -51,6 +55,14 @@ def keep_files(name: str, loading: LoadingOptions, folder: Path) -> None:
     if (folder / _GENERATION).exists():
         there = name if base is None else base.name
         _copy(place_of(there)[0], _GENERATION, at.get(there, loading), folder)
+    if not _is_read_as(type(tokenizer), folder, loading):
+        tokenizer.save_pretrained(folder)
+
+
+def _is_read_as(kind: type, folder: Path, loading: LoadingOptions) -> bool:
+    from transformers import AutoTokenizer
+
+    return type(AutoTokenizer.from_pretrained(folder, trust_remote_code=loading.trust_remote_code)) is kind
 
 
 def _copy(place: str, file: str, loading: LoadingOptions, folder: Path) -> None:

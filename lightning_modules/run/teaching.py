@@ -83,7 +83,7 @@ def _teach(found: Lesson, part: Part, taught: Sequence[str], work: Path, trainin
     )
     with replacing(found.folder) as temporary:
         save_model(model.cpu(), tokenizer, temporary)
-        keep_files(found.model, found.loading, temporary)
+        keep_files(found.model, found.loading, temporary, tokenizer)
     console.print(f"Teaching the {part}: done in {time.perf_counter() - started:.0f} s", highlight=False)
 
 

@@ -153,7 +153,7 @@ def _leave(run: Run[UnlearnOptions], unlearned: Unlearned, log: ScoredSplits | N
             else:
                 save_model(whole, run.tokenizer, temporary)
             if not run.options.model.scratch:
-                keep_files(start_name(run.options, run.splits), run.options.loading, temporary)
+                keep_files(start_name(run.options, run.splits), run.options.loading, temporary, run.tokenizer)
 
     # First of all, so that the training is not lost if anything after it fails.
     if together:
@@ -209,5 +209,5 @@ def _base(run: Run[UnlearnOptions]) -> str:
     with replacing(run.folder / BASE) as temporary:
         save_model(original, tokenizer, temporary)
         if not run.options.model.scratch:
-            keep_files(start_name(run.options, run.splits), run.options.loading, temporary)
+            keep_files(start_name(run.options, run.splits), run.options.loading, temporary, tokenizer)
     return str(run.folder / BASE)

@@ -14,14 +14,15 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from lightning_modules import cli
 from lightning_modules.run.identity import model_identity
 from lightning_modules.run.loading import load_model
 from lightning_modules.run.models import load_pretrained, load_to_train
 from lightning_modules.run.options import EvaluateOptions, LoadingOptions, UnlearnOptions
-from lightning_modules.run.saving import whole
+from lightning_modules.run.saving import keep_files, whole
+from tests.lightning_modules.data.chat_templates import byte_level
 from tests.lightning_modules.run.bad_inputs import QUESTIONS, model_folder
 from tests.tolerances import Tolerance, close
 
@@ -123,6 +124,25 @@ def test_the_files_beside_the_weights_stay_as_they_were(here: Path) -> None:
         for folder in ("run/base", "run/model", "taught/model"):
             if (folder, name) != ("run/model", "generation_config.json"):  # an adapter generates as its model does
                 assert Path(folder, name).read_bytes() == (here / "model" / name).read_bytes(), (folder, name)
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("qwen2", True), ("logit_difference", False), (None, False)])
+def test_a_tokenizer_says_the_same_in_a_folder_of_another_kind(kind: str | None, kept: bool, tmp_path: Path) -> None:
+    """Transformers takes Qwen2's own tokenizer for a Qwen2, which splits numbers, and of ULD or an adapter does not know."""
+    start, after = tmp_path / "start", tmp_path / "after"
+    written = byte_level(None)
+    written.save_pretrained(start)
+    Qwen2Config(vocab_size=len(written)).save_pretrained(start)
+    tokenizer: Any = AutoTokenizer.from_pretrained(start)
+    text = "Hello 2020"
+    assert tokenizer(text)["input_ids"] != written(text)["input_ids"]  # or this shows nothing
+    tokenizer.save_pretrained(after)
+    if kind is not None:
+        (after / "config.json").write_text(json.dumps({"model_type": kind}))
+    keep_files(str(start), LoadingOptions(), after, tokenizer)
+    assert AutoTokenizer.from_pretrained(after)(text)["input_ids"] == tokenizer(text)["input_ids"]
+    own = (start / "tokenizer_config.json").read_bytes()
+    assert ((after / "tokenizer_config.json").read_bytes() == own) == kept
 
 
 def test_a_revision_is_that_of_the_model_and_not_of_its_reference(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
