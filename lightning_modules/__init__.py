@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_modules import metrics
     from lightning_modules.data.muse import MUSEDataModule
-    from lightning_modules.data.pairs import ForgetRetainDataModule, TOFUDataModule
+    from lightning_modules.data.pairs import ForgetRetainDataModule
+    from lightning_modules.data.tofu_module import TOFUDataModule
     from lightning_modules.data.wmdp import WMDPDataModule
     from lightning_modules.report import g_effect
     from lightning_modules.training import callbacks, objectives, references
@@ -45,7 +46,7 @@ _HOMES = {
     "MUSEDataModule": "data.muse",
     "NoiseSettings": "training.noise",
     "PerturbSettings": "training.perturb",
-    "TOFUDataModule": "data.pairs",
+    "TOFUDataModule": "data.tofu_module",
     "ULDModule": "training.uld",
     "UnlearningModule": "training.module",
     "WMDPDataModule": "data.wmdp",

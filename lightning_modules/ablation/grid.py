@@ -83,6 +83,7 @@ class Run:
                 retain_loss=method.retain_loss,
                 retain_inside=method.retain_inside,
                 keep_asked_words=method.keep_asked_words,
+                substitute_weight=method.substitute_weight,
                 rule="gradient_difference" if alone else method.rule,
                 rule_options={"alpha": 0.0} if alone else method.rule_options,
                 ema_decay=method.ema_decay,
@@ -263,7 +264,7 @@ _LATER = {
         *("kind", "epochs", "lora_rank", "lora_init", "uld", "max_weight"),
         *("steps", "max_norm", "lr_schedule", "stop_below", "radius", "radius_scale", "adversary"),
         *("retain_rows", "row_examples", "undo", "finish_steps", "finish_lr"),
-        *("retain_noise", "optimizer_options", "keep_asked_words"),
+        *("retain_noise", "optimizer_options", "keep_asked_words", "substitute_weight"),
     )
 }
 _LATER_SECTIONS = {

@@ -71,6 +71,7 @@ class Method:
     retain_inside: float = 0.0
     placebo: bool = False
     keep_asked_words: bool = False
+    substitute_weight: float = 0.0
     lr: float | None = None
     optimizer: str | None = None
     optimizer_options: dict[str, float] = field(default_factory=dict)
@@ -96,15 +97,15 @@ class Method:
     def backward_passes(self) -> int:
         """Backward passes that a step of the method needs.
 
-        One, one more for each use of the retain loss, for noised retain examples, and for the direction in which
-        weights are moved.
+        One, one more for each use of the retain loss, for noised retain examples, for substitute answers, and for the
+        direction in which weights are moved.
         """
         if self.kind != "surgery":
             return 2 if self.kind == "uld" else 1
         surgery = self.rule != "none" or self.retain_weight != 0.0 or self.guard == "update"
         moved = int(bool(self.radius)) + int(bool(self.adversary))
         retained = int(self.retain_inside != 0.0) + int(self.retain_noise != 0.0)
-        return 1 + retained + (self.retain_rows or int(surgery)) + moved
+        return 1 + int(self.substitute_weight != 0.0) + retained + (self.retain_rows or int(surgery)) + moved
 
     def bound_rule(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The rule with its options: Gram matrix -> coefficients."""
@@ -160,11 +161,9 @@ class Method:
             raise ValueError(
                 f"expected retain_rows >= 0 and row_examples >= 1, found {self.retain_rows} and {self.row_examples}"
             )
-        other = self.retain_inside or self.retain_noise or self.radius or self.adversary or self.placebo
-        if self.retain_rows and other:
-            raise ValueError(
-                "retain_rows: expected neither retain_inside, retain_noise, radius, adversary nor placebo with it, found one of them"
-            )
+        others = ("retain_inside", "retain_noise", "radius", "adversary", "placebo", "substitute_weight")
+        if self.retain_rows and (found := [name for name in others if getattr(self, name)]):
+            raise ValueError(f"retain_rows: expected none of {', '.join(others)} with it, found {', '.join(found)}")
 
     @property
     def own_end(self) -> list[str]:

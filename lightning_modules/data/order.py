@@ -20,7 +20,7 @@ class Pair(NamedTuple):
     Attributes:
         forget: a forget example.
         retain: a retain example.
-        refusal: the forget example's question with a refusal as its answer; `None` without refusals.
+        refusal: the forget example's question with a refusal or a substitute as its answer; `None` without.
         index: the places of the forget and of the retain example in their sets.
     """
 
@@ -37,15 +37,20 @@ class PairDataset(Dataset[Pair]):
         forget: the examples to forget.
         retain: the examples to keep.
         refusal: for each example to forget, its question with a refusal; or `None`.
+        substitutes: for each example to forget, its question with other answers, of which each pair has one; or `None`.
     """
 
     def __init__(
-        self, forget: Sequence[Encoded], retain: Sequence[Encoded], refusal: Sequence[Encoded] | None = None
+        self,
+        forget: Sequence[Encoded],
+        retain: Sequence[Encoded],
+        refusal: Sequence[Encoded] | None = None,
+        substitutes: Sequence[Sequence[Encoded]] | None = None,
     ) -> None:
         """Keeps the sequences.
 
         Raises:
-            ValueError: if `forget` or `retain` is empty, or there is not one refusal for each forget example.
+            ValueError: if `forget` or `retain` is empty, or a forget example is without a refusal or a substitute.
         """
         for name, examples in (("forget", forget), ("retain", retain)):
             if not examples:
@@ -54,7 +59,10 @@ class PairDataset(Dataset[Pair]):
             raise ValueError(f"expected a refusal for each of {len(forget)} forget examples, found {len(refusal)}")
         self.forget = forget
         self.retain = retain
+        if substitutes is not None and (len(substitutes) != len(forget) or not all(substitutes)):
+            raise ValueError(f"expected substitutes for each of {len(forget)} forget examples, found some without")
         self.refusal = refusal
+        self.substitutes = substitutes
 
     def __len__(self) -> int:
         """The number of forget examples."""
@@ -63,6 +71,9 @@ class PairDataset(Dataset[Pair]):
     def __getitem__(self, pair: tuple[int, int]) -> Pair:
         """The forget and the retain example at `(forget index, retain index)`."""
         refusal = None if self.refusal is None else self.refusal[pair[0]]
+        if self.substitutes is not None:  # the retain example beside it is another one each time
+            others = self.substitutes[pair[0]]
+            refusal = others[pair[1] % len(others)]
         return Pair(self.forget[pair[0]], self.retain[pair[1]], refusal, pair)
 
 
@@ -164,7 +175,7 @@ def collate_pairs(pairs: Sequence[Pair], pad_token_id: int) -> dict[str, dict[st
     """Returns one padded batch for each objective, with `index`, the examples' places in their sets.
 
     Args:
-        pairs: B of them, either all with a refusal or none.
+        pairs: B of them, either all with a refusal (or a substitute) or none.
         pad_token_id: see `tokenization.padding_id`.
 
     Returns:

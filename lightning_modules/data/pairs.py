@@ -1,4 +1,4 @@
-"""Lightning's data modules: forget and retain examples as one stream of paired batches."""
+"""Lightning's data module: forget and retain examples as one stream of paired batches."""
 
 from __future__ import annotations
 
@@ -7,18 +7,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_modules.data.asked_words import without_asked_words
-from lightning_modules.data.examples import Example, as_example, asked, evenly_spaced, numbered, read_examples
+from lightning_modules.data.examples import (
+    Example,
+    answered,
+    as_example,
+    asked,
+    evenly_spaced,
+    numbered,
+    read_examples,
+)
 from lightning_modules.data.heldout import RETAIN_HELDOUT
 from lightning_modules.data.loader import PairLoader
 from lightning_modules.data.order import Pair, PairDataset, PairSampler, collate_pairs, permutation
-from lightning_modules.data.tofu import tofu_examples
+from lightning_modules.data.substitutes import check_substitutes, substituted
 from lightning_modules.data.tokenization import (
     IGNORED,
     Encoded,
@@ -60,6 +68,7 @@ class DataSettings(TypedDict, total=False):
     num_workers: int
     refusals: Sequence[str] | None
     target: str | None
+    substitutes: Sequence[Example] | Literal["similar"] | None
     group_by_length: bool
     keep_asked_words: bool
 
@@ -71,6 +80,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
     `index`, `[batch_size]`, the examples' places in their set. An epoch is one pass over the forget set; see
     `PairSampler` for the order. With refusals there is a third batch, `"refusal"`: the forget batch's questions with
     refusals as answers (for `losses.dpo` and `objectives.idk`). A question keeps its refusal for the whole training.
+    With substitutes it has other answers in their place (for `objectives.with_substitutes`), one of several each time.
 
     `trainer.validate` and `trainer.fit` score both sets while training, see `val_dataloader`.
 
@@ -93,6 +103,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         refusals: Sequence[str] | None = None,
         retain_heldout: str | Path | Sequence[Mapping[str, object]] | None = None,
         target: str | None = None,
+        substitutes: Sequence[Example] | Literal["similar"] | None = None,
         group_by_length: bool = False,
         keep_asked_words: bool = False,
     ) -> None:
@@ -112,13 +123,15 @@ class ForgetRetainDataModule(L.LightningDataModule):
                 for none.
             target: a text such as `TARGET`, for `objectives.jensun`: the third batch then is the forget batch with the
                 target's tokens, over and over, as the labels of each answer.
+            substitutes: the forget questions with other answers, one or more for each; "similar" takes the answers of
+                the 5 retain questions that are most like each (`substitutes.substituted`).
             group_by_length: whether the examples of a batch are of similar length, see `PairSampler`.
             keep_asked_words: whether training forgets only what the question does not say itself, see
                 `asked_words.without_asked_words`; scores are those of whole answers.
 
         Raises:
-            ValueError: if `batch_size` is below 1, `refusals` is an empty list or one of blanks, `target` is blank or
-                beside refusals, or a source is neither a file nor a list.
+            ValueError: if `batch_size` is below 1, `refusals` is an empty list or one of blanks, `target` is blank, two
+                of refusals, target and substitutes are given, or a source is neither a file nor a list.
         """
         super().__init__()
         sources = {"forget": forget, "retain": retain}
@@ -140,7 +153,9 @@ class ForgetRetainDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         if target is not None and (refusals is not None or not target.strip()):
             raise ValueError(f"target: expected a text, and no refusals beside it, found {target!r:.80}")
-        self.refusals, self.target = refusals, target
+        if substitutes is not None and (refusals is not None or target is not None):
+            raise ValueError("substitutes: expected neither refusals nor a target beside them, found one")
+        self.refusals, self.target, self.substitutes = refusals, target, substitutes
         self.group_by_length = group_by_length
         self.keep_asked_words = keep_asked_words
         self.splits: dict[str, list[Example]] = {}
@@ -206,7 +221,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
             self.splits = self.read()
             for split in self.sources:
                 warn_of_duplicates(split, self.splits[split])
-            self.dataset = PairDataset(self._to_forget(), self._encoded("retain"), self._refused())
+            substitutes = None if self.substitutes is None else self._substituted(self.substitutes)
+            self.dataset = PairDataset(self._to_forget(), self._encoded("retain"), self._refused(), substitutes)
         return self.dataset
 
     def _to_forget(self) -> list[Encoded]:
@@ -235,6 +251,20 @@ class ForgetRetainDataModule(L.LightningDataModule):
             encode(self.tokenizer, asked(row), self.refusals[number], self.max_length, every_turn=False)
             for row, number in zip(rows, order, strict=False)
         ]
+
+    def _substituted(self, given: Sequence[Example] | str) -> list[list[Encoded]]:
+        forget = self.splits["forget"]
+        if isinstance(given, str):
+            rows = substituted(forget, self.splits["retain"])
+            count = len(rows) // len(forget)
+            found = [rows[place : place + count] for place in range(0, len(rows), count)]
+        else:
+            check_substitutes(given, forget)
+            found = [
+                [answered(row, other["answer"]) for other in given if other["question"] == row["question"]]
+                for row in forget
+            ]
+        return [encoded_rows(self.tokenizer, "substitutes", rows, self.max_length) for rows in found]
 
     def _encoded(self, split: str) -> list[Encoded]:
         return encoded_rows(self.tokenizer, split, self.splits[split], self.max_length)
@@ -286,53 +316,4 @@ def warn_of_duplicates(split: str, rows: Sequence[Example]) -> None:
             f"{again[0]['question'] or again[0]['answer']!r:.80}: each of them is trained on and scored; leave them out if that is not "
             "meant",
             stacklevel=4,
-        )
-
-
-class TOFUDataModule(ForgetRetainDataModule):
-    """The TOFU benchmark: forget the last authors, keep the others. See `lightning_modules.data.tofu.tofu_examples`."""
-
-    def __init__(
-        self,
-        split: str,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        folder: str | Path | None = None,
-        num_authors: int | None = None,
-        forget_authors: int | None = None,
-        general: bool | None = None,
-        max_length: int | None = None,
-        heldout_authors: int = 0,
-        **settings: Unpack[DataSettings],
-    ) -> None:
-        """Keeps the settings.
-
-        Args:
-            split: `"forget01"`, `"forget05"` or `"forget10"`.
-            tokenizer: that of the model to be trained.
-            folder: holds TOFU's files; `None` loads from the hub. See `tofu_examples`.
-            num_authors: the number of authors to keep in the data; `None` for all.
-            forget_authors: how many of them are to be forgotten; a fifth by default.
-            general: whether questions about real authors and the world are scored too, see `tofu_examples`.
-            max_length: the longest example, in tokens.
-            heldout_authors: so many of the kept authors are never trained on, see `tofu_examples`.
-            settings: as in `ForgetRetainDataModule`, see `DataSettings`.
-        """
-        super().__init__((), (), tokenizer, max_length=max_length, **settings)
-        self.split = split
-        self.folder = folder
-        self.num_authors = num_authors
-        self.forget_authors = forget_authors
-        self.general = general
-        self.heldout_authors = heldout_authors
-
-    def read(self) -> dict[str, list[Example]]:
-        """Returns the forget and retain examples, and without `num_authors` also `real_authors` and `world_facts`."""
-        return tofu_examples(
-            self.split,
-            self.folder,
-            self.num_authors,
-            self.forget_authors,
-            general=self.general,
-            heldout_authors=self.heldout_authors,
         )

@@ -61,6 +61,8 @@ def make_module(
     forget_loss = method.bound_loss()
     if method.imitates:
         forget_loss = objectives.distillation(teacher(method, loading), forget_loss)
+    if method.substitute_weight:
+        forget_loss = objectives.with_substitutes(forget_loss, method.substitute_weight)
     module = kind(
         model,
         forget_loss=forget_loss,

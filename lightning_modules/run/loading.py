@@ -13,9 +13,10 @@ from lightning_modules.data.fictional_authors import fictional_authors, fictiona
 from lightning_modules.data.files import read_text
 from lightning_modules.data.formats import set_format
 from lightning_modules.data.heldout import to_keep
-from lightning_modules.data.pairs import REFUSALS, TARGET, ForgetRetainDataModule, TOFUDataModule
+from lightning_modules.data.pairs import REFUSALS, TARGET, ForgetRetainDataModule
 from lightning_modules.data.requests import read_requests, together
 from lightning_modules.data.tofu import tofu_examples, tofu_split
+from lightning_modules.data.tofu_module import TOFUDataModule
 from lightning_modules.evaluation.membership import HOLDOUT
 from lightning_modules.run.benchmarks import benchmark_data
 from lightning_modules.run.compatible import check_examples
@@ -52,6 +53,9 @@ def make_data(options: Options, tokenizer: Any) -> ForgetRetainDataModule:
         training = options.training
         common |= {"batch_size": training.batch_size, "group_by_length": training.group_by_length}
         common |= {"refusals": refusals_of(options.method), "keep_asked_words": options.method.keep_asked_words}
+        if options.method.substitute_weight:
+            given = options.finish.substitutes
+            common["substitutes"] = "similar" if given is None else read_examples(given)
         common["target"] = TARGET if objectives.needs_target(objectives.by_name(options.method.forget_loss)) else None
     if data.tofu is not None:
         common |= {

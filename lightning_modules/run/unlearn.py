@@ -84,7 +84,8 @@ def _unlearn(options: UnlearnOptions) -> Path:
     known = check_start(options, splits)
     if options.method.method == "uld":
         uld_data(splits, perturbed_per_row=options.uld_settings().perturbed_per_row)  # raises where answers are missing
-    if options.finish.finish_steps and options.method.teacher is None:
+    taught = options.finish.finish_steps and options.method.teacher is None
+    if taught or options.method.substitute_weight:
         substitute_answers(options, splits)  # raises where there are none
     if options.training.probed:
         check_probes(splits)

@@ -6,6 +6,7 @@ Some losses compare with the start model, the model before unlearning. Where its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol, TypeAlias, cast
@@ -186,6 +187,43 @@ def distillation(teacher: SecondModel, loss: Any = gs.losses.kl_divergence) -> O
     return distil
 
 
+def with_substitutes(loss: Any, weight: float = 1.0) -> Objective:
+    r"""A forget loss, and beside it the cross-entropy of another answer, which is learned in the place of the true one.
+
+    $$L_f + w \, \mathrm{CE}(\text{substitute})$$
+
+    each a mean over its own answer tokens of all processes. Both are one objective, so that with `perturb` the other
+    answer is taught where the true one is remembered best. The data gives it:
+    `ForgetRetainDataModule(substitutes="similar")`.
+
+    Args:
+        loss: Any forget loss that teaches no answer itself.
+        weight: w > 0.
+
+    Raises:
+        ValueError: If the weight is not positive and finite, or the loss teaches an answer itself (`dpo`, `idk`,
+            `jensun`).
+
+    Cost: a forward and a backward pass of a batch more.
+
+    Example:
+        >>> forget_loss = with_substitutes(gs.losses.ceu)
+    """
+    if not 0.0 < weight < math.inf:
+        raise ValueError(f"substitutes: expected a weight > 0, found {weight}")
+    if needs_refusals(loss) or needs_target(loss):
+        raise ValueError(f"substitutes: expected a loss that teaches no answer itself, found {name_of(loss)}")
+    forget = objective(loss)
+
+    @as_objective
+    def instead(context: Context, batches: Batches, name: str) -> Tensor:
+        taught = _token_mean(gs.losses.cross_entropy, 0, False, context, batches, _refusal(batches, name))
+        return forget(context, batches, name) + weight * taught
+
+    instead.needs_reference = needs_reference(loss)  # pyright: ignore[reportFunctionMemberAccess]
+    return instead
+
+
 def _token_mean(loss: Any, skip: int, with_reference: bool, context: Context, batches: Batches, name: str) -> Tensor:
     return _mean(loss, skip, _reference(context, loss) if with_reference else None, context, batches[name])
 
@@ -221,8 +259,8 @@ def _sequence_mean(loss: Any, kind: str, skip: int, context: Context, batches: B
 def _refusal(batches: Batches, name: str) -> str:
     if name != "forget" or "refusal" not in batches:
         raise ValueError(
-            "expected refusals beside the forget batch, found none; give ForgetRetainDataModule refusals=... (target=... for jensun), and "
-            "use this loss to forget"
+            "expected refusals beside the forget batch, found none; give ForgetRetainDataModule refusals=... (target=... for jensun, "
+            "substitutes=... for other answers), and use this loss to forget"
         )
     return "refusal"
 

@@ -243,6 +243,15 @@ class UnlearnOptions(Options):
                 f"--teacher: expected a teacher that each device can hold beside the model, found --strategy {FSDP2}; train on one device, "
                 "or by ddp"
             )
+        taught = self.finish.finish_steps or self.method.substitute_weight
+        if self.finish.substitutes is not None and not taught:
+            raise ValueError(
+                "--substitutes: expected --finish-steps or --substitute-weight, which teach these answers, found neither"
+            )
+        if self.method.substitute_weight and self.data.cuts_texts:
+            raise ValueError(
+                "--substitute-weight: expected questions, which other answers fit, found --muse or --wmdp; leave it out"
+            )
         if self.method.teacher is not None and self.finish.substitutes is not None:
             raise ValueError(
                 "--substitutes: expected no --teacher with it, found both: whose answers is the finish to teach?"

@@ -15,8 +15,8 @@ class FinishOptions:
         finish_steps: optimizer steps of a training after the forgetting that teaches other answers to the forget
             questions, those of --teacher or --substitutes, and holds the retain answers to the model before; 0 for none
         finish_lr: its learning rate; by default half of --lr
-        substitutes: file of other answers to the forget questions, one or more for each, for the finish; by default
-            those to the 5 retain questions that share most words with it
+        substitutes: file of other answers to the forget questions, one or more for each, for the finish and
+            --substitute-weight; by default those to the 5 retain questions that share most words with it
     """
 
     finish_steps: int = 0
@@ -28,6 +28,5 @@ class FinishOptions:
         not_negative(self, "finish_steps")
         if self.finish_lr is not None and self.finish_lr <= 0.0:
             raise ValueError(f"expected --finish-lr > 0, found {self.finish_lr}")
-        if not self.finish_steps and (self.substitutes is not None or self.finish_lr is not None):
-            name = "--substitutes" if self.substitutes is not None else "--finish-lr"
-            raise ValueError(f"expected --finish-steps with {name}, for example 20, found 0, which is no finish")
+        if not self.finish_steps and self.finish_lr is not None:
+            raise ValueError("expected --finish-steps with --finish-lr, for example 20, found 0, which is no finish")

@@ -38,6 +38,9 @@ class MethodOptions:
         refusals: text file with a refusal a line, for dpo and idk; some of our own if not given
         keep_asked_words: forget only what the question does not say itself: a word of the answer that is in the
             question, such as the name of who is asked about, is left alone
+        substitute_weight: multiple, inside the forget objective, of the cross-entropy of another answer to the forget
+            question, one of --substitutes or of similar retain questions: with --radius it is learned where the true
+            one is remembered best, and needs no finish
         rule: how the two gradients are combined: {names}
         rule_options: options of the rule, for example {alpha: 5}
         ema_decay: weight of the old value in the retain gradient's moving average; null for none; with --model the
@@ -69,6 +72,7 @@ class MethodOptions:
     teacher: str | None = None
     refusals: str | None = None
     keep_asked_words: bool = False
+    substitute_weight: float = 0.0
     rule: str = one_of(names.RULES, "gru")
     rule_options: dict[str, float] = field(default_factory=dict)
     ema_decay: float | None = 0.2
@@ -84,7 +88,7 @@ class MethodOptions:
 
     def check(self) -> None:
         """Raise ValueError on numbers outside their domain; `check_functions` has what needs torch."""
-        not_negative(self, "retain_weight", "retain_noise", "retain_inside")
+        not_negative(self, "retain_weight", "retain_noise", "retain_inside", "substitute_weight")
 
     def check_functions(self) -> None:
         """Raise ValueError on a name, number or option that the losses, the rule or the dual variable do not have."""
@@ -116,6 +120,10 @@ class MethodOptions:
                 f"--retain-loss: expected a loss that keeps answers, found {self.retain_loss}, which teaches refusals"
             )
         losses = objectives.by_name(self.forget_loss), retain
+        if self.substitute_weight and (objectives.needs_refusals(losses[0]) or objectives.needs_target(losses[0])):
+            raise ValueError(
+                f"--substitute-weight: expected a --forget-loss that teaches no answer itself, found {self.forget_loss}"
+            )
         if self.refusals is not None and not objectives.needs_refusals(losses[0]):
             raise ValueError(
                 f"--refusals: expected --forget-loss dpo or idk, which teach them, found {self.forget_loss}"

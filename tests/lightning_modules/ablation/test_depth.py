@@ -35,6 +35,7 @@ METHODS = [
     {"name": "CE-U", "stop_below": 0.5},
     {"name": "deep", "steps": 3, "lr_schedule": "linear", "radius": {"start": 0.1, "end": 0.2}, "finish_steps": 2},
     {"name": "auto", "steps": 3, "radius": "auto"},
+    {"name": "instead", "steps": 3, "radius": {"start": 0.1}, "substitute_weight": 1.0},
     {"name": "noise", "steps": 3, "retain_noise": 0.1, "finish_steps": 2},
     {"name": "rows", "retain_rows": 4, "row_examples": 2, "ema_decay": 0.9, "guard": "update", "steps": 2},
     {"name": "UNDO", "steps": 2, "undo": {"steps": 3, "alpha": 0.3}},
@@ -44,13 +45,14 @@ METHODS = [
 PASSES = {
     "deep": 3 * 3 + 2 * 2,
     "auto": 2 + 3 * 3,
+    "instead": 3 * 4,
     "noise": 3 * 3 + 2 * 3,
     "rows": 2 * 5,
     "UNDO": 2 * 2 + 2 * 3,
     "adversary": 3 * 3,
     "JensUn": 2 * 2,
 }
-"""Forget and retain, or each of the parts, and the direction, the adversary's lesson or noised examples; two for each step of
+"""Forget and retain, or each of the parts, and the direction, the adversary's lesson, noised examples or substitutes; two for each step of
 an end, with noised examples three. A radius is measured on two batches."""
 ATTACKS = {"long": {"steps": 4, "lr": 2e-3}, "short": {"steps": 2, "lr": 1e-3}}
 
@@ -325,7 +327,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"methods": [{"name": "x", "adversary": {"lr": 1}, "radius": {"start": 1}}]}, "neither radius nor retain_inside"),
     ({"methods": [{"name": "x", "radius": "atuo"}]}, "radius.*atuo"),
     ({"methods": [{"name": "x", "retain_rows": -1}]}, "retain_rows >= 0"),
-    ({"methods": [{"name": "x", "retain_rows": 2, "radius": {"start": 1}}]}, "retain_rows: expected neither"),
+    ({"methods": [{"name": "x", "retain_rows": 2, "radius": {"start": 1}}]}, "retain_rows: expected none of .*found radius"),
     ({"methods": [{"name": "x", "steps": 2, "epochs": 2}]}, "steps or epochs, found both"),
     ({"methods": [{"name": "x", "steps": 0}]}, "steps"),
     ({"methods": [{"name": "x", "stop_below": 1.5}]}, "stop_below between 0 and 1"),

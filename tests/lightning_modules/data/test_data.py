@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_modules.data.examples import read_examples
 from lightning_modules.data.order import PairDataset, PairSampler
-from lightning_modules.data.pairs import VALIDATION_SPLITS, ForgetRetainDataModule, TOFUDataModule
+from lightning_modules.data.pairs import VALIDATION_SPLITS, ForgetRetainDataModule
 from lightning_modules.data.tofu import tofu_examples
+from lightning_modules.data.tofu_module import TOFUDataModule
 from lightning_modules.data.tokenization import Encoded
 
 TOFU = Path(__file__).parents[3].parent / "shared" / "tofu"

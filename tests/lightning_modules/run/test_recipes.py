@@ -176,6 +176,17 @@ REFUSED = [
     (["--finish-steps", "3", "--finish-lr", "0"], "expected --finish-lr > 0, found 0"),
     (["--finish-steps", "3", "--strategy", "fsdp2"], "--finish-steps: expected 0 with --strategy fsdp2, found 3"),
     (["--finish-steps", "3", "--substitutes", "none.json"], "none.json"),
+    (["--substitutes", "forget.json"], "--substitutes: expected --finish-steps or --substitute-weight"),
+    (["--substitute-weight", "-1"], "expected --substitute-weight >= 0, found -1"),
+    (
+        ["--substitute-weight", "1", "--forget-loss", "idk"],
+        "--substitute-weight: expected a --forget-loss that teaches no answer",
+    ),
+    (["--substitute-weight", "1", "--substitutes", "forget.json"], "found the answer that is to be forgotten"),
+    (
+        ["--substitute-weight", "1", "--method", "uld"],
+        "--substitute-weight: expected a run with surgery, found --method uld",
+    ),
     (["--finish-steps", "3", "--substitutes", "retain.json"], "found to a question that is not in the forget set"),
     (["--finish-steps", "3", "--substitutes", "forget.json"], "found the answer that is to be forgotten"),
 ]
