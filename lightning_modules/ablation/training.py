@@ -50,7 +50,8 @@ def train(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: S
     extra = 2 * len(data.train_dataloader()) if training.lora_init == "fila" else 0
     radius = None
     if run.method.radius == AUTO:
-        forget = data.read()["forget"]
+        data.setup()
+        forget = data.splits["forget"]
         radius = measure(options, adapted, tokenizer, forget)
         extra += search_settings(options).count(len(forget))
         run = replace(run, method=replace(run.method, radius=radius))

@@ -173,7 +173,7 @@ class SharedTexts:
             self.encoded, key=lambda text: (common_beginning(text.input_ids, longest.input_ids), len(text.input_ids))
         )
         # The last text of a row is the farthest from the question that it shares: a local window sees less of it.
-        rows = [[self.encoded.index(longest), self.encoded.index(other)], self.rows[_largest(self.lengths)]]
+        rows = [[self.encoded.index(longest), self.encoded.index(other)], self.rows[self.batches[0][0]]]
         expected = [self._at_last_labels(self._texts(row[-2:])) for row in rows]
         for cached in (True, False):
             try:
@@ -264,10 +264,6 @@ class SharedTexts:
                 counts.append(len(said))
         cache = self._cache(len(rows)) if cached else None
         return Batch(inputs, torch.tensor(labels, device=device), torch.tensor(places, device=device), counts, cache)
-
-
-def _largest(lengths: Sequence[int]) -> int:
-    return max(range(len(lengths)), key=lambda place: lengths[place])
 
 
 def batches_of(

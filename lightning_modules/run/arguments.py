@@ -68,9 +68,10 @@ class Parser(ArgumentParser):
         option = options[0]
         kind = self._kinds[flag(option)] = typing.get_type_hints(self._group)[option]
         if bool in (kind, *typing.get_args(kind)):
-            settings |= {"nargs": "?", "const": True}
             if any(not action.option_strings for action in self._actions):  # a value would take the parser's own word
                 settings = {name: settings[name] for name in ("help", "default")} | {"action": "store_true"}
+            else:
+                settings |= {"nargs": "?", "const": True}
         known = next(entry.metadata.get(NAMES) for entry in fields(self._group) if entry.name == option)
         if known is not None:
             text = settings["help"].replace("{names}", ", ".join(known))

@@ -62,7 +62,10 @@ def keep_files(name: str, loading: LoadingOptions, folder: Path, tokenizer: Any)
 def _is_read_as(kind: type, folder: Path, loading: LoadingOptions) -> bool:
     from transformers import AutoTokenizer
 
-    return type(AutoTokenizer.from_pretrained(folder, trust_remote_code=loading.trust_remote_code)) is kind
+    try:
+        return type(AutoTokenizer.from_pretrained(folder, trust_remote_code=loading.trust_remote_code)) is kind
+    except Exception:  # whatever the files lack: what was trained is not lost for that
+        return False
 
 
 def _copy(place: str, file: str, loading: LoadingOptions, folder: Path) -> None:
