@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 from torch import nn
 
@@ -27,7 +27,8 @@ def relearn_settings(given: Mapping[str, float], *, autocast: bool = False) -> R
             f"expected steps and lr, for example {{steps: 20, lr: 5e-5}}, found no {' and no '.join(missing)}"
         )
     values = whole(given, _COUNTS)
-    return RelearnSettings(autocast=autocast, **{"every": max(1, values["steps"]), **values})
+    settings = {"every": max(1, values["steps"]), **values}
+    return RelearnSettings(autocast=autocast, **cast(Any, settings))
 
 
 def attacked(
@@ -45,11 +46,12 @@ def attacked(
     given_settings = {name: relearn_settings(given, autocast=autocast) for name, given in attacks.items()}
     alike: dict[RelearnSettings, list[str]] = {}
     for name, settings in given_settings.items():
-        alike.setdefault(replace(settings, steps=1, every=1), []).append(name)
+        alike.setdefault(replace(settings, steps=1, every=1, also=()), []).append(name)
     after: dict[str, float] = {}
     for common, names in alike.items():
         steps = {name: given_settings[name].steps for name in names}
-        longest = replace(common, steps=max(steps.values()), every=math.gcd(*steps.values()))
+        end = max(steps.values())
+        longest = replace(common, steps=end, every=end, also=tuple(sorted(steps.values())))
         result = relearn_probe(model, forget, pad_token_id=pad_token_id, settings=longest)
         rest = {point["step"]: float(point["rest"]) for point in result["points"]}
         after |= {name: rest[step] for name, step in steps.items()}

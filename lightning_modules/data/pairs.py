@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from itertools import cycle
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_modules.data.asked_words import without_asked_words
 from lightning_modules.data.examples import (
     Example,
-    answered,
     as_example,
     asked,
     evenly_spaced,
@@ -26,7 +25,7 @@ from lightning_modules.data.examples import (
 from lightning_modules.data.heldout import RETAIN_HELDOUT
 from lightning_modules.data.loader import PairLoader
 from lightning_modules.data.order import Pair, PairDataset, PairSampler, collate_pairs, permutation
-from lightning_modules.data.substitutes import check_substitutes, substituted
+from lightning_modules.data.substitutes import other_answers
 from lightning_modules.data.tokenization import (
     IGNORED,
     Encoded,
@@ -68,7 +67,7 @@ class DataSettings(TypedDict, total=False):
     num_workers: int
     refusals: Sequence[str] | None
     target: str | None
-    substitutes: Sequence[Example] | Literal["similar"] | None
+    substitutes: Path | Sequence[Example] | Literal["similar"] | None
     group_by_length: bool
     keep_asked_words: bool
 
@@ -103,7 +102,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         refusals: Sequence[str] | None = None,
         retain_heldout: str | Path | Sequence[Mapping[str, object]] | None = None,
         target: str | None = None,
-        substitutes: Sequence[Example] | Literal["similar"] | None = None,
+        substitutes: Path | Sequence[Example] | Literal["similar"] | None = None,
         group_by_length: bool = False,
         keep_asked_words: bool = False,
     ) -> None:
@@ -123,8 +122,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
                 for none.
             target: a text such as `TARGET`, for `objectives.jensun`: the third batch then is the forget batch with the
                 target's tokens, over and over, as the labels of each answer.
-            substitutes: the forget questions with other answers, one or more for each; "similar" takes the answers of
-                the 5 retain questions that are most like each (`substitutes.substituted`).
+            substitutes: the forget questions with other answers, one or more for each, or a file of them; "similar"
+                takes the answers of the 5 retain questions that are most like each (`substitutes.substituted`).
             group_by_length: whether the examples of a batch are of similar length, see `PairSampler`.
             keep_asked_words: whether training forgets only what the question does not say itself, see
                 `asked_words.without_asked_words`; scores are those of whole answers.
@@ -221,8 +220,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
             self.splits = self.read()
             for split in self.sources:
                 warn_of_duplicates(split, self.splits[split])
-            substitutes = None if self.substitutes is None else self._substituted(self.substitutes)
-            self.dataset = PairDataset(self._to_forget(), self._encoded("retain"), self._refused(), substitutes)
+            self.dataset = PairDataset(self._to_forget(), self._encoded("retain"), self._refused(), self._substituted())
         return self.dataset
 
     def _to_forget(self) -> list[Encoded]:
@@ -252,19 +250,13 @@ class ForgetRetainDataModule(L.LightningDataModule):
             for row, number in zip(rows, order, strict=False)
         ]
 
-    def _substituted(self, given: Sequence[Example] | str) -> list[list[Encoded]]:
-        forget = self.splits["forget"]
-        if isinstance(given, str):
-            rows = substituted(forget, self.splits["retain"])
-            count = len(rows) // len(forget)
-            found = [rows[place : place + count] for place in range(0, len(rows), count)]
-        else:
-            check_substitutes(given, forget)
-            found = [
-                [answered(row, other["answer"]) for other in given if other["question"] == row["question"]]
-                for row in forget
-            ]
-        return [encoded_rows(self.tokenizer, "substitutes", rows, self.max_length) for rows in found]
+    def _substituted(self) -> list[list[Encoded]] | None:
+        if self.substitutes is None:
+            return None
+        given = read_examples(self.substitutes) if isinstance(self.substitutes, Path) else self.substitutes
+        found = other_answers(self.splits["forget"], self.splits["retain"], None if isinstance(given, str) else given)
+        encoded = iter(encoded_rows(self.tokenizer, "substitute", list(chain(*found)), self.max_length))
+        return [list(islice(encoded, len(rows))) for rows in found]
 
     def _encoded(self, split: str) -> list[Encoded]:
         return encoded_rows(self.tokenizer, split, self.splits[split], self.max_length)

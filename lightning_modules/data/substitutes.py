@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lightning_modules.data.examples import Example, answered
 
 
-def substituted(forget: Sequence[Example], retain: Sequence[Example], count: int = 5) -> list[Example]:
+def substituted(forget: Sequence[Example], retain: Sequence[Example], count: int = 5) -> list[list[Example]]:
     """Every forget question with the answers to the retain questions that are most like it.
 
     Alike are questions that share words: the number of common words over that of all words of both (Jaccard). Such an
@@ -22,7 +22,8 @@ def substituted(forget: Sequence[Example], retain: Sequence[Example], count: int
         count: Answers for each question.
 
     Returns:
-        n times `count` examples, question by question, the most similar first and of equals the first.
+        For every forget example up to `count`, the most similar first and of equals the first; fewer where there are no
+        more.
 
     Raises:
         ValueError: If there is no retain example, the count is below 1, or an example to forget has no question or no
@@ -34,8 +35,8 @@ def substituted(forget: Sequence[Example], retain: Sequence[Example], count: int
         >>> forget = [{"question": "Where was Ada born?", "answer": "In Ros."}]
         >>> retain = [{"question": "What does Bo write?", "answer": "Odes."}]
         >>> retain += [{"question": "Where was Cy born?", "answer": "In Pel."}]
-        >>> [row["answer"] for row in substituted(forget, retain, 1)]
-        ['In Pel.']
+        >>> [[row["answer"] for row in rows] for rows in substituted(forget, retain, 1)]
+        [['In Pel.']]
     """
     if count < 1 or not retain:
         raise ValueError(
@@ -45,7 +46,7 @@ def substituted(forget: Sequence[Example], retain: Sequence[Example], count: int
     secret: dict[str, set[str]] = {}
     for row in forget:
         secret.setdefault(row["question"], set()).add(_bare(row["answer"]))
-    found: list[Example] = []
+    found: list[list[Example]] = []
     for row in forget:
         mine = _words(row)
         if not mine:
@@ -60,8 +61,40 @@ def substituted(forget: Sequence[Example], retain: Sequence[Example], count: int
                 "by --substitutes, or leave the finish out"
             )
         nearest = sorted(other, key=lambda place: -alike[place])[:count]
-        found += [answered(row, retain[place]["answer"]) for place in nearest]
+        found.append([answered(row, retain[place]["answer"]) for place in nearest])
     return found
+
+
+def other_answers(
+    forget: Sequence[Example], retain: Sequence[Example], given: Sequence[Example] | None = None
+) -> list[list[Example]]:
+    """For every forget example its question, with the turns before it, and other answers.
+
+    Args:
+        forget: n examples.
+        retain: Where the answers come from if none are given, see `substituted`.
+        given: The forget questions with other answers, one or more for each, in any order.
+
+    Returns:
+        n lists.
+
+    Raises:
+        ValueError: If the answers given are not those of the forget questions, or none are given and `substituted`
+            finds none.
+
+    Example:
+        >>> forget = [{"question": "Where was Ada born?", "answer": "In Ros."}]
+        >>> given = [{"question": "Where was Ada born?", "answer": "In Pel."}]
+        >>> [[row["answer"] for row in rows] for rows in other_answers(forget, [], given)]
+        [['In Pel.']]
+    """
+    if given is None:
+        return substituted(forget, retain)
+    check_substitutes(given, forget)
+    answers: dict[str, list[str]] = {}
+    for row in given:
+        answers.setdefault(row["question"], []).append(row["answer"])
+    return [[answered(row, answer) for answer in answers[row["question"]]] for row in forget]
 
 
 def check_substitutes(substitutes: Sequence[Example], forget: Sequence[Example]) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+from itertools import chain
 from typing import Any
 
 import lightning as L
 from rich.console import Console
 from torch import nn
 
-from lightning_modules.data.examples import Example, answered, read_examples
+from lightning_modules.data.examples import Example, read_examples
 from lightning_modules.data.pairs import ForgetRetainDataModule
-from lightning_modules.data.substitutes import check_substitutes, substituted
+from lightning_modules.data.substitutes import other_answers
 from lightning_modules.evaluation import processes
 from lightning_modules.run.assembly import make_finishing_trainer, teacher
 from lightning_modules.run.options import UnlearnOptions
@@ -29,15 +30,14 @@ def substitute_answers(options: UnlearnOptions, splits: Splits) -> list[Example]
         FileNotFoundError: If there is no such file.
         ValueError: If its answers are not those of the forget questions, or there is no question.
     """
-    if options.finish.substitutes is None:
-        return substituted(splits["forget"], splits["retain"])
-    found = read_examples(options.finish.substitutes)
+    file = options.finish.substitutes
+    given = None if file is None else read_examples(file)
     try:
-        check_substitutes(found, splits["forget"])
+        return list(chain(*other_answers(splits["forget"], splits["retain"], given)))
     except ValueError as error:
-        raise ValueError(f"--substitutes {options.finish.substitutes}: {error}") from error
-    asked = {row["question"]: row for row in splits["forget"]}  # with the turns that a file of questions does not have
-    return [answered(asked[row["question"]], row["answer"]) for row in found]
+        if file is None:
+            raise
+        raise ValueError(f"--substitutes {file}: {error}") from error
 
 
 def kept_start(model: nn.Module, options: UnlearnOptions) -> Reference:

@@ -55,7 +55,7 @@ def make_data(options: Options, tokenizer: Any) -> ForgetRetainDataModule:
         common |= {"refusals": refusals_of(options.method), "keep_asked_words": options.method.keep_asked_words}
         if options.method.substitute_weight:
             given = options.finish.substitutes
-            common["substitutes"] = "similar" if given is None else read_examples(given)
+            common["substitutes"] = "similar" if given is None else Path(given)
         common["target"] = TARGET if objectives.needs_target(objectives.by_name(options.method.forget_loss)) else None
     if data.tofu is not None:
         common |= {

@@ -32,6 +32,7 @@ class RelearnSettings:
     Attributes:
         steps: Optimizer steps.
         every: Steps between scores; the start and the end are scored too.
+        also: Further steps after which it is scored.
         lr: Learning rate.
         batch_size: Examples a step.
         share: Of the forget answers that is taught.
@@ -44,6 +45,7 @@ class RelearnSettings:
 
     steps: int = 20
     every: int = 4
+    also: tuple[int, ...] = ()
     lr: float = 1e-5
     batch_size: int = 8
     share: float = 0.25
@@ -63,6 +65,10 @@ class RelearnSettings:
         for name, value in (("steps", self.steps), ("every", self.every), ("batch_size", self.batch_size)):
             if value < 1:
                 raise ValueError(f"relearn_probe: expected {name} >= 1, found {value}")
+        if outside := [step for step in self.also if not 1 <= step <= self.steps]:
+            raise ValueError(
+                f"relearn_probe: expected scores after 1 to {self.steps} steps, found {outside[0]} in also"
+            )
         if not (self.lr > 0.0 and math.isfinite(self.lr)):
             raise ValueError(f"relearn_probe: expected a learning rate > 0, found {self.lr}")
         if self.lora_rank < 0:
@@ -165,7 +171,7 @@ def relearn_probe(
             optimizer.step()
             optimizer.zero_grad()
             stage.advance()
-            if step % settings.every == 0 or step == settings.steps:
+            if step % settings.every == 0 or step in settings.also or step == settings.steps:
                 values = score(step)
     interval = mean_interval(values)
     length, relative = moved.to(merged(learner))

@@ -203,18 +203,19 @@ def test_attacks_of_different_lengths_are_one_attack(monkeypatch: pytest.MonkeyP
     data.setup()
     assert data.dataset is not None
     forget, pad = data.dataset.forget, tokenizer.pad_token_id
-    lengths = {"A6": {"steps": 6, "lr": 2e-3}, "other": {"steps": 4, "lr": 1e-3}, "A4": {"steps": 4, "lr": 2e-3}}
+    lengths = {"A7": {"steps": 7, "lr": 2e-3}, "other": {"steps": 4, "lr": 1e-3}, "A4": {"steps": 4, "lr": 2e-3}}
     apart = {name: attacked(model, forget, {name: given}, pad_token_id=pad)[name] for name, given in lengths.items()}
-    taught: list[int] = []
+    scored: list[list[int]] = []
 
     def counted(*args: Any, settings: RelearnSettings, **keywords: Any) -> dict[str, Any]:
-        taught.append(settings.steps)
-        return relearn_probe(*args, settings=settings, **keywords)
+        result = relearn_probe(*args, settings=settings, **keywords)
+        scored.append([point["step"] for point in result["points"]])
+        return result
 
     monkeypatch.setattr(attacks, "relearn_probe", counted)
     together = attacked(model, forget, lengths, pad_token_id=pad)
     assert together == apart
-    assert (list(together), taught) == (list(lengths), [6, 4])
+    assert (list(together), scored) == (list(lengths), [[0, 4, 7], [0, 4]])  # and never in between
 
 
 def test_the_parts_of_the_retain_set_are_whole_apart_and_in_their_order() -> None:

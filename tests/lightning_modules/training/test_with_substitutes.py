@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,7 +67,7 @@ def test_a_question_has_each_of_its_substitutes_and_no_other() -> None:
     _, tokenizer = model_and_tokenizer()
     data = ForgetRetainDataModule(SPLITS["forget"], SPLITS["retain"], tokenizer, batch_size=2, substitutes="similar")
     wanted: dict[str, set[str]] = {}
-    for row in substituted(SPLITS["forget"], SPLITS["retain"]):
+    for row in chain(*substituted(SPLITS["forget"], SPLITS["retain"])):
         wanted.setdefault(row["question"], set()).add(row["answer"])
     seen: dict[str, set[str]] = {question: set() for question in wanted}
     loader: Any = data.train_dataloader()
@@ -94,6 +95,30 @@ def test_given_substitutes_are_those_and_belong_to_the_forget_questions() -> Non
     for beside in ({"refusals": ["No."]}, {"target": "No"}):
         with pytest.raises(ValueError, match="substitutes: expected neither refusals nor a target"):
             make(substitutes=given, **beside)
+
+
+def test_answers_that_lose_their_end_are_warned_of_once_and_a_question_with_fewer_has_its_own() -> None:
+    _, tokenizer = model_and_tokenizer()
+    asked = [{"question": "Is Ada born?", "answer": "Yes."}, {"question": "Is Bo born?", "answer": "Never."}]
+    retain = [{"question": "Is Cy born?", "answer": "yes."}, {"question": "Is Di born?", "answer": "No, " * 30}]
+    data = ForgetRetainDataModule(asked, retain, tokenizer, max_length=40, substitutes="similar")
+    with pytest.warns(UserWarning, match="lose their end") as caught:
+        data.setup()
+    assert ["2 of 3 substitute examples" in str(each.message) for each in caught].count(True) == 1
+    assert data.dataset is not None
+    assert data.dataset.substitutes is not None
+    said = [[tokenizer.decode(row.input_ids) for row in rows] for rows in data.dataset.substitutes]
+    assert [["Ada" in text for text in texts] for texts in said] == [[True], [False, False]]
+
+
+def test_a_file_of_substitutes_is_read_when_the_data_is(tmp_path: Path) -> None:
+    _, tokenizer = model_and_tokenizer()
+    file = tmp_path / "others.json"
+    data = ForgetRetainDataModule(SPLITS["forget"], SPLITS["retain"], tokenizer, substitutes=file)
+    file.write_text(json.dumps([row | {"answer": "Another"} for row in SPLITS["forget"]]))
+    data.setup()
+    assert data.dataset is not None
+    assert [len(rows) for rows in data.dataset.substitutes or ()] == [1] * len(SPLITS["forget"])
 
 
 def test_what_it_cannot_stand_beside_is_refused() -> None:
