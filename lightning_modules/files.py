@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -51,6 +52,12 @@ def replacing(path: Path) -> Generator[Path]:
             _sync(path.parent)
     finally:
         _remove(temporary)
+
+
+def write_picture(path: Path, figure: Any, dpi: int = 150) -> None:
+    """Write a figure of matplotlib as PNG, the whole file or nothing; the same figure gives the same bytes."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, metadata={"Software": None})
 
 
 def write_text(path: Path, text: str) -> None:

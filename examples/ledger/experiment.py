@@ -23,7 +23,7 @@ from typing import Any
 from lightning_modules.data.files import read_json
 from lightning_modules.data.tofu import ROWS_PER_AUTHOR, tofu_examples
 from lightning_modules.data.tokenization import encode, padding_id
-from lightning_modules.files import replacing, write_text
+from lightning_modules.files import replacing, write_picture, write_text
 from lightning_modules.folder import CHECKPOINTS, METRICS, SURGERY
 from lightning_modules.ledger.criteria import read_criteria
 from lightning_modules.run.options import UnlearnOptions
@@ -259,8 +259,7 @@ def picture(path: Path, folder: Path, seeds: Sequence[int], requests: int) -> No
     drawn.suptitle(
         f"Mean probability of each request's answers after each later request (bold: above {LIMIT:g})", fontsize=11
     )
-    with replacing(path) as temporary:
-        drawn.savefig(temporary, dpi=130, metadata={"Software": None})
+    write_picture(path, drawn, dpi=130)
 
 
 if __name__ == "__main__":

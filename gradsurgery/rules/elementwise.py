@@ -286,25 +286,8 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
 }
 """Every elementwise rule by its name."""
 
-
-def by_name(name: str) -> Callable[..., Any]:
-    """The elementwise rule called ``name``.
-
-    Raises:
-        ValueError: If there is no such rule. The message lists the names.
-
-    Example:
-        >>> by_name("sago") is sago
-        True
-    """
-    if name not in ELEMENTWISE:
-        raise ValueError(f"rule: expected one of {', '.join(ELEMENTWISE)}, found {name!r}")
-    return ELEMENTWISE[name]
-
-
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "ELEMENTWISE",
-    "by_name",
     "each",
     "is_elementwise",
     "rule",

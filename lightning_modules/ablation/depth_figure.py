@@ -9,7 +9,7 @@ from typing import Any
 from lightning_modules.ablation.grid import Grid
 from lightning_modules.ablation.results import REFERENCE, read_models
 from lightning_modules.ablation.statistics import Spread, spread
-from lightning_modules.files import replacing
+from lightning_modules.files import write_picture
 
 _LEAST = 1e-3  # a smaller probability is drawn as this one
 HELD_OUT, SEEN = "retain_heldout_probability", "retain_probability"
@@ -57,8 +57,7 @@ def draw_depth(grid: Grid, results: Sequence[Mapping[str, Any]], folder: Path, p
     figure.legend(
         [drawn[name] for name in order], order, loc="outside lower center", ncols=3, fontsize=8, frameon=False
     )
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    write_picture(path, figure, dpi=120)
 
 
 def _references(grid: Grid, folder: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 from lightning_modules.ablation.grid import Grid
 from lightning_modules.ablation.methods import Method
 from lightning_modules.ablation.statistics import spread
-from lightning_modules.files import replacing
+from lightning_modules.files import write_picture
 
 _LEAST = 1e-4  # forget probability at the right edge: smaller ones are not compared
 _COLOURS = (0, 1, 2, 3, 4, 5, 6, 8, 9)  # of tab10; its grey is the baseline
@@ -54,8 +54,7 @@ def draw_tradeoff(grid: Grid, results: Sequence[Mapping[str, Any]], path: Path) 
         axes.set_visible(False)
     figure.supxlabel("mean forget probability", fontsize="medium")
     figure.supylabel("mean retain probability", fontsize="medium")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    write_picture(path, figure, dpi=120)
 
 
 def _families(grid: Grid) -> dict[str, list[Method]]:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_modules.files import write_text
+from lightning_modules.files import write_picture, write_text
 from lightning_modules.ledger.batch import PARTS
 from lightning_modules.ledger.chain import Entry
 from lightning_modules.ledger.criteria import KINDS
 from lightning_modules.ledger.entry import limit_of
-from lightning_modules.ledger.picture import figure, write_picture
+from lightning_modules.ledger.picture import figure
 from lightning_modules.ledger.place import PAGE, PICTURE
 from lightning_modules.ledger.refusals import FORGOTTEN
 from lightning_modules.ledger.table import over_time, shown

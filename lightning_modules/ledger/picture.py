@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-from lightning_modules.files import replacing
 
 
 def figure(
@@ -59,9 +56,3 @@ def figure(
     axes.set_yticks(range(count), labels, fontsize=8, parse_math=False)
     axes.set_title(title, fontsize=10)
     return drawn
-
-
-def write_picture(path: Path, drawn: Any) -> None:
-    """Write a figure as PNG, the whole file or nothing; the same figure gives the same bytes."""
-    with replacing(path) as temporary:
-        drawn.savefig(temporary, dpi=150, metadata={"Software": None})

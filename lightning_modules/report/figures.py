@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lightning_modules.files import replacing
+from lightning_modules.files import write_picture
 from lightning_modules.report.finished import FinishedRun, number
 from lightning_modules.report.over_seeds import curves
 from lightning_modules.report.svg import inline
@@ -61,9 +61,7 @@ def write_png(path: Path, run: FinishedRun) -> bool:
     """Draw the trade-off and the conflict side by side, those that the run has; returns whether it has one."""
     chosen = [panel for name, (panel, _) in panels(run).items() if name in ("tradeoff", "cosine")]
     if chosen:
-        figure = _figure(chosen, run, (5.0 * len(chosen), 3.8))
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=150, metadata={"Software": None})
+        write_picture(path, _figure(chosen, run, (5.0 * len(chosen), 3.8)))
     return bool(chosen)
 
 

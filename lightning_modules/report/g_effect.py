@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.files import replacing
+from lightning_modules.files import write_picture
 from lightning_modules.training.callbacks.g_effect import GEffectLogger
 
 __all__ = ["GEffectLogger", "heat_map"]
@@ -78,8 +78,7 @@ def heat_map(csv_path: str | Path, png_path: str | Path) -> None:
             axes.axhline(edge, color="white", lw=2)
     _label(panels[0], groups)
     figure.colorbar(colours, ax=list(panels), label="cosine (red: conflict)", fraction=0.05, pad=0.02)
-    with replacing(Path(png_path)) as temporary:
-        figure.savefig(temporary, dpi=150)
+    write_picture(Path(png_path), figure)
 
 
 def _table(rows: Sequence[Mapping[str, str]], column: str, steps: Sequence[int], layers: Sequence[str]) -> Tensor:

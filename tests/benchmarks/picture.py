@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from lightning_modules.files import replacing
+from lightning_modules.files import write_picture
 
 _RATIO = re.compile(r"(\d+\.\d+)\**(?=$| \()")  # and what stands in brackets behind it
 _RULE = re.compile(r"\|[-:| ]+")
@@ -94,6 +94,5 @@ def draw(found: Iterable[Panel], path: Path) -> bool:
             axes.grid(axis="x", alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
             axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=100)
+    write_picture(path, figure, dpi=100)
     return True
