@@ -18,6 +18,14 @@ class GRU(GradientSurgery):
     """`GradientSurgery` with the GRU paper's defaults (2503.09117): rule ``gru``, ``ema_decay=0.2``, global scope.
 
     All parameters, errors and costs are those of `GradientSurgery`.
+
+    Example:
+        >>> weights = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = GRU(torch.optim.SGD([weights], lr=0.1))
+        >>> optimizer.join(forget=3 * weights[0] - 4 * weights[1], retain=weights[1]).backward()
+        >>> optimizer.step()
+        >>> weights.data  # the retain loss, the second weight, is as before
+        tensor([0.7000, 1.0000])
     """
 
     def __init__(

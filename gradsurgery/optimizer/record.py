@@ -41,6 +41,17 @@ class Record:
             one, else the current gradient. Entry ``[r, 0, k]`` is the G-effect (2502.19301) of block r: where it is
             below 0, a step along the first row raises objective k. None without ``record_scope``.
         block_names: Names of the R blocks.
+
+    Example:
+        >>> import gradsurgery as gs
+        >>> weights = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = gs.GRU(torch.optim.SGD([weights], lr=0.1))
+        >>> optimizer.join(forget=3 * weights[0] - 4 * weights[1], retain=weights[1]).backward()
+        >>> optimizer.record.gram.round(decimals=3)
+        tensor([[25., -4.],
+                [-4.,  1.]], dtype=torch.float64)
+        >>> optimizer.record.coefficients.round(decimals=3), optimizer.record.conflict
+        (tensor([1., 4.], dtype=torch.float64), True)
     """
 
     objectives: tuple[str, ...]

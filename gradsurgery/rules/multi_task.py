@@ -25,6 +25,11 @@ def pcgrad(gram: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         gram: ``[..., K, K]``.
         generator: Draws a random order, as in the paper, shared by all matrices of a batch. It must be on the CPU; give
             every rank the same seed. None: the order of the rows.
+
+    Example:
+        >>> gram = torch.tensor([[25.0, -3.0], [-3.0, 5.0]])
+        >>> pcgrad(gram)
+        tensor([1.1200, 1.6000], dtype=torch.float64)
     """
     number = gram.shape[-1]
     mixed = torch.zeros_like(gram) + torch.eye(number, dtype=gram.dtype, device=gram.device)
@@ -52,6 +57,11 @@ def mgda(gram: Tensor) -> Tensor:
 
     Raises:
         ValueError: If there are more than 10 rows.
+
+    Example:
+        >>> gram = torch.tensor([[25.0, -3.0], [-3.0, 5.0]])
+        >>> mgda(gram)
+        tensor([0.2222, 0.7778], dtype=torch.float64)
     """
     return _programs.least_norm(_algebra.scaled(gram)[0])
 
@@ -76,6 +86,11 @@ def cagrad(gram: Tensor, *, c: float = 0.5) -> Tensor:
 
     Raises:
         ValueError: If ``c`` is negative or NaN, or there are more than 10 rows.
+
+    Example:
+        >>> gram = torch.tensor([[25.0, -3.0], [-3.0, 5.0]])
+        >>> cagrad(gram)
+        tensor([0.5000, 1.0477], dtype=torch.float64)
     """
     if not c >= 0.0:
         raise ValueError(f"c: expected a non-negative number, found {c}")
@@ -124,6 +139,11 @@ def imtl_g(gram: Tensor) -> Tensor:
     that add up to 0), the normalised rows get equal weights.
 
     Source: Towards Impartial Multi-task Learning (ICLR 2021), section 3.1.
+
+    Example:
+        >>> gram = torch.tensor([[25.0, -3.0], [-3.0, 5.0]])
+        >>> imtl_g(gram)
+        tensor([0.3090, 0.6910], dtype=torch.float64)
     """
     unit, norms = _algebra.normalised(gram)
     nonzero = (norms > 0.0).to(gram.dtype)
@@ -139,6 +159,11 @@ def ngdiff(gram: Tensor) -> Tensor:
 
     Source: Normalized Gradient Difference (2410.22086), whose g_F is -f here. Its automatic learning rate is left to
     the scheduler.
+
+    Example:
+        >>> gram = torch.tensor([[25.0, -3.0], [-3.0, 5.0]])
+        >>> ngdiff(gram)
+        tensor([0.2000, 0.4472], dtype=torch.float64)
     """
     return _algebra.ratio(torch.ones_like(gram[..., 0]), _algebra.norms_of(gram))
 
@@ -153,6 +178,11 @@ def nash_mtl(gram: Tensor) -> Tensor:
     Source: Multi-Task Learning as a Bargaining Game (2202.01017), equation 3. The strictly convex problem behind it,
     $\min_x \tfrac12 x^T G x - \sum_k \log x_k$, is solved by damped Newton steps, where the authors alternate
     convex approximations and clip the result.
+
+    Example:
+        >>> gram = torch.tensor([[25.0, -3.0], [-3.0, 5.0]])
+        >>> nash_mtl(gram)
+        tensor([0.2338, 0.5228], dtype=torch.float64)
     """
     unit, norms = _algebra.normalised(gram)
     number = gram.shape[-1]
@@ -180,6 +210,11 @@ def aligned_mtl(gram: Tensor) -> Tensor:
     above $K \epsilon \lambda_{\max}$ ($\epsilon$ of float64).
 
     Source: Independent Component Alignment (2305.19000), algorithm 1, scale "min".
+
+    Example:
+        >>> gram = torch.tensor([[25.0, -3.0], [-3.0, 5.0]])
+        >>> aligned_mtl(gram)
+        tensor([0.2592, 0.5353], dtype=torch.float64)
     """
     gram, _ = _algebra.scaled(gram)
     number = gram.shape[-1]
@@ -197,6 +232,11 @@ def upgrad(gram: Tensor) -> Tensor:
     Two rows: half of `pcgrad`.
 
     Source: Jacobian Descent (2406.16232), section 3; solved exactly, without TorchJD's regularisation.
+
+    Example:
+        >>> gram = torch.tensor([[25.0, -3.0], [-3.0, 5.0]])
+        >>> upgrad(gram)
+        tensor([0.5600, 0.8000], dtype=torch.float64)
     """
     number = gram.shape[-1]
     unit, norms = _algebra.normalised(gram)

@@ -13,7 +13,13 @@ from gradsurgery.rules._algebra import of_gram
 
 @of_gram
 def sum(gram: Tensor) -> Tensor:
-    """Add all rows, with coefficients (1, ..., 1): plain training on the sum of the losses."""
+    """Add all rows, with coefficients (1, ..., 1): plain training on the sum of the losses.
+
+    Example:
+        >>> gram = torch.tensor([[25.0, -3.0], [-3.0, 5.0]])
+        >>> sum(gram)
+        tensor([1., 1.], dtype=torch.float64)
+    """
     return gram.new_ones(gram.shape[:-1])
 
 
@@ -22,6 +28,11 @@ def gradient_difference(gram: Tensor, *, gamma: float = 1.0, alpha: float = 1.0)
     """GradDiff, the sum with fixed coefficients (gamma, alpha, ..., alpha). ``alpha=0`` is the forget row alone.
 
     Source: TOFU (2401.06121), section 4, "gradient difference"; the defaults are open-unlearning's.
+
+    Example:
+        >>> gram = torch.tensor([[25.0, -3.0], [-3.0, 5.0]])
+        >>> gradient_difference(gram, alpha=2.0)
+        tensor([1., 2.], dtype=torch.float64)
     """
     return torch.cat(
         [gram.new_full((*gram.shape[:-2], 1), gamma), gram.new_full((*gram.shape[:-2], gram.shape[-1] - 1), alpha)], -1
@@ -44,6 +55,11 @@ def gru(gram: Tensor) -> Tensor:
     program with several constraints is our generalisation. Difference from the authors' code: sign and coefficient
     come from the same float64 matrix, while there the sign is decided by bf16 products. The EMA of the retain
     gradient is the optimizer's ``ema_decay`` and not part of the rule.
+
+    Example:
+        >>> gram = torch.tensor([[25.0, -3.0], [-3.0, 5.0]])
+        >>> gru(gram)
+        tensor([1.0000, 0.6000], dtype=torch.float64)
     """
     return _rectified(gram, 0.0)
 
@@ -56,6 +72,11 @@ def gem(gram: Tensor, *, margin: float = 0.0) -> Tensor:
 
     Source: Gradient Episodic Memory (1706.08840), equation 11. Differences from the authors' code: no 1e-3 is added to
     the matrix, and ``margin`` bounds the products, where their ``memory_strength`` bounds the multipliers from below.
+
+    Example:
+        >>> gram = torch.tensor([[25.0, -3.0], [-3.0, 5.0]])
+        >>> gem(gram, margin=1.0)
+        tensor([1.0000, 0.8000], dtype=torch.float64)
     """
     return _rectified(gram, margin)
 
@@ -69,6 +90,11 @@ def a_gem(gram: Tensor) -> Tensor:
     protected row. With one protected row it is `gru`. With several it promises only that their mean does not get worse.
 
     Source: Averaged GEM (1812.00420), equation 11.
+
+    Example:
+        >>> gram = torch.tensor([[25.0, -3.0], [-3.0, 5.0]])
+        >>> a_gem(gram)
+        tensor([1.0000, 0.6000], dtype=torch.float64)
     """
     others = gram.shape[-1] - 1
     if others == 0:
@@ -94,6 +120,11 @@ def cos_clip(gram: Tensor, *, floor: float = -0.5) -> Tensor:
 
     Raises:
         ValueError: If ``floor`` is outside [-1, 0].
+
+    Example:
+        >>> gram = torch.tensor([[25.0, -3.0], [-3.0, 5.0]])
+        >>> cos_clip(gram, floor=-0.1)
+        tensor([1.0000, 0.2236], dtype=torch.float64)
     """
     if not -1.0 <= floor <= 0.0:
         raise ValueError(f"floor: expected a cosine in [-1, 0], found {floor}")
@@ -110,6 +141,11 @@ def gu(gram: Tensor) -> Tensor:
 
     Source: Geometric-disentanglement Unlearning (2511.17100), which takes the Gram matrix in the optimizer's metric
     (``metric="optimizer"`` here).
+
+    Example:
+        >>> gram = torch.tensor([[25.0, -3.0], [-3.0, 5.0]])
+        >>> gu(gram)
+        tensor([1.0000, 0.6000], dtype=torch.float64)
     """
     return _across(gram)
 
@@ -133,6 +169,11 @@ def orthograd(gram: Tensor, *, gamma: float = 1.0, alpha: float = 1.0) -> Tensor
     Source: Go Beyond Your Means (2503.02312), per-sample gradient orthogonalization, with weights ``gamma`` and
     ``alpha``. Difference: the projection uses the pseudo-inverse of the Gram matrix, where a QR decomposition of all
     rows' coordinates is usual.
+
+    Example:
+        >>> gram = torch.tensor([[25.0, -3.0], [-3.0, 5.0]])
+        >>> orthograd(gram)
+        tensor([1.0000, 1.6000], dtype=torch.float64)
     """
     number = gram.shape[-1] - 1
     mean = torch.cat([gram.new_zeros(1), gram.new_full((number,), alpha / max(number, 1))])
@@ -159,6 +200,11 @@ def gradvac(gram: Tensor, *, target: float = 0.0) -> Tensor:
 
     Raises:
         ValueError: If ``target`` is outside (-1, 1).
+
+    Example:
+        >>> gram = torch.tensor([[25.0, -3.0], [-3.0, 5.0]])
+        >>> gradvac(gram, target=0.1)
+        tensor([1.0000, 0.8165], dtype=torch.float64)
     """
     return _algebra.vaccinated(gram, gram.new_full((gram.shape[-1] - 1,), _checked_target(target)))[0]
 
@@ -172,6 +218,11 @@ def blur(gram: Tensor, *, gamma: float = 1.0) -> Tensor:
     with r the sum of the protected rows. A zero forget row leaves u = r.
 
     Source: BLUR (2506.08164), the bi-level update of its authors' code.
+
+    Example:
+        >>> gram = torch.tensor([[25.0, -3.0], [-3.0, 5.0]])
+        >>> blur(gram)
+        tensor([1.1200, 1.0000], dtype=torch.float64)
     """
     product = gram[..., 0, 1:].sum(-1)
     return _algebra.with_first(gamma - _algebra.ratio(product, gram[..., 0, 0]), torch.ones_like(gram[..., 0, 1:]))
@@ -207,6 +258,14 @@ def hamu(gram: Tensor, *, gain: float, radius: float) -> Tensor:
 
     Raises:
         ValueError: If ``gain`` or ``radius`` is out of range.
+
+    Example:
+        >>> gram = torch.tensor([[25.0, -3.0], [-3.0, 5.0]])
+        >>> coefficients = hamu(gram, gain=20.0, radius=5.0)
+        >>> coefficients
+        tensor([0.9671, 1.3927], dtype=torch.float64)
+        >>> float(gram[0].double() @ coefficients), float(coefficients @ gram.double() @ coefficients)
+        (20.0, 25.0)
     """
     first, second = _hamu(gram[..., 0, 0], gram[..., 0, 1:].sum(-1), gram[..., 1:, 1:].sum((-1, -2)), gain, radius)
     return _algebra.with_first(first, second[..., None].expand_as(gram[..., 0, 1:]))
@@ -222,6 +281,11 @@ def hamu_u(gram: Tensor, *, gain: float, radius: float) -> Tensor:
     ``gain=0`` asks that retention gets no worse. Everything else is as in `hamu`, with the roles exchanged.
 
     Source: HAMU (2606.02119), variant ``hamu-u`` of its authors' code; differences as in `hamu`.
+
+    Example:
+        >>> gram = torch.tensor([[25.0, -3.0], [-3.0, 5.0]])
+        >>> hamu_u(gram, gain=1.0, radius=5.0)
+        tensor([1.0339, 0.8203], dtype=torch.float64)
     """
     second, first = _hamu(gram[..., 1:, 1:].sum((-1, -2)), gram[..., 0, 1:].sum(-1), gram[..., 0, 0], gain, radius)
     return _algebra.with_first(first, second[..., None].expand_as(gram[..., 0, 1:]))

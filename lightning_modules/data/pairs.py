@@ -87,6 +87,19 @@ class ForgetRetainDataModule(L.LightningDataModule):
         splits: the examples by split, `forget` and `retain` first, for
             `lightning_modules.evaluation.evaluate.evaluate`. `setup` fills it.
         dataset: the tokenized examples; `None` before `setup`.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> names = {"Who?": 0, "Ada": 1, "Bo": 2, "<eos>": 3}
+        >>> words = Tokenizer(models.WordLevel(names, "<eos>"))
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
+        >>> forget, retain = [{"question": "Who?", "answer": "Ada"}], [{"question": "Who?", "answer": "Bo"}]
+        >>> data = ForgetRetainDataModule(forget, retain, tokenizer, batch_size=1)
+        >>> data.setup()
+        >>> batch = next(iter(data.train_dataloader()))
+        >>> sorted(batch), sorted(batch["forget"])
+        (['forget', 'retain'], ['attention_mask', 'index', 'input_ids', 'labels'])
     """
 
     def __init__(

@@ -13,8 +13,8 @@ from lightning_modules.data.requests import read_requests
 from lightning_modules.data.tokenization import padding_id
 from lightning_modules.evaluation.likelihood import on_gpu
 from lightning_modules.evaluation.processes import processes_ahead
+from lightning_modules.files import write_picture
 from lightning_modules.folder import check_writable, write_json
-from lightning_modules.ledger.picture import write_picture
 from lightning_modules.ledger.plan_shown import group_table, plan_figure, plan_table
 from lightning_modules.ledger.planned import gram_of, plan_of, probabilities, sentences
 from lightning_modules.run.compatible import check_examples
