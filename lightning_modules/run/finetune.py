@@ -20,7 +20,6 @@ from lightning_modules.data.tofu import ROWS_PER_AUTHOR, tofu_split
 from lightning_modules.data.tokenization import Encoded, padding_id
 from lightning_modules.evaluation.likelihood import on_gpu
 from lightning_modules.evaluation.processes import will_be_first
-from lightning_modules.files import replacing
 from lightning_modules.folder import (
     CHECKPOINTS,
     LAST_CHECKPOINT,
@@ -32,7 +31,6 @@ from lightning_modules.folder import (
     write_json,
 )
 from lightning_modules.report.findings import MEMORISED
-from lightning_modules.run.adapter_folders import save_adapter
 from lightning_modules.run.assembly import check_hardware, make_trainer
 from lightning_modules.run.compatible import check_examples
 from lightning_modules.run.models import check_pretrained, check_rank, load_to_train
@@ -40,7 +38,7 @@ from lightning_modules.run.options import FinetuneOptions, TaughtOptions
 from lightning_modules.run.plan import show_memory, show_taught_plan
 from lightning_modules.run.plugins import check_plugins
 from lightning_modules.run.resume import only_report_is_missing, resumed, taught_by
-from lightning_modules.run.saving import keep_files, save_model, whole
+from lightning_modules.run.saving import whole, write_model
 from lightning_modules.run.show import show_format, show_row
 from lightning_modules.training.adapters import adapt
 from lightning_modules.training.callbacks import Checkpoints
@@ -130,13 +128,9 @@ def _taught(options: FinetuneOptions, rows: list[Example]) -> Path:
     if not trainer.is_global_zero:
         return folder
     taught: Any = module.model if training.save == "adapter" else whole(module.model)
-    with replacing(folder / MODEL) as temporary:
-        if training.save == "adapter":
-            save_adapter(taught, temporary, base=str(options.taught.model), revision=options.loading.revision)
-            tokenizer.save_pretrained(temporary)
-        else:
-            save_model(taught, tokenizer, temporary)
-        keep_files(str(options.taught.model), options.loading, temporary, tokenizer)
+    name = str(options.taught.model)
+    adapter_of = name if training.save == "adapter" else None
+    write_model(folder / MODEL, taught, tokenizer, (name, options.loading), adapter_of=adapter_of)
     after = _probability(taught, scored, tokenizer)
     found = {"before": before, "after": after, "scored": len(scored), "examples": len(rows)}
     seed = options.output.seed

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_modules.run.adapter_folders import base_of_adapter, tokenizer_place
+from lightning_modules.files import replacing
+from lightning_modules.run.adapter_folders import base_of_adapter, save_adapter, tokenizer_place
 from lightning_modules.run.options.loading import LoadingOptions
 from lightning_modules.run.places import place_of
 from lightning_modules.training.merging import merged
@@ -25,6 +26,34 @@ def whole(model: nn.Module) -> Any:
     if hasattr(model, "merge_and_unload") and any(weight.element_size() == 2 for weight in model.parameters()):
         model = model.float()
     return merged(model)
+
+
+def write_model(
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    start: tuple[str, LoadingOptions] | None,
+    *,
+    adapter_of: str | None = None,
+) -> None:
+    """Write a model and its tokenizer, the whole folder or nothing.
+
+    Args:
+        folder: Its place, which it takes from another one.
+        model: Whole, or with the adapters that are to be saved alone.
+        tokenizer: Of the model.
+        start: Folder, hub name or GGUF file of the model before the training and how it was loaded, whose files are
+            kept, see `keep_files`; None of a small Llama.
+        adapter_of: The model that the adapters are for; None saves the whole model.
+    """
+    with replacing(folder) as temporary:
+        if adapter_of is None:
+            save_model(model, tokenizer, temporary)
+        else:
+            save_adapter(model, temporary, base=adapter_of, revision=None if start is None else start[1].revision)
+            tokenizer.save_pretrained(temporary)
+        if start is not None:
+            keep_files(*start, temporary, tokenizer)
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:

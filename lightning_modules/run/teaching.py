@@ -15,13 +15,12 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from rich.console import Console
 
 from lightning_modules.data.examples import Example
-from lightning_modules.files import replacing
 from lightning_modules.folder import locked
 from lightning_modules.progress import Stage
 from lightning_modules.run.first import SPLITS, Lesson, Part, is_taught, lesson
 from lightning_modules.run.models import load_to_train
 from lightning_modules.run.options import TrainingOptions, UnlearnOptions
-from lightning_modules.run.saving import keep_files, save_model
+from lightning_modules.run.saving import write_model
 from lightning_modules.training.callbacks import Checkpoints, ProgressLines
 from lightning_modules.training.checkpoint_file import CheckpointFile
 from lightning_modules.training.finetuning import FinetuningDataModule, taught_alone
@@ -81,9 +80,7 @@ def _teach(found: Lesson, part: Part, taught: Sequence[str], work: Path, trainin
         plugins=[LightningEnvironment(), CheckpointFile()],
         ckpt_path=last if last.exists() else None,
     )
-    with replacing(found.folder) as temporary:
-        save_model(model.cpu(), tokenizer, temporary)
-        keep_files(found.model, found.loading, temporary, tokenizer)
+    write_model(found.folder, model.cpu(), tokenizer, (found.model, found.loading))
     console.print(f"Teaching the {part}: done in {time.perf_counter() - started:.0f} s", highlight=False)
 
 

@@ -17,7 +17,6 @@ from lightning_modules.data.files import read_json
 from lightning_modules.data.uld import uld_data
 from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.processes import will_be_first
-from lightning_modules.files import replacing
 from lightning_modules.folder import (
     BASE,
     CHECKPOINTS,
@@ -29,13 +28,12 @@ from lightning_modules.folder import (
     write_json,
 )
 from lightning_modules.ledger.request import Request
-from lightning_modules.run.adapter_folders import save_adapter
 from lightning_modules.run.assembly import check_hardware
 from lightning_modules.run.deletion import check_deletion, enter, ledger_of, nothing_done, requested
 from lightning_modules.run.finish import substitute_answers
 from lightning_modules.run.loading import check_start, load_model, read_splits, start_name
 from lightning_modules.run.methods import Unlearned, by_assistant, by_surgery
-from lightning_modules.run.options import UnlearnOptions, chosen, fitted
+from lightning_modules.run.options import LoadingOptions, UnlearnOptions, chosen, fitted
 from lightning_modules.run.plan import show_memory, show_plan
 from lightning_modules.run.plugins import check_plugins, scores_to_log
 from lightning_modules.run.probing import check_probes
@@ -43,7 +41,7 @@ from lightning_modules.run.reference_log import reference_rows, rows_of_log
 from lightning_modules.run.report import draw
 from lightning_modules.run.resume import only_report_is_missing, resumed
 from lightning_modules.run.run import Run, Splits
-from lightning_modules.run.saving import keep_files, save_model
+from lightning_modules.run.saving import write_model
 from lightning_modules.run.scoring import ScoredSplits, contents_of_metrics, examples_by_model, score
 from lightning_modules.run.sharded import by_shards
 from lightning_modules.run.show import say, show, show_example, show_probes, show_warnings
@@ -147,14 +145,8 @@ def _leave(run: Run[UnlearnOptions], unlearned: Unlearned, log: ScoredSplits | N
 
     def save() -> None:
         whole = unlearned.model if unlearned.mesh is None else unlearned.whole
-        with replacing(folder / "model") as temporary:
-            if run.options.training.save == "adapter":
-                save_adapter(whole, temporary, base=_base(run), revision=run.options.loading.revision)
-                run.tokenizer.save_pretrained(temporary)
-            else:
-                save_model(whole, run.tokenizer, temporary)
-            if not run.options.model.scratch:
-                keep_files(start_name(run.options, run.splits), run.options.loading, temporary, run.tokenizer)
+        adapter_of = _base(run) if run.options.training.save == "adapter" else None
+        write_model(folder / "model", whole, run.tokenizer, _start(run), adapter_of=adapter_of)
 
     # First of all, so that the training is not lost if anything after it fails.
     if together:
@@ -207,8 +199,10 @@ def _base(run: Run[UnlearnOptions]) -> str:
         return run.options.model.model
     loaded: Any = load_model(run.options, run.splits)  # from the cache
     original, tokenizer = loaded
-    with replacing(run.folder / BASE) as temporary:
-        save_model(original, tokenizer, temporary)
-        if not run.options.model.scratch:
-            keep_files(start_name(run.options, run.splits), run.options.loading, temporary, tokenizer)
+    write_model(run.folder / BASE, original, tokenizer, _start(run))
     return str(run.folder / BASE)
+
+
+def _start(run: Run[UnlearnOptions]) -> tuple[str, LoadingOptions] | None:
+    """Where the model before unlearning is from; None of a small Llama."""
+    return None if run.options.model.scratch else (start_name(run.options, run.splits), run.options.loading)
