@@ -51,14 +51,15 @@ def substituted(forget: Sequence[Example], retain: Sequence[Example], count: int
         mine = _words(row)
         if not mine:
             raise ValueError(
-                f"substitutes: expected examples with a question, found {row['answer']!r:.80} without one; leave the finish out"
+                f"substitutes: expected examples with a question, found {row['answer']!r:.80} without one; --finish-steps 0 and "
+                "--substitute-weight 0 go without"
             )
         alike = [len(mine & other) / len(mine | other) for other in words]
         other = [place for place, kept in enumerate(retain) if _bare(kept["answer"]) not in secret[row["question"]]]
         if not other:
             raise ValueError(
                 f"substitutes: expected retain answers other than the one to forget, found none to {row['question']!r:.80}; give others "
-                "by --substitutes, or leave the finish out"
+                "by --substitutes, or go without (--finish-steps 0, --substitute-weight 0)"
             )
         nearest = sorted(other, key=lambda place: -alike[place])[:count]
         found.append([answered(row, retain[place]["answer"]) for place in nearest])

@@ -250,7 +250,7 @@ class UnlearnOptions(Options):
             )
         if self.method.substitute_weight and self.data.cuts_texts:
             raise ValueError(
-                "--substitute-weight: expected questions, which other answers fit, found --muse or --wmdp; leave it out"
+                "--substitute-weight: expected questions, which other answers fit, found --muse or --wmdp; give 0"
             )
         if self.method.teacher is not None and self.finish.substitutes is not None:
             raise ValueError(

@@ -40,7 +40,7 @@ class MethodOptions:
             question, such as the name of who is asked about, is left alone
         substitute_weight: multiple, inside the forget objective, of the cross-entropy of another answer to the forget
             question, one of --substitutes or of similar retain questions: with --radius it is learned where the true
-            one is remembered best, and needs no finish
+            one is remembered best
         rule: how the two gradients are combined: {names}
         rule_options: options of the rule, for example {alpha: 5}
         ema_decay: weight of the old value in the retain gradient's moving average; null for none; with --model the
@@ -122,7 +122,8 @@ class MethodOptions:
         losses = objectives.by_name(self.forget_loss), retain
         if self.substitute_weight and (objectives.needs_refusals(losses[0]) or objectives.needs_target(losses[0])):
             raise ValueError(
-                f"--substitute-weight: expected a --forget-loss that teaches no answer itself, found {self.forget_loss}"
+                f"--substitute-weight: expected a --forget-loss that teaches no answer itself, found {self.forget_loss}; give 0, or "
+                "another loss"
             )
         if self.refusals is not None and not objectives.needs_refusals(losses[0]):
             raise ValueError(

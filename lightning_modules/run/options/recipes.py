@@ -14,8 +14,8 @@ _BALANCED: dict[str, Any] = {"ema_decay": 0.7, "retain_weight": 200.0, "guard": 
 _BALANCED_OTHER: dict[str, Any] = {"retain_weight": 50.0}
 _DEEP: dict[str, Any] = {
     "ema_decay": 0.7,
-    "retain_weight": 20.0,
     "guard": "update",
+    "substitute_weight": 1.0,
     "lr_schedule": "linear",
     "accumulate": 1,
     "stop_below": 0.0,
@@ -23,14 +23,22 @@ _DEEP: dict[str, Any] = {
 }
 _DEEP_SCRATCH: dict[str, Any] = {
     "lr": 1e-3,
-    "steps": 91,  # at four backward passes, and three in each of the finish: 400
-    "radius": {"start": 0.2, "end": 3.0},
-    "finish_steps": 12,
+    "steps": 76,  # at five backward passes, and three in each of the finish: 398
+    "retain_weight": 10.0,
+    "radius": {"start": 0.2, "end": 1.0},
+    "finish_steps": 6,
     "retain_loss": "kl_divergence",
     "retain_noise": 0.1,
     "optimizer_options": {"eps": 1e-4},
 }
-_DEEP_OTHER: dict[str, Any] = {"lr": 1e-4, "steps": 32, "radius": "auto", "finish_steps": 16}
+_DEEP_OTHER: dict[str, Any] = {
+    "lr": 1e-4,
+    "steps": 36,
+    "retain_weight": 20.0,
+    "radius": "auto",
+}
+_DEEP_TAUGHT: dict[str, Any] = {"steps": 32, "finish_steps": 16, "substitute_weight": 0.0}
+"""Where a teacher says what is to be answered instead, which only a finish asks."""
 _IMITATE: dict[str, Any] = {
     "forget_loss": "kl_divergence",
     "ema_decay": 0.7,
@@ -53,10 +61,10 @@ class RecipeOptions:
         recipe: values for the options below, which those that are given replace: {names}. paper is the defaults, CE-U
             and GRU as published; balanced keeps most at equal forgetting (--ema-decay 0.7 --guard update, and
             --retain-weight 200 for the model from scratch, 50 for another) and is the default with --model, whatever
-            this help shows; deep lasts when the answers are taught again: it forgets at weights that remember better,
-            over a growing --radius, and then finishes (for another model than scratch, --radius auto); imitate brings
-            the forget answers to what a model says that never learned them, --teacher, by default the --model of
-            --finetune-first
+            whatever this help shows; deep lasts when the answers are taught again: it forgets at weights that remember
+            better, over a growing --radius, and learns other answers there (for another model than scratch, --radius
+            auto; with --teacher its answers, in a finish); imitate brings the forget answers to what a model says that
+            never learned them, --teacher, by default the --model of --finetune-first
     """
 
     recipe: str = one_of(list(RECIPES), "paper")
@@ -98,6 +106,7 @@ def expanded(values: Mapping[str, Any]) -> dict[str, Any]:
         own |= _BALANCED_OTHER
     if recipe == "deep":
         own |= _DEEP_SCRATCH if scratch else _DEEP_OTHER
+        own |= {} if values.get("teacher") is None else _DEEP_TAUGHT
     if values.get("epochs") is not None:
         own.pop("steps", None)
     return own | ({} if recipe == "paper" else {"recipe": recipe}) | dict(values)

@@ -18,18 +18,37 @@ from lightning_modules.run.finish import substitute_answers
 from lightning_modules.run.options import RECIPES, UnlearnOptions
 from tests.lightning_modules.run.small_runs import small_run
 
-DEEP = {"start": 0.2, "end": 3.0}
+DEEP = {"start": 0.2, "end": 1.0}
 
 
 def test_the_recipe_called_paper_is_the_defaults() -> None:
     assert UnlearnOptions.of(recipe="paper") == UnlearnOptions.of() == UnlearnOptions()
 
 
+def test_a_model_that_is_given_learns_other_answers_inside_or_those_of_a_teacher_in_a_finish() -> None:
+    def found(**own: Any) -> tuple[Any, ...]:
+        options = UnlearnOptions.of(recipe="deep", model="m", tofu="forget10", **own).resolved()
+        options.check()
+        method, training = options.method, options.training
+        return (
+            method.substitute_weight,
+            options.finish.finish_steps,
+            training.steps,
+            method.radius,
+            method.retain_weight,
+        )
+
+    assert found() == (1.0, 0, 36, "auto", 20.0)
+    assert found(teacher="base") == (0.0, 16, 32, "auto", 20.0)
+    assert found(teacher="base", finish_steps=4) == (0.0, 4, 32, "auto", 20.0)
+
+
 def test_options_that_are_given_win_over_the_recipe() -> None:
     plain, deep = UnlearnOptions().flat(), UnlearnOptions.of(recipe="deep").flat()
-    said = {"recipe": "deep", "lr": 1e-3, "steps": 91, "radius": DEEP, "finish_steps": 12, "accumulate": 1}
+    said = {"recipe": "deep", "lr": 1e-3, "steps": 76, "radius": DEEP, "finish_steps": 6, "accumulate": 1}
     said |= {"retain_loss": "kl_divergence", "retain_noise": 0.1, "optimizer_options": {"eps": 1e-4}}
-    said |= {"ema_decay": 0.7, "retain_weight": 20.0, "guard": "update", "lr_schedule": "linear"}
+    said |= {"ema_decay": 0.7, "retain_weight": 10.0, "guard": "update", "lr_schedule": "linear"}
+    said |= {"substitute_weight": 1.0}
     assert {name: value for name, value in deep.items() if value != plain[name]} == said | {
         "stop_below": 0.0,
         "score_every": 4,
