@@ -51,8 +51,9 @@ def finishing_module(
 
     A model whose forget answers were pushed down far says nothing sensible in their place. This minimises the plain sum
     of two losses: the cross-entropy of substitute answers to the forget questions, and the KL divergence from the start
-    model on the retain answers. Train it for some twenty steps on batches whose forget examples are the questions with
-    substitutes (`lightning_modules.data.substitutes.substituted`). Before the deepening it brings the answers back.
+    model on the retain answers. Train it for six to twenty steps on batches whose forget examples are the questions
+    with substitutes (`lightning_modules.data.substitutes.other_answers`). Before the deepening it brings the answers
+    back.
 
     With a teacher, the first loss is the divergence from it on the forget answers (`objectives.distillation`), and the
     batches are those of the forget and the retain set. The answers are then as the teacher would give them, which knows
