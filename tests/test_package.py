@@ -85,7 +85,7 @@ def test_the_readme_has_exactly_the_two_set_up_lines_and_its_files_exist() -> No
     text = (ROOT / "README.md").read_text()
     lines = [line.strip() for line in text.splitlines() if re.match(r"\s*pip install .*&&", line)]
     assert lines == [
-        "pip install -c constraints.txt '.[lightning]' && gradsurgery unlearn",
+        "pip install -c constraints.txt '.[lightning]' && gradsurgery unlearn --recipe deep",
         "pip install -c constraints.txt -e '.[lightning,dev]' && pytest",
     ]
 
