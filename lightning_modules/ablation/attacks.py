@@ -20,12 +20,14 @@ def relearn_settings(given: Mapping[str, float], *, autocast: bool = False) -> R
 
     Raises:
         TypeError: If one of them is no setting.
-        ValueError: If a count is no whole number, or steps or lr are not given.
+        ValueError: If a count is no whole number, steps or lr are not given, or scores on the way are asked for.
     """
     if missing := [name for name in ("steps", "lr") if name not in given]:
         raise ValueError(
             f"expected steps and lr, for example {{steps: 20, lr: 5e-5}}, found no {' and no '.join(missing)}"
         )
+    if scored := [name for name in ("every", "also") if name in given]:
+        raise ValueError(f"expected no {scored[0]}, found one: an attack of a grid is scored at its end alone")
     values = whole(given, _COUNTS)
     settings = {"every": max(1, values["steps"]), **values}
     return RelearnSettings(autocast=autocast, **cast(Any, settings))

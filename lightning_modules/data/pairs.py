@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain, cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import lightning as L
 import torch
@@ -52,6 +52,9 @@ REFUSALS = (
 TARGET = "No idea"
 """JensUn's target: what it teaches to say in every place of an answer."""
 
+SIMILAR = "similar"
+"""Substitutes that are found in the retain set, and read from no file."""
+
 VALIDATION_SPLITS = ("forget", "retain")
 """The splits of `ForgetRetainDataModule.val_dataloader`, in the order of its loaders."""
 
@@ -67,7 +70,7 @@ class DataSettings(TypedDict, total=False):
     num_workers: int
     refusals: Sequence[str] | None
     target: str | None
-    substitutes: Path | Sequence[Example] | Literal["similar"] | None
+    substitutes: str | Path | Sequence[Example] | None
     group_by_length: bool
     keep_asked_words: bool
 
@@ -115,7 +118,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         refusals: Sequence[str] | None = None,
         retain_heldout: str | Path | Sequence[Mapping[str, object]] | None = None,
         target: str | None = None,
-        substitutes: Path | Sequence[Example] | Literal["similar"] | None = None,
+        substitutes: str | Path | Sequence[Example] | None = None,
         group_by_length: bool = False,
         keep_asked_words: bool = False,
     ) -> None:
@@ -135,7 +138,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
                 for none.
             target: a text such as `TARGET`, for `objectives.jensun`: the third batch then is the forget batch with the
                 target's tokens, over and over, as the labels of each answer.
-            substitutes: the forget questions with other answers, one or more for each, or a file of them; "similar"
+            substitutes: the forget questions with other answers, one or more for each, or a file of them; `SIMILAR`
                 takes the answers of the 5 retain questions that are most like each (`substitutes.substituted`).
             group_by_length: whether the examples of a batch are of similar length, see `PairSampler`.
             keep_asked_words: whether training forgets only what the question does not say itself, see
@@ -266,8 +269,10 @@ class ForgetRetainDataModule(L.LightningDataModule):
     def _substituted(self) -> list[list[Encoded]] | None:
         if self.substitutes is None:
             return None
-        given = read_examples(self.substitutes) if isinstance(self.substitutes, Path) else self.substitutes
-        found = other_answers(self.splits["forget"], self.splits["retain"], None if isinstance(given, str) else given)
+        given = None if self.substitutes == SIMILAR else self.substitutes
+        if isinstance(given, (str, Path)):
+            given = read_examples(given)
+        found = other_answers(self.splits["forget"], self.splits["retain"], given)
         encoded = iter(encoded_rows(self.tokenizer, "substitute", list(chain(*found)), self.max_length))
         return [list(islice(encoded, len(rows))) for rows in found]
 

@@ -13,7 +13,7 @@ from lightning_modules.data.fictional_authors import fictional_authors, fictiona
 from lightning_modules.data.files import read_text
 from lightning_modules.data.formats import set_format
 from lightning_modules.data.heldout import to_keep
-from lightning_modules.data.pairs import REFUSALS, TARGET, ForgetRetainDataModule
+from lightning_modules.data.pairs import REFUSALS, SIMILAR, TARGET, ForgetRetainDataModule
 from lightning_modules.data.requests import read_requests, together
 from lightning_modules.data.tofu import tofu_examples, tofu_split
 from lightning_modules.data.tofu_module import TOFUDataModule
@@ -55,7 +55,7 @@ def make_data(options: Options, tokenizer: Any) -> ForgetRetainDataModule:
         common |= {"refusals": refusals_of(options.method), "keep_asked_words": options.method.keep_asked_words}
         if options.method.substitute_weight:
             given = options.finish.substitutes
-            common["substitutes"] = "similar" if given is None else Path(given)
+            common["substitutes"] = SIMILAR if given is None else given
         common["target"] = TARGET if objectives.needs_target(objectives.by_name(options.method.forget_loss)) else None
     if data.tofu is not None:
         common |= {

@@ -250,7 +250,8 @@ class UnlearnOptions(Options):
             )
         if self.method.substitute_weight and self.data.cuts_texts:
             raise ValueError(
-                "--substitute-weight: expected questions, which other answers fit, found --muse or --wmdp; give 0"
+                "--substitute-weight: expected questions, which other answers fit, found texts of --muse or --wmdp; give 0 (--recipe deep "
+                "has 1), and no answer is taught in their place"
             )
         if self.method.teacher is not None and self.finish.substitutes is not None:
             raise ValueError(

@@ -122,8 +122,8 @@ class MethodOptions:
         losses = objectives.by_name(self.forget_loss), retain
         if self.substitute_weight and (objectives.needs_refusals(losses[0]) or objectives.needs_target(losses[0])):
             raise ValueError(
-                f"--substitute-weight: expected a --forget-loss that teaches no answer itself, found {self.forget_loss}; give 0, or "
-                "another loss"
+                f"--substitute-weight: expected a --forget-loss that teaches no answer itself, found {self.forget_loss}; give 0 "
+                "(--recipe deep has 1), or another loss"
             )
         if self.refusals is not None and not objectives.needs_refusals(losses[0]):
             raise ValueError(

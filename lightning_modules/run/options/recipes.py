@@ -61,7 +61,7 @@ class RecipeOptions:
         recipe: values for the options below, which those that are given replace: {names}. paper is the defaults, CE-U
             and GRU as published; balanced keeps most at equal forgetting (--ema-decay 0.7 --guard update, and
             --retain-weight 200 for the model from scratch, 50 for another) and is the default with --model, whatever
-            whatever this help shows; deep lasts when the answers are taught again: it forgets at weights that remember
+            this help shows; deep lasts when the answers are taught again: it forgets at weights that remember
             better, over a growing --radius, and learns other answers there (for another model than scratch, --radius
             auto; with --teacher its answers, in a finish); imitate brings the forget answers to what a model says that
             never learned them, --teacher, by default the --model of --finetune-first

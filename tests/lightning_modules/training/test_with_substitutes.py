@@ -114,11 +114,15 @@ def test_answers_that_lose_their_end_are_warned_of_once_and_a_question_with_fewe
 def test_a_file_of_substitutes_is_read_when_the_data_is(tmp_path: Path) -> None:
     _, tokenizer = model_and_tokenizer()
     file = tmp_path / "others.json"
-    data = ForgetRetainDataModule(SPLITS["forget"], SPLITS["retain"], tokenizer, substitutes=file)
+    make = partial(ForgetRetainDataModule, SPLITS["forget"], SPLITS["retain"], tokenizer)
+    as_path, as_text = make(substitutes=file), make(substitutes=str(file))
+    with pytest.raises(FileNotFoundError, match=r"others\.json"):  # a name is never taken for "similar"
+        as_text.setup()
     file.write_text(json.dumps([row | {"answer": "Another"} for row in SPLITS["forget"]]))
-    data.setup()
-    assert data.dataset is not None
-    assert [len(rows) for rows in data.dataset.substitutes or ()] == [1] * len(SPLITS["forget"])
+    for data in (as_path, as_text):
+        data.setup()
+        assert data.dataset is not None
+        assert [len(rows) for rows in data.dataset.substitutes or ()] == [1] * len(SPLITS["forget"])
 
 
 def test_what_it_cannot_stand_beside_is_refused() -> None:
