@@ -138,7 +138,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
                 for none.
             target: a text such as `TARGET`, for `objectives.jensun`: the third batch then is the forget batch with the
                 target's tokens, over and over, as the labels of each answer.
-            substitutes: the forget questions with other answers, one or more for each, or a file of them; `SIMILAR`
+            substitutes: the forget questions with other answers, one or more for each, or a file of them; "similar"
                 takes the answers of the 5 retain questions that are most like each (`substitutes.substituted`).
             group_by_length: whether the examples of a batch are of similar length, see `PairSampler`.
             keep_asked_words: whether training forgets only what the question does not say itself, see

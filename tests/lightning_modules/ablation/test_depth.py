@@ -339,6 +339,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"evaluate": {"attacks": {"A": {"steps": 2, "lr": 0}}}}, "attacks, A: .*learning rate > 0"),
     ({"evaluate": {"attacks": {"A": {"steps": 2, "lr": 1, "share": 1.0}}}}, "attacks, A: .*share"),
     ({"evaluate": {"attacks": {"A": {"steps": 2, "lr": 1, "kind": 1}}}}, "attacks, A: .*kind"),
+    ({"evaluate": {"attacks": {"A": {"steps": 2, "lr": 1, "also": 1}}}}, "attacks, A: expected no also"),
     ({"evaluate": {"attack_matches": True}}, "attacks with attack_matches"),
     ({"targets": {"forget_probability": [0.3]}}, "attacks: expected targets with end"),
     ({"targets": {"end": ["own", "own"]}}, r"end: expected \[own\]"),
