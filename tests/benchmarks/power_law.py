@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean, linear_regression, median, quantiles
 from typing import Any, NamedTuple
 
-from lightning_modules.files import write_picture
+from lightning_modules.files import replacing
 from tests.benchmarks import telling
 
 
@@ -155,7 +155,8 @@ def draw(studies: Sequence[Study], path: Path) -> None:
     for axes in panels[len(studies) :]:
         axes.set_visible(False)
     figure.supylabel("milliseconds", fontsize="medium")
-    write_picture(path, figure, dpi=120)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
 
 
 def _line(axes: Any, series: Series, colour: Any) -> None:
