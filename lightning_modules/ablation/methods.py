@@ -80,7 +80,7 @@ class Method:
     max_norm: float | None = None
     lr_schedule: Literal["constant", "linear"] = "constant"
     stop_below: float | None = None
-    radius: dict[str, float] | Literal["auto"] = field(default_factory=dict)
+    radius: float | dict[str, float] | Literal["auto"] = field(default_factory=dict)
     radius_scale: Literal["global", "tensor"] = "global"
     adversary: dict[str, float] = field(default_factory=dict)
     retain_rows: int = 0

@@ -55,7 +55,7 @@ class MethodOptions:
         guard: look at the parameter change itself: measure it, or project it; with --model the default is that of
             --recipe balanced
         radius: take the forget gradient at weights that are moved this far towards remembering the forget answers, so
-            that relearning finds less: {start: 0.2, end: 1}, growing by the step, or {start: 0.5}; auto measures it
+            that relearning finds less: 0.5, or {start: 0.2, end: 1}, growing by the step; auto measures it
             on the model before training, where the loss of the forget answers is lowest, and config.yaml has what was
             found; by default they are not moved
         radius_scale: the unit of the radius: global for the length of the whole move, tensor for a multiple of each
@@ -81,7 +81,7 @@ class MethodOptions:
     retain_inside: float = 0.0
     dual: dict[str, float] = field(default_factory=dict)
     guard: Literal["none", "measure", "update"] = "none"
-    radius: dict[str, float] | Literal["auto"] = field(default_factory=dict)
+    radius: float | dict[str, float] | Literal["auto"] = field(default_factory=dict)
     radius_scale: Literal["global", "tensor"] = "global"
     scope: Literal["global", "tensor"] = "global"
     metric: Literal["euclidean", "optimizer"] = "euclidean"
@@ -154,16 +154,17 @@ class MethodOptions:
             raise RuntimeError(
                 "--radius auto: expected the measured radius in its place before the training is assembled"
             )
-        if not self.radius:
+        span = {"start": self.radius} if isinstance(self.radius, (int, float)) else self.radius
+        if not span:
             if self.radius_scale != "global":
                 raise ValueError(f"expected --radius with --radius-scale {self.radius_scale}, found none")
             return None
-        if "start" not in self.radius or set(self.radius) - {"start", "end"}:
+        if "start" not in span or set(span) - {"start", "end"}:
             raise ValueError(
-                f"--radius: expected start, and end if it grows, as in {{start: 0.2, end: 1}}, found {', '.join(self.radius)}"
+                f"--radius: expected a number, or start and end, as in {{start: 0.2, end: 1}}, found {', '.join(span)}"
             )
         try:
-            return PerturbSettings(**self.radius, scale=self.radius_scale)
+            return PerturbSettings(**span, scale=self.radius_scale)
         except ValueError as error:
             raise ValueError(f"--radius: {error}") from error
 

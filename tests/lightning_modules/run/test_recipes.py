@@ -16,6 +16,8 @@ from lightning_modules.data.examples import as_example
 from lightning_modules.run import methods
 from lightning_modules.run.finish import substitute_answers
 from lightning_modules.run.options import RECIPES, UnlearnOptions
+from lightning_modules.run.options.method import MethodOptions
+from lightning_modules.training.perturb import PerturbSettings
 from tests.lightning_modules.run.small_runs import small_run
 
 DEEP = {"start": 0.2, "end": 1.0}
@@ -41,6 +43,10 @@ def test_a_model_that_is_given_learns_other_answers_inside_or_those_of_a_teacher
     assert found() == (1.0, 0, 36, "auto", 20.0)
     assert found(teacher="base") == (0.0, 16, 32, "auto", 20.0)
     assert found(teacher="base", finish_steps=4) == (0.0, 4, 32, "auto", 20.0)
+
+
+def test_a_radius_that_does_not_grow_is_a_number() -> None:
+    assert MethodOptions(radius=0.3).perturb() == MethodOptions(radius={"start": 0.3}).perturb() == PerturbSettings(0.3)
 
 
 def test_options_that_are_given_win_over_the_recipe() -> None:
@@ -179,9 +185,12 @@ REFUSED = [
         )
         for name in ("balanced", "deep", "imitate")
     ),
-    (["--radius", "{end: 1}"], "--radius: expected start, and end if it grows"),
+    (["--radius", "{end: 1}"], "--radius: expected a number, or start and end"),
+    (["--radius", "0"], "--radius: perturb, start: expected a radius > 0, found 0"),
+    (["--radius", "-1"], "--radius: perturb, start: expected a radius > 0, found -1"),
+    (["--radius", "nan"], "--radius: expected float, dict"),
     (["--radius", "{start: 0}"], "--radius: perturb, start: expected a radius > 0, found 0"),
-    (["--radius", "{start: 1, scale: 2}"], "--radius: expected start, and end if it grows"),
+    (["--radius", "{start: 1, scale: 2}"], "--radius: expected a number, or start and end"),
     (["--radius", "aut"], "--radius: expected"),
     (["--radius", "auto", "--retain-inside", "1"], "--retain-inside: expected 0 with --radius, found 1"),
     (["--radius", "auto", "--method", "uld"], "--radius: expected a run with surgery, found --method uld"),
