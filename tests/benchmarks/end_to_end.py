@@ -2,8 +2,8 @@
 
 Run it: python -m tests.benchmarks.end_to_end [--quick] [--model FOLDER] [--threads 2] [--steps 40] [--questions 24] [--rounds 3]
 
-Without a model it is the command's small Llama, which learns its fictional authors for an epoch; with one, such as
-SmolLM2's folder, that model. Both learn nothing here that they could forget, so that generation has to say everything
+The command's small Llama, which learns its fictional authors for an epoch, and with `--model` another beside it, such as
+SmolLM2's folder. Both learn nothing here that they could forget, so that generation has to say everything
 itself: a model that knows its answers is scored in less.
 
 A step is `gs.GRU` over AdamW with a forget and a retain batch, CE-U and cross-entropy at the answers' tokens. The share of
@@ -82,25 +82,19 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder of a causal language model; the command's small Llama if not given")
-    defaults = {"threads": torch.get_num_threads(), "steps": 40, "questions": 24, "batch-size": 8, "rounds": 3}
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--quick", action="store_true", help="4 questions and 1 round: whether it runs at all")
-    arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.questions, arguments.rounds, arguments.batch_size = 4, 1, 2
-    torch.set_num_threads(arguments.threads)
-    print(conditions("transformers"))
+def learner(folder: str | None, rows: Any) -> tuple[Any, Any]:
+    """A model and its tokenizer: of this folder, or the command's small Llama."""
+    if folder is not None:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer
+    with tempfile.TemporaryDirectory() as cache:
+        return scratch_model(rows, ScratchSettings(epochs=1), cache_dir=Path(cache))
+
+
+def measured(folder: str | None, arguments: argparse.Namespace) -> tuple[str, dict[str, str]]:
+    """What the model is, and what its steps and scores cost."""
     rows = fictional_authors(2 if arguments.quick else 10)
-    if arguments.model is None:
-        with tempfile.TemporaryDirectory() as folder:
-            model, tokenizer = scratch_model(rows, ScratchSettings(epochs=1), cache_dir=Path(folder))
-    else:
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model, tokenizer = learner(folder, rows)
     if torch.cuda.is_available():
         model = model.to("cuda")
     device = next(model.parameters()).device
@@ -138,20 +132,33 @@ def main() -> None:
     share = median(1 - plain / whole for whole, plain in zip(times["surgery"], times["summed"], strict=True))
     training, evaluation = arguments.steps * step, 2 * everything
     weights = sum(parameter.numel() for parameter in model.parameters())
-    found = {
-        "a step": f"{step:.2f} s, {tokens / step:.1f} trained tokens a second",
+    return f"{weights / 1e6:.1f}M parameters, {device.type}", {
+        "a step": f"{step:.2f} s, {tokens / step:.1f} of {tokens} tokens a second",
         "of it surgery": f"{share:.1%} (summed gradients: {summed:.2f} s)",
         "a step without padding": f"{packed:.2f} s, {gained:.2f} times as fast",
         "scoring a question": f"{everything / arguments.questions:.2f} s, of it {1 - likelihoods / everything:.0%} generation",
         f"scoring in a run of {arguments.steps} steps": f"{evaluation / (evaluation + training):.1%}, "
         f"{evaluation / training:.2f} times the training",
     }
-    print(
-        f"\nBatches of 2 x {size}, {tokens} tokens a step; {arguments.questions} questions scored before and after; ",
-        end="",
-    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder of a causal language model, measured after the command's small Llama")
+    defaults = {"threads": torch.get_num_threads(), "steps": 40, "questions": 24, "batch-size": 8, "rounds": 3}
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--quick", action="store_true", help="4 questions and 1 round: whether it runs at all")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.questions, arguments.rounds, arguments.batch_size = 4, 1, 2
+    torch.set_num_threads(arguments.threads)
+    print(conditions("transformers"))
+    models = [None] if arguments.model is None else [None, arguments.model]
+    found = dict(measured(folder, arguments) for folder in models)
+    print(f"\nBatches of 2 x {arguments.batch_size}; {arguments.questions} questions scored before and after; ", end="")
     print(f"medians of {arguments.rounds} interleaved rounds.\n")
-    print(table("the real job", {f"{weights / 1e6:.1f}M parameters, {device.type}": found}))
+    print(table("the real job", found))
 
 
 if __name__ == "__main__":
