@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_modules.run.options.precision import AUTOCAST, default_precision
+from lightning_modules.run.options.precision import AUTOCAST, EXACT_SCORES, default_precision
 from lightning_modules.run.options.shared import SharedOptions
 
 
@@ -12,8 +12,7 @@ def by_machine(training: SharedOptions, *, scratch: bool = False) -> dict[str, A
     """Returns the precision, and whether batches are read without padding, where the user says neither.
 
     Without padding a step of SmolLM2-135M on TOFU reads three fifths of the tokens on a CPU. What it gives on a GPU
-    nobody has measured, where a step is so short that making the rows on the CPU may cost as much. Other sums round in
-    another way, which bfloat16 hides: runs in float32 stay as they were.
+    nobody has measured, where a step is so short that making the rows on the CPU may cost as much.
 
     Args:
         training: Of which --compile and shards know batches with padding only.
@@ -22,9 +21,9 @@ def by_machine(training: SharedOptions, *, scratch: bool = False) -> dict[str, A
     import torch  # only here: the parser needs these options before torch is there
 
     precision = default_precision(scratch=scratch)
-    half = (training.precision or precision) == AUTOCAST
+    known = (training.precision or precision) in (AUTOCAST, EXACT_SCORES)
     gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     return {
         "precision": precision,
-        "padding_free": half and not (scratch or gpu or training.compile or training.sharded),
+        "padding_free": known and not (scratch or gpu or training.compile or training.sharded),
     }

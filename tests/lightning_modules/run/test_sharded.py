@@ -44,7 +44,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number, own in enumerate(RUNS.values()):
             arguments = [*common, *(str(folder / "start") if word == "start" else word for word in own)]
             runs.append([*arguments, "--batch-size", "1", "--output", str(folder / f"two{number}")])
-            alone = [*arguments, "--batch-size", "2", "--output", str(folder / f"one{number}")]
+            # Shards read batches with padding, and AdamW's first steps make much of the last digits.
+            alone = [*arguments, "--padding-free=false", "--batch-size", "2", "--output", str(folder / f"one{number}")]
             sharded_workers.quickly([*alone, "--reference-cache", "false"])
         half = [*common, "--batch-size", "1", "--precision", "bf16-mixed", "--output", str(folder / "bfloat16")]
         again = [*runs[0][: runs[0].index("--output")], "--output", str(folder / "interrupted")]

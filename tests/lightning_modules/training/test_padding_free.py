@@ -314,14 +314,14 @@ def test_teaching_takes_the_same_steps() -> None:
     close(losses[1], losses[0], LINEAR[torch.float32], scale=losses[0].abs().max())
 
 
-def test_a_given_model_is_read_so_by_default_in_bfloat16_on_a_cpu_and_the_one_from_scratch_is_not(
+def test_a_given_model_is_read_so_by_default_on_a_cpu_and_the_one_from_scratch_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    exact = UnlearnOptions.of(model="m", forget="f", retain="r", precision="32-true")
-    assert exact.resolved().training.padding_free is False
+    for precision, expected in (("32-true", True), ("bf16-mixed", True), ("16-mixed", False)):
+        named = UnlearnOptions.of(model="m", forget="f", retain="r", precision=precision)
+        assert named.resolved().training.padding_free is expected
     assert UnlearnOptions.of(model="m", forget="f", retain="r").resolved().training.padding_free is True
     assert FinetuneOptions.of(model="m", data="d").resolved().training.padding_free is True
     assert UnlearnOptions().resolved().training.padding_free is False
