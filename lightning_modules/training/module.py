@@ -211,7 +211,8 @@ class UnlearningModule(ResumableModule):
             self._retain_losses.append(self.losses["retain"])
             losses["retain"] = losses["retain"] * self.dual.value
         if self.noise is not None:
-            found = self._divergence(self, {"retain": noised(batch["retain"], self.noise.share)}, "retain")
+            mixed = noised(batch["retain"], self.noise.share, self.trainer.distributed_sampler_kwargs)
+            found = self._divergence(self, {"retain": mixed}, "retain")
             self.log("loss/noise", found.detach(), prog_bar=True)
             losses["retain"] = losses["retain"] + self.noise.weight * found
         losses |= {name: self._perturbed(batch, name) for name in perturbed}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from lightning_modules.evaluation.processes import every_process
 from lightning_modules.training.heads import Batch
 
 
@@ -32,6 +35,7 @@ class NoiseSettings:
         ValueError: If the weight is not a positive number, or the share not above 0 and below 1.
 
     Cost: a further forward and backward pass of the size of the retain batch, and a forward pass of the start model.
+    Several processes tell each other the tokens of their batches.
 
     Source: our own; neither GRU's nor CE-U's paper has it.
 
@@ -51,12 +55,17 @@ class NoiseSettings:
             raise ValueError(f"noise, share: expected a number above 0 and below 1, found {self.share}")
 
 
-def noised(batch: Batch, share: float) -> dict[str, Tensor]:
+def noised(batch: Batch, share: float, replicas: Mapping[str, int] | None = None) -> dict[str, Tensor]:
     """A batch in which a share of the tokens is replaced; labels and attention stay as they are.
+
+    Processes with parts of one batch replace what one process would that has all of it, as long as their generators are
+    in the same state.
 
     Args:
         batch: `input_ids`, `attention_mask` and `labels`, `[B, T]`; padding is left alone, and never a replacement.
         share: The probability that a token is replaced. Which are, and by which, torch's generator of the CPU draws.
+        replicas: `num_replicas`, the number W of parts, and `rank`: which of them this is, with the rows rank, rank + W
+            and so on, as in `PairSampler`. Every process of the group calls this. None for a whole batch.
 
     Returns:
         `input_ids`, `attention_mask` and `labels`, `[B, T]`.
@@ -68,10 +77,31 @@ def noised(batch: Batch, share: float) -> dict[str, Tensor]:
         >>> set(mixed[0, :3].tolist()) <= {1, 2, 3}, int(mixed[0, 3])
         (True, 0)
     """
-    ids, real = batch["input_ids"], batch["attention_mask"].bool()
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    if replicas is None or replicas["num_replicas"] == 1:
+        mixed = _mixed(ids, mask.bool(), share)
+    else:
+        rank, (rows, length) = replicas["rank"], ids.shape
+        whole = _mixed(*_together(ids, mask, rank), share)
+        mixed = whole[rank :: replicas["num_replicas"]][:rows, :length].to(ids.device)
+    return {"input_ids": mixed, "attention_mask": mask, "labels": batch["labels"]}
+
+
+def _mixed(ids: Tensor, real: Tensor, share: float) -> Tensor:
     known = ids[real]
     # On the CPU, whose generator a resumed run finds as it was, and which is the same beside every device.
     replaced = torch.rand(ids.shape).to(ids.device) < share
     drawn = torch.randint(len(known), ids.shape).to(ids.device)
-    mixed = torch.where(replaced & real, known[drawn], ids)
-    return {"input_ids": mixed, "attention_mask": batch["attention_mask"], "labels": batch["labels"]}
+    return torch.where(replaced & real, known[drawn], ids)
+
+
+def _together(ids: Tensor, mask: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The tokens of all parts of a batch, and which of them are real, on the CPU; the parts take turns at the rows."""
+    # By part and not by process: under tensor parallelism several processes have the same one.
+    parts = dict(every_process(lambda: (rank, torch.stack([ids.cpu(), mask.to(ids).cpu()]))))
+    rows, length = (max(part.shape[axis] for part in parts.values()) for axis in (1, 2))
+    equal = [
+        pad(parts[rank], (0, length - parts[rank].shape[2], 0, rows - parts[rank].shape[1])) for rank in sorted(parts)
+    ]
+    whole, real = torch.stack(equal, 2).flatten(1, 2)
+    return whole, real.bool()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 from lightning_modules.training.callbacks.rows import GrowingRows
 from lightning_modules.training.module import UnlearningModule
@@ -19,7 +20,7 @@ class SurgeryLogger(Callback):
     | column | content |
     |---|---|
     | `step` | number of the optimizer step, from 1 |
-    | `loss_<objective>` | loss of the step's last batch on this process |
+    | `loss_<objective>` | loss of the step's last batch, of all processes |
     | `norm_<objective>` | of the objective's row, over all blocks |
     | `update_norm` | of the combined gradient |
     | `cosine` | between the first two rows; with several blocks the mean over them |
@@ -72,7 +73,7 @@ class SurgeryLogger(Callback):
         if coefficients is not None and record.blocks is not None:
             coefficients = coefficients.mean(0)
         row: dict[str, float] = {"step": step}
-        row |= {f"loss_{name}": float(pl_module.losses[name]) for name in names}
+        row |= {f"loss_{name}": _of_all(pl_module.losses[name], trainer) for name in names}
         row |= {f"norm_{name}": value for name, value in zip(names, gram.diagonal().sqrt().tolist(), strict=True)}
         row |= {"update_norm": float(record.update_norm), "cosine": float(record.cosines[..., 0, 1].mean())}
         if coefficients is not None:
@@ -112,3 +113,10 @@ class SurgeryLogger(Callback):
     def _write(self, trainer: L.Trainer) -> None:
         if self._file is not None and trainer.is_global_zero and self.rows:
             self._file.write(list(self.rows[0]), self.rows[self._file.written :])
+
+
+def _of_all(loss: Tensor, trainer: L.Trainer) -> float:
+    """The mean over the processes: each divides by the mean count of tokens, so it is that over all tokens."""
+    if trainer.world_size > 1:
+        loss = cast("Tensor", trainer.strategy.reduce(loss.clone(), reduce_op="mean"))  # in place: others read it too
+    return float(loss)
