@@ -85,7 +85,8 @@ def finetune(options: FinetuneOptions, stated: Collection[str] = ()) -> Path:
             show_taught_plan(options, rows, known)
         return folder
     if not will_be_first():
-        return _taught(options, rows)
+        # Where only the scores' last line was missing, the first one has nothing to train.
+        return folder if (folder / METRICS).exists() else _taught(options, rows)
     with occupied(folder, resume=options.training.resume):
         if only_report_is_missing(folder):
             return _finish(folder)

@@ -16,7 +16,8 @@ from lightning_modules import cli
 from lightning_modules.data.fictional_authors import fictional_authors
 from lightning_modules.data.tokenization import encode, padding_id
 from lightning_modules.evaluation.likelihood import answer_nll
-from lightning_modules.run import assembly
+from lightning_modules.folder import CHECKPOINTS
+from lightning_modules.run import assembly, finetune
 from lightning_modules.run.finetune import read_taught
 from lightning_modules.run.options import FinetuneOptions, TaughtOptions, UnlearnOptions
 from lightning_modules.training.finetuning import FinetuningModule
@@ -127,6 +128,19 @@ def test_a_run_that_dies_and_is_resumed_is_the_undisturbed_one_bit_for_bit(
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     metrics = [json.loads((tmp_path / name / "metrics.json").read_text())["taught"] for name in ("whole", "cut")]
     assert metrics[0] == metrics[1]
+
+
+def test_no_other_process_waits_for_a_first_one_that_has_nothing_left_to_train(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torchrun starts them, where the run was killed when it had its scores."""
+    assert cli.main(command(world, tmp_path, "--epochs", "1", "--precision", "32-true")) == 0
+    (tmp_path / CHECKPOINTS).mkdir()
+    monkeypatch.setattr(finetune, "_taught", lambda *_: pytest.fail("it trains"))
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main(["finetune", "--resume", "--output", str(tmp_path)]) == 0
+        assert (tmp_path / CHECKPOINTS).exists() == (rank == "1")
 
 
 def test_a_finished_run_is_not_resumed_and_options_of_another_are_refused(
