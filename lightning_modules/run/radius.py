@@ -37,8 +37,9 @@ def with_radius(run: Run[UnlearnOptions], model: nn.Module) -> Run[UnlearnOption
 
 
 def search_settings(options: UnlearnOptions) -> RadiusSearch:
-    """How a run with these options searches its radius."""
-    return RadiusSearch(batch_size=options.training.batch_size, scale=options.method.radius_scale)
+    """How a run with these options searches its radius: each process alone, on the batches of all of them."""
+    training, processes = options.training, options.training.processes
+    return RadiusSearch(batch_size=training.batch_size * processes, parts=processes, scale=options.method.radius_scale)
 
 
 def measure(options: UnlearnOptions, model: nn.Module, tokenizer: Any, forget: Sequence[Example]) -> dict[str, float]:

@@ -17,7 +17,7 @@ way grows with the number of weights, 0.8 for the small one and several units fo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import gradsurgery as gs
 from gradsurgery.optimizer.perturbation import Scale
 from lightning_modules.data.examples import evenly_spaced
-from lightning_modules.data.tokenization import Encoded, collate
+from lightning_modules.data.tokenization import IGNORED, Encoded, collate
 from lightning_modules.evaluation.likelihood import device_of, evaluation_mode
 from lightning_modules.progress import Stage
 from lightning_modules.training.heads import AnswerHead, answer_values
@@ -48,12 +48,14 @@ class RadiusSearch:
 
     Attributes:
         batches: Forget batches, evenly spread over the examples, each with a search of its own; the median counts.
-        batch_size: Examples in a batch, as many as in training.
+        batch_size: Examples in a batch, as many as all processes have in one of training.
+        parts: A batch is read in so many parts, one after the other, with the memory of one.
         scale: The unit of the radius, as in `PerturbSettings`.
     """
 
     batches: int = 4
     batch_size: int = 8
+    parts: int = 1
     scale: Scale = "global"
 
     def count(self, examples: int) -> int:
@@ -97,28 +99,35 @@ def measured_radius(
         head, device = AnswerHead(model), device_of(model)
         for batch in batches:
             on_device = {name: tensor.to(device) for name, tensor in batch.items()}
-            found.append(_lowest(model, head, on_device, settings.scale))
+            found.append(_lowest(model, head, on_device, settings))
             stage.advance()
     start = _two_digits(median(found))
     return {"start": start, "end": _two_digits(GROWTH * start)}
 
 
-def _lowest(model: nn.Module, head: AnswerHead, batch: dict[str, Tensor], scale: Scale) -> float:
+def _lowest(model: nn.Module, head: AnswerHead, batch: dict[str, Tensor], settings: RadiusSearch) -> float:
     """The radius at which the batch's loss is lowest, among those tried."""
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not weights:
         raise ValueError("radius auto: expected a model that trains something, found every parameter frozen")
+    count = (batch["labels"][:, 1:] != IGNORED).sum().clamp_min(1)
 
-    def loss() -> Tensor:
-        return gs.losses.token_mean(*answer_values(gs.losses.cross_entropy, head.states(batch), batch["labels"]))
+    def losses() -> Iterator[Tensor]:
+        """Of the parts; together they are the mean over the tokens of the whole batch."""
+        for number in range(settings.parts):
+            part = {name: tensor[number :: settings.parts] for name, tensor in batch.items()}
+            if len(part["labels"]):
+                yield answer_values(gs.losses.cross_entropy, head.states(part), part["labels"])[0].sum() / count
 
+    first = 0.0
+    gradient: list[Tensor | None] = [None] * len(weights)
     with torch.enable_grad():
-        here = loss()
-        gradient: Any = torch.autograd.grad(here, weights, allow_unused=True)
+        for loss in losses():
+            first += float(loss)
+            gradient = _plus(gradient, torch.autograd.grad(loss, weights, allow_unused=True))
     pairs = [(weight, part) for weight, part in zip(weights, gradient, strict=True) if part is not None]
-    way = _way(pairs, scale)
+    way = _way(pairs, settings.scale)
     slope = sum(float((step.double() * part.double()).sum()) for step, (_, part) in zip(way, pairs, strict=True))
-    first = float(here)
     if not (math.isfinite(first) and math.isfinite(slope) and slope > 0.0):
         raise ValueError(
             f"radius auto: expected forget answers with a finite loss and a gradient, found a loss of {first:g} and a slope of {slope:g}; "
@@ -130,12 +139,17 @@ def _lowest(model: nn.Module, head: AnswerHead, batch: dict[str, Tensor], scale:
         try:
             for (weight, _), step in zip(pairs, way, strict=True):
                 weight.data.sub_(step, alpha=radius)
-            return float(loss())
+            return sum(float(loss) for loss in losses())
         finally:
             for (weight, _), known in zip(pairs, before, strict=True):
                 weight.data.copy_(known)
 
     return _search(at, first, first / slope)
+
+
+def _plus(sums: Sequence[Tensor | None], further: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Sums of gradients, of which a weight that no part reaches has none."""
+    return [new if old is None else old if new is None else old + new for old, new in zip(sums, further, strict=True)]
 
 
 def _search(at: Callable[[float], float], first: float, guess: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import gradsurgery as gs
 from lightning_modules import cli
 from lightning_modules.data.tokenization import Encoded, collate
 from lightning_modules.run import methods, radius
+from lightning_modules.run.options import UnlearnOptions
+from lightning_modules.run.radius import search_settings
 from lightning_modules.training.adapter_settings import AdapterSettings
 from lightning_modules.training.adapters import adapt
 from lightning_modules.training.auto_radius import GROWTH, RadiusSearch, _search, measured_radius
@@ -151,3 +154,18 @@ def test_a_batch_has_examples_from_everywhere() -> None:
     both = measured_radius(model, rows[:2], pad_token_id=0, settings=RadiusSearch(batches=1, batch_size=2))
     twice = [rows[0], rows[0], rows[1], rows[1]]
     assert measured_radius(model, twice, pad_token_id=0, settings=RadiusSearch(batches=2, batch_size=2)) == both
+
+
+def test_read_in_parts_a_batch_has_the_radius_of_the_whole() -> None:
+    """As processes measure it, each with the memory of its own batch; a part may be empty."""
+    model, rows = knowing()
+    whole = RadiusSearch(batches=1, batch_size=3)
+    found = measured_radius(model, rows[:3], pad_token_id=0, settings=whole)
+    for parts in (2, 4):
+        assert measured_radius(model, rows[:3], pad_token_id=0, settings=replace(whole, parts=parts)) == found
+
+
+def test_two_processes_measure_on_the_batch_that_one_would_have() -> None:
+    one = UnlearnOptions.of(radius="auto", batch_size=4, devices="1")
+    two = UnlearnOptions.of(radius="auto", batch_size=2, devices="2")
+    assert search_settings(two) == replace(search_settings(one), parts=2) == RadiusSearch(batch_size=4, parts=2)
