@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from gradsurgery.losses import answer_tokens, cross_entropy
+from gradsurgery.losses import IGNORED, answer_tokens, cross_entropy
 
 Batches = Iterable[Mapping[str, Tensor]]
 
@@ -21,6 +21,7 @@ def fisher_importance(
     eps: float = 1e-5,
     *,
     per: Literal["batch", "example"] = "batch",
+    parts: int = 1,
     modules: Callable[[str], bool] | None = None,
 ) -> dict[str, Tensor]:
     r"""The importance of every linear weight for the forget set, relative to the retain set: the weights of `fila_`.
@@ -47,6 +48,8 @@ def fisher_importance(
         eps: Added to the retain side, > 0.
         per: "batch" as the authors' code, or "example": g is the gradient of each sequence alone, at B backward
             passes a batch.
+        parts: A batch is read in so many parts, one after the other, with the memory of one and a further gradient:
+            what several processes would do together.
         modules: Plain name of a module -> whether to measure it. None: the modules that have adapters; in a plain model
             every ``nn.Linear`` (and GPT-2's ``Conv1D``) except the output head, as PEFT's "all-linear" chooses.
 
@@ -76,10 +79,13 @@ def fisher_importance(
         raise ValueError(f"eps: expected a number > 0, found {eps}")
     if per not in ("batch", "example"):
         raise ValueError(f"per: expected 'batch' or 'example', found {per!r}")
+    if parts < 1:
+        raise ValueError(f"parts: expected at least 1, found {parts}")
+    divided = _examples if per == "example" else lambda batch: [batch]
     weights = _weights(model, modules)
     with _only(model, weights.values()):
-        forget = _fisher(model, weights, forget_batches, per, "forget_batches")
-        retain = _fisher(model, weights, retain_batches, per, "retain_batches")
+        forget = _fisher(model, weights, forget_batches, divided, parts, "forget_batches")
+        retain = _fisher(model, weights, retain_batches, divided, parts, "retain_batches")
     importance = {name: forget.pop(name).div_(retain.pop(name).add_(eps)) for name in weights}
     wrong = [name for name, values in importance.items() if not bool(values.isfinite().all())]
     if wrong:
@@ -187,32 +193,43 @@ def _only(model: nn.Module, weights: Iterable[nn.Parameter]) -> Generator[None]:
 
 
 def _fisher(
-    model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Batches, per: str, argument: str
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    batches: Batches,
+    divided: Callable[[Mapping[str, Tensor]], Sequence[Mapping[str, Tensor]]],
+    parts: int,
+    argument: str,
 ) -> dict[str, Tensor]:
-    """The sum of n g^2 divided by the sum of n, over every batch or every example."""
+    """The sum of n g^2 divided by the sum of n, over everything that batches are divided into."""
     # By weight and not by name: of two modules that share one, two hooks would find its gradient once.
     sums = {weight: torch.zeros_like(weight, dtype=torch.float32) for weight in weights.values()}
     tokens, number = 0, 0
 
     def square(total: Tensor) -> Callable[[Tensor], None]:
         def add(weight: Tensor) -> None:
-            if weight.grad is not None:
+            if weight.grad is not None and whole:
                 gradient = weight.grad.float()
                 total.addcmul_(gradient, gradient, value=count)
                 weight.grad = None
 
         return add
 
-    count = 0
-    handles = [weight.register_post_accumulate_grad_hook(square(total)) for weight, total in sums.items()]
+    count, whole = 0, True
+    squares = {weight: square(total) for weight, total in sums.items()}
+    handles = [weight.register_post_accumulate_grad_hook(add) for weight, add in squares.items()]
     try:
         for batch in batches:
             number += 1
-            for part in _examples(batch) if per == "example" else [batch]:
-                loss, count = _loss(model, part)
+            for rows in divided(batch):
+                counted = [(part, _count(part)) for part in _parts(rows, parts)]
+                counted = [(part, found) for part, found in counted if found]
+                count = sum(found for _, found in counted)
                 tokens += count
-                if count:
-                    loss.backward()
+                for place, (part, found) in enumerate(counted, start=1):
+                    whole = place == len(counted)  # before that the gradient is that of some of the rows
+                    (_loss(model, part) * (found / count)).backward()
+                for weight, add in squares.items():
+                    add(weight)  # of a weight that the last rows do not reach, such as an expert's
     finally:
         for handle in handles:
             handle.remove()
@@ -229,11 +246,19 @@ def _fisher(
 
 
 def _examples(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    return [{key: batch[key][row : row + 1] for key in batch} for row in range(len(batch["labels"]))]
+    return _parts(batch, len(batch["labels"]))
 
 
-def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+def _parts(batch: Mapping[str, Tensor], number: int) -> list[dict[str, Tensor]]:
+    """The rows of a batch as processes share them: every n-th."""
+    return [{key: batch[key][first::number] for key in batch} for first in range(min(number, len(batch["labels"])))]
+
+
+def _count(batch: Mapping[str, Tensor]) -> int:
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     device = next(model.parameters()).device
     inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
-    logits, labels = answer_tokens(model(**inputs).logits, batch["labels"].to(device))
-    return cross_entropy(logits, labels).mean(), len(labels)
+    return cross_entropy(*answer_tokens(model(**inputs).logits, batch["labels"].to(device))).mean()

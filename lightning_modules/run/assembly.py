@@ -258,8 +258,10 @@ def _adapted(model: nn.Module, training: TrainingOptions, data: ForgetRetainData
     if settings.init == "default" or not settings.rank:
         return adapt(model, settings)
     data.setup()
+    whole = copy.copy(data)  # the batches of all processes, each of which reads them in parts of its own size
+    whole.batch_size *= training.processes
     with on_gpu(model):
-        loader, device = data.train_dataloader(), device_of(model)
+        loader, device = whole.train_dataloader(), device_of(model)
         stage = Stage("Fisher information for FILA, batches", 2 * len(loader))
 
         def batches(name: str) -> Iterable[Mapping[str, torch.Tensor]]:
@@ -267,4 +269,5 @@ def _adapted(model: nn.Module, training: TrainingOptions, data: ForgetRetainData
                 yield {key: value.to(device) for key, value in batch[name].items()}
                 stage.advance()
 
-        return adapt(model, settings, forget_batches=batches("forget"), retain_batches=batches("retain"))
+        forget, retain = batches("forget"), batches("retain")
+        return adapt(model, settings, forget_batches=forget, retain_batches=retain, parts=training.processes)

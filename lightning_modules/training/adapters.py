@@ -21,6 +21,7 @@ def adapt(
     *,
     forget_batches: Iterable[Mapping[str, Tensor]] | None = None,
     retain_batches: Iterable[Mapping[str, Tensor]] | None = None,
+    parts: int = 1,
 ) -> nn.Module:
     """A `PeftModel` around a causal language model.
 
@@ -30,6 +31,7 @@ def adapt(
         forget_batches: Only for "fila": the batches on which importance is measured, with `input_ids`, `attention_mask`
             and `labels` as `collate` makes them.
         retain_batches: The same for the retain set. The authors use as many batches as of the forget set.
+        parts: Each of these batches is read in so many parts, with the memory of one.
 
     Raises:
         ValueError: If a setting is outside its domain, a target is no module that can be adapted, or "fila" lacks
@@ -53,7 +55,7 @@ def adapt(
     targets = checked_targets(model, settings.targets)
     # Importance comes first, so that batches that raise leave the model without adapters.
     importance = (
-        lora.fisher_importance(model, forget_batches, retain_batches, modules=_measured(targets))
+        lora.fisher_importance(model, forget_batches, retain_batches, parts=parts, modules=_measured(targets))
         if forget_batches is not None and retain_batches is not None and settings.init == "fila"
         else None
     )

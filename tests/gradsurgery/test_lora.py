@@ -127,6 +127,18 @@ def test_importance_is_the_ratio_of_fishers(per: str, kind: Any) -> None:
         close(values.double(), expected, SINGLE, scale=expected.max())
 
 
+@pytest.mark.parametrize("parts", [2, 5])
+def test_read_in_parts_a_batch_counts_as_one(parts: int) -> None:
+    """As processes read it; a batch may have fewer rows than parts, and a part no answer token."""
+    wanted = lora.fisher_importance(llama(), FORGET, RETAIN, eps=1e-4)
+    hidden = [batch | {"labels": batch["labels"].clone()} for batch in FORGET]
+    hidden[0]["labels"][1] = -100
+    for batch, expected in ((FORGET, wanted), (hidden, lora.fisher_importance(llama(), hidden, RETAIN, eps=1e-4))):
+        found = lora.fisher_importance(llama(), batch, RETAIN, eps=1e-4, parts=parts)
+        for name, values in expected.items():
+            close(found[name], values, SINGLE)
+
+
 def test_modules_that_share_a_weight_have_its_importance_both() -> None:
     model = llama()
     apart = lora.fisher_importance(model, FORGET, RETAIN)
@@ -228,6 +240,7 @@ def test_importance_in_bfloat16_is_accumulated_in_float32() -> None:
         ({"retain_batches": iter(())}, "retain_batches: expected at least one batch"),
         ({"retain_batches": [{**RETAIN[0], "labels": torch.full((3, 6), -100)}]}, "found 1 batches with none"),
         ({"eps": 0.0}, "eps"),
+        ({"parts": 0}, "parts: expected at least 1"),
         ({"eps": float("nan")}, "eps"),
         ({"per": "token"}, "per: expected 'batch' or 'example', found 'token'"),
         ({"modules": lambda name: False}, "none chosen"),
