@@ -106,7 +106,9 @@ def _probes(run: Run[UnlearnOptions], curve: TradeoffCurve) -> dict[str, Measure
         lessons["general"] = [encode(run.tokenizer, row["question"], row["answer"]) for row in taught]
     found: dict[str, Measure] = {"quantization": partial(quantization_probe, splits=curve.encoded, pad_token_id=pad)}
     attacks = relearning_attacks(
-        scratch=options.model.scratch, batch_size=training.batch_size, seed=options.output.seed
+        scratch=options.model.scratch,
+        batch_size=training.batch_size * training.processes,  # the same attack, however many processes trained
+        seed=options.output.seed,
     )
     for name, attack in attacks.items():
         found[name] = partial(
