@@ -109,7 +109,9 @@ def settle_rate(
         return run
     started, training = time.perf_counter(), options.training
     level, steps = training.stop_below or USUAL_LEVEL, most_steps(training, len(run.splits["forget"]))
-    slow = replace(training, lr=USUAL_RATE, warmup_steps=0, lr_schedule="constant")
+    # One process takes the trial steps: the batches of all processes, one after the other.
+    batches = (training.accumulate or 1) * training.processes
+    slow = replace(training, lr=USUAL_RATE, warmup_steps=0, lr_schedule="constant", accumulate=batches)
     tried = trial(
         make_module(model, options.method, slow, reference, loading=options.loading).train(),
         make_data(options, run.tokenizer),
@@ -117,7 +119,7 @@ def settle_rate(
         level=level,
         pad_token_id=curve.pad_token_id,
         precision=training.precision,
-        accumulate_grad_batches=training.accumulate or 1,
+        accumulate_grad_batches=slow.accumulate or 1,
     )
     rate = _rate(tried, run, steps)
     rate_found = rate is not None and len(tried.points) > 1

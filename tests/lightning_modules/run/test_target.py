@@ -22,8 +22,11 @@ from lightning_modules.report import figures
 from lightning_modules.report.changed import changed_options
 from lightning_modules.run import methods, reference_log, report, settling
 from lightning_modules.run.options import UnlearnOptions, fitted, most_steps
+from lightning_modules.run.run import Run
+from lightning_modules.training.callbacks import TradeoffCurve
 from lightning_modules.training.finetuning import FinetuningDataModule, FinetuningSettings, taught_alone
 from lightning_modules.training.scratch import ScratchSettings, scratch_model
+from tests.lightning_modules.evaluation.evaluation_workers import model_and_tokenizer
 
 ROWS = fictional_authors(1)[:14]
 FORGET, RETAIN = ROWS[:5], ROWS[5:]
@@ -144,6 +147,27 @@ def same(one: Path, other: Path) -> None:
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_trial_step_sees_the_batches_of_all_processes_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or two processes with half a batch each would have another rate than one."""
+    seen: list[tuple[int, int, bool]] = []
+
+    def tried(module: Any, data: Any, *_: Any, **trainer: Any) -> Any:
+        surgery = module.make_surgery(torch.optim.SGD(module.named_parameters(), lr=0.1))
+        seen.append((data.batch_size, trainer["accumulate_grad_batches"], surgery._options.accumulate))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(settling, "trial", tried)
+    model, tokenizer = model_and_tokenizer()
+    encoded = {split: [encode(tokenizer, "Who?", "Ada")] for split in ("forget", "retain")}
+    for devices, accumulate in (("1", 1), ("2", 1), ("2", 3)):
+        given: dict[str, Any] = {"model": "m", "forget": "f.json", "retain": "r.json", "lr": "auto", "batch_size": 2}
+        options = UnlearnOptions.of(**given, devices=devices, accumulate=accumulate)
+        run: Any = Run(options.resolved(), Path(), {"forget": FORGET, "retain": RETAIN}, tokenizer)
+        with pytest.raises(KeyboardInterrupt):
+            settling.settle_rate(run, model, None, TradeoffCurve(encoded, pad_token_id=0))
+    assert seen == [(2, 1, False), (2, 2, True), (2, 6, True)]
 
 
 @pytest.mark.parametrize("moment", [(settling, "trial"), (methods, "fit"), (methods, "ended")], ids=lambda x: x[1])
