@@ -123,7 +123,7 @@ def _lowest(model: nn.Module, head: AnswerHead, batch: dict[str, Tensor], settin
     gradient: list[Tensor | None] = [None] * len(weights)
     with torch.enable_grad():
         for loss in losses():
-            first += float(loss)
+            first += float(loss.detach())
             gradient = _plus(gradient, torch.autograd.grad(loss, weights, allow_unused=True))
     pairs = [(weight, part) for weight, part in zip(weights, gradient, strict=True) if part is not None]
     way = _way(pairs, settings.scale)
@@ -139,7 +139,7 @@ def _lowest(model: nn.Module, head: AnswerHead, batch: dict[str, Tensor], settin
         try:
             for (weight, _), step in zip(pairs, way, strict=True):
                 weight.data.sub_(step, alpha=radius)
-            return sum(float(loss) for loss in losses())
+            return sum(float(loss.detach()) for loss in losses())
         finally:
             for (weight, _), known in zip(pairs, before, strict=True):
                 weight.data.copy_(known)
