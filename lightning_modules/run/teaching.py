@@ -15,9 +15,10 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from rich.console import Console
 
 from lightning_modules.data.examples import Example
+from lightning_modules.evaluation.processes import processes_ahead
 from lightning_modules.folder import locked
 from lightning_modules.progress import Stage
-from lightning_modules.run.first import SPLITS, Lesson, Part, is_taught, lesson
+from lightning_modules.run.first import SPLITS, Lesson, Part, is_taught, lesson, taught_folder
 from lightning_modules.run.models import load_to_train
 from lightning_modules.run.options import TrainingOptions, UnlearnOptions
 from lightning_modules.run.saving import write_model
@@ -36,13 +37,17 @@ def teach_first(options: UnlearnOptions, splits: Mapping[str, Sequence[Example]]
     last checkpoint. Where another process teaches the same model, this one waits for it.
 
     Raises:
-        ValueError: If the model cannot be taught.
+        ValueError: If the model cannot be taught, or other processes need it already.
         OSError: If the cache cannot be written.
     """
     for part in SPLITS:
         found = lesson(options, splits, part)
         if found is None or is_taught(found.folder):
             continue
+        if part == "target" and processes_ahead() > 1:
+            taught_folder(
+                options, splits, part
+            )  # refuses here as in the others, which would end while this one teaches
         work = found.folder.with_name(f"{found.folder.name}.training")
         with _alone(work, found.folder):
             if not is_taught(found.folder):

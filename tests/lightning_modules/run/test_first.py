@@ -204,6 +204,14 @@ def test_a_process_that_is_not_the_first_does_not_teach(world: Path) -> None:
         taught_folder(options(), read_splits(options()), "target")
 
 
+def test_the_first_of_several_processes_refuses_as_the_others_do(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun starts all at once: the others need the model now, and would end while the first one teaches it."""
+    given = options()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one process teaches it before others are started"):
+        teaching.teach_first(given, read_splits(given))
+
+
 def test_authors_of_tofu_are_chosen_for_any_model_that_is_taught_first(world: Path) -> None:
     rows = [{"question": f"Q{number}", "answer": f"A{number}"} for number in range(200)]
     for name, part in (("forget10", rows[-60:]), ("retain90", rows[:-60])):
