@@ -70,5 +70,5 @@ def write_radius(run: Run[UnlearnOptions], measured: Run[UnlearnOptions]) -> Non
         measured: From `with_radius`.
     """
     found = measured.options.method.radius
-    if run.options.method.radius == AUTO and not isinstance(found, str):
+    if run.options.method.radius == AUTO and isinstance(found, dict):
         note(run.folder / TRAINING, "radius", found)

@@ -45,9 +45,8 @@ def teach_first(options: UnlearnOptions, splits: Mapping[str, Sequence[Example]]
         if found is None or is_taught(found.folder):
             continue
         if part == "target" and processes_ahead() > 1:
-            taught_folder(
-                options, splits, part
-            )  # refuses here as in the others, which would end while this one teaches
+            # It refuses here as in the others, which would end while this one teaches.
+            taught_folder(options, splits, part)
         work = found.folder.with_name(f"{found.folder.name}.training")
         with _alone(work, found.folder):
             if not is_taught(found.folder):
