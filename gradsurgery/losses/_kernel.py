@@ -1,4 +1,4 @@
-"""Log-odds of rows of logits, and their gradients, by kernels: Triton's on a GPU, one in C++ on a CPU.
+"""Log-odds of rows of logits, and their gradients, by kernels: one in C++ on a CPU, Triton's on a GPU where chosen.
 
 Where they are not `usable`, ``reduce_`` and ``gradient`` of `_log_odds` do the same in plain PyTorch. The tests compare
 them.
@@ -6,15 +6,13 @@ them.
 
 from __future__ import annotations
 
-import os
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradsurgery.losses import _odds_kernel
-from gradsurgery.losses._backend import worth_a_kernel
+from gradsurgery.losses._backend import by_triton, device_kernels, worth_a_kernel
 from gradsurgery.losses._log_odds import log1p_exp
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,15 +50,14 @@ class Statistics(NamedTuple):
 
 def usable(logits: Tensor) -> bool:
     """Whether a kernel takes these rows, and is worth calling."""
-    # Looked at first, so that nobody with a CPU waits for an import of Triton.
-    if _by_triton(logits):
-        return logits.dtype in _TYPES and logits.is_contiguous() and _triton() is not None
+    if by_triton(logits):
+        return logits.dtype in _TYPES and logits.is_contiguous()
     return compiled(logits)
 
 
 def compiled(logits: Tensor) -> bool:
     """Whether that kernel is the one in C++, which writes gradients elsewhere too, and takes labels -100."""
-    return not _by_triton(logits) and worth_a_kernel(logits)
+    return worth_a_kernel(logits)
 
 
 def reduce(logits: Tensor, labels: Tensor, scale: float, softcap: float | None) -> Statistics:
@@ -108,21 +105,8 @@ def gradient_(
     _kernels(logits).gradient_(*arguments, **({} if to is None else {"to": to}))
 
 
-def _by_triton(logits: Tensor) -> bool:
-    return logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def _kernels(logits: Tensor) -> Any:
-    kernels = _triton() if _by_triton(logits) else _odds_kernel.built()
-    if kernels is None or isinstance(kernels, str):
-        raise RuntimeError("expected a kernel, found none; `usable` tells")
-    return kernels
-
-
-@cache
-def _triton() -> Any:
-    try:
-        from gradsurgery.losses import _triton as kernels
-    except ImportError:
-        return None
+    kernels = device_kernels() if by_triton(logits) else _odds_kernel.built()
+    if isinstance(kernels, str):
+        raise RuntimeError(f"expected a kernel, found that {kernels}; `usable` tells")
     return kernels

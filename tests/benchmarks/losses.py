@@ -1,6 +1,6 @@
 """What a loss and its head cost together: `losses.linear` beside the obvious way and beside the matrix products alone.
 
-Run it: python -m tests.benchmarks.losses [--rows] [--threads 1] [--device cuda] [--first] [--quick] [--default-malloc]
+Run it: python -m tests.benchmarks.losses [--rows] [--threads 1] [--device cuda] [--backend triton] [--first] [--quick] [--default-malloc]
 
 The obvious way is what the papers' code does: logits of all tokens, a clone with the label at minus infinity, its softmax, cross-entropy
 against that. The products alone are those that nobody can avoid: logits, and the gradients of the hidden states and (with a trainable head)
@@ -285,6 +285,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", type=telling.device, default="cpu")
+    parser.add_argument("--backend", default="auto", help="of gs.losses.backend")
     parser.add_argument("--rows", action="store_true", help="losses of bare logits beside plain PyTorch")
     parser.add_argument("--repeats", type=int, help="rounds (5; quick: 2)")
     parser.add_argument("--quick", action="store_true", help="one small shape")
@@ -295,5 +296,7 @@ if __name__ == "__main__":
         keep_heap()
     torch.set_num_threads(arguments.threads)
     repeats = arguments.repeats or (2 if arguments.quick else 5)
-    print(f"{conditions()} Losses of logits: {gs.losses.backend()!r}.\n\nBest of {repeats} interleaved rounds.")
+    print(
+        f"{conditions()} Losses of logits: {gs.losses.backend(arguments.backend)!r}.\n\nBest of {repeats} interleaved rounds."
+    )
     (rows_tables if arguments.rows else heads_tables)(arguments.device, repeats, arguments.quick, arguments.first)

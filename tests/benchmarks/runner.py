@@ -69,6 +69,7 @@ BENCHMARKS = {
     "limit-cuda": Benchmark("surgery", ("--only", "limit", *CUDA)),
     "backward-cuda": Benchmark("surgery", ("--only", "ratios", *CUDA)),
     "heads-cuda": Benchmark("losses", CUDA),
+    "heads-triton-cuda": Benchmark("losses", ("--backend", "triton", *CUDA)),
     "rows-cuda": Benchmark("losses", ("--rows", *CUDA)),
     "trunk-cuda": Benchmark("trunk", CUDA),
     "uld-cuda": Benchmark("uld", CUDA),

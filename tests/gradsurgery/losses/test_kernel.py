@@ -21,10 +21,13 @@ from gradsurgery.losses import _kernel
 from gradsurgery.losses import Head, token_loss
 from torch import Tensor
 
+assert sys.argv[1] in repr(gs.losses.backend(sys.argv[1]))
 if sys.argv[1] == "triton":
-    assert _kernel._triton() is not None and _kernel._triton().INTERPRETED
-else:
-    gs.losses.backend("compiled")
+    assert "interpreter" in repr(gs.losses.backend())
+    _, some = gs.losses.backend("eager"), torch.randn(2, 5)
+    assert not _kernel.usable(some)
+    gs.losses.backend("triton")
+    assert _kernel.usable(some) and not _kernel.usable(some.double()) and not _kernel.usable(some.T)
 
 @token_loss(runner_up=True)
 def margin(odds: Tensor, runner_up_odds: Tensor) -> Tensor:  # its slope by the runner-up does not vanish with the runner-up's doubt
