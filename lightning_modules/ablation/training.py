@@ -22,6 +22,7 @@ from lightning_modules.ablation.memory import peak_megabytes, reset_peak
 from lightning_modules.ablation.placebo import Placebo
 from lightning_modules.ablation.retention import Ended
 from lightning_modules.ablation.scoring import Scorer
+from lightning_modules.evaluation.likelihood import device_of
 from lightning_modules.run import assembly
 from lightning_modules.run.loading import make_data
 from lightning_modules.run.options import AUTO
@@ -41,7 +42,7 @@ def train(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: S
     The method's own end (`Targets.end`) may be another, short training.
     """
     options = run.options()
-    training = options.training
+    training, home = options.training, device_of(model)
     data = make_data(options, tokenizer)
     before = copy.deepcopy(model.state_dict())
     started = time.perf_counter()
@@ -86,6 +87,7 @@ def train(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: S
         diverged = f"diverged: {error}"
         matching.give_up(diverged)
     whole = merged(adapted) if whole is None else whole
+    whole.to(home)  # Lightning leaves a model on the CPU, where its scores and the attacks on it would be computed
     return Ended(
         matching,
         whole,

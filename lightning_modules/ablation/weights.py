@@ -22,6 +22,7 @@ from lightning_modules.ablation.retention import Ended
 from lightning_modules.ablation.scoring import Scorer
 from lightning_modules.ablation.training import on_this_device
 from lightning_modules.data.pairs import ForgetRetainDataModule
+from lightning_modules.evaluation.likelihood import device_of
 from lightning_modules.run.loading import make_data
 from lightning_modules.training.uld import train_assistant
 from lightning_modules.training.warmup import with_warmup
@@ -114,6 +115,7 @@ def _fine_tuned(
     """The task vector of some examples: what fine-tuning on them adds to the weights."""
     options = run.options()
     training, seed, max_length = options.training, options.output.seed, options.data.max_length
+    home = device_of(model)
     model.load_state_dict(before)
     # The retain half of a batch is not used.
     data = ForgetRetainDataModule(
@@ -121,6 +123,7 @@ def _fine_tuned(
     )
     module = FineTuning(model.train(), training.base_optimizer(), training.warmup_steps)
     L.Trainer(**on_this_device(run, [clock])).fit(module, data)
+    model.to(home)  # Lightning leaves it on the CPU, where every state of the way would be scored
     return task_vector(before, model.state_dict())
 
 

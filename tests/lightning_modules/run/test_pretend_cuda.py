@@ -168,4 +168,4 @@ def test_further_methods_are_scored_and_attacked_on_the_device(tmp_path: Path) -
     "name", ["task vector", pytest.param("ULD", marks=pytest.mark.slow), pytest.param("TRU", marks=pytest.mark.slow)]
 )
 def test_every_weight_of_a_method_is_scored_on_the_device(name: str, tmp_path: Path) -> None:
-    grid(tmp_path, {name: WEIGHTED[name]}, retained=[0.5])
+    grid(tmp_path, {name: WEIGHTED[name]}, forget_probability=[0.5], retained=[0.5])
