@@ -14,24 +14,20 @@ kernels' own rounding and their refusals by type, Triton, memory, other processe
 from __future__ import annotations
 
 import functools
-import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo  # looks at the functions that are replaced below
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _device as default_device
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradsurgery.losses import _kernel
 from tests.reference import pretend_cuda_module
+from tests.reference.pretend_cuda_mode import PretendedCuda, RealGenerator, real_device
 
 CUDA = torch.device("cuda", 0)
-ROOT = Path(__file__).parents[2]
 # The device of a new tensor is that of the first argument; elsewhere it is the CPU.
 LIKE = (
     "zeros_like",
@@ -48,171 +44,9 @@ LIKE = (
 MADE = ("zeros", "ones", "full", "empty", "empty_strided", "arange", "linspace", "logspace", "eye", "rand", "randn", "randint", "randperm",
         "scalar_tensor", "tril_indices", "triu_indices", "hann_window", "from_numpy", "frombuffer")  # fmt: skip
 NEW = ("new_tensor", "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided")
-# CUDA takes numbers of the CPU beside its own tensors in what goes over elements, and these; and devices meet in copies.
-WITH_NUMBERS = (
-    "masked_fill",
-    "masked_fill_",
-    "fill",
-    "fill_",
-    "index_put",
-    "index_put_",
-    "_index_put_impl_",
-    "_fused_adam_",
-    "_fused_adamw_",
-)
-INDEXED = ("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put")
-ACROSS = ("copy_", "set_", "_to_copy", "_pack_padded_sequence", "_has_same_storage_numel")
-_GetSet: Any = torch._C.TensorBase
-_real_device = _GetSet.device.__get__
-_RealGenerator: Any = torch.Generator
 
 
-class Storages:
-    """A set of storages. Weak references keep the addresses of those that are gone from being given to others."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, StorageWeakRef] = {}
-        self._limit = 1 << 14
-
-    def __contains__(self, tensor: Tensor) -> bool:
-        return (storage := storage_of(tensor)) is not None and storage._cdata in self._known
-
-    def add(self, tensor: Tensor) -> None:
-        if (storage := storage_of(tensor)) is not None:
-            self._known[storage._cdata] = StorageWeakRef(storage)
-        if len(self._known) > self._limit:
-            self._known = {key: held for key, held in self._known.items() if not held.expired()}
-            self._limit = 2 * len(self._known) + (1 << 14)
-
-    def discard(self, tensor: Tensor) -> None:
-        if (storage := storage_of(tensor)) is not None:
-            self._known.pop(storage._cdata, None)
-
-
-def storage_of(tensor: Any) -> Any:
-    """None for what has none: tensors under `torch.vmap`, sparse ones, those without numbers."""
-    if isinstance(tensor, torch.UntypedStorage):
-        return tensor
-    try:
-        return None if _real_device(tensor).type != "cpu" else tensor.untyped_storage()
-    except (NotImplementedError, RuntimeError):
-        return None
-
-
-class PretendedCuda(TorchDispatchMode):
-    """What is where; follows it through every operation.
-
-    Args:
-        strict: Raise at a fault; else note it and go on.
-
-    Attributes:
-        faults: What would have been refused, and autocasts of the CPU around tensors of the device, which would do nothing.
-    """
-
-    def __init__(self, strict: bool) -> None:
-        super().__init__()
-        self.strict = strict
-        self.faults: list[str] = []
-        self.there, self.anywhere = (
-            Storages(),
-            Storages(),
-        )  # "anywhere": made inside C++, for tensors of a device not seen
-        self.lookups: list[str] | None = None  # where a model looked up its tokens on the CPU; None does not note it
-        self.operations = 0  # with tensors of the device
-        self.made_by_python = 0
-        self.in_backward = False
-        self.autocast: list[str] = []  # devices, the innermost last
-        self.random = _RealGenerator().manual_seed(0).get_state()
-        self.generators: dict[int, Any] = {}  # those of the device, by the address that C++ knows them by
-
-    def has(self, tensor: Any) -> bool:
-        return isinstance(tensor, Tensor) and tensor in self.there
-
-    def put(self, tensor: Any, on: bool) -> Any:
-        if isinstance(tensor, Tensor):
-            self.anywhere.discard(tensor)
-            (self.there.add if on else self.there.discard)(tensor)
-        return tensor
-
-    def fault(self, text: str) -> None:
-        if self.strict:
-            raise RuntimeError(text)
-        self.faults.append(self.said(text))
-
-    def said(self, text: str) -> str:
-        """With the last of our own lines that led there."""
-        frames = [
-            frame
-            for frame in traceback.extract_stack()
-            if frame.filename.startswith(str(ROOT)) and "reference" not in frame.filename
-        ]
-        return f"{text}: {' < '.join(f'{Path(f.filename).name}:{f.lineno}' for f in reversed(frames[-6:]))}"
-
-    @contextmanager
-    def own_randomness(self, on: bool) -> Iterator[None]:
-        """Draws on the device come from a generator of its own, as they do there."""
-        if not on:
-            yield
-            return
-        before = torch.get_rng_state()
-        torch.random.default_generator.set_state(self.random)
-        yield
-        self.random = torch.get_rng_state()
-        torch.random.default_generator.set_state(before)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        given = list(_tensors((args, kwargs)))
-        marked = [tensor for tensor in given if tensor in self.there]
-        if marked:
-            self.operations += 1
-            self.check(func, args, kwargs, given)
-        with self.own_randomness(bool(marked) and torch.Tag.nondeterministic_seeded in func.tags):
-            found = func(*args, **kwargs)
-        if marked:
-            known = {
-                id(storage_of(tensor)) if storage_of(tensor) is None else storage_of(tensor)._cdata for tensor in given
-            }
-            for tensor in _tensors(found):
-                if tensor in self.anywhere or (storage := storage_of(tensor)) is None or storage._cdata not in known:
-                    self.put(tensor, True)
-        elif self.lookups is not None and func is torch.ops.aten.embedding.default:
-            self.lookups.append(self.said("a forward pass on the CPU"))
-        elif not self.made_by_python and (not given or all(tensor in self.anywhere for tensor in given)):
-            for tensor in _tensors(found):
-                self.put(tensor, True) if self.in_backward else self.anywhere.add(tensor)
-        return found
-
-    def check(self, func: Any, args: Any, kwargs: Any, given: list[Tensor]) -> None:
-        """Raise as CUDA does where devices are mixed in a way that it refuses."""
-        name = func._schema.name.split("::")[-1]
-        self.check_generator(kwargs.get("generator"), True)
-        if self.autocast and self.autocast[-1] == "cpu":
-            self.fault(f"{name} of tensors on cuda:0 under torch.autocast('cpu'), which does nothing there")
-        for tensor in given:
-            if tensor in self.anywhere:
-                self.put(tensor, True)
-        if name in ACROSS:
-            return
-        elsewhere = [tensor for tensor in given if storage_of(tensor) is not None and tensor not in self.there]
-        if name in INDEXED:
-            indices = [] if args[0] not in self.there else [id(tensor) for tensor in _tensors(args[1])]
-            elsewhere = [tensor for tensor in elsewhere if id(tensor) not in indices]
-        numbers = torch.Tag.pointwise in func.tags or name.startswith("_foreach_") or name in WITH_NUMBERS
-        written = [*_tensors(args[:1] if name.endswith("_") else ()), *_tensors(kwargs.get("out"))]
-        for tensor in elsewhere:
-            if not numbers or tensor.dim() > 0 or any(tensor is one for one in written):
-                text = "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"
-                self.fault(f"{text} (aten.{name}; {list(tensor.shape)} {tensor.dtype} on the CPU)")
-                return
-
-    def check_generator(self, generator: Any, on: bool) -> None:
-        if generator is not None and (generator._cdata in self.generators) != on:
-            expected, found = ("cuda", "cpu") if on else ("cpu", "cuda")
-            self.fault(f"Expected a '{expected}' device type for generator but found '{found}'")
-
-
-class _OfTheDevice(_RealGenerator):
+class _OfTheDevice(RealGenerator):
     device = CUDA
 
 
@@ -223,28 +57,17 @@ class _GeneratorType(type):
 
     def __call__(cls, device: Any = "cpu") -> Any:
         if not is_cuda(device):
-            return _RealGenerator(device)
+            return RealGenerator(device)
         made = _OfTheDevice()
         cls.mode.generators[made._cdata] = made
         return made
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        return isinstance(instance, _RealGenerator)
+        return isinstance(instance, RealGenerator)
 
 
 def is_cuda(device: Any) -> bool:
     return isinstance(device, int) or (device is not None and torch.device(device).type == "cuda")
-
-
-def _tensors(found: Any) -> Iterator[Tensor]:
-    if isinstance(found, Tensor):
-        yield found
-    elif isinstance(found, dict):
-        for part in found.values():
-            yield from _tensors(part)
-    elif isinstance(found, (list, tuple)):
-        for part in found:
-            yield from _tensors(part)
 
 
 class _Moved(torch.autograd.Function):
@@ -298,7 +121,7 @@ def _methods(mode: PretendedCuda) -> dict[str, Any]:
     real: Any = {name: getattr(Tensor, name) for name in ("to", "numpy", "__deepcopy__", "get_device", "set_")}
 
     def moved(tensor: Tensor, on: bool) -> Tensor:
-        if _real_device(tensor).type != "cpu" or mode.has(tensor) == on:
+        if real_device(tensor).type != "cpu" or mode.has(tensor) == on:
             return tensor
         return (
             _Moved.apply(tensor, mode, on)
@@ -317,7 +140,7 @@ def _methods(mode: PretendedCuda) -> dict[str, Any]:
         on = mode.has(self) if device is None else is_cuda(device)
         if device is not None and not on and torch.device(device).type != "cpu":
             return real["to"](self, device, *rest, **kwargs)
-        return moved(real["to"](self, "cpu" if _real_device(self).type == "cpu" else None, *rest, **kwargs), on)
+        return moved(real["to"](self, "cpu" if real_device(self).type == "cpu" else None, *rest, **kwargs), on)
 
     def numpy(self: Tensor, *, force: bool = False) -> Any:
         if mode.has(self) and not force:
@@ -327,7 +150,7 @@ def _methods(mode: PretendedCuda) -> dict[str, Any]:
         return real["numpy"](self, force=force)
 
     def device(self: Tensor) -> torch.device:
-        return CUDA if mode.has(self) else _real_device(self)
+        return CUDA if mode.has(self) else real_device(self)
 
     return {
         "to": to,

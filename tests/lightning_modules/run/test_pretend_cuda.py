@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lightning_modules import cli
 from lightning_modules.run import unlearn as unlearn_command
 from lightning_modules.training.callbacks import Checkpoints
 from tests.lightning_modules.ablation.test_ablation import write_grid
+from tests.lightning_modules.evaluation.evaluation_workers import SPLITS
 from tests.lightning_modules.ledger import requests
 from tests.lightning_modules.run.bad_inputs import model_folder
 from tests.lightning_modules.run.small_runs import small_run
@@ -150,7 +152,8 @@ def test_teaching_and_scoring_keep_everything_on_the_device(tmp_path: Path) -> N
         "--max-new-tokens",
         "2",
     ]
-    scored += ["--forget", files["forget"], "--retain", files["retain"], "--holdout", files["retain"]]
+    (tmp_path / "unseen.json").write_text(json.dumps(SPLITS["holdout"]))
+    scored += ["--forget", files["forget"], "--retain", files["retain"], "--holdout", str(tmp_path / "unseen.json")]
     assert cli.main([*scored, "--output", str(tmp_path / "scored")]) == 0
 
 
