@@ -25,7 +25,7 @@ SHORT = ("--epochs", "1", "--stop-below", "0")
 RUNS: dict[str, tuple[str, ...]] = {
     "deep, its radius measured": ("--recipe", "deep", "--epochs", "1", "--radius", "auto", "--finish-steps", "1"),
     "a teacher and noise": ("--recipe", "imitate", "--teacher", "@/reference", *SHORT, "--retain-noise", "0.1"),
-    "ULD": ("--method", "uld", "--epochs", "1"),
+    "ULD": ("--method", "uld", "--epochs", "1", "--uld", "{num_layers: 1}"),
     "FILA": ("--lora-rank", "2", "--lora-init", "fila", *SHORT),
 }
 SLOW: dict[str, tuple[str, ...]] = {
