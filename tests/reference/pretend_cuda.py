@@ -23,7 +23,6 @@ import torch._dynamo  # looks at the functions that are replaced below
 from torch import Tensor
 from torch.utils import _device as default_device
 
-from gradsurgery.losses import _kernel
 from tests.reference import pretend_cuda_module
 from tests.reference.pretend_cuda_mode import PretendedCuda, RealGenerator, real_device
 
@@ -201,7 +200,6 @@ def _replacements(mode: PretendedCuda) -> Generator[tuple[Any, str, Any]]:
         yield torch.amp.autocast_mode.autocast, name, method
     for name, function in pretend_cuda_module.functions(mode).items():
         yield torch.cuda, name, function
-    yield _kernel, "_triton", lambda: None  # there is no device to compile for; plain PyTorch does the same
     yield torch, "Generator", _GeneratorType("Generator", (), {"mode": mode})
     backward = torch.autograd._engine_run_backward
 

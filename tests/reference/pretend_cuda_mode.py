@@ -79,10 +79,8 @@ class PretendedCuda(TorchDispatchMode):
         super().__init__()
         self.strict = strict
         self.faults: list[str] = []
-        self.there, self.anywhere = (
-            Storages(),
-            Storages(),
-        )  # "anywhere": made inside C++, for tensors of a device not seen
+        self.there = Storages()
+        self.anywhere = Storages()  # made inside C++, for tensors of a device not seen
         self.lookups: list[str] | None = None  # where a model looked up its tokens on the CPU; None does not note it
         self.operations = 0  # with tensors of the device
         self.made_by_python = 0

@@ -130,31 +130,14 @@ def test_a_ledger_keeps_everything_on_the_device(tmp_path: Path) -> None:
 
 def test_teaching_and_scoring_keep_everything_on_the_device(tmp_path: Path) -> None:
     small_run(tmp_path)
-    files = {name: str(tmp_path / f"{name}.json") for name in ("forget", "retain")}
-    taught = [
-        "finetune",
-        "--model",
-        str(tmp_path / "model"),
-        "--data",
-        files["retain"],
-        "--epochs",
-        "1",
-        "--batch-size",
-        "2",
-    ]
-    assert cli.main([*taught, "--output", str(tmp_path / "taught")]) == 0
-    scored = [
-        "evaluate",
-        "--model",
-        str(tmp_path / "taught/model"),
-        "--reference",
-        str(tmp_path / "reference"),
-        "--max-new-tokens",
-        "2",
-    ]
     (tmp_path / "unseen.json").write_text(json.dumps(SPLITS["holdout"]))
-    scored += ["--forget", files["forget"], "--retain", files["retain"], "--holdout", str(tmp_path / "unseen.json")]
-    assert cli.main([*scored, "--output", str(tmp_path / "scored")]) == 0
+    files = {name: str(tmp_path / f"{name}.json") for name in ("forget", "retain", "unseen")}
+    taught, reference = str(tmp_path / "taught"), str(tmp_path / "reference")
+    given = ["finetune", "--model", str(tmp_path / "model"), "--data", files["retain"], "--epochs", "1"]
+    assert cli.main([*given, "--batch-size", "2", "--output", taught]) == 0
+    given = ["evaluate", "--model", f"{taught}/model", "--reference", reference, "--max-new-tokens", "2"]
+    given += ["--forget", files["forget"], "--retain", files["retain"], "--holdout", files["unseen"]]
+    assert cli.main([*given, "--output", str(tmp_path / "scored")]) == 0
 
 
 def test_the_end_of_an_ablation_s_methods_is_scored_and_attacked_on_the_device(tmp_path: Path) -> None:
