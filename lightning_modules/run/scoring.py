@@ -19,7 +19,7 @@ from lightning_modules.evaluation.utility import model_utilities
 from lightning_modules.folder import versions
 from lightning_modules.metrics.functional import forget_quality
 from lightning_modules.run.options import EvaluationOptions, Options
-from lightning_modules.run.options.precision import EXACT_SCORES
+from lightning_modules.run.options.precision import EXACT
 from lightning_modules.run.run import Run, Splits
 
 ScoredSplits = dict[str, list[dict[str, Any]]]
@@ -70,7 +70,7 @@ def contents_of_metrics(
     after: Evaluation,
     reference: ScoredSplits | None,
     seconds: Mapping[str, float],
-    precision: str = EXACT_SCORES,
+    precision: str = EXACT,
 ) -> dict[str, Any]:
     """What metrics.json holds. All scores in it are computed from the examples that evaluation.jsonl holds.
 
@@ -101,7 +101,7 @@ def contents_of_metrics(
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "seed": seed,
         "versions": versions(),
-        **({} if precision == EXACT_SCORES else {"evaluation_precision": precision}),
+        **({} if precision == EXACT else {"evaluation_precision": precision}),
     }
 
 

@@ -8,8 +8,8 @@ itself: a model that knows its answers is scored in less.
 
 A step is `gs.GRU` over AdamW with a forget and a retain batch, CE-U and cross-entropy at the answers' tokens. The share of
 surgery is what a step takes longer than the same two backward passes summed into one gradient and AdamW's step. A step
-without padding is the same step with `head.pack()`; the command takes it so on a CPU, and under bfloat16 autocast where the
-machine computes in bfloat16. Scores are float32, as they are there by default. Times are
+without padding is the same step with `head.pack()`, as the command takes it of a `--model` on a CPU; the share of scoring
+is beside such steps. All is float32 but for the line that says otherwise. Times are
 medians of interleaved rounds in one process; only ratios mean something on a machine that does other work too, and its
 load is printed with them.
 """
@@ -34,7 +34,6 @@ from lightning_modules.data.examples import asked
 from lightning_modules.data.fictional_authors import fictional_authors
 from lightning_modules.data.tokenization import collate, encode, padding_id
 from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate
-from lightning_modules.run.options.precision import default_precision
 from lightning_modules.training.heads import AnswerHead, answer_values
 from lightning_modules.training.scratch import ScratchSettings, scratch_model
 from tests.benchmarks.telling import conditions, table
@@ -116,11 +115,10 @@ def measured(folder: str | None, arguments: argparse.Namespace) -> tuple[str, di
         for name, part in (("forget", encoded[:size]), ("retain", encoded[size:]))
     }
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches.values())
-    autocast = default_precision(scratch=folder is None) == "bf16-mixed"
     steps = {
         "surgery": surgery_step(model, batches),
         "packed": surgery_step(model, batches, packed=True),
-        "default": surgery_step(model, batches, packed=True, autocast=autocast),
+        "autocast": surgery_step(model, batches, packed=True, autocast=True),
         "summed": summed_step(model, batches),
     }
     half = arguments.questions // 2
@@ -138,16 +136,16 @@ def measured(folder: str | None, arguments: argparse.Namespace) -> tuple[str, di
     for _ in range(arguments.rounds):
         for name, work in works.items():
             times[name].append(timed(work))
-    step, packed, default, summed, likelihoods, everything = (median(found) for found in times.values())
+    step, packed, autocast, summed, likelihoods, everything = (median(found) for found in times.values())
     gained = median(plain / without for plain, without in zip(times["surgery"], times["packed"], strict=True))
     share = median(1 - plain / whole for whole, plain in zip(times["surgery"], times["summed"], strict=True))
-    training, evaluation = arguments.steps * default, 2 * everything
+    training, evaluation = arguments.steps * packed, 2 * everything
     weights = sum(parameter.numel() for parameter in model.parameters())
     return f"{weights / 1e6:.1f}M parameters, {device.type}", {
         "a step": f"{step:.2f} s, {tokens} tokens, {tokens / step:.1f} a second",
         "of it surgery": f"{share:.1%} (summed gradients: {summed:.2f} s)",
         "a step without padding": f"{packed:.2f} s, {gained:.2f} times as fast",
-        "a step as the command takes it": f"{default:.2f} s, {'bf16-mixed' if autocast else 'float32'}",
+        "the same under bfloat16 autocast": f"{autocast:.2f} s",
         "scoring a question": f"{everything / arguments.questions:.2f} s, of it {1 - likelihoods / everything:.0%} generation",
         f"scoring in a run of {arguments.steps} steps": f"{evaluation / (evaluation + training):.1%}, "
         f"{evaluation / training:.2f} times the training",

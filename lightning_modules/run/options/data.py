@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lightning_modules.data.formats import AUTO, format_by_name
 from lightning_modules.run.options.flat import at_least_one, flag, not_negative
-from lightning_modules.run.options.precision import AUTOCAST, EXACT_SCORES
+from lightning_modules.run.options.precision import AUTOCAST, EXACT
 
 TOFUSplit = Literal["forget01", "forget05", "forget10"]
 MUSECorpus = Literal["news", "books"]
@@ -208,7 +208,7 @@ class EvaluationOptions:
         evaluation_batch_tokens: tokens a forward pass when scoring, padding counted, in place of that many texts; not
             for the tasks of --muse and --wmdp
         evaluation_precision: the precision of the scores before and after, and of a reference model's, by Lightning's
-            name; bf16-mixed computes products in bfloat16, in about three quarters of the time on a CPU that does:
+            name; bf16-mixed computes products in bfloat16, which takes less time on a machine that is made for it:
             probabilities have two or three digits, and some generated answers are others; the curve, the target and
             the probes are in float32 all the same; give it to evaluate too where its scores are compared with a run's
         reference: a model that never saw the forget set (folder or hub name), or its evaluation.jsonl; for 'scratch' it
@@ -221,16 +221,16 @@ class EvaluationOptions:
     evaluation_examples: int = 400
     evaluation_batch_size: int = 32
     evaluation_batch_tokens: int | None = None
-    evaluation_precision: str = EXACT_SCORES
+    evaluation_precision: str = EXACT
     reference: str | None = None
     reference_cache: bool = True
 
     def check(self) -> None:
         """Raise ValueError on options outside their domain."""
         at_least_one(self, "max_new_tokens", "evaluation_examples", "evaluation_batch_size", "evaluation_batch_tokens")
-        if self.evaluation_precision not in (EXACT_SCORES, AUTOCAST):
+        if self.evaluation_precision not in (EXACT, AUTOCAST):
             raise ValueError(
-                f"--evaluation-precision: expected {EXACT_SCORES} or {AUTOCAST}, found {self.evaluation_precision!r:.80}; float16 ends at "
+                f"--evaluation-precision: expected {EXACT} or {AUTOCAST}, found {self.evaluation_precision!r:.80}; float16 ends at "
                 "65504, which activations of language models may pass, and weights keep the type that --dtype says"
             )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_modules.run.options.precision import AUTOCAST, EXACT_SCORES, default_precision
+from lightning_modules.run.options.precision import default_precision
 from lightning_modules.run.options.shared import SharedOptions
 
 
@@ -20,10 +20,8 @@ def by_machine(training: SharedOptions, *, scratch: bool = False) -> dict[str, A
     """
     import torch  # only here: the parser needs these options before torch is there
 
-    precision = default_precision(scratch=scratch)
-    known = (training.precision or precision) in (AUTOCAST, EXACT_SCORES)
     gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     return {
-        "precision": precision,
-        "padding_free": known and not (scratch or gpu or training.compile or training.sharded),
+        "precision": default_precision(scratch=scratch),
+        "padding_free": not (scratch or gpu or training.compile or training.sharded),
     }

@@ -319,9 +319,9 @@ def test_a_given_model_is_read_so_by_default_on_a_cpu_and_the_one_from_scratch_i
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    for precision, expected in (("32-true", True), ("bf16-mixed", True), ("16-mixed", False)):
+    for precision in ("32-true", "32", "bf16-mixed"):
         named = UnlearnOptions.of(model="m", forget="f", retain="r", precision=precision)
-        assert named.resolved().training.padding_free is expected
+        assert named.resolved().training.padding_free is True
     assert UnlearnOptions.of(model="m", forget="f", retain="r").resolved().training.padding_free is True
     assert FinetuneOptions.of(model="m", data="d").resolved().training.padding_free is True
     assert UnlearnOptions().resolved().training.padding_free is False
