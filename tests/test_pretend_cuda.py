@@ -86,6 +86,16 @@ def test_the_device_draws_from_a_generator_of_its_own(there: PretendedCuda) -> N
     assert torch.equal(torch.rand(3, device="cuda"), drawn)
 
 
+def test_draws_differ_and_a_draw_that_is_refused_leaves_the_generator_of_the_cpu(there: PretendedCuda) -> None:
+    like = torch.zeros(3, device="cuda")
+    assert not torch.equal(torch.rand_like(like), torch.rand_like(like))
+    torch.manual_seed(1)
+    expected = torch.get_rng_state()
+    with pytest.raises(RuntimeError):
+        torch.multinomial(like, 5)
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
 def test_a_module_moves_with_its_optimizer_and_files_say_where_tensors_were(
     there: PretendedCuda, tmp_path: Path
 ) -> None:

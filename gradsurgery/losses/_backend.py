@@ -41,7 +41,7 @@ def backend(choice: Choice | None = None) -> Backend:
     or labels that were changed in place in between raise an error.
 
     Each gives the same bits on every call, with any number of threads; with "auto" the number of logits decides which
-    one it is. The two agree up to rounding, and keep as many correct digits where a token is nearly certain or
+    one it is. They agree up to rounding, and keep as many correct digits where a token is nearly certain or
     forgotten, and where two distributions hardly differ or hardly overlap.
 
     Args:

@@ -77,7 +77,7 @@ class Evaluate:
         attack_matches: Run them at every other target too.
         utility: Score TOFU's Model Utility too, and its nine numbers, on as many examples of retain, real authors and
             world facts as `generated_examples` says. The data has to have them: TOFU's, with a ready model.
-        autocast: Score and attack under autocast to bfloat16: faster where the processor multiplies bfloat16, and
+        autocast: Score and attack under autocast to bfloat16: faster where the processor is made for it, and
             less exact. `train.precision` says how the methods train.
     """
 

@@ -85,7 +85,7 @@ def finetune(options: FinetuneOptions, stated: Collection[str] = ()) -> Path:
             show_taught_plan(options, rows, known)
         return folder
     if not will_be_first():
-        # Where only the scores' last line was missing, the first one has nothing to train.
+        # With scores there, only checkpoints are left to remove, which the first process does.
         return folder if (folder / METRICS).exists() else _taught(options, rows)
     with occupied(folder, resume=options.training.resume):
         if only_report_is_missing(folder):

@@ -98,6 +98,8 @@ def settle_rate(
     about the way that every weight goes. The run is given a rate with which it goes this way in three quarters of its
     steps; it is usually done earlier, because small steps follow the gradients more closely.
 
+    Cost: a trial step takes the batches of all processes in the first one, while the others wait for it.
+
     Args:
         run: With --stop-below; where it is 0, the way is that to 0.05.
         model: Adapted already; it is left as it is.

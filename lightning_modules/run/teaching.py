@@ -44,7 +44,7 @@ def teach_first(options: UnlearnOptions, splits: Mapping[str, Sequence[Example]]
         found = lesson(options, splits, part)
         if found is None or is_taught(found.folder):
             continue
-        if part == "target" and processes_ahead() > 1:
+        if processes_ahead() > 1:
             # It refuses here as in the others, which would end while this one teaches.
             taught_folder(options, splits, part)
         work = found.folder.with_name(f"{found.folder.name}.training")

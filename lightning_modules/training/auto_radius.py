@@ -49,7 +49,7 @@ class RadiusSearch:
     Attributes:
         batches: Forget batches, evenly spread over the examples, each with a search of its own; the median counts.
         batch_size: Examples in a batch, as many as all processes have in one of training.
-        parts: A batch is read in so many parts, one after the other, with the memory of one.
+        parts: A batch is read in so many parts, one after the other, with the memory of one and a further gradient.
         scale: The unit of the radius, as in `PerturbSettings`.
     """
 
@@ -149,7 +149,9 @@ def _lowest(model: nn.Module, head: AnswerHead, batch: dict[str, Tensor], settin
 
 def _plus(sums: Sequence[Tensor | None], further: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Sums of gradients, of which a weight that no part reaches has none."""
-    return [new if old is None else old if new is None else old + new for old, new in zip(sums, further, strict=True)]
+    return [
+        new if old is None else old if new is None else old.add_(new) for old, new in zip(sums, further, strict=True)
+    ]
 
 
 def _search(at: Callable[[float], float], first: float, guess: float) -> float:

@@ -86,6 +86,7 @@ class PretendedCuda(TorchDispatchMode):
         self.made_by_python = 0
         self.in_backward = False
         self.autocast: list[str] = []  # devices, the innermost last
+        self.draws = False  # of the device's generator, at this moment
         self.random = RealGenerator().manual_seed(0).get_state()
         self.generators: dict[int, Any] = {}  # those of the device, by the address that C++ knows them by
 
@@ -115,14 +116,16 @@ class PretendedCuda(TorchDispatchMode):
     @contextmanager
     def own_randomness(self, on: bool) -> Iterator[None]:
         """Draws on the device come from a generator of its own, as they do there."""
-        if not on:
+        if not on or self.draws:
             yield
             return
-        before = torch.get_rng_state()
+        before, self.draws = torch.get_rng_state(), True
         torch.random.default_generator.set_state(self.random)
-        yield
-        self.random = torch.get_rng_state()
-        torch.random.default_generator.set_state(before)
+        try:
+            yield
+        finally:
+            self.random, self.draws = torch.get_rng_state(), False
+            torch.random.default_generator.set_state(before)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
