@@ -28,7 +28,7 @@ def default_precision(*, scratch: bool = False) -> str:
 def made_for_bfloat16() -> bool:
     """Whether the CPU has units for products of bfloat16 matrices: AMX, or ARM's.
 
-    avx512_bf16 alone is not enough: on an Intel Xeon with it and without AMX a step of SmolLM2-135M takes 1.6 times as
+    avx512_bf16 alone is not enough: on an Intel Xeon with it and without AMX a step of SmolLM2-135M takes 1.5 times as
     long as in float32. What it gives is not measured when a run starts, because processes that train together, or a run
     that goes on, could then differ; who has a CPU that gains says --precision bf16-mixed.
     """
