@@ -9,6 +9,7 @@ from typing import TypeVar
 from lightning_modules.data.examples import Example
 from lightning_modules.data.files import read_json
 from lightning_modules.data.hashes import hashed
+from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import CHECKPOINTS, CONFIG, METRICS, TRAINING, check_links, write_config
 from lightning_modules.run.finish import substitute_answers
 from lightning_modules.run.identity import examples_hash, model_identity
@@ -92,7 +93,7 @@ def resumed(given: OptionsT, stated: Collection[str] = ()) -> OptionsT:
 
     Raises:
         FileNotFoundError: If there is no run in the folder.
-        FileExistsError: If the run in it is finished.
+        FileExistsError: If the run in it is finished, and this is the first process.
         PermissionError: If a link leads out of the folder.
         ValueError: If an option is given that the run was not started with.
     """
@@ -100,7 +101,8 @@ def resumed(given: OptionsT, stated: Collection[str] = ()) -> OptionsT:
     config = folder / CONFIG
     if not config.exists():
         raise FileNotFoundError(f"--resume: expected a run in {folder}, found no {CONFIG}; start it without --resume")
-    if (folder / METRICS).exists() and not only_report_is_missing(folder):
+    # Another process of the same run may come here when the first one has ended it already.
+    if (folder / METRICS).exists() and not only_report_is_missing(folder) and will_be_first():
         report = f", or draw its report again with `gradsurgery report {folder}`" if kind is UnlearnOptions else ""
         raise FileExistsError(
             f"--resume: expected an interrupted run, found a finished one in {folder}; choose another --output{report}"

@@ -141,6 +141,9 @@ def test_no_other_process_waits_for_a_first_one_that_has_nothing_left_to_train(
         monkeypatch.setenv("RANK", rank)
         assert cli.main(["finetune", "--resume", "--output", str(tmp_path)]) == 0
         assert (tmp_path / CHECKPOINTS).exists() == (rank == "1")
+    for rank, status in (("1", 0), ("0", 1)):  # one that comes late finds a finished run, which the first refuses
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main(["finetune", "--resume", "--output", str(tmp_path)]) == status
 
 
 def test_a_finished_run_is_not_resumed_and_options_of_another_are_refused(
