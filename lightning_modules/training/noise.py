@@ -59,7 +59,7 @@ def noised(batch: Batch, share: float, replicas: Mapping[str, int] | None = None
     """A batch in which a share of the tokens is replaced; labels and attention stay as they are.
 
     Processes with parts of one batch replace what one process would that has all of it, as long as their generators are
-    in the same state.
+    in the same state: `seed_everything` directly before `Trainer.fit`, and no dropout on a CPU.
 
     Args:
         batch: `input_ids`, `attention_mask` and `labels`, `[B, T]`; padding is left alone, and never a replacement.

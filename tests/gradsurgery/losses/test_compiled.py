@@ -263,7 +263,7 @@ def test_the_choice_says_itself_and_is_restored() -> None:
     with backend("eager"):
         assert repr(backend()) == "eager: it was chosen"
         with pytest.raises(
-            ValueError, match="backend: expected one of 'auto', 'compiled', 'eager', or None, found 'x'"
+            ValueError, match="backend: expected one of 'auto', 'compiled', 'eager', 'triton', or None, found 'x'"
         ):
             backend("x")
     assert backend().name == "compiled"

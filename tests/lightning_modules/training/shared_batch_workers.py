@@ -74,5 +74,6 @@ def trained(batch_size: int, **own: Any) -> tuple[dict[str, torch.Tensor], list[
         accelerator="cpu", max_epochs=1, callbacks=[logger], logger=False, enable_checkpointing=False, use_distributed_sampler=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, **own,
     )  # fmt: skip
+    L.seed_everything(6, verbose=False)  # DDP goes back to it when training starts, one process stays there
     trainer.fit(module.train(), data)
     return {name: value.clone() for name, value in model.state_dict().items()}, logger.rows
