@@ -59,10 +59,8 @@ def storage_of(tensor: Any) -> Any:
     """None for what has none: tensors under `torch.vmap`, sparse ones, those without numbers."""
     if isinstance(tensor, torch.UntypedStorage):
         return tensor
-    try:
-        return None if real_device(tensor).type != "cpu" else tensor.untyped_storage()
-    except (NotImplementedError, RuntimeError):
-        return None
+    there = real_device(tensor).type == "cpu" and torch._C._has_storage(tensor)
+    return tensor.untyped_storage() if there else None
 
 
 class PretendedCuda(TorchDispatchMode):
