@@ -18,7 +18,6 @@ from triton import knobs
 INTERPRETED = bool(knobs.runtime.interpret)
 """Whether Triton runs in its interpreter (TRITON_INTERPRET=1), on CPU tensors: tests without a GPU."""
 
-VERSION = triton.__version__
 CHUNK = 1 << 15
 """Numbers of each row that a program takes. A lane of float32 sums adds at most 32 products one after another."""
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +12,7 @@ from torch import Tensor
 from gradsurgery.gram.kernel import Members, Unavailable, note_writes, overwritten
 from gradsurgery.gram.pointers import PointerBatch
 from gradsurgery.gram.rows import Write, numbers_on
+from gradsurgery.native import tried, triton_kernels
 
 RULES = ("sum", "gru", "pcgrad")
 """Rules of two rows that the kernel which sums the products can apply itself."""
@@ -32,13 +31,10 @@ class DeviceKernel:
     """
 
     def __init__(self) -> None:
-        self._kernels: Any = _imported()
-        interpreted = self._kernels.INTERPRETED
-        self.device = "cpu" if interpreted else "cuda"
-        capability = None if interpreted else torch.cuda.get_device_capability()
-        self.about = f"Triton {self._kernels.VERSION}{' in its interpreter' if interpreted else ''}"
+        self._kernels, self.about, self.device = triton_kernels("gradsurgery.gram._triton")
+        capability = torch.cuda.get_device_capability() if self.device == "cuda" else None
         self.number = int(hashlib.sha256(repr((self.about, capability)).encode()).hexdigest()[:8], 16) | 1
-        _check(self)
+        tried(lambda: _right(self))
 
     def batch(self, members: Members, blocks: Sequence[int] | None, writes: Sequence[Write] = ()) -> PointerBatch:
         """What the kernels take of these members.
@@ -116,26 +112,12 @@ class DeviceKernel:
         return gram, coefficients
 
 
-def _imported() -> Any:
-    nowhere = Unavailable("there is no CUDA device, and Triton was not imported under TRITON_INTERPRET=1")
-    there = torch.cuda.is_available()
-    if not there and os.environ.get("TRITON_INTERPRET") != "1":
-        raise nowhere  # before anybody waits for an import
-    try:
-        from gradsurgery.gram import _triton
-    except ImportError as error:
-        raise Unavailable(f"Triton cannot be imported ({error})") from error
-    if not (there or _triton.INTERPRETED):
-        raise nowhere
-    return _triton
-
-
 def _rounded(weight: float | None) -> float | None:
     """As `torch.Tensor.lerp_` takes it: 1 minus it would be another float32 number otherwise."""
     return None if weight is None else float(torch.tensor(weight, dtype=torch.float32, device="cpu"))
 
 
-def _check(kernel: DeviceKernel) -> None:
+def _right(kernel: DeviceKernel) -> bool:
     """Compare with whole numbers, whose products and sums are exact, so that a compiler's fault shows at once."""
     numbers = torch.arange(3001, dtype=torch.float32, device=kernel.device)
     forget, retain = numbers % 7 - 3, (numbers % 5 - 2).bfloat16()
@@ -143,13 +125,9 @@ def _check(kernel: DeviceKernel) -> None:
     wide = torch.stack([forget, retain.float()]).double()
     expected = forget * 2 - retain.float() * 3
     batch = kernel.batch([(0, [forget, retain])], None)
-    try:
-        kernel.add_products(batch, total)
-        kernel.combine(batch, torch.tensor([[2.0, -3.0]], dtype=torch.float64, device=kernel.device))
-    except Exception as error:  # whatever Triton, its compiler or the driver raise
-        raise Unavailable(f"the kernels cannot run ({type(error).__name__}: {str(error).strip()})") from error
-    if not (torch.equal(total[0], wide @ wide.mT) and torch.equal(forget, expected)):
-        raise Unavailable("the kernels compute wrong numbers")
+    kernel.add_products(batch, total)
+    kernel.combine(batch, torch.tensor([[2.0, -3.0]], dtype=torch.float64, device=kernel.device))
+    return torch.equal(total[0], wide @ wide.mT) and torch.equal(forget, expected)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ _chosen = Chosen(
         "auto": None,
         "compiled": Needs("the kernels to be built", lambda: _built(), "eager"),
         "eager": None,
-        "triton": Needs("Triton's kernels to run", lambda: device_kernels(), "auto"),
+        "triton": Needs("Triton's kernels to run", _device_kernel.built, "auto"),
     }
 )
 
@@ -65,7 +65,7 @@ def backend(choice: Choice | None = None) -> Backend:
     if _chosen.name == "eager":
         return Backend("eager", "it was chosen", restore)
     if _chosen.name == "triton":
-        about = _device_kernel.about(device_kernels())
+        about = _device_kernel.built().about
         return Backend("triton", f"for float32, bfloat16 and float16 logits on CUDA devices, by {about}", restore)
     found = _built()
     if isinstance(found, str):
@@ -82,14 +82,12 @@ def worth_a_kernel(logits: Tensor, *others: Tensor) -> bool:
     return logits.numel() >= smallest and all(map(taken, (logits, *others))) and not isinstance(_built(), str)
 
 
-def by_triton(logits: Tensor) -> bool:
-    """Whether Triton's kernels are chosen, and these logits are on their device."""
-    return _chosen.name == "triton" and logits.device.type == _device_kernel.device(device_kernels())
-
-
-def device_kernels() -> Any:
-    """Triton's kernels, or why they are lacking, in words."""
-    return _device_kernel.built()
+def by_triton(logits: Tensor) -> Any:
+    """Triton's kernels, if they are chosen, and these logits are on their device; else None."""
+    if _chosen.name != "triton":
+        return None
+    found = _device_kernel.built()
+    return found.kernels if logits.device.type == found.device else None
 
 
 def _built() -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.losses import _odds_kernel
-from gradsurgery.losses._backend import by_triton, device_kernels, worth_a_kernel
+from gradsurgery.losses._backend import by_triton, worth_a_kernel
 from gradsurgery.losses._log_odds import log1p_exp
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,7 +50,7 @@ class Statistics(NamedTuple):
 
 def usable(logits: Tensor) -> bool:
     """Whether a kernel takes these rows, and is worth calling."""
-    if by_triton(logits):
+    if by_triton(logits) is not None:
         return logits.dtype in _TYPES and logits.is_contiguous()
     return compiled(logits)
 
@@ -106,7 +106,7 @@ def gradient_(
 
 
 def _kernels(logits: Tensor) -> Any:
-    kernels = device_kernels() if by_triton(logits) else _odds_kernel.built()
+    kernels = by_triton(logits) or _odds_kernel.built()
     if isinstance(kernels, str):
         raise RuntimeError(f"expected a kernel, found that {kernels}; `usable` tells")
     return kernels

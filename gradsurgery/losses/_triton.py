@@ -14,7 +14,6 @@ from triton import knobs
 
 INTERPRETED = bool(knobs.runtime.interpret)
 """Whether Triton runs in its interpreter (TRITON_INTERPRET=1), on CPU tensors: tests without a GPU."""
-VERSION = triton.__version__
 
 _BLOCK = 4096
 _WARPS = 8

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from gradsurgery.losses import _divergence_kernel, _odds_kernel
+from gradsurgery.losses import _divergence_kernel, _odds_kernel, backend
 
 ROOT = Path(__file__).parents[3]
 WORKER = """
@@ -28,6 +29,12 @@ if sys.argv[1] == "triton":
     assert not _kernel.usable(some)
     gs.losses.backend("triton")
     assert _kernel.usable(some) and not _kernel.usable(some.double()) and not _kernel.usable(some.T)
+    from gradsurgery.losses import _device_kernel, _triton
+    right = _triton.gradient_
+    for wrong, why in ((lambda *_: None, "the kernels compute wrong numbers"), (None, "the kernels cannot run (TypeError: ")):
+        _triton.gradient_ = wrong
+        assert _device_kernel.built.__wrapped__().startswith(why)
+    _triton.gradient_ = right
 
 @token_loss(runner_up=True)
 def margin(odds: Tensor, runner_up_odds: Tensor) -> Tensor:  # its slope by the runner-up does not vanish with the runner-up's doubt
@@ -120,6 +127,15 @@ def test_the_kernels_do_what_plain_pytorch_does(kernel: str) -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert int(done.stdout.split()[1]) > 100
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device would run the kernels")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter would run the kernels")
+def test_without_a_device_tritons_kernels_are_refused_and_nothing_changes() -> None:
+    with backend("eager"):
+        with pytest.raises(RuntimeError, match="expected Triton's kernels to run, found that there is no CUDA device"):
+            backend("triton")
+        assert backend().name == "eager"
 
 
 def test_where_there_is_a_compiler_no_test_is_skipped_for_a_broken_kernel() -> None:
