@@ -108,7 +108,7 @@ def kernel_for(
         return None
     batches = [Batch(members, blocks, writes) for members in found]
     # Plain counts, the same on every rank that holds the same rows.
-    if sum(batch.numbers for batch in batches) < (SMALLEST if _chosen.name == "auto" else 1):
+    if not _chosen.compiles(sum(batch.numbers for batch in batches), SMALLEST):
         return None
     kernel = built()
     return None if isinstance(kernel, str) else (kernel, batches)
@@ -122,7 +122,7 @@ def kernel_number(parameters: Sequence[Tensor]) -> int:
     if _chosen.name == "triton":
         return _device_kernel().number
     numbers = sum(parameter.numel() for parameter in parameters if parameter.device.type == "cpu")
-    if _chosen.name == "eager" or numbers < (SMALLEST if _chosen.name == "auto" else 1):
+    if not _chosen.compiles(numbers, SMALLEST):
         return 0
     kernel = built()
     return 0 if isinstance(kernel, str) else kernel.number

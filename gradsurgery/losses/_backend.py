@@ -76,10 +76,8 @@ def backend(choice: Choice | None = None) -> Backend:
 
 def worth_a_kernel(logits: Tensor, *others: Tensor) -> bool:
     """Whether the kernels in C++ are chosen, take these rows ``[n, V]``, and are worth calling."""
-    if _chosen.name in ("eager", "triton"):
-        return False
-    smallest = SMALLEST if _chosen.name == "auto" else 1
-    return logits.numel() >= smallest and all(map(taken, (logits, *others))) and not isinstance(_built(), str)
+    worth = _chosen.compiles(logits.numel(), SMALLEST)
+    return worth and all(map(taken, (logits, *others))) and not isinstance(_built(), str)
 
 
 def by_triton(logits: Tensor) -> Any:

@@ -61,6 +61,10 @@ class Chosen:
         self._names = names
         self.name = "auto"
 
+    def compiles(self, numbers: int, smallest: int) -> bool:
+        """Whether a compiled kernel may take so many numbers: with "auto" the smallest that are worth it, or more."""
+        return (self.name == "auto" and numbers >= smallest) or (self.name == "compiled" and numbers > 0)
+
     def choose(self, name: str | None) -> Callable[[], None]:
         """Choose, unless the name is None. Returns what restores the choice before.
 
