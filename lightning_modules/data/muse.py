@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Unpack, get_args
 
 from lightning_modules.data.examples import Example
 from lightning_modules.data.pairs import DataSettings, ForgetRetainDataModule
 from lightning_modules.data.pieces import pieces
-from lightning_modules.data.published import PublishedSplit, published_rows, text_of
+from lightning_modules.data.published import MUSECorpus, PublishedSplit, published_rows, text_of
 from lightning_modules.data.tasks import CONTINUATION, MEMBERSHIP, TASK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MUSECorpus = Literal["news", "books"]
 HUB_NAMES: dict[MUSECorpus, str] = {"news": "muse-bench/MUSE-News", "books": "muse-bench/MUSE-Books"}
 
 _VERBATIM_TOKENS = 128  # of the continuation, and of the right text that it is compared with

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning_modules.data.files import read_text
 from lightning_modules.data.rows import read_rows
+
+# Here and not beside their data modules, which import torch: the parser needs them before torch is there.
+MUSECorpus = Literal["news", "books"]
+WMDPSubject = Literal["bio", "cyber"]
 
 _ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
 

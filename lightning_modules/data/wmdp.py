@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 from lightning_modules.data.examples import Example, read_examples
 from lightning_modules.data.pairs import DataSettings, ForgetRetainDataModule
 from lightning_modules.data.pieces import pieces
-from lightning_modules.data.published import PublishedSplit, published_rows, text_of
+from lightning_modules.data.published import PublishedSplit, WMDPSubject, published_rows, text_of
 from lightning_modules.data.tasks import LETTERS, multiple_choice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-WMDPSubject = Literal["bio", "cyber"]
 _FIELDS: dict[WMDPSubject, str] = {"bio": "biology", "cyber": "cybersecurity"}
 
 _MMLU = PublishedSplit("cais/mmlu", "all", "test", within="mmlu")

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_modules.data.formats import AUTO, format_by_name
+from lightning_modules.data.published import MUSECorpus, WMDPSubject
 from lightning_modules.run.options.flat import at_least_one, flag, not_negative
 from lightning_modules.run.options.precision import AUTOCAST, EXACT
 
 TOFUSplit = Literal["forget01", "forget05", "forget10"]
-MUSECorpus = Literal["news", "books"]
-WMDPSubject = Literal["bio", "cyber"]
-
 
 BENCHMARKS = {"tofu": "forget10", "muse": "news", "wmdp": "cyber"}
 """The options that name a benchmark, each with a value of it; <name>_dir is the folder with its files."""
