@@ -35,8 +35,8 @@ class SharedOptions:
         compile: have torch.compile make one program of the model's layers for the training steps: the first one takes
             half a minute for the smallest model, and it pays in long trainings at best; it needs a C++ compiler on a
             CPU, and Triton on a GPU
-        precision: the precision, by Lightning's name; by default bf16-mixed with a CUDA GPU, or a CPU with AMX or
-            ARM's bfloat16, and 32-true elsewhere
+        precision: the precision, by Lightning's name; by default bf16-mixed with a --model on a CUDA GPU, or
+            on a CPU with AMX or ARM's bfloat16, and 32-true elsewhere
         devices: number of devices, or auto
         num_nodes: number of machines that train together; torchrun or srun starts the command on each
         strategy: how devices share the work: auto, ddp or another name of Lightning's under which each holds the model

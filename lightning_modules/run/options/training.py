@@ -102,8 +102,6 @@ class TrainingOptions(SharedOptions, StepOptions):
         lora_targets: which modules have adapters, the assistant's too: all-linear for every linear layer but the head,
             or names such as q_proj,v_proj
         lora_dropout: dropout on the adapters' input while training, the assistant's too
-        precision: the precision, by Lightning's name; by default bf16-mixed with a CUDA GPU, or a CPU with AMX or
-            ARM's bfloat16, and 32-true elsewhere, and for the model from scratch
         strategy: how devices share the work: auto, ddp or another name of Lightning's; fsdp2 shards a model that no
             device can hold
         logger: log the numbers of every step, the curve and the scores into logs/ of the output folder too: csv,
