@@ -121,7 +121,7 @@ def settle_rate(
         level=level,
         pad_token_id=curve.pad_token_id,
         precision=training.precision,
-        accumulate_grad_batches=slow.accumulate or 1,
+        accumulate_grad_batches=batches,
     )
     rate = _rate(tried, run, steps)
     rate_found = rate is not None and len(tried.points) > 1
