@@ -135,9 +135,7 @@ class PretendedCuda(TorchDispatchMode):
         with self.own_randomness(bool(marked) and torch.Tag.nondeterministic_seeded in func.tags):
             found = func(*args, **kwargs)
         if marked:
-            known = {
-                id(storage_of(tensor)) if storage_of(tensor) is None else storage_of(tensor)._cdata for tensor in given
-            }
+            known = {storage._cdata for tensor in given if (storage := storage_of(tensor)) is not None}
             for tensor in tensors_in(found):
                 if tensor in self.anywhere or (storage := storage_of(tensor)) is None or storage._cdata not in known:
                     self.put(tensor, True)
