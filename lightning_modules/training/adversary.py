@@ -95,7 +95,7 @@ class AdversarialModule(UnlearningModule):
         super().on_train_start()
         if any(isinstance(parameter, DTensor) for parameter in self._trained()):
             raise RuntimeError(
-                "adversary: expected weights that every process holds whole, found sharded ones; use ddp, or --radius with numbers"
+                "adversary: expected weights that every process holds whole, found sharded ones; use ddp, or `perturb`"
             )
         self._weights, self._taught = [], 0
 

@@ -131,7 +131,7 @@ def _lowest(model: nn.Module, head: AnswerHead, batch: dict[str, Tensor], settin
     if not (math.isfinite(first) and math.isfinite(slope) and slope > 0.0):
         raise ValueError(
             f"radius auto: expected forget answers with a finite loss and a gradient, found a loss of {first:g} and a slope of {slope:g}; "
-            "give --radius as numbers"
+            "give a number instead"
         )
     before = [weight.detach().clone() for weight, _ in pairs]
 
@@ -170,7 +170,7 @@ def _search(at: Callable[[float], float], first: float, guess: float) -> float:
     if not best:
         raise ValueError(
             f"radius auto: expected a loss of the forget answers that falls along its gradient, found none below {first:g} down to a "
-            f"radius of {radius:.1g}; give --radius as numbers"
+            f"radius of {radius:.1g}; give a number instead"
         )
     return best
 

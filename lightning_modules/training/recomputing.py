@@ -29,8 +29,8 @@ def recompute_activations(model: nn.Module) -> None:
         core = core.get_base_model()
     if not getattr(core, "supports_gradient_checkpointing", False):
         raise ValueError(
-            f"--gradient-checkpointing: expected a model of Transformers that supports it, found {type(core).__name__}, which does not; "
-            "leave it out, and use a smaller --batch-size with --accumulate to save memory"
+            f"gradient checkpointing: expected a model of Transformers that supports it, found {type(core).__name__}, which does not; "
+            "leave it out, and use smaller batches, more of them a step, to save memory"
         )
     without = {"use_reentrant": False}
     if hasattr(core, "activation_checkpointing_enable"):  # its name in Transformers 5.x, whose older one warns

@@ -117,7 +117,8 @@ class CollapseAlarm(Callback):
             return
         trainer.should_stop = True
         rank_zero_warn(
-            f"CollapseAlarm: {self.reason}; training stops here. A smaller learning rate, --retain-weight or --guard update keep more."
+            f"CollapseAlarm: {self.reason}; training stops here. A smaller learning rate, a larger retain weight or "
+            "guard='update' keep more."
         )
         if self.folder is not None and trainer.is_global_zero:
             limits = {"below": self.below, "drop": self.drop}

@@ -99,5 +99,5 @@ def test_recomputed_activations_give_the_same_steps(
 
 
 def test_a_model_that_cannot_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"--gradient-checkpointing: expected a model of Transformers.*found Linear"):
+    with pytest.raises(ValueError, match=r"gradient checkpointing: expected a model of Transformers.*found Linear"):
         recompute_activations(nn.Linear(2, 2))
