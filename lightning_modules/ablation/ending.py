@@ -11,8 +11,8 @@ import lightning as L
 from torch import nn
 
 from lightning_modules.ablation.grid import Run
+from lightning_modules.ablation.stale import training_data
 from lightning_modules.run.finish import finishing
-from lightning_modules.run.loading import make_data
 from lightning_modules.training.references import SecondModel
 from lightning_modules.training.trainer import trainer_options
 from lightning_modules.training.undo import undo_settings, undoing_module
@@ -40,7 +40,7 @@ def ended(run: Run, model: nn.Module, before: Any, tokenizer: Any, hardware: Cal
         return Cost()
     started = time.perf_counter()
     L.seed_everything(options.output.seed, verbose=False)
-    data = make_data(options, tokenizer)
+    data = training_data(run, tokenizer)
     if method.undo:
         settings = undo_settings(method.undo)
         module, steps = undoing_module(model, settings), settings.steps

@@ -64,7 +64,7 @@ class Run:
     def options(self) -> UnlearnOptions:
         """The options with which `unlearn` would do the same run."""
         grid, method = self.grid, self.method
-        data = {name: value for name, value in vars(grid.data).items() if name != "reference"}
+        data = {name: value for name, value in vars(grid.data).items() if name not in ("reference", "stale_share")}
         alone = method.rule == "none"
         epochs = grid.train.max_epochs if method.epochs is None else method.epochs
         return UnlearnOptions(
@@ -171,6 +171,8 @@ class Grid:
         if len(self.targets.end) > 1:
             raise ValueError(f"targets, end: expected [own], found {list(self.targets.end)}")
         self._check_attacks()
+        if not 0.0 <= self.data.stale_share <= 1.0:
+            raise ValueError(f"data: expected a stale_share between 0 and 1, found {self.data.stale_share}")
         if self.evaluate.utility and (self.data.tofu is None or not isinstance(self.model, str)):
             raise ValueError(
                 "evaluate, utility: expected data.tofu and a ready model, whose knowledge of real authors and the world can be scored, "
@@ -268,7 +270,7 @@ _LATER = {
     )
 }
 _LATER_SECTIONS = {
-    "data": ("forget_authors", "chat_template_kwargs", "retain_heldout", "heldout_authors"),
+    "data": ("forget_authors", "chat_template_kwargs", "retain_heldout", "heldout_authors", "stale_share"),
     "evaluate": ("attacks", "attack_matches", "utility", "autocast"),
     "targets": ("retained", "end"),
 }

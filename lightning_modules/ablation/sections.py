@@ -10,7 +10,12 @@ from lightning_modules.run.options import TOFUSplit
 
 @dataclass(frozen=True)
 class Data:
-    """What is to be forgotten and kept. These are the options of `unlearn` with the same names."""
+    """What is to be forgotten and kept. These are the options of `unlearn` with the same names, and `stale_share`.
+
+    Attributes:
+        stale_share: Share of the retain answers in whose place training sees the answer to the most similar other
+            question, as if it were of an older state of the world. Scores are those of the right answers.
+    """
 
     tofu: TOFUSplit | None = None
     tofu_dir: str | None = None
@@ -23,6 +28,7 @@ class Data:
     reference: str | None = None
     max_length: int = 512
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    stale_share: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from lightning_modules.ablation.memory import peak_megabytes, reset_peak
 from lightning_modules.ablation.placebo import Placebo
 from lightning_modules.ablation.retention import Ended
 from lightning_modules.ablation.scoring import Scorer
+from lightning_modules.ablation.stale import training_data
 from lightning_modules.evaluation.likelihood import device_of
 from lightning_modules.run import assembly
-from lightning_modules.run.loading import make_data
 from lightning_modules.run.options import AUTO
 from lightning_modules.run.radius import measure, search_settings
 from lightning_modules.training.adversary import AdversarialModule, AdversarySettings
@@ -43,7 +43,7 @@ def train(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: S
     """
     options = run.options()
     training, home = options.training, device_of(model)
-    data = make_data(options, tokenizer)
+    data = training_data(run, tokenizer)
     before = copy.deepcopy(model.state_dict())
     started = time.perf_counter()
     adapted = assembly.adapted(model, training, data, options.output.seed)

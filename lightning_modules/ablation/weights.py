@@ -20,6 +20,7 @@ from lightning_modules.ablation.grid import Run
 from lightning_modules.ablation.matching import Matching, Target
 from lightning_modules.ablation.retention import Ended
 from lightning_modules.ablation.scoring import Scorer
+from lightning_modules.ablation.stale import training_data
 from lightning_modules.ablation.training import on_this_device
 from lightning_modules.data.pairs import ForgetRetainDataModule
 from lightning_modules.evaluation.likelihood import device_of
@@ -36,7 +37,7 @@ def by_assistant(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, tar
     unlearned = train_assistant(
         model,
         tokenizer,
-        make_data(options, None).read(),
+        training_data(run, None).read(),
         replace(options.uld_settings(), lr=run.method.lr or run.grid.train.lr),
         trainer=on_this_device(run, [clock]),  # with the row's epochs
     )
