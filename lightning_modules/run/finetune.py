@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ from lightning_modules.run.resume import only_report_is_missing, resumed, taught
 from lightning_modules.run.saving import whole, write_model
 from lightning_modules.run.show import show_format, show_row
 from lightning_modules.training.adapters import adapt
-from lightning_modules.training.callbacks import Checkpoints
+from lightning_modules.training.callbacks import Checkpoints, seconds_of
 from lightning_modules.training.finetuning import FinetuningDataModule, FinetuningModule
 from lightning_modules.training.merging import check_mergeable
 from lightning_modules.training.probability import mean_probabilities
@@ -122,10 +121,10 @@ def _taught(options: FinetuneOptions, rows: list[Example]) -> Path:
     if first and not training.resume:
         # Only after everything that a wrong option can break, so that the corrected command finds the folder free.
         write_config(folder, "finetune", options.recorded())
-    last, started = folder / LAST_CHECKPOINT, time.perf_counter()
+    last = folder / LAST_CHECKPOINT
     resume = last if training.resume and last.exists() else None
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
-    seconds = time.perf_counter() - started
+    seconds = seconds_of(trainer)
     if not trainer.is_global_zero:
         return folder
     taught: Any = module.model if training.save == "adapter" else whole(module.model)

@@ -49,6 +49,7 @@ from lightning_modules.training.callbacks import (
     ProgressLines,
     SurgeryLogger,
     TradeoffCurve,
+    seconds_of,
 )
 from lightning_modules.training.callbacks.checkpoints import FORMER
 from lightning_modules.training.checkpoint_file import CheckpointFile
@@ -182,12 +183,11 @@ def watched_trainer(run: Run[UnlearnOptions], curve: TradeoffCurve) -> L.Trainer
 
 
 def fit(run: Run[UnlearnOptions], trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> float:
-    """Train, from the last checkpoint where the run is resumed. Returns the seconds."""
+    """Train, from the last checkpoint where the run is resumed. Returns the seconds, those before it included."""
     for logger in trainer.loggers:
         logger.log_hyperparams(run.options.recorded())
-    started = time.perf_counter()
     trainer.fit(module, data, ckpt_path=_last_checkpoint(run), weights_only=True)
-    return time.perf_counter() - started
+    return seconds_of(trainer)
 
 
 def by_assistant(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned:
@@ -209,7 +209,7 @@ def by_assistant(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned:
     if not training.resume:
         write_options(run)
     checkpoints = _checkpoints(run)
-    started, loggers = time.perf_counter(), make_loggers(training, run.folder)
+    loggers = make_loggers(training, run.folder)
     unlearned = train_assistant(
         model,
         run.tokenizer,
@@ -226,7 +226,7 @@ def by_assistant(run: Run[UnlearnOptions], model: nn.Module) -> Unlearned:
         },
         resume=_last_checkpoint(run),
     )
-    seconds = {"train": time.perf_counter() - started, "evaluate": evaluating}
+    seconds = {"train": checkpoints.seconds, "evaluate": evaluating}
     return Unlearned(unlearned, before, seconds, loggers=loggers, steps=checkpoints.step)
 
 

@@ -23,7 +23,7 @@ the report should say goes through `notes.note`; what has to survive a resumed r
 from __future__ import annotations
 
 from lightning_modules.training.callbacks.best_tradeoff import BestTradeoff, is_better
-from lightning_modules.training.callbacks.checkpoints import Checkpoints
+from lightning_modules.training.callbacks.checkpoints import Checkpoints, seconds_of
 from lightning_modules.training.callbacks.collapse_alarm import CollapseAlarm, collapse
 from lightning_modules.training.callbacks.g_effect import GEffectLogger
 from lightning_modules.training.callbacks.progress_lines import ProgressLines
@@ -56,4 +56,5 @@ __all__ = [
     "quantize_",
     "relearn_probe",
     "round_to_nearest",
+    "seconds_of",
 ]

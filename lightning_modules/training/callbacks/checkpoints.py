@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class Checkpoints(Checkpoint):
 
     Attributes:
         step: Optimizer steps so far.
+        earlier: Seconds that the training had taken when the checkpoint was saved from which it goes on.
 
     Raises:
         ValueError: If `every_n_steps` is below 1; when a checkpoint of another run is loaded.
@@ -41,6 +43,16 @@ class Checkpoints(Checkpoint):
             raise ValueError(f"Checkpoints: expected every_n_steps to be at least 1, or None, found {every_n_steps}")
         self.path, self.every_n_steps, self.run = Path(path), every_n_steps, None if run is None else dict(run)
         self.step = 0
+        self.earlier, self._started = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since `fit` was called, and those of the training that it goes on with."""
+        return self.earlier + time.perf_counter() - self._started
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Count the seconds from here."""
+        self._started = time.perf_counter()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
         """Count from where a resumed run was."""
@@ -75,11 +87,11 @@ class Checkpoints(Checkpoint):
         trainer.strategy.barrier()
 
     def state_dict(self) -> dict[str, Any]:
-        """What the run is."""
-        return {"run": self.run}
+        """What the run is, and how long it has taken."""
+        return {"run": self.run, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another run."""
+        """Refuse the checkpoint of another run; take over its seconds."""
         run, found = self.run or {}, state_dict.get("run") or {}
         other = [name for name in sorted({*run} & {*found}) if run[name] != found[name]]
         if other:
@@ -88,3 +100,9 @@ class Checkpoints(Checkpoint):
                 f"{self.path}: expected a checkpoint of this run, found one of another ({said}); remove it to train from the start, or "
                 "put this run's in its place"
             )
+        self.earlier = state_dict.get("seconds", 0.0)
+
+
+def seconds_of(trainer: L.Trainer) -> float:
+    """What the training of a Trainer with `Checkpoints` took: its `seconds`."""
+    return next(callback.seconds for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints))

@@ -263,3 +263,15 @@ def test_checkpoints_by_steps_and_by_epochs(
     assert at == steps
     with pytest.raises(ValueError, match="every_n_steps to be at least 1, or None, found 0"):
         Checkpoints(tmp_path / "last.ckpt", every_n_steps=0)
+
+
+def test_a_training_that_goes_on_has_the_seconds_of_what_it_goes_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    first, second = Checkpoints(path), Checkpoints(path)
+    fit(2, tmp_path, watch=[first])
+    checkpoint = torch.load(path, weights_only=True)
+    assert 0 < checkpoint["callbacks"]["Checkpoints"]["seconds"] <= first.seconds
+    checkpoint["callbacks"]["Checkpoints"]["seconds"] = 1000.0
+    torch.save(checkpoint, path)
+    fit(2, tmp_path, path, watch=[second])
+    assert second.seconds > 1000
