@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import pkgutil
 import re
@@ -73,4 +74,6 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(description="Build the reference pages.")
+    parser.add_argument("folder", type=Path, help="a new or empty folder")
+    sys.exit(main(parser.parse_args().folder))
