@@ -10,6 +10,7 @@ from lightning_modules.folder import METRICS
 
 MODELS = ("before", "after", "reference")
 _OPTIONAL = ("forget_quality", "model_utility", "target")
+_TEXTS = ("above", "changed_by")  # of the target
 _NESTED = ("membership", "model_utility_inputs", "benchmarks")
 
 
@@ -35,7 +36,8 @@ def check_metrics(metrics: Any, folder: Path) -> None:
         if not isinstance(table, Mapping):
             raise ValueError(f"{expected} with {type(table).__name__} as {name} and no object; make the run again")
         for inner, value in table.items():
-            scores: Mapping[str, Any] = {"": value} if name != "versions" else {}
+            text = name == "versions" or (name == "target" and inner in _TEXTS)
+            scores: Mapping[str, Any] = {} if text else {"": value}
             if name in (*MODELS, *_NESTED) and value is not None:
                 if not isinstance(value, Mapping):
                     raise ValueError(

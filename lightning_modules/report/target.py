@@ -54,6 +54,12 @@ def not_reached(metrics: Mapping[str, Any]) -> str | None:
             f"{text}; what the ledger holds to a limit did not: {', '.join(above)}. Raise --ledger-weight, --steps or --epochs, in a new "
             "run."
         )
+    if (trained := number(target.get("trained"))) is not None and trained < level:
+        how = {
+            "--finish-steps": "the finish after it brought it back; take fewer --finish-steps, or a lower --stop-below",
+            "--best-below": "its weights are of an earlier step; take a lower --best-below",
+        }[target["changed_by"]]
+        return f"{text}; training had come to {shown(trained)}, and {how}, in a new run."
     if target["stopped_early"]:
         return f"{text}; it was stopped before its last step."
     return f"{text}; raise --lr, or --steps or --epochs, in a new run."

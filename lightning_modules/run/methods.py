@@ -21,6 +21,7 @@ from lightning_modules.data.pairs import VALIDATION_EXAMPLES, VALIDATION_SPLITS
 from lightning_modules.data.tokenization import encode_example, padding_id
 from lightning_modules.evaluation import processes
 from lightning_modules.evaluation.evaluate import Evaluation
+from lightning_modules.evaluation.likelihood import on_gpu
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import CHECKPOINTS, CURVE, G_EFFECT, LAST_CHECKPOINT, SURGERY
 from lightning_modules.run.assembly import adapted, make_module, make_trainer, start_model
@@ -53,6 +54,7 @@ from lightning_modules.training.callbacks import (
 )
 from lightning_modules.training.callbacks.checkpoints import FORMER
 from lightning_modules.training.checkpoint_file import CheckpointFile
+from lightning_modules.training.probability import mean_probabilities
 from lightning_modules.training.recomputing import recompute_activations
 
 
@@ -154,16 +156,33 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module, log: ScoredSplits | N
         loggers=trainer.loggers,
         steps=trainer.global_step,
         reference=scored,
-        target=ended(run.options.training, trainer, curve),
+        target=ended(run.options.training, trainer, curve, None if start is None else unlearned),
     )
 
 
-def ended(training: TrainingOptions, trainer: L.Trainer, curve: TradeoffCurve) -> dict[str, Any] | None:
-    """What metrics.json says about the target of a training that is over; None if it had none."""
+def ended(
+    training: TrainingOptions, trainer: L.Trainer, curve: TradeoffCurve, finished: nn.Module | None = None
+) -> dict[str, Any] | None:
+    """What metrics.json says about the target of a training that is over; None if it had none.
+
+    Args:
+        training: The options.
+        trainer: That has trained.
+        curve: That has scored.
+        finished: The model after a finish, which is scored once more; None if there was none.
+    """
     if not training.stop_below or not curve.points:
         return None
     found, steps = curve.points[-1]["forget"], trainer.global_step
-    further = {"above": list(curve.above)} if curve.above else {}
+    further: dict[str, Any] = {"above": list(curve.above)} if curve.above else {}
+    better = next((callback.best for callback in trainer.callbacks if isinstance(callback, BestTradeoff)), None)  # type: ignore[attr-defined]
+    for option, value in (
+        ("--best-below", None if better is None else better["forget"]),
+        ("--finish-steps", None if finished is None else _forget_probability(finished, curve)),
+    ):
+        if value is not None and value != found:
+            further |= {"trained": curve.points[-1]["forget"], "changed_by": option}
+            found = value
     return {
         "forget_probability": training.stop_below,
         "found": found,
@@ -172,6 +191,12 @@ def ended(training: TrainingOptions, trainer: L.Trainer, curve: TradeoffCurve) -
         "stopped_early": steps < trainer.estimated_stepping_batches,
         **further,
     }
+
+
+def _forget_probability(model: nn.Module, curve: TradeoffCurve) -> float:
+    with on_gpu(model):
+        scored = {"forget": curve.encoded["forget"]}
+        return mean_probabilities(model, scored, pad_token_id=curve.pad_token_id, batch_size=curve.batch_size)["forget"]
 
 
 def watched_trainer(run: Run[UnlearnOptions], curve: TradeoffCurve) -> L.Trainer:

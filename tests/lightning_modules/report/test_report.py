@@ -320,6 +320,12 @@ def test_what_degenerate_means(text: str, expected: bool) -> None:
 # ---- what else a run may say
 
 
+def test_an_earlier_request_above_its_limit_is_named(tmp_path: Path) -> None:
+    target = {"forget_probability": 0.05, "found": 0.04, "reached": False, "steps": 9, "stopped_early": False}
+    made = make(tmp_path, target=target | {"above": ["an earlier author"]})
+    assert "what the ledger holds to a limit did not: an earlier author" in page_of(made).words()
+
+
 def test_a_collapse_a_kept_step_and_probes_are_told(tmp_path: Path) -> None:
     made = make(tmp_path)
     best = {"step": 8, "forget": 0.2, "retain": 0.84, "target": 0.3, "last_step": 10, "restored": True}

@@ -233,6 +233,26 @@ def test_a_target_that_was_not_reached_is_said_with_what_to_raise(
 
 
 @pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--finish-steps", "10"), "the finish after it brought it back; take fewer --finish-steps"),
+        (("--best-below", "0.9"), "its weights are of an earlier step; take a lower --best-below"),
+    ],
+)
+def test_a_target_that_the_saved_model_is_above_again_was_not_reached(
+    given: tuple[str, ...], said: str, world: Path, tmp_path: Path
+) -> None:
+    flags = ("--stop-below", "0.2", "--lr", "3e-3", "--score-every", "1", *given)
+    assert cli.main(command(world, tmp_path / "run", *flags)) == 0
+    found, target = metrics(tmp_path / "run"), metrics(tmp_path / "run")["target"]
+    assert target["trained"] < 0.2 < target["found"]
+    assert not target["reached"]
+    assert math.isclose(target["found"], found["after"]["forget"]["probability"], rel_tol=1e-4)
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert f"training had come to {target['trained']:.3f}, and {said}" in report
+
+
+@pytest.mark.parametrize(
     ("given", "steps", "said"),
     [
         ([], 3, "a run usually ends below 0.05; this one takes all its steps"),
