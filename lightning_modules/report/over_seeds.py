@@ -107,10 +107,13 @@ def sentences(run: FinishedRun) -> list[str]:
         f"It is itself uncertain: for {n} normally distributed values the true standard deviation is {low:.2g} to {high:.2g} times the one "
         f"shown (95 % interval, chi-squared with {n - 1} degree{'' if n == 2 else 's'} of freedom)."
     )
-    if run.config.get("stop_below"):
+    levels = [level for level in (each.config.get("stop_below") for each in (run, *run.others)) if level]
+    if levels:
+        least, most = min(levels), max(levels)
+        level = f"{least:g} (`--stop-below`)" if least == most else f"its reference's level, {least:g} to {most:g} here"
         said.append(
-            f"A run stops once the mean probability of the forget answers is below {run.config['stop_below']:g} (`--stop-below`). Among "
-            "runs that stopped so, that score is nearly the same whatever the seed: look at what was kept."
+            f"A run stops once the mean probability of the forget answers is below {level}. Among runs that stopped so, that score is "
+            "nearly the same whatever the seed: look at what was kept."
         )
     for name, value in run.metrics["versions"].items():
         versions = {str(value), *(str(other.metrics["versions"].get(name)) for other in run.others)}
@@ -140,6 +143,7 @@ def curves(run: FinishedRun) -> str | None:
 def _varied(config: Mapping[str, Any]) -> str:
     """Returns a sentence about what --seed decides, and what it does not."""
     scratch, reference = config.get("model") == "scratch", config.get("reference")
+    taught = scratch or bool(config.get("finetune_first"))
     parts = [
         "the order in which the examples are trained on",
         "which examples to keep a run sees at all if it is shorter than a pass over them",
@@ -150,12 +154,12 @@ def _varied(config: Mapping[str, Any]) -> str:
         parts.append("what dropout leaves out, in a model that has any")
     if config.get("lora_rank"):
         parts.append("the first weights of the adapters")
-    if scratch:
-        parts.append(
-            "the small model that is trained from scratch first"
-            + (", and with it the reference" if reference is None else "")
-        )
-    same = "" if scratch else "the model before, "
+    if config.get("retain_noise"):
+        parts.append("which tokens of the noised retain examples are replaced")
+    if taught:
+        model = "the small model that is trained from scratch first" if scratch else "the target that is taught first"
+        parts.append(model + (", and with it the reference" if reference is None else ""))
+    same = "" if taught else "the model before, "
     same += "" if reference is None else "the reference, "
     return (
         f"Another seed changes {_listed(parts)}. It does not change {same}the sets to forget and to keep, or the examples scored: the "

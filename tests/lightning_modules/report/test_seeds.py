@@ -106,6 +106,8 @@ SOME = "which examples to keep a run sees at all if it is shorter than a pass ov
         ({"model": "m", "tofu": "forget10", "lora_rank": 4}, ["the first weights of the adapters"], ["scratch"]),
         ({"model": "m", "tofu": "forget10", "method": "uld"}, ["the first weights of the adapters"], ["scratch"]),
         ({"reference": "log"}, ["from scratch first.", "does not change the reference, the sets"], ["with it the reference", "dropout"]),
+        ({"model": "m", "tofu": "forget10", "finetune_first": True}, ["the target that is taught first, and with it the reference.", "does not change the sets"], ["model before"]),
+        ({"model": "m", "tofu": "forget10", "retain_noise": 0.1}, ["which tokens of the noised retain examples are replaced"], []),
         ({"forget_loss": "dpo"}, [", which refusal each answer to forget gets and", SOME], []),
         ({"forget_loss": "idk", "retain_weight": 1.0}, ["which refusal each answer to forget gets", SOME], []),
         ({"forget_loss": "npo"}, [SOME], ["refusal"]),
@@ -122,6 +124,14 @@ def test_what_a_seed_changes_depends_on_what_was_run(
         assert text in words
     for text in not_said:
         assert text not in words
+
+
+def test_levels_that_each_run_settled_by_itself_are_all_said(tmp_path: Path) -> None:
+    made = [make_seed(tmp_path / str(seed), seed, stop_below=level) for seed, level in ((0, 0.0677), (1, 0.0701))]
+    for folder in made:
+        outputs.write_json(folder / "training.json", {"target": {"of": "reference"}})
+    words = " ".join(sentences(read_seeds(made[0], made[1:])))
+    assert "below its reference's level, 0.0677 to 0.0701 here. Among" in words
 
 
 def test_two_runs_are_hardly_a_spread(tmp_path: Path) -> None:
