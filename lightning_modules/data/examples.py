@@ -95,7 +95,8 @@ def as_example(row: object, where: str = "this example") -> Example:
         where: its place, for the error message.
 
     Raises:
-        ValueError: if it has none of the accepted shapes; the message begins with `where`.
+        ValueError: if it has none of the accepted shapes, or a wrong answer is the right one; the message begins with
+            `where`.
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"{where}: expected an object with {_ACCEPTED}, found {type(row).__name__}")
@@ -125,6 +126,12 @@ def as_example(row: object, where: str = "this example") -> Example:
                 raise ValueError(f"{where}: the {name} is empty: expected some text, or leave it out")
     if row.get("perturbed_answer") is not None:
         example["perturbed_answer"] = _texts(row["perturbed_answer"], where)
+        right = {example[name].strip() for name in ("answer", "paraphrased_answer") if name in example}
+        for text in example["perturbed_answer"]:
+            if text.strip() in right:
+                raise ValueError(
+                    f"{where}: expected wrong answers as perturbed_answer, found the right one, {text!r:.80}; leave it out"
+                )
     return example
 
 

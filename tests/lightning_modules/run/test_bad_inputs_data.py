@@ -119,6 +119,7 @@ EXAMPLES = [
     row("half a character", GOOD | {"answer": "\ud800"}, "half of a surrogate pair", "write the whole character"),
     row("no list of wrong answers", GOOD | {"perturbed_answer": 3}, "perturbed_answer to be a list of texts, found 3"),
     row("no wrong answers", GOOD | {"perturbed_answer": []}, "perturbed_answer to be a list of texts, found []"),
+    row("the right answer as a wrong one", GOOD | {"perturbed_answer": [f" {GOOD['answer']}"]}, "found the right one"),
     row("a blank wrong answer", GOOD | {"perturbed_answer": [" "]}, "perturbed_answer to be a list of texts"),
     row("a blank paraphrase", GOOD | {"paraphrased_answer": " "}, "the paraphrased_answer is empty"),
     chat("messages of text", "Who?", "found str"),
