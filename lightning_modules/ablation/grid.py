@@ -104,7 +104,7 @@ class Run:
                 lr_schedule=method.lr_schedule,
                 epochs=epochs if method.steps is None else None,
                 steps=method.steps,
-                batch_size=grid.train.batch_size,
+                batch_size=grid.train.batch_size if method.batch_size is None else method.batch_size,
                 accumulate=1,
                 max_norm=grid.train.max_norm if method.max_norm is None else method.max_norm,
                 lora_rank=method.lora_rank,
@@ -266,7 +266,7 @@ _LATER = {
         *("kind", "epochs", "lora_rank", "lora_init", "uld", "max_weight"),
         *("steps", "max_norm", "lr_schedule", "stop_below", "radius", "radius_scale", "adversary"),
         *("retain_rows", "row_examples", "undo", "finish_steps", "finish_lr"),
-        *("retain_noise", "optimizer_options", "keep_asked_words", "substitute_weight"),
+        *("retain_noise", "optimizer_options", "keep_asked_words", "substitute_weight", "batch_size"),
     )
 }
 _LATER_SECTIONS = {

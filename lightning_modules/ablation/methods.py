@@ -35,6 +35,7 @@ class Method:
         guard: By default "measure", which changes nothing and counts the steps that raise the retain loss to first
             order.
         lr: Instead of that of `train`.
+        batch_size: Instead of that of `train`, of either set.
         optimizer: Instead of that of `train`.
         steps: Optimizer steps, instead of epochs.
         epochs: Instead of the `max_epochs` of `train`. A kind with a weight trains for all of its epochs.
@@ -73,6 +74,7 @@ class Method:
     keep_asked_words: bool = False
     substitute_weight: float = 0.0
     lr: float | None = None
+    batch_size: int | None = None
     optimizer: str | None = None
     optimizer_options: dict[str, float] = field(default_factory=dict)
     epochs: int | None = None

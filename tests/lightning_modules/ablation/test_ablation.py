@@ -154,12 +154,13 @@ def test_numbers_that_yaml_takes_for_words_are_numbers(config: str) -> None:
 def test_options_are_those_that_unlearn_would_get(tmp_path: Path) -> None:
     row = {"name": "x", "forget_loss": "inverted_hinge", "rule": "cagrad", "rule_options": {"c": 0.3}, "lr": 0.5}
     row |= {"ema_decay": 0.7, "scope": "tensor", "guard": "update", "retain_weight": 2.0, "optimizer": "SGD"}
-    row |= {"retain_inside": 0.5, "retain_loss": "kl_divergence"}
+    row |= {"retain_inside": 0.5, "retain_loss": "kl_divergence", "batch_size": 5}
     options = read_grid(write_grid(tmp_path, methods=[row])).runs()[1].options()
     for name, value in row.items():
         assert name == "name" or options.flat()[name] == value
-    training = options.training
-    assert (options.output.seed, training.batch_size, training.epochs, training.max_norm) == (1, 3, 20, None)
+    assert (options.output.seed, options.training.epochs, options.training.max_norm) == (1, 20, None)
+    shared = read_grid(write_grid(tmp_path, methods=[{"name": "x"}])).runs()[1].options().training
+    assert shared.batch_size == 3
 
 
 def test_no_rule_is_the_forget_gradient_alone() -> None:
