@@ -107,7 +107,8 @@ def _probes(run: Run[UnlearnOptions], curve: TradeoffCurve) -> dict[str, Measure
     found: dict[str, Measure] = {"quantization": partial(quantization_probe, splits=curve.encoded, pad_token_id=pad)}
     attacks = relearning_attacks(
         scratch=options.model.scratch,
-        batch_size=training.batch_size * training.processes,  # the same attack, however many processes trained
+        # The same attack, however many processes trained, and whatever batches, but for those that memory may ask for.
+        batch_size=min(RelearnSettings().batch_size, training.batch_size * training.processes),
         seed=options.output.seed,
     )
     for name, attack in attacks.items():

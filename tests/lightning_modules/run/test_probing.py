@@ -93,6 +93,13 @@ def test_a_probe_that_does_not_fit_is_written_down_with_the_reason(
         assert "Not measured (quantization)" in (tmp_path / "run" / name).read_text()
 
 
+@pytest.mark.parametrize(("trained", "attacked"), [("40", 8), ("2", 2)])
+def test_larger_batches_of_training_are_no_other_attack(trained: str, attacked: int, tmp_path: Path) -> None:
+    assert cli.main([*small_run(tmp_path, "--epochs", "1"), "--probes", "--batch-size", trained]) == 0
+    found = json.loads((tmp_path / "run" / "probes.json").read_text())
+    assert found["relearn"]["model"]["batch_size"] == attacked
+
+
 def _short(attacks: Any) -> Any:
     for attack in attacks.values():
         object.__setattr__(attack.settings, "steps", 2)
