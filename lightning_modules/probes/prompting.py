@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from lightning_modules.data.chat import has_template
+from lightning_modules.data.chat import Message, has_template
 from lightning_modules.data.examples import asked, evenly_spaced
 from lightning_modules.data.formats import format_of
-from lightning_modules.data.tokenization import IGNORED, Encoded, encode, padding_id
+from lightning_modules.data.tokenization import IGNORED, Encoded, Question, encode, padding_id, shortened
 from lightning_modules.evaluation.generation import generate_greedily
 from lightning_modules.evaluation.intervals import mean_interval
 from lightning_modules.evaluation.texts import context_length
@@ -34,6 +34,8 @@ class PromptingSettings:
         shots: Retain questions with their answers in front of the question.
         max_new_tokens: The longest generated answer, in tokens.
         batch_size: Texts in a forward pass.
+        max_length: Where a question with its answer is cut, in tokens, as in training and evaluation. However it is
+            asked, the same part of an answer is scored. None keeps everything.
 
     Raises:
         ValueError: If a number is outside its domain.
@@ -43,6 +45,7 @@ class PromptingSettings:
     shots: int = 3
     max_new_tokens: int = 64
     batch_size: int = 32
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         if not all(0.0 < share < 1.0 for share in self.prefixes):
@@ -57,11 +60,13 @@ class Prompt(NamedTuple):
 
     Attributes:
         ids: The tokens that the model continues.
-        text: These and the rest of the answer, which alone is labelled.
+        text: These and the rest of the answer as far as it is scored, which alone is labelled.
+        rest: The whole rest of the answer, to compare a generation with.
     """
 
     ids: list[int]
     text: Encoded
+    rest: list[int]
 
 
 def prompts(
@@ -72,57 +77,76 @@ def prompts(
     | attack | how it is asked |
     |---|---|
     | `question` | as in training, to compare with |
-    | `paraphrase` | the row's `paraphrased_question`, where it has one |
+    | `paraphrase` | the row's `paraphrased_question`, where it has one, in place of the last user turn |
     | `prefix_25`, `prefix_50` | the question, and the first 25 or 50 % of the answer's tokens, at least one |
     | `few_shot` | retain questions with their answers first, evenly spread over the retain set |
 
     Plain texts are not asked in other words. Without a chat template, shots have the format of training,
     `Q: ...\nA: ...`, with an empty line between them; with one they are turns of the conversation.
+
+    Raises:
+        ValueError: If `max_length` leaves nothing of an answer.
     """
     shots = evenly_spaced([row for row in retain if row["question"]], settings.shots, centred=True)
     found: dict[str, list[Prompt]] = {"question": []}
     for row in forget:
         plain = encode(tokenizer, asked(row), row["answer"], every_turn=False)
-        found["question"].append(_given(plain, 0))
+        kept = shortened(plain, settings.max_length, row["question"] or row["answer"])
+        cut = len(plain.input_ids) - len(kept.input_ids)
+        found["question"].append(_given(plain, cut))
         if row.get("paraphrased_question"):
-            other = encode(tokenizer, row["paraphrased_question"], row["answer"])
-            found.setdefault("paraphrase", []).append(_given(other, 0))
-        length = sum(label != IGNORED for label in plain.labels)
+            other = encode(tokenizer, _in_other_words(row), row["answer"], every_turn=False)
+            found.setdefault("paraphrase", []).append(_given(other, cut))
+        length = sum(label != IGNORED for label in kept.labels)
         for share in settings.prefixes:
             if length > 1:
                 given = max(1, min(length - 1, round(share * length)))
-                found.setdefault(f"prefix_{round(100 * share)}", []).append(_given(plain, given))
+                found.setdefault(f"prefix_{round(100 * share)}", []).append(_given(plain, cut, given))
         if row["question"] and shots and format_of(tokenizer) is None:  # a format of --prompt-format has one turn
             asked_after = encode(tokenizer, after_shots(tokenizer, shots, row), row["answer"], every_turn=False)
-            found.setdefault("few_shot", []).append(_given(asked_after, 0))
+            found.setdefault("few_shot", []).append(_given(asked_after, cut))
     return found
 
 
-def after_shots(
-    tokenizer: PreTrainedTokenizerBase, shots: Rows, row: Mapping[str, Any]
-) -> str | list[Mapping[str, Any]]:
-    """The question of a row after other questions with their answers, for `tokenization.encode`."""
+def _in_other_words(row: Mapping[str, Any]) -> Question:
+    question, other = asked(row), str(row["paraphrased_question"])
+    users = [] if isinstance(question, str) else [n for n, turn in enumerate(question) if turn["role"] == "user"]
+    if not users:
+        return other
+    last = users[-1]
+    return [*question[:last], {**question[last], "content": other}, *question[last + 1 :]]
+
+
+def after_shots(tokenizer: PreTrainedTokenizerBase, shots: Rows, row: Mapping[str, Any]) -> Question:
+    """The question of a row after other questions with their answers, for `tokenization.encode`.
+
+    With a chat template, the row's own system prompt stays in front, and those of the shots are left out.
+    """
     question = asked(row)
     if not has_template(tokenizer):
         text = question if isinstance(question, str) else "\n".join(str(turn["content"]) for turn in question)
         return "\n\nQ: ".join([*(f"{shot['question']}\nA: {shot['answer']}" for shot in shots), text])
+    told: list[Message] = []
+    for shot in shots:
+        told += [*_parted(asked(shot))[1], {"role": "assistant", "content": shot["answer"]}]
+    system, turns = _parted(question)
+    return [*system, *told, *turns]
+
+
+def _parted(question: Question) -> tuple[Sequence[Message], Sequence[Message]]:
+    """The turns of a question: the system prompt, and what follows it."""
     turns = [{"role": "user", "content": question}] if isinstance(question, str) else question
     first = next((place for place, turn in enumerate(turns) if turn["role"] in ("user", "assistant")), 0)
-    told = [
-        {"role": role, "content": text}
-        for shot in shots
-        for role, text in (("user", shot["question"]), ("assistant", shot["answer"]))
-    ]
-    return [*turns[:first], *told, *turns[first:]]  # a system prompt stays in front
+    return turns[:first], turns[first:]
 
 
-def _given(example: Encoded, tokens: int) -> Prompt:
-    """The example with so many tokens of its answer given."""
-    places = [place for place, label in enumerate(example.labels) if label != IGNORED]
+def _given(whole: Encoded, cut: int, tokens: int = 0) -> Prompt:
+    """The example without so many tokens at its end, and with so many of its answer given."""
+    kept = shortened(whole, len(whole.input_ids) - cut)
+    places = [place for place, label in enumerate(kept.labels) if label != IGNORED]
     start = places[tokens]
-    return Prompt(
-        example.input_ids[:start], Encoded(example.input_ids, [IGNORED] * start + list(example.labels[start:]))
-    )
+    text = Encoded(kept.input_ids, [IGNORED] * start + kept.labels[start:])
+    return Prompt(whole.input_ids[:start], text, whole.input_ids[start:])
 
 
 def prompting_probe(
@@ -154,7 +178,7 @@ def prompting_probe(
         not fit into the model's context.
 
     Raises:
-        ValueError: If there is no forget example.
+        ValueError: If there is no forget example, or `max_length` leaves nothing of an answer.
 
     Cost: for each attack a forward pass over the forget examples and a generation of each.
     """
@@ -187,7 +211,7 @@ def _scores(
     )
     recalls = [
         rouge_recall(generation, target)
-        for generation, target in zip(said, (_target(tokenizer, text) for text in texts), strict=True)
+        for generation, target in zip(said, (_target(tokenizer, prompt.rest) for prompt in asked_so), strict=True)
         if has_words(target)
     ]
     yield "n", len(texts)
@@ -201,7 +225,5 @@ def _scores(
         yield values, numbers
 
 
-def _target(tokenizer: PreTrainedTokenizerBase, text: Encoded) -> str:
-    """The part of the answer that is labelled."""
-    labelled = [label for label in text.labels if label != IGNORED]
-    return str(tokenizer.decode(labelled, skip_special_tokens=True)).strip()
+def _target(tokenizer: PreTrainedTokenizerBase, rest: Sequence[int]) -> str:
+    return str(tokenizer.decode(rest, skip_special_tokens=True)).strip()

@@ -248,6 +248,8 @@ def _prompting(probes: Mapping[str, Any]) -> Iterator[Attack]:
             more = beside is not None and mean - beside > SHALLOW
             leaks += [said[-1]] if more and (never or way == "paraphrase") else []
         sentence = f"Of {found['n']} forgotten answers, {how}, the model gives back: {', '.join(said)}."
+        if beyond := found.get("left_out"):
+            sentence += f" {beyond} more did not fit into the model's context."
         warning = f"The answers leak when {how}: {', '.join(leaks)}." if leaks else None
         for place, (measured, model, control) in enumerate(rows):
             told = "" if place else sentence

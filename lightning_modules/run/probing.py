@@ -123,7 +123,8 @@ def _probes(run: Run[UnlearnOptions], curve: TradeoffCurve) -> dict[str, Measure
     if training.probes != "all":
         return {name: found[name] for name in QUICK}
     longest = options.evaluation.max_new_tokens
-    asked_so, sampled = PromptingSettings(max_new_tokens=longest), SamplingSettings(max_new_tokens=longest)
+    asked_so = PromptingSettings(max_new_tokens=longest, max_length=options.data.max_length)
+    sampled = SamplingSettings(max_new_tokens=longest)
     on_text: dict[str, Measure] = {
         "lens": lambda model: logit_lens(plain_copy(model), forget, pad_token_id=pad),
         "prompts": lambda model: prompting_probe(model, run.tokenizer, rows["forget"], rows["retain"], asked_so),

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lightning_modules.data.tokenization import IGNORED, encode, padding_id, prompt_ids
+from lightning_modules.data.examples import as_example
+from lightning_modules.data.tokenization import IGNORED, Encoded, encode, padding_id, prompt_ids
 from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate
 from lightning_modules.evaluation.generation import generate_greedily, generate_samples
 from lightning_modules.metrics.functional import rouge_recall
@@ -88,6 +89,19 @@ def test_with_a_chat_template_they_are_turns_after_the_system_prompt() -> None:
     assert [turn["role"] for turn in found] == ["system", "user", "assistant", "user"]
     assert [turn["content"] for turn in found[1:3]] == [RETAIN[0]["question"], RETAIN[0]["answer"]]
     assert after_shots(tokenizer, RETAIN[:1], FORGET[0])[-1] == {"role": "user", "content": FORGET[0]["question"]}
+    shot = {"question": "Be brief.\nWho?", "answer": "Ada.", "messages": row["messages"]}  # with the same prompt
+    assert after_shots(tokenizer, [shot, shot], row) == [*turns, *[row["messages"][-1], turns[1]] * 2]
+
+
+def test_other_words_take_the_place_of_the_last_user_turn_alone() -> None:
+    tokenizer = byte_level(CHATML)
+    said = (("system", "Be brief."), ("user", "Who?"), ("assistant", "Ada."), ("user", "When?"), ("assistant", "Now."))
+    row = as_example({"messages": [{"role": role, "content": text} for role, text in said]})
+    for other in ("When?", "Since when?"):
+        (asked,) = prompts(tokenizer, [row | {"paraphrased_question": other}], [])["paraphrase"]
+        turns = [*row["messages"][:3], {"role": "user", "content": other}]
+        assert asked.text == encode(tokenizer, turns, "Now.", every_turn=False)
+        assert asked.ids == prompt_ids(tokenizer, turns)
 
 
 def test_the_plain_question_scores_as_evaluation_does_and_the_rest_by_hand(small: tuple[Any, Any]) -> None:
@@ -112,6 +126,29 @@ def test_the_plain_question_scores_as_evaluation_does_and_the_rest_by_hand(small
         low, high = scored["probability_interval"]
         assert low <= scored["probability"] <= high
         assert (scored["n"], scored["left_out"]) == (5, 0)
+
+
+def answer_of(text: Encoded) -> list[int]:
+    return [label for label in text.labels if label != IGNORED]
+
+
+def test_a_limit_cuts_the_answers_of_every_way_of_asking_as_evaluation_does(small: tuple[Any, Any]) -> None:
+    model, tokenizer = small
+    limit = max(len(encode(tokenizer, row["question"], row["answer"]).input_ids) for row in FORGET) - 2
+    settings = PromptingSettings(max_new_tokens=5, max_length=limit)
+    found = prompting_probe(model, tokenizer, FORGET, RETAIN, settings)["attacks"]
+    how = EvaluationSettings(max_new_tokens=5, max_length=limit)
+    with pytest.warns(UserWarning, match="lose their end"):
+        scores = evaluate(model, tokenizer, {"forget": FORGET}, how, progress=False).summary["forget"]
+    close(torch.tensor(found["question"]["probability"]), torch.tensor(scores["probability"]), SCORED)
+    assert found["question"]["rouge_l_recall"] == pytest.approx(scores["rouge_l_recall"])
+    asked = prompts(tokenizer, FORGET, RETAIN, settings)
+    for name in ("paraphrase", "few_shot"):
+        same = [answer_of(prompt.text) for prompt in asked["question"]]
+        assert [answer_of(prompt.text) for prompt in asked[name]] == same
+    whole = prompts(tokenizer, FORGET, RETAIN)["question"]
+    assert [prompt.rest for prompt in asked["question"]] == [answer_of(prompt.text) for prompt in whole]
+    assert any(answer_of(prompt.text) != prompt.rest for prompt in asked["prefix_50"])
 
 
 def test_what_cannot_be_asked_is_left_out_and_counted(small: tuple[Any, Any]) -> None:

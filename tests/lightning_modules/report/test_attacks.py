@@ -119,3 +119,10 @@ def test_a_way_of_asking_stands_alone_where_the_plain_questions_did_not_fit() ->
     found = [*attacks.attacks({"prompts": {"model": {"attacks": {"paraphrase": row}}, "control": None}})]
     assert found[0].sentence.endswith("the model gives back: probability 0.300, ROUGE-L recall 0.200.")
     assert all(attack.control is None and attack.warning is None for attack in found)
+
+
+def test_questions_that_did_not_fit_are_counted() -> None:
+    row = {"n": 2, "probability": 0.3, "rouge_l_recall": None, "probability_interval": None}
+    found = [{"few_shot": row | {"left_out": count}} for count in (0, 3)]
+    said = [attacks.sentences({"prompts": {"model": {"attacks": one}, "control": None}}) for one in found]
+    assert said[1] == [f"{said[0][0]} 3 more did not fit into the model's context."]

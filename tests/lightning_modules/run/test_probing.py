@@ -45,7 +45,8 @@ def test_all_probes_with_their_control_over_an_interruption(
     folder, began = tmp_path / "run", []
     # Without its own target, which a reference with the same weights meets or misses by rounding.
     never = ("--stop-below", "0")
-    arguments = small_run(tmp_path, "--epochs", "1", *never, "--reference", str(tmp_path / "reference"))
+    cut = ("--max-length", "24")
+    arguments = small_run(tmp_path, "--epochs", "1", *never, *cut, "--reference", str(tmp_path / "reference"))
 
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
@@ -71,6 +72,10 @@ def test_all_probes_with_their_control_over_an_interruption(
         assert found[name]["control"].keys() == ours.keys() - {"control"}
         assert found[name]["control"] != ours or name == "sampling"  # of which the small model says the same
     assert list(found["prompts"]["model"]["attacks"]) == ["question", "prefix_25", "prefix_50", "few_shot"]
+    scored = json.loads((folder / "metrics.json").read_text())["after"]["forget"]
+    asked = found["prompts"]["model"]["attacks"]["question"]
+    for name in ("probability", "rouge_l_recall"):
+        assert asked[name] == pytest.approx(scored[name], rel=1e-4)
     text, said = (folder / "report.md").read_text(), capsys.readouterr().out
     for words in ("relearning, harsh", "learning general knowledge", "given 50 % of the answer", "logit lens"):
         assert words in text
