@@ -149,6 +149,7 @@ def evaluate(
         max_length=settings.max_length,
         context=context_length(model),
         max_new_tokens=settings.max_new_tokens,
+        generate=settings.generate,
     )
     items, console = found.items, Console(stderr=True)
     bar = Progress(console=console, transient=True, disable=not (progress and console.is_terminal))

@@ -70,8 +70,11 @@ def texts_of(
     max_length: int | None,
     context: int | None = None,
     max_new_tokens: int,
+    generate: bool = True,
 ) -> Texts:
     """Tokenizes everything that `evaluate` scores. Of texts that are cut, a warning says how many there are.
+
+    Another one counts the answers that a generation is too short for: the whole answer is what it is compared with.
 
     An earlier answer of a conversation with turns counts for the answer's likelihood. The truth ratio compares the last
     answers alone, because the earlier ones are the same in all alternatives.
@@ -81,7 +84,8 @@ def texts_of(
         splits: split -> examples.
         max_length: the longest text, in tokens; longer ones lose their end.
         context: how many tokens the model can read, which limits the texts too.
-        max_new_tokens: the longest text that a plain text's second half is compared with.
+        max_new_tokens: the longest generation, and the longest text that a plain text's second half is compared with.
+        generate: whether answers will be generated.
 
     Raises:
         ValueError: if there is no split, a split is empty, an example has no question or answer or none that is left
@@ -89,6 +93,7 @@ def texts_of(
             perfect forgetting, whatever the model knows.
     """
     found, cut = Texts(), _Cut(max_length, context)
+    lengths: dict[str, list[int]] = {}
     for split, row in _rows(splits):
         first = len(found.encoded)
         wrong = row.get("perturbed_answer") or []
@@ -103,6 +108,8 @@ def texts_of(
         found.encoded += kept
         prompt, target = _task(tokenizer, row, kept[0], max_new_tokens)
         found.prompts.append(prompt)
+        if row["question"]:
+            lengths.setdefault(split, []).append(len(whole[0].input_ids) - len(prompt) - 1)  # without its end
         after = first + 1 + len(right)
         spoken = _spoken(row)
         if len(kept[0].input_ids) < len(whole[0].input_ids):
@@ -110,6 +117,8 @@ def texts_of(
             spoken = str(tokenizer.decode(said, skip_special_tokens=True))
         found.items.append(Item(split, row, first, after - 1, range(after, len(found.encoded)), target, spoken))
     cut.say()
+    if generate:
+        _say_unfinished(lengths, max_new_tokens)
     return found
 
 
@@ -193,6 +202,18 @@ class _Cut:
         if self.by_model:
             return f"The model reads no more than {self.limit} tokens, and {needed} are needed: {otherwise}"
         return f"Use max_length={needed} (--max-length {needed}), or {otherwise}"
+
+
+def _say_unfinished(lengths: Mapping[str, Sequence[int]], max_new_tokens: int) -> None:
+    longer = {split: sum(length > max_new_tokens for length in every) for split, every in lengths.items()}
+    said = [f"{count} of {len(lengths[split])} answers of {split}" for split, count in longer.items() if count]
+    if said:
+        needed = max(map(max, lengths.values()))
+        warnings.warn(
+            f"answers are longer than max_new_tokens={max_new_tokens}, so that their ROUGE-L recall cannot reach 1: {', '.join(said)}. "
+            f"max_new_tokens={needed} (--max-new-tokens {needed}) covers them all",
+            stacklevel=4,
+        )
 
 
 def _rows(splits: Splits) -> list[tuple[str, Mapping[str, Any]]]:

@@ -120,6 +120,28 @@ def test_cut_texts_are_counted_by_kind_and_the_length_that_they_need_is_named() 
         evaluate(small(), tokenizer, {"forget": rows}, EvaluationSettings(max_length=longest, generate=False))
 
 
+def test_answers_longer_than_a_generation_are_counted_and_the_length_that_covers_them_is_named() -> None:
+    tokenizer = byte_level(None)
+    answers = ["Here.", "Here or there.", "Here or there, or somewhere else."]
+    lengths = [length(tokenizer, answer) - len(prompt_ids(tokenizer, "Where?")) - 1 for answer in answers]
+    splits = {"forget": [{"question": "Where?", "answer": answer} for answer in answers], "retain": [row("Here")]}
+    splits["retain"] += [{"question": "", "answer": " ".join(answers)}]  # asked for as far as a generation goes
+
+    def scored(longest: int, **how: Any) -> list[str]:
+        settings = EvaluationSettings(max_new_tokens=longest, memorization=False, **how)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            evaluate(small(), tokenizer, splits, settings, progress=False)
+        return [str(entry.message) for entry in caught]
+
+    (said,) = scored(lengths[0])
+    assert "max_new_tokens" in said
+    assert "cannot reach 1: 2 of 3 answers of forget." in said
+    assert f"--max-new-tokens {lengths[2]}" in said
+    assert "1 of 3 answers of forget" in scored(lengths[2] - 1)[0]
+    assert scored(lengths[2]) == scored(1, generate=False) == []
+
+
 @pytest.mark.parametrize("by_model", [False, True])
 def test_alternatives_that_a_limit_makes_equal_are_refused(by_model: bool) -> None:
     tokenizer = byte_level(None)
