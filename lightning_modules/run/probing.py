@@ -47,8 +47,8 @@ def check_probes(splits: Mapping[str, Sequence[Example]]) -> None:
         RelearnSettings().check(examples)
     except ValueError as error:
         raise ValueError(
-            f"--probes: expected enough answers to forget to teach a part of them again, found {examples}; leave --probes out, or give "
-            "at least 3"
+            f"--probes: expected enough answers to forget to teach a part of them again, found {examples}; give --probes none, or at least "
+            "3 answers"
         ) from error
 
 
