@@ -216,9 +216,9 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, 
         )
     except (TemplateError, TypeError) as error:  # the second is what an expression of the template raises
         raise ValueError(
-            f"the tokenizer's chat template refuses a conversation of the roles {', '.join(str(turn['role']) for turn in messages)}: "
-            f"{error}; give conversations as the template takes them (a system text can stand in the first user turn), or another "
-            "chat_template"
+            "expected a conversation that the tokenizer's chat template renders, found that it refuses one of the roles "
+            f"{', '.join(str(turn['role']) for turn in messages)}: {error}; give conversations as the template takes them (a system text "
+            "can stand in the first user turn), or another chat_template"
         ) from error
     return str(rendered)
 

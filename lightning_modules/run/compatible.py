@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_modules.data.examples import Example
 from lightning_modules.data.tasks import CONTINUATION, TASK, apart, prefix_ids
-from lightning_modules.data.tokenization import encode, encode_example, padding_id
+from lightning_modules.data.tokenization import encode, encode_example, padding_id, shortened
 
 _SHOWN = 3  # names of tensors in a message
 
@@ -81,12 +81,13 @@ def check_examples(
     _check_prompts(tokenizer, tasks, context)
     for split, rows in usual.items():
         for number, row in enumerate(rows, start=1):
+            expected = ""
             try:
-                ids = encode_example(tokenizer, row, max_length).input_ids
+                whole = encode_example(tokenizer, row)
+                expected = "expected a question that leaves room for its answer: "
+                ids = shortened(whole, max_length, row["question"] or row["answer"]).input_ids
             except ValueError as error:
-                raise ValueError(
-                    f"{split}, example {number}: expected a question that leaves room for its answer: {error}"
-                ) from error
+                raise ValueError(f"{split}, example {number}: {expected}{error}") from error
             if len(ids) > context:
                 raise ValueError(
                     f"{split}, example {number}: expected at most the {context} tokens of the model's context, found {len(ids)} in "

@@ -263,5 +263,5 @@ def test_what_every_conversation_sets_is_no_option_of_a_template(name: str) -> N
 
 def test_a_template_that_cannot_be_computed_is_a_sentence() -> None:
     tokenizer = byte_level("{{ messages[0].content + 1 }}")
-    with pytest.raises(ValueError, match="chat template refuses a conversation of the roles user"):
+    with pytest.raises(ValueError, match="chat template renders, found that it refuses one of the roles user"):
         prompt_ids(tokenizer, QUESTION)

@@ -59,6 +59,12 @@ def damaged(first: int, last: int | None, by: bytes) -> Callable[[Path], None]:
     return write
 
 
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for turn in messages %}{{ turn.content }}{{ eos_token }}{% endfor %}"
+)
+SYSTEM = [{"role": role, "content": "Hm."} for role in ("system", "user", "assistant")]
+
 PLACES = [
     Row("missing", lambda _: changed(forget="no.json"), ("expected a file of examples at no.json, found nothing",)),
     Row("a folder", lambda _: changed(forget="model"), ("expected a file of examples at model, found a folder",)),
@@ -130,6 +136,13 @@ EXAMPLES = [
     row("nobody asks", {"messages": [{"role": "assistant", "content": "He."}]}, "the question is empty"),
 ]
 OTHERS = [
+    laid(
+        "a template without system prompts",
+        {"chat.json": json.dumps([{"messages": SYSTEM}] * 3), "model/chat_template.jinja": NO_SYSTEM},
+        changed(forget="chat.json"),
+        "forget, example 1: expected a conversation that the tokenizer's chat template renders",
+        "System role not supported",
+    ),
     given(
         "no refusals there", "--forget-loss", "idk", "--refusals", "no.txt", said=("expected a text file of refusals",)
     ),
@@ -151,7 +164,12 @@ OTHERS = [
         *("retain90.json", "found nothing"),
     ),
     Row("an unknown split", lambda _: ["unlearn", "--tofu", "forget11", "--tofu-dir", "."], ("forget11",)),
-    given("a prompt longer than the cut", "--max-length", "8", said=("forget, example 1", "max_length=8", "larger")),
+    given(
+        "a prompt longer than the cut",
+        "--max-length",
+        "8",
+        said=("forget, example 1: expected a question that leaves", "max_length=8", "larger"),
+    ),
     laid(
         "an example longer than the context",
         {"long.json": json.dumps([GOOD, GOOD | {"answer": "word " * 200}])},
