@@ -73,7 +73,8 @@ class Evaluation:
             "extraction_strength", "n"}`, means over the split. `None` where nothing was measured: ROUGE without
             generation or of texts without a word, the truth ratio without perturbed answers, the last two without
             memorization. The truth ratio is min(R, 1/R) on the split named "forget" and max(0, 1 - R) on the
-            others. NaN where the model gives NaN.
+            others. NaN where the model gives NaN. Where only some examples have a number, "n_truth_ratio" (say) counts
+            them.
         examples: split -> one dictionary for each example, in order: `question`, `answer`, `generation`, `nll`,
             `probability`, `rouge_l_recall`, `truth_ratio`, the `paraphrase_nll` and `perturbed_nll` from which the
             truth ratio was computed, what `texts.scored_as` says, and with memorization `memorization.memory_scores`.
@@ -314,13 +315,14 @@ def _scored(item: Item, scores: Mapping[int, _Score], generation: str | None) ->
     perturbed = [scores[place].nll for place in item.perturbed]
     kind = "forget" if item.split == "forget" else "utility"
     ratio = truth_ratio([paraphrase], [perturbed], kind=kind).item() if perturbed else None
+    said = generation if has_words(item.target) else None  # of a target without a word nothing can be recalled
     return {
         "question": item.row["question"],
         "answer": item.row["answer"],
         "generation": generation,
         "nll": answer,
         "probability": answer_probability([answer]).item(),
-        "rouge_l_recall": None if generation is None else _recall(generation, item.target),
+        "rouge_l_recall": None if said is None else rouge_recall(said, item.target),
         "truth_ratio": ratio,
         "paraphrase_nll": paraphrase if perturbed else None,
         "perturbed_nll": perturbed or None,
@@ -328,18 +330,15 @@ def _scored(item: Item, scores: Mapping[int, _Score], generation: str | None) ->
     }
 
 
-def _recall(generation: str, target: str) -> float | None:
-    """ROUGE-L recall; None for a target without a word, of which nothing can be recalled."""
-    return rouge_recall(generation, target) if has_words(target) else None
-
-
 def summary(examples: Sequence[Mapping[str, Any]]) -> Scores:
     """Returns the means over the examples of one split, as in `Evaluation.summary`; `None` for what no example has."""
-    means: Scores = {}
+    means, fewer = Scores(), Scores()
     for name in MEANS:
         values = [example[name] for example in examples if example.get(name) is not None]
         means[name] = fmean(values) if values else None
-    return means | {"n": len(examples)}
+        if 0 < len(values) < len(examples):
+            fewer[f"n_{name}"] = len(values)
+    return means | {"n": len(examples)} | fewer
 
 
 def truth_ratios(examples: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -14,6 +14,9 @@ from lightning_modules.report.finished import COLUMNS, MODELS, memory, number, s
 from lightning_modules.report.leakage import explained, membership, percent
 from lightning_modules.report.utility import utility_explained, utility_rows
 
+_WITH = {"rouge_l_recall": "those with a word", "truth_ratio": "those with wrong answers"}
+"""Which answers have a number that others lack."""
+
 
 def tables(metrics: Mapping[str, Any], width: int) -> list[Table]:
     """Returns the tables of metrics.json: the scores, and what else there is: utility, benchmark, attacks.
@@ -110,6 +113,14 @@ def about_scores(metrics: Mapping[str, Any]) -> list[str]:
             "others than in full precision. The curve, the target and the probes are in float32; "
             "--evaluation-precision 32-true computes all so."
         )
+    fewer = [
+        f"{heading} over {scores[f'n_{column}']} of {scores['n']} {split} answers, {_WITH[column]}"
+        for split, scores in metrics["after"].items()
+        for column, heading in COLUMNS
+        if column in _WITH and f"n_{column}" in scores
+    ]
+    if fewer:
+        said.append(f"Some means are over fewer answers than n: {'; '.join(fewer)}.")
     if metrics["reference"]:
         said.append(
             "The reference stands for a model that never saw the forget set: its scores on forget are the values to reach."

@@ -23,7 +23,7 @@ from transformers import (
 
 from lightning_modules.data.tokenization import IGNORED, Encoded, encode, prompt_ids
 from lightning_modules.evaluation import memorization
-from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate
+from lightning_modules.evaluation.evaluate import EvaluationSettings, evaluate, summary
 from lightning_modules.evaluation.generation import generate_greedily
 from lightning_modules.evaluation.likelihood import Predictions, answer_nll
 from lightning_modules.metrics.functional import rouge_recall
@@ -268,8 +268,10 @@ def test_the_summary_is_the_mean_of_the_slow_definitions(
     for split, rows in SPLITS.items():
         scores, summary = result.examples[split], result.summary[split]
         means = {"probability", "rouge_l_recall", "truth_ratio", "nll", "exact_memorization", "extraction_strength"}
-        assert set(summary) == means | {"n"}
-        assert summary["n"] == len(rows)
+        compared = sum("perturbed_answer" in row for row in rows)
+        counts = {"n": len(rows)} | ({"n_truth_ratio": compared} if 0 < compared < len(rows) else {})
+        assert set(summary) == means | set(counts)
+        assert {name: summary[name] for name in counts} == counts
         ratios = []
         for row, score in zip(rows, scores, strict=True):
             answer = nll(row, row["answer"])
@@ -424,12 +426,12 @@ def test_nan_is_never_hidden(
     broken.load_state_dict(model.state_dict())
     breaks(broken)
     result = evaluate(broken, tokenizer, SPLITS, EvaluationSettings(max_new_tokens=4))
-    for summary in result.summary.values():
-        assert math.isnan(summary["nll"])
-        assert math.isnan(summary["probability"])
-        assert math.isnan(summary["truth_ratio"])
-        assert math.isnan(summary["exact_memorization"])
-        assert math.isnan(summary["extraction_strength"])
+    for means in result.summary.values():
+        assert math.isnan(means["nll"])
+        assert math.isnan(means["probability"])
+        assert math.isnan(means["truth_ratio"])
+        assert math.isnan(means["exact_memorization"])
+        assert math.isnan(means["extraction_strength"])
 
 
 def test_modes_are_restored_and_dropout_is_off(trained: tuple[LlamaForCausalLM, PreTrainedTokenizerFast]) -> None:
@@ -502,3 +504,12 @@ def test_scores_of_memory_hold_four_buffers_of_logits_at_most(left_out: int) -> 
         found = Predictions(logits, torch.arange(rows), labels, torch.arange(rows))
         memorization._statistics(torch.arange(rows) >= left_out, found)
     assert 2.0 <= counted.peak < 4.1
+
+
+def test_a_mean_over_fewer_examples_than_there_are_says_over_how_many() -> None:
+    rows = [{"nll": 1.0, "truth_ratio": 0.3, "rouge_l_recall": None}, *[{"nll": 2.0, "truth_ratio": None}] * 3]
+    found = summary(rows)
+    assert (found["nll"], found["truth_ratio"], found["rouge_l_recall"]) == (1.75, 0.3, None)
+    assert {name: value for name, value in found.items() if name.startswith("n_")} == {"n_truth_ratio": 1}
+    assert found["n"] == 4
+    assert not [name for name in summary(rows[:1]) if name.startswith("n_")]

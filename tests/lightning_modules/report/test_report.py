@@ -22,9 +22,10 @@ from lightning_modules.report import mean_interval
 from lightning_modules.report.changed import changed_options
 from lightning_modules.report.finished import read
 from lightning_modules.report.samples import is_degenerate, samples
+from lightning_modules.report.terminal import sentences
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.report import defaults, draw
-from tests.lightning_modules.report.reports import Page, make
+from tests.lightning_modules.report.reports import Page, make, read_metrics
 
 HOSTILE = "<script>alert(1)</script> </td></tr></table></p> \x1b[2J\x1b]0;owned\x07 & \"quotes\" | `code` ![x](http://example.com/x.png) <img src='//evil/x'> \x00\u202e\ud800"
 
@@ -517,3 +518,18 @@ def test_an_interval_does_not_depend_on_how_many_are_drawn_at_once(monkeypatch: 
     whole = intervals.mean_interval(values)
     monkeypatch.setattr(intervals, "_AT_ONCE", 7 * len(values))  # 5000 is no multiple of 7
     assert intervals.mean_interval(values) == whole
+
+
+def test_a_mean_over_fewer_answers_than_n_says_so(tmp_path: Path) -> None:
+    made = make(tmp_path)
+    metrics = read_metrics(made)
+    metrics["after"]["forget"] |= {"n": 4, "n_truth_ratio": 1, "n_rouge_l_recall": 3}
+    outputs.write_json(made / "metrics.json", metrics)
+    draw(made)
+    said = (
+        "Some means are over fewer answers than n: ROUGE-L recall over 3 of 4 forget answers, those with a word; "
+        "truth ratio over 1 of 4 forget answers, those with wrong answers."
+    )
+    assert said in sentences(metrics)
+    assert said in (made / "report.md").read_text()
+    assert said in Page((made / "report.html").read_text()).words()
