@@ -22,6 +22,7 @@ from gradsurgery.optimizer.record import Record
 from gradsurgery.optimizer.rows import Rows
 from gradsurgery.optimizer.spent import Spent, zeroed
 from gradsurgery.optimizer.update import Update
+from gradsurgery.optimizer.wrapper import parameters_of
 
 _STRAY = (
     "expected every .grad to be None, found gradients that no objective wrote; call zero_grad(), and run every backward pass inside an "
@@ -220,12 +221,29 @@ class Window:
         Raises:
             RuntimeError: If a row is captured, or an update waits for its step.
         """
-        waits = self.phase is Phase.COMBINED and any(parameter.grad is not None for parameter in parameters)
-        if self.active is not None or (self.phase is not Phase.COMBINED and self.slots) or waits:
+        if self._waits(parameters):
             raise RuntimeError(
                 f"{option}: expected to be set between steps, found rows of {list(self.slots) or 'a step'} that are captured and not "
                 "stepped; set it after step() or zero_grad()"
             )
+
+    def refuse_direct_step(self, base: torch.optim.Optimizer) -> None:
+        """Refuse a step of the base that goes around the rows.
+
+        Raises:
+            RuntimeError: If a row is captured, or an update waits for its step.
+        """
+        if self._waits(parameters_of(base)):
+            raise RuntimeError(
+                f"step() was called on the base optimizer {type(base).__name__} while rows wait: call it on the GradientSurgery, which "
+                "combines the rows, guards the change and keeps averages and record (and zero_grad() too); nothing was stepped"
+            )
+
+    def _waits(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether a row is captured, or an update waits for its step."""
+        if self.phase is Phase.COMBINED:
+            return self.active is not None or any(parameter.grad is not None for parameter in parameters)
+        return self.active is not None or bool(self.slots)
 
     def problem_stepping(self, objectives: Sequence[str]) -> str:
         """What is wrong where no objective ran."""

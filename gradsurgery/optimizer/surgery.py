@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,7 +24,7 @@ from gradsurgery.optimizer.record import Record
 from gradsurgery.optimizer.scaler import check_scaler
 from gradsurgery.optimizer.scope import Scope, blocks_of_both
 from gradsurgery.optimizer.update import multiples, resolve_rule
-from gradsurgery.optimizer.wrapper import refuse_groups
+from gradsurgery.optimizer.wrapper import refuse_groups, watch_steps
 
 
 class GradientSurgery(FrontEnds):
@@ -129,6 +130,7 @@ class GradientSurgery(FrontEnds):
         # Changed in place and never replaced, for the reason that `Adjustable` gives.
         self._window = Window()
         self._ranks = Ranks()
+        watch_steps(self._base, weakref.WeakMethod(self._window.refuse_direct_step))
 
     # One step --------------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,6 +25,9 @@ _HOOKS = (
 
 
 _GLOBAL_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+
+# Of the bases that a wrapper is stepping now, whichever wrapper it is: one base may be wrapped anew.
+_stepping: set[int] = set()
 
 
 class Wrapper(torch.optim.Optimizer):
@@ -124,9 +128,11 @@ class Wrapper(torch.optim.Optimizer):
             registered = vars(importlib.import_module("torch.optim.optimizer"))[name]
             kept.append((registered, dict(registered)))
             registered.clear()
+        _stepping.add(id(self._base))
         try:
             self._base.step()
         finally:
+            _stepping.discard(id(self._base))
             for registered, before in kept:
                 registered.update(before)
 
@@ -168,6 +174,25 @@ class Wrapper(torch.optim.Optimizer):
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Every parameter of the optimizer, in the order of its groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def watch_steps(
+    base: torch.optim.Optimizer, check: weakref.WeakMethod[Callable[[torch.optim.Optimizer], None]]
+) -> None:
+    """Call ``check`` before every step of the base that no wrapper makes; a base without hooks is left alone.
+
+    Args:
+        base: The base optimizer. It keeps the hook, and neither a copy nor a pickle of it does.
+        check: Raises where a step is refused. The hook keeps nothing alive.
+    """
+
+    def hook(base: torch.optim.Optimizer, *_: object) -> None:
+        # The compiler would trace it, and can follow no weak reference.
+        if not torch.compiler.is_compiling() and id(base) not in _stepping and (alive := check()) is not None:
+            alive(base)
+
+    if hasattr(base, "_optimizer_step_pre_hooks"):
+        base.register_step_pre_hook(hook)
 
 
 def local_bytes(parameters: Sequence[Tensor], itemsize: int | None = None) -> int:

@@ -1,8 +1,10 @@
-"""Mistakes at the border of the backward pass: clipping before combine(), and terms added to what join returns."""
+"""Mistakes at the border of the backward pass: clipping before combine(), the base's own step, and terms added to what join returns."""
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +173,59 @@ def test_lightning_and_accelerate_clip_by_the_same_functions(tmp_path: Path) -> 
     optimizer.combine()
     accelerator.clip_grad_norm_(model.parameters(), 0.1)
     optimizer.step()
+
+
+# Steps of the base -----------------------------------------------------------------------------------------------------------------
+
+DIRECT = r"step\(\) was called on the base optimizer SGD while rows wait: call it on the GradientSurgery"
+
+
+@pytest.mark.parametrize("duplicate", [None, copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+@pytest.mark.parametrize("waiting", ["one row", "all rows", "combined", "join"])
+def test_a_step_of_the_base_is_refused_while_rows_wait_and_only_then(waiting: str, duplicate: Any) -> None:
+    model, optimizer = made()
+    if duplicate is not None:
+        model, optimizer = duplicate((model, optimizer))
+    plain, reference = made()
+    if waiting == "join":
+        optimizer.join(**LOSSES(model, 0, 0)).backward()
+    else:
+        capture(model, optimizer, *(["retain"] if waiting == "one row" else []))
+    if waiting == "combined":
+        optimizer.combine()
+    before = snapshot(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for step in (optimizer.base.step, lambda: scaler.step(optimizer.base)):
+        with pytest.raises(RuntimeError, match=DIRECT):
+            step()
+    assert_same(snapshot(model, optimizer), before)
+    if waiting == "one row":
+        capture(model, optimizer, "forget")
+    optimizer.step()
+    optimizer.zero_grad()
+    capture(plain, reference)
+    reference.step()
+    reference.zero_grad()
+    for each, wrapper in ((model, optimizer), (plain, reference)):  # no rows wait
+        LOSSES(each, 1, 0)["retain"].backward()
+        wrapper.base.step()
+        wrapper.zero_grad()
+    assert_same(snapshot(model, optimizer), snapshot(plain, reference))
+
+
+def test_rows_of_an_earlier_wrapper_refuse_no_step_of_another() -> None:
+    """As in a notebook, whose latest traceback keeps the wrapper of a cell that broke off."""
+    model, broken = made()
+    capture(model, broken)
+    capture(model, optimizer := gs.GRU(broken.base))
+    optimizer.step()
+
+
+def test_a_base_without_hooks_is_left_alone() -> None:
+    """As Accelerate's optimizer, which never calls torch's constructor."""
+    optimizer = made()[1]
+    del optimizer.base._optimizer_step_pre_hooks
+    gs.GRU(optimizer.base)
 
 
 # Terms added to the joint scalar -------------------------------------------------------------------------------------------------
