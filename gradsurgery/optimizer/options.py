@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
 
 from gradsurgery import rules
 from gradsurgery.optimizer.average import EMA
@@ -15,6 +18,8 @@ from gradsurgery.optimizer.scope import Scope, blocks_of_both
 from gradsurgery.optimizer.update import multiples, resolve_rule
 from gradsurgery.optimizer.wrapper import Wrapper, local_bytes
 from gradsurgery.rules import elementwise
+
+_CONSTRUCTED = ("objectives", "scope", "accumulate", "ema_dtype")
 
 Guard: TypeAlias = Literal["update", "measure"] | None
 
@@ -55,14 +60,43 @@ class Adjustable(Wrapper):
     that such a method rebinds would never reach this object. So whatever changes while training lives in objects that
     are changed in place.
 
-    Attributes:
-        objectives: The names, the rectified one first.
+    ``objectives``, ``scope``, ``accumulate`` and ``ema_dtype`` can be read only.
     """
 
-    objectives: tuple[str, ...]
+    _objectives: tuple[str, ...]
     _options: Options
     _ema: EMA
     _window: Window
+
+    if not TYPE_CHECKING:  # a type checker knows that these have no setter, and would take any name now
+
+        def __setattr__(self, name: str, value: object) -> None:
+            if name in _CONSTRUCTED:
+                raise AttributeError(
+                    f"{name}: expected to be set when the optimizer is constructed, found it set to {value!r} afterwards; construct "
+                    f"another with {name}={value!r}"
+                )
+            super().__setattr__(name, value)
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The names, the rectified one first."""
+        return self._objectives
+
+    @property
+    def scope(self) -> Scope:
+        """What shares one Gram matrix."""
+        return self._options.scope
+
+    @property
+    def accumulate(self) -> bool:
+        """Whether rows stay apart after ``combine``."""
+        return self._options.accumulate
+
+    @property
+    def ema_dtype(self) -> torch.dtype:
+        """The type that the averages are kept in."""
+        return self._ema.dtype
 
     @property
     def rule(self) -> Callable[..., Any]:
@@ -77,8 +111,8 @@ class Adjustable(Wrapper):
         options.rule_start = start_of(options.rule)
 
     @property
-    def ema_decay(self) -> dict[str, float]:
-        r"""The weight of the old value in each average, by objective; only those that have one.
+    def ema_decay(self) -> Mapping[str, float]:
+        r"""The weight of the old value in each average, by objective; only those that have one. Set it as a whole.
 
         With the decay $d$ of the coming step, and $n$ steps behind an average, its bias-corrected value gets the weight
         $d (1 - d^n) / (1 - d^{n+1})$, and the row the rest; so $d = 0$ is no memory. After the first step, the
@@ -88,7 +122,7 @@ class Adjustable(Wrapper):
             ValueError: As the constructor, or if other objectives than before have one.
             RuntimeError: If it is set in the middle of a step.
         """
-        return dict(self._ema.decays)
+        return MappingProxyType(self._ema.decays)
 
     @ema_decay.setter
     def ema_decay(self, value: float | Mapping[str, float] | None) -> None:
@@ -96,9 +130,13 @@ class Adjustable(Wrapper):
         self._ema.change_decays(value)
 
     @property
-    def add(self) -> dict[str, float]:
-        """The multiples of current rows that are added after the rule, by objective; those that are not 0."""
-        return {name: multiple for name, multiple in zip(self.objectives, self._options.add, strict=True) if multiple}
+    def add(self) -> Mapping[str, float]:
+        """The multiples of current rows that are added after the rule, by objective; those that are not 0.
+
+        Set it as a whole.
+        """
+        multiples = zip(self.objectives, self._options.add, strict=True)
+        return MappingProxyType({name: multiple for name, multiple in multiples if multiple})
 
     @add.setter
     def add(self, value: Mapping[str, float] | None) -> None:

@@ -112,7 +112,7 @@ class GradientSurgery(FrontEnds):
         accumulate: bool = False,
     ) -> None:
         super().__init__(base)
-        self.objectives = check_objectives(objectives)
+        self._objectives = check_objectives(objectives)
         rule = resolve_rule(rule, len(self.objectives), scope=scope, metric=metric)
         check_metric(metric, base)
         check_guard(guard, self._parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -297,6 +298,22 @@ def test_options_are_checked_when_they_are_set_and_not_in_the_middle_of_a_step(o
         optimizer.combine()
     optimizer.step()
     setattr(optimizer, option, before)
+
+
+def test_what_looks_like_an_option_and_is_none_cannot_be_assigned() -> None:
+    """An entry of a copy, and an attribute that nobody reads, change nothing."""
+    optimizer = surgeon(mlp(), add={"retain": 1.0})
+    for option in (optimizer.add, optimizer.ema_decay):
+        with pytest.raises(TypeError, match="does not support item assignment"):
+            option["retain"] = 0.5  # type: ignore[index]
+    constructed = {"scope": "tensor", "accumulate": True, "ema_dtype": torch.float64, "objectives": ("a", "b")}
+    for name, value in constructed.items():
+        before = getattr(optimizer, name)
+        with pytest.raises(AttributeError, match=f"{name}: expected to be set when the optimizer is constructed"):
+            setattr(optimizer, name, value)
+        assert getattr(optimizer, name) == before == getattr(copy.deepcopy(optimizer), name)
+        if name != "objectives":
+            assert getattr(surgeon(mlp(), **{name: value}), name) == value
 
 
 def test_an_average_begins_with_the_first_step() -> None:
