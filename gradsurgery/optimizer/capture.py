@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gradsurgery.gram import dtensor_type
 from gradsurgery.optimizer.clipping import rows_are_taken, rows_wait
-from gradsurgery.optimizer.join import ANOTHER_TERM, Joined
+from gradsurgery.optimizer.join import ANOTHER_TERM, OPTIONS, Joined
 from gradsurgery.optimizer.record import Record
 from gradsurgery.optimizer.rows import Rows
 from gradsurgery.optimizer.spent import Spent, zeroed
@@ -42,11 +42,15 @@ def check_objectives(objectives: Sequence[str]) -> tuple[str, ...]:
     """The objectives' names.
 
     Raises:
-        ValueError: If they are not distinct, or if there is none.
+        ValueError: If they are not distinct strings, if there is none, or if one is an option of `join`.
     """
     names = tuple(objectives)
     if isinstance(objectives, str) or not names or len(set(names)) < len(names):
         raise ValueError(f"objectives: expected distinct names, the rectified one first, found {objectives!r}")
+    if bad := [name for name in names if not isinstance(name, str) or name in OPTIONS]:
+        raise ValueError(
+            f"objectives: expected strings that are no options of join ({', '.join(OPTIONS)}), found {bad}; choose other names"
+        )
     return names
 
 
@@ -244,6 +248,18 @@ class Window:
         if self.phase is Phase.COMBINED:
             return self.active is not None or any(parameter.grad is not None for parameter in parameters)
         return self.active is not None or bool(self.slots)
+
+    def refuse_inside(self, what: str) -> None:
+        """Refuse what ends or empties the step while an objective is being captured.
+
+        Raises:
+            RuntimeError: If one is.
+        """
+        if self.active is not None:
+            raise RuntimeError(
+                f"{what}: expected to be called outside of objectives, found it inside {self.active!r}, whose row is not complete; leave "
+                "the context first"
+            )
 
     def problem_stepping(self, objectives: Sequence[str]) -> str:
         """What is wrong where no objective ran."""

@@ -218,7 +218,7 @@ class FrontEnds(Adjustable):
             The step's record. Calling it again without new rows changes nothing.
 
         Raises:
-            RuntimeError: If an objective is missing, ``.grad`` holds a gradient that belongs to none, or ranks
+            RuntimeError: If an objective is open or missing, ``.grad`` holds a gradient that belongs to none, or ranks
                 disagree; nothing is changed. A non-finite Gram matrix does not raise here: it leaves NaN in ``.grad``,
                 where a GradScaler finds it, and `GradientSurgery.step` raises.
 
@@ -226,6 +226,7 @@ class FrontEnds(Adjustable):
         measured by one more pass).
         """
         window, parameters, options = self._window, self._parameters(), self._options
+        window.refuse_inside("combine")
         if window.phase is Phase.COMBINED and window.record is not None:
             return window.record
         self._ranks.agree(len(self.objectives), window.problem_combining(self.objectives, parameters), parameters)

@@ -14,6 +14,9 @@ from gradsurgery.gram import numbers_on
 from gradsurgery.optimizer.perturbation import Perturbation, Perturbed
 from gradsurgery.optimizer.trunk import Shared, Trunk
 
+OPTIONS = ("features", "batched", "retain_graph", "scale")
+"""Keywords of `GradientSurgery.join`, which no objective can be called."""
+
 ANOTHER_TERM = (
     "join: expected its backward pass to be the only one that writes .grad, found a gradient that came from elsewhere, as from a term "
     "added to the joint loss (a regulariser, say): it would be in no row; add the term to one of the losses, as in "

@@ -151,13 +151,14 @@ class GradientSurgery(FrontEnds):
         Raises:
             FloatingPointError: If a row, and so the Gram matrix, is not finite: parameters, base state and averages are
                 as before, and `zero_grad` recovers.
-            RuntimeError: If no objective, or not all of them, ran since the last step. With every learning rate 0 and
-                no objective it passes through to the base instead (`torch.distributed.checkpoint` initialises
-                optimizers so).
+            RuntimeError: If an objective is open, or none, or not all of them, ran since the last step. With every
+                learning rate 0 and no objective it passes through to the base instead (`torch.distributed.checkpoint`
+                initialises optimizers so).
         """
         with torch.enable_grad():
             value = None if closure is None else closure()
         window, parameters = self._window, self._parameters()
+        window.refuse_inside("step")
         if not window.slots and window.phase is not Phase.COMBINED:
             if closure is not None and value is None and all(p.grad is None for p in parameters):
                 return None  # Lightning: training_step returned None to skip this batch
@@ -185,7 +186,12 @@ class GradientSurgery(FrontEnds):
         return value
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear ``.grad`` and every row; ``model.zero_grad()`` knows nothing of rows that are not in ``.grad``."""
+        """Clear ``.grad`` and every row; ``model.zero_grad()`` knows nothing of rows that are not in ``.grad``.
+
+        Raises:
+            RuntimeError: If it is called inside an objective, whose earlier rows it would clear.
+        """
+        self._window.refuse_inside("zero_grad")
         self._base.zero_grad(set_to_none)
         # Zeroed tensors may stay in .grad. They are spent, and must not be refused as gradients of no objective.
         self._window.clear(Phase.OPEN if set_to_none else Phase.CLOSED)

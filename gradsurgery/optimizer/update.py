@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -58,14 +60,16 @@ class Update:
         if bool(self.finite):
             return
         culprits = [name for name, finite in zip(objectives, self.finite_rows.tolist(), strict=True) if not finite]
-        found = (
-            f"a NaN or inf in the gradient of {' and '.join(map(repr, culprits))}"
-            if culprits
-            else "finite rows but a non-finite rule or average"
-        )
+        if not culprits:
+            raise FloatingPointError(
+                "step: expected a finite update, found finite rows but a non-finite rule or average; nothing was stepped and zero_grad() "
+                "recovers. The rule has no answer for this Gram matrix (optimizer.record.gram), or an average or `add` is not finite: "
+                "choose another rule or other numbers"
+            )
         raise FloatingPointError(
-            f"step: expected finite rows, found {found}; nothing was stepped and zero_grad() recovers. Look at that loss, lower the "
-            "learning rate, or use a GradScaler with fp16; numbers above 1e19 count as inf, because their squares are"
+            f"step: expected finite rows, found a NaN or inf in the gradient of {' and '.join(map(repr, culprits))}; nothing was stepped "
+            "and zero_grad() recovers. Look at that loss, lower the learning rate, or use a GradScaler with fp16; numbers above 1e19 count "
+            "as inf, because their squares are"
         )
 
 
@@ -104,9 +108,11 @@ def multiples(add: Mapping[str, float], objectives: Sequence[str]) -> list[float
     """The option ``add`` as one number for each objective, 0 where it names none.
 
     Raises:
-        ValueError: If it names what is not a protected objective.
+        ValueError: If it names what is not a protected objective, or a multiple is no finite number.
     """
     check_protected("add", add, objectives)
+    if bad := {name: found for name, found in add.items() if not isinstance(found, Real) or not math.isfinite(found)}:
+        raise ValueError(f"add: expected finite numbers, found {bad}")
     return [add.get(name, 0.0) for name in objectives]
 
 
@@ -162,10 +168,10 @@ def _decide_by_gram(
     check(gram)
     asked = gram[0] if rows.blocks.names is None else gram
     coefficients = rule(asked.clone())  # a user's rule may write into its matrix, and this one is recorded
-    if coefficients.shape != asked.shape[:-1]:
+    found = list(coefficients.shape) if isinstance(coefficients, Tensor) else type(coefficients).__name__
+    if found != list(asked.shape[:-1]):
         raise ValueError(
-            f"rule: expected coefficients {list(asked.shape[:-1])} for a Gram matrix {list(asked.shape)}, found "
-            f"{list(coefficients.shape)}"
+            f"rule: expected coefficients {list(asked.shape[:-1])}, a tensor, for a Gram matrix {list(asked.shape)}, found {found}"
         )
     number = gram.shape[-1]
     coefficients = coefficients.to(gram).view(-1, number)

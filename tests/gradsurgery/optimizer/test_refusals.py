@@ -71,6 +71,8 @@ def test_a_base_that_cannot_be_stepped(make: Callable[[list[nn.Parameter]], Any]
         ({"objectives": ()}, "objectives: expected distinct names"),
         ({"objectives": "forget"}, "objectives: expected distinct names.*'forget'"),
         ({"objectives": ("forget", "forget")}, "objectives: expected distinct names"),
+        ({"objectives": (0, 1)}, r"objectives: expected strings.*found \[0, 1\]"),
+        ({"objectives": ("forget", "scale")}, r"no options of join \(features, .*found \['scale'\]; choose other"),
         ({"rule": "grew"}, "rule: expected one of sum, .*gru.*found 'grew'"),
         ({"rule": None}, "rule: expected a function"),
         ({"rule": torch.eye(2)}, "rule: expected a function"),
@@ -88,6 +90,9 @@ def test_a_base_that_cannot_be_stepped(make: Callable[[list[nn.Parameter]], Any]
         ({"ema_decay": {"memory": 0.5}}, "ema_decay: expected protected objectives"),
         ({"add": {"forget": 1.0}}, r"add: expected protected objectives, \['retain'\], found \['forget'\]"),
         ({"add": {"memory": 1.0}}, "add: expected protected objectives"),
+        ({"add": {"retain": float("nan")}}, r"add: expected finite numbers, found \{'retain': nan\}"),
+        ({"add": {"retain": "1"}}, "add: expected finite numbers, found"),
+        ({"add": {"retain": None}}, "add: expected finite numbers, found"),
         ({"scope": "layer"}, "scope: expected 'global', 'tensor' or a function of a parameter's name, found 'layer'"),
         ({"scope": lambda name: name}, "build it from model.named_parameters()"),
     ],
@@ -247,6 +252,27 @@ def test_nested_objectives() -> None:
         RuntimeError, match="objective 'forget': expected to be entered outside any other, found inside 'retain'"
     ):
         nested()
+    assert_same(snapshot(model, optimizer), before)
+    works_on(model, optimizer)
+
+
+@pytest.mark.parametrize("call", ["step", "zero_grad", "combine"])
+@pytest.mark.parametrize("when", ["first", "last"])
+def test_a_step_that_ends_inside_an_objective(call: str, when: str) -> None:
+    model, optimizer = trained()
+    before = snapshot(model, optimizer)
+    if when == "last":
+        capture(optimizer, model, "retain", "forget")
+
+    def inside() -> None:
+        with optimizer.objective("forget"):
+            LOSSES(model, 2, 0)["forget"].backward()
+            getattr(optimizer, call)()
+
+    with pytest.raises(
+        RuntimeError, match=f"{call}: expected to be called outside of objectives, found it inside 'forg"
+    ):
+        inside()
     assert_same(snapshot(model, optimizer), before)
     works_on(model, optimizer)
 
@@ -453,15 +479,26 @@ def test_a_loss_of_another_model() -> None:
 
 @pytest.mark.parametrize(
     "rule",
-    [lambda gram: torch.ones(3), lambda gram: gram, lambda gram: gram.sum(), lambda gram: torch.ones(1, 2)],
-    ids=["too many", "matrix", "number", "batched"],
+    [
+        lambda gram: torch.ones(3),
+        lambda gram: gram,
+        lambda gram: gram.sum(),
+        lambda gram: torch.ones(1, 2),
+        lambda gram: [1.0, 0.5],
+        lambda gram: (gram[0, 0], gram[0, 1]),
+        lambda gram: gram[0].numpy(),
+        lambda gram: None,
+    ],
+    ids=["too many", "matrix", "number", "batched", "list", "tuple", "numpy", "None"],
 )
 def test_a_rule_whose_answer_has_the_wrong_shape(rule: Callable[[Tensor], Tensor]) -> None:
     model, optimizer = trained()
     optimizer.rule = rule
     before = snapshot(model, optimizer)
     capture(optimizer, model, "retain", "forget")
-    with pytest.raises(ValueError, match=r"rule: expected coefficients \[2\] for a Gram matrix \[2, 2\], found"):
+    with pytest.raises(
+        ValueError, match=r"rule: expected coefficients \[2\], a tensor, for a Gram matrix \[2, 2\], found"
+    ):
         optimizer.step()
     assert_same(snapshot(model, optimizer), before)
     optimizer.zero_grad()
@@ -553,7 +590,7 @@ def test_a_rule_that_answers_nan_to_finite_rows() -> None:
     optimizer.rule = lambda gram: torch.full_like(gram[0], torch.nan)
     before = snapshot(model, optimizer)
     capture(optimizer, model, "retain", "forget")
-    with pytest.raises(FloatingPointError, match="finite rows but a non-finite rule or average"):
+    with pytest.raises(FloatingPointError, match=r"finite rows but a non-finite rule .*choose another rule"):
         optimizer.step()
     optimizer.zero_grad()
     optimizer.rule = gs.rules.gru
