@@ -296,7 +296,7 @@ class Window:
 
 
 def _owned(gradient: Tensor | None, name: str) -> Tensor | None:
-    """The gradient as a tensor that no later backward pass writes to."""
+    """The gradient as a tensor without a graph, and that no later backward pass writes to."""
     if gradient is None:
         return None
     if gradient.layout is not torch.strided:
@@ -306,11 +306,12 @@ def _owned(gradient: Tensor | None, name: str) -> Tensor | None:
         )
     DTensor = dtensor_type()
     if DTensor is not None and isinstance(gradient, DTensor):
-        return gradient
+        return gradient.detach() if gradient.requires_grad else gradient
     # DDP's gradient_as_bucket_view=True hands out views of buckets that the next backward pass overwrites. A bucket may
     # be as large as its only parameter, so that its size alone does not tell.
     shared = gradient._is_view() or gradient.untyped_storage().nbytes() > gradient.numel() * gradient.element_size()
-    return gradient.clone() if shared else gradient
+    gradient = gradient.clone() if shared else gradient
+    return gradient.detach() if gradient.requires_grad else gradient  # of a backward pass with create_graph=True
 
 
 def _no_gradient(name: str, parameters: Sequence[Tensor]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -93,8 +93,8 @@ def optimizer_metric(base: torch.optim.Optimizer, parameters: Sequence[Tensor]) 
         parameters: Its parameters, in order.
 
     Returns:
-        None (Euclidean) for SGD and before the first step. The metric raises a RuntimeError for a parameter whose state
-        holds no second moment known here.
+        None (Euclidean) for SGD and before the first step; for a parameter also while RAdam steps without its second
+        moment. The metric raises a RuntimeError for a parameter whose state holds no second moment known here.
     """
     if isinstance(base, (torch.optim.SGD, torch.optim.ASGD)) or not base.state:
         return None
@@ -108,9 +108,15 @@ def optimizer_metric(base: torch.optim.Optimizer, parameters: Sequence[Tensor]) 
         if "exp_avg_sq" in state and "step" in state and "betas" in group:  # Adam's, and not only a name of it
             # In float64, because 1 - 0.999 ** step would keep only a few digits of a float32 step count's power.
             step = state["step"]
-            unbiased = 1.0 - group["betas"][1] ** (step.double() if isinstance(step, Tensor) else step)
+            step = step.double() if isinstance(step, Tensor) else step
+            unbiased = 1.0 - group["betas"][1] ** step
             moment = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
-            return moment, lambda v: 1.0 / ((v / unbiased).sqrt() + eps)
+            if not isinstance(base, torch.optim.RAdam):
+                return moment, lambda v: 1.0 / ((v / unbiased).sqrt() + eps)
+            rectified = _rectified(step + 1, group["betas"][1])
+            if not isinstance(rectified, Tensor) or rectified.device.type == "cpu":
+                return (moment, lambda v: 1.0 / ((v / unbiased).sqrt() + eps)) if rectified else None
+            return moment, lambda v: torch.where(rectified, 1.0 / ((v / unbiased).sqrt() + eps), 1.0)
         if "exp_inf" in state:
             return state["exp_inf"], lambda v: 1.0 / v.clamp_min(eps)
         if "square_avg" in state:
@@ -127,3 +133,9 @@ def optimizer_metric(base: torch.optim.Optimizer, parameters: Sequence[Tensor]) 
         )
 
     return weights
+
+
+def _rectified(step: Any, beta2: float) -> Any:
+    """Whether RAdam's step of this number divides by its second moment: not in the first few, where rho <= 5."""
+    power = beta2**step
+    return 2.0 / (1.0 - beta2) - 1.0 - 2.0 * step * power / (1.0 - power) > 5.0

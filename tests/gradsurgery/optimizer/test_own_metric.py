@@ -91,6 +91,24 @@ def test_weights_that_do_not_fit_are_refused_and_another_metric_recovers(metric:
     assert torch.equal(values(model), values(plain))
 
 
+@pytest.mark.parametrize("betas", [(0.0, 0.999), (0.0, 0.9)])
+def test_radams_metric_is_euclidean_while_its_step_is(betas: tuple[float, float]) -> None:
+    """Its first steps do not divide by the second moment, and without momentum a projected step changes no protected loss."""
+    weight = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer = gs.GradientSurgery(torch.optim.RAdam([weight], lr=0.01, betas=betas), metric="optimizer")
+    euclidean = []
+    for step in range(8):
+        forget, retain = ([10.0, 0.1], [1.0, 0.0]) if step == 0 else ([-1.0, 0.3], [1.0, 1.0])
+        before, rows = weight.detach().clone(), torch.tensor([forget, retain], dtype=torch.float64)
+        optimizer.join(forget=(weight * rows[0]).sum(), retain=(weight * rows[1]).sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        euclidean.append(torch.equal(taken(optimizer).gram, rows @ rows.T))
+        if step and euclidean[-1]:
+            assert float((weight - before) @ rows[1]) == pytest.approx(0.0, abs=1e-9)
+    assert euclidean == [True] * 5 + [False] * 3
+
+
 def test_an_elementwise_rule_measures_nothing() -> None:
     parameters = nn.Linear(2, 2).parameters()
     with pytest.raises(ValueError, match="metric: expected 'euclidean' with an elementwise rule"):

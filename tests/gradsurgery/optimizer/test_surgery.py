@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -687,3 +688,21 @@ def test_memory_estimate_knows_types_and_frozen_parameters() -> None:
     assert optimizer.memory_estimate() == 16 * 2 + 16 * 4
     halved = gs.GRU(torch.optim.SGD(model.parameters(), lr=0.1), ema_dtype=torch.bfloat16)
     assert halved.memory_estimate() == 16 * 2 + 16 * 2
+
+
+@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.5}, {"ema_decay": 0.5, "accumulate": True}], ids=str)
+def test_a_backward_pass_with_create_graph_leaves_no_graph_in_rows_and_averages(options: dict[str, Any]) -> None:
+    model, plain = mlp(), mlp()
+    optimizer, reference = (
+        gs.GradientSurgery(torch.optim.SGD(each.parameters(), lr=0.1), **options) for each in (model, plain)
+    )
+    for step in range(2):
+        for each, wrapper, create in ((model, optimizer, True), (plain, reference, False)):
+            for name in ("retain", "forget"):
+                with wrapper.objective(name):
+                    classification()(each, step, 0)[name].backward(create_graph=create)
+            assert not any(t.requires_grad for row in wrapper._window.slots.values() for t in row if t is not None)
+            wrapper.step()
+            wrapper.zero_grad()
+    assert torch.equal(values(model), values(plain))
+    copy.deepcopy(optimizer)
