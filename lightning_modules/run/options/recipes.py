@@ -24,11 +24,12 @@ _DEEP: dict[str, Any] = {
 _DEEP_SCRATCH: dict[str, Any] = {
     "lr": 1e-3,
     "steps": 76,  # at five backward passes, and three in each of the finish: 398
+    "batch_size": 40,  # in small batches AdamW's steps are mostly noise, which moves what nobody shows
     "retain_weight": 10.0,
-    "radius": {"start": 0.2, "end": 1.0},
+    "radius": {"start": 0.2, "end": 2.0},
     "finish_steps": 6,
     "retain_loss": "kl_divergence",
-    "retain_noise": 0.1,
+    "retain_noise": 0.5,
     "optimizer_options": {"eps": 1e-4},
 }
 _DEEP_OTHER: dict[str, Any] = {

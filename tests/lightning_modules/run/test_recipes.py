@@ -20,7 +20,7 @@ from lightning_modules.run.options.method import MethodOptions
 from lightning_modules.training.perturb import PerturbSettings
 from tests.lightning_modules.run.small_runs import small_run
 
-DEEP = {"start": 0.2, "end": 1.0}
+DEEP = {"start": 0.2, "end": 2.0}
 
 
 def test_the_recipe_called_paper_is_the_defaults() -> None:
@@ -52,7 +52,7 @@ def test_a_radius_that_does_not_grow_is_a_number() -> None:
 def test_options_that_are_given_win_over_the_recipe() -> None:
     plain, deep = UnlearnOptions().flat(), UnlearnOptions.of(recipe="deep").flat()
     said = {"recipe": "deep", "lr": 1e-3, "steps": 76, "radius": DEEP, "finish_steps": 6, "accumulate": 1}
-    said |= {"retain_loss": "kl_divergence", "retain_noise": 0.1, "optimizer_options": {"eps": 1e-4}}
+    said |= {"retain_loss": "kl_divergence", "retain_noise": 0.5, "optimizer_options": {"eps": 1e-4}, "batch_size": 40}
     said |= {"ema_decay": 0.7, "retain_weight": 10.0, "guard": "update", "lr_schedule": "linear"}
     said |= {"substitute_weight": 1.0}
     assert {name: value for name, value in deep.items() if value != plain[name]} == said | {
