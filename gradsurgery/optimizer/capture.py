@@ -69,6 +69,7 @@ class Window:
         candidates: The next averages by objective, made of rows that `EMA.fold` took out of their slots.
         combined: What ``combine`` hands to ``step``.
         record: Of the latest ``combine``; it outlives the window.
+        number: How often everything was forgotten: a step's own, by which what outlives it is told.
     """
 
     def __init__(self) -> None:
@@ -81,6 +82,7 @@ class Window:
         self.candidates: dict[str, list[Tensor | None]] = {}
         self.combined: tuple[Rows, Update] | None = None
         self.record: Record | None = None
+        self.number = 0
 
     def clear(self, phase: Phase = Phase.OPEN) -> None:
         """Forget every row; the record stays for whoever reads it."""
@@ -91,6 +93,7 @@ class Window:
         self.scale_known = False
         self.candidates.clear()
         self.combined = None
+        self.number += 1
         rows_are_taken(self)
 
     @contextmanager

@@ -78,7 +78,8 @@ class FrontEnds(Adjustable):
             tensor([1., 1.])
         """
         self._options.perturbed = True
-        return Perturbation(self._parameters, self._capture_direction, self._take_direction, radius=radius, scale=scale)
+        capture, take = self._capture_direction, self._take_direction
+        return Perturbation(self._parameters, capture, take, lambda: self._window.number, radius=radius, scale=scale)
 
     @contextmanager
     def _capture_direction(self) -> Generator[None]:

@@ -73,16 +73,18 @@ class Perturbation:
         parameters: Callable[[], Sequence[Tensor]],
         capture: Callable[[], AbstractContextManager[None]],
         take: Callable[[], list[Tensor | None] | None],
+        step: Callable[[], int],
         *,
         radius: float,
         scale: Scale = "global",
     ) -> None:
         if scale not in get_args(Scale):
             raise ValueError(f"scale: expected one of {', '.join(get_args(Scale))}, found {scale!r}")
-        self._parameters, self._capture, self._take = parameters, capture, take
+        self._parameters, self._capture, self._take, self._step = parameters, capture, take, step
         self.scale: Scale = scale
         self.radius = radius
         self._direction: list[Tensor | None] | None = None
+        self._taken = 0  # the step of the direction
 
     @property
     def radius(self) -> float:
@@ -108,18 +110,18 @@ class Perturbation:
         self._direction = None
         with self._capture():
             yield
-        self._direction = self._take()
+        self._direction, self._taken = self._take(), self._step()
 
     def check(self) -> None:
         """Refuse to move without a direction.
 
         Raises:
-            RuntimeError: If none was captured since the last time that the weights were moved.
+            RuntimeError: If none was captured in this step, or since the last time that the weights were moved.
         """
-        if self._direction is None:
+        if self._direction is None or self._taken != self._step():
             raise RuntimeError(
                 "objective: expected a direction to move the weights along, found none; run the backward pass of its loss inside "
-                "perturbed.direction() before (each direction serves one objective)"
+                "perturbed.direction() before (each direction serves one objective of one step)"
             )
 
     @contextmanager
@@ -134,7 +136,8 @@ class Perturbation:
         """
         self.check()
         parts, self._direction = self._direction or [], None
-        pairs = [(weight, part) for weight, part in zip(self._parameters(), parts, strict=True) if part is not None]
+        # A parameter that came after the direction has no part of it.
+        pairs = [(weight, part) for weight, part in zip(self._parameters(), parts, strict=False) if part is not None]
         with torch.no_grad():
             # Of shards each rank moves its own: torch has no such operations on lists of DTensors.
             weights, move = [local_tensor(weight) for weight, _ in pairs], [local_tensor(part) for _, part in pairs]

@@ -409,3 +409,34 @@ def test_a_direction_that_was_not_captured_leaves_none_from_before() -> None:
         raise KeyboardInterrupt
     with pytest.raises(RuntimeError, match="expected a direction"):
         perturbed.check()
+
+
+@pytest.mark.parametrize("end", ["step", "zero_grad"])
+def test_a_direction_of_another_step_is_refused(end: str) -> None:
+    model = mlp()
+    optimizer = surgeon(model)
+    at = optimizer.perturbed(0.5)
+    with at.direction():
+        remember(0)(model).backward()
+    for name, loss in (("retain", retain), ("forget", forget)):
+        with optimizer.objective(name):
+            loss(0)(model).backward()
+    if end == "step":
+        optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="each direction serves one objective of one step"):
+        at.check()
+
+
+def test_a_parameter_that_comes_after_the_direction_is_not_moved() -> None:
+    model = mlp()
+    optimizer = surgeon(model)
+    at, late = optimizer.perturbed(0.5), nn.Parameter(torch.ones(2))
+    with at.direction():
+        remember(0)(model).backward()
+    optimizer.add_param_group({"params": [late]})
+    before = model[0].weight.detach().clone()
+    with at.moved():
+        assert torch.equal(late, torch.ones(2))
+        assert not torch.equal(model[0].weight, before)
+    assert torch.equal(model[0].weight, before)
