@@ -110,7 +110,9 @@ def prompts(
 
 def _in_other_words(row: Mapping[str, Any]) -> Question:
     question, other = asked(row), str(row["paraphrased_question"])
-    users = [] if isinstance(question, str) else [n for n, turn in enumerate(question) if turn["role"] == "user"]
+    if isinstance(question, str):
+        return other
+    users = [place for place, turn in enumerate(question) if turn["role"] == "user"]
     if not users:
         return other
     last = users[-1]
@@ -225,5 +227,5 @@ def _scores(
         yield values, numbers
 
 
-def _target(tokenizer: PreTrainedTokenizerBase, rest: Sequence[int]) -> str:
+def _target(tokenizer: PreTrainedTokenizerBase, rest: list[int]) -> str:
     return str(tokenizer.decode(rest, skip_special_tokens=True)).strip()

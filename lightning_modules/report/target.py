@@ -54,7 +54,8 @@ def not_reached(metrics: Mapping[str, Any]) -> str | None:
             f"{text}; what the ledger holds to a limit did not: {', '.join(above)}. Raise --ledger-weight, --steps or --epochs, in a new "
             "run."
         )
-    if (trained := number(target.get("trained"))) is not None and trained < level:
+    trained = number(target.get("trained"))
+    if trained is not None and level is not None and trained < level:
         how = {
             "--finish-steps": "the finish after it brought it back; take fewer --finish-steps, or a lower --stop-below",
             "--best-below": "its weights are of an earlier step; take a lower --best-below",
