@@ -9,15 +9,15 @@ Training, scoring and generation share one format, so that a model is scored on 
 - an empty question marks plain text: `<bos>{text}<eos>`, where every token after the first is a label.
 
 The boundary between prompt and answer is exact even where a tokenizer would merge across it: then the two are tokenized
-separately, because generation starts from the prompt's tokens. Earlier answers of a conversation are in that prompt; a
-token across their start is no label. Exactly one end follows an answer: without it a model never learns where an answer
-ends, and a second one would lower its mean loss, because it is trivial to predict.
+separately, because generation starts from the prompt's tokens. Exactly one end follows an answer: without it a model
+never learns where an answer ends, and a second one would lower its mean loss, because it is trivial to predict.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -264,28 +264,20 @@ def _formatted(tokenizer: PreTrainedTokenizerBase, form: PromptFormat, question:
 
 def _conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], every_turn: bool) -> Encoded:
     text, spans, unended = spoken(tokenizer, messages, every_turn=every_turn)
-    start = spans[-1][0]
-    # Tokenized in one piece, as whoever taught the model to chat did it, unless that merges across the answer's start.
-    ids, prompt = _tokens(tokenizer, text), _tokens(tokenizer, text[:start])
-    if ids[: len(prompt)] != prompt:
-        ids = prompt + _tokens(tokenizer, text[start:])
-    labels = [IGNORED] * len(prompt) + ids[len(prompt) :]
-    for first, last in spans[:-1]:
-        # A token that is only in part of an earlier answer is no label, so that the prompt is in one piece.
-        head, end = _tokens(tokenizer, text[:first]), _alike(prompt, _tokens(tokenizer, text[:last]))
-        begin = _alike(prompt, head)
-        if begin < len(head):
-            begin = len(prompt) - _alike(prompt[::-1], _tokens(tokenizer, text[first:start])[::-1])
-        labels[begin:end] = prompt[begin:end]
+    places = [place for span in spans for place in span]
+    # Tokenized in one piece, as whoever taught the model to chat did it, unless that merges across a boundary.
+    whole, heads = _tokens(tokenizer, text), [_tokens(tokenizer, text[:place]) for place in places[:-1]]
+    if all(whole[: len(head)] == head for head in heads):
+        pieces = [whole[first:last] for first, last in pairwise([0, *map(len, heads), len(whole)])]
+    else:
+        pieces = [_tokens(tokenizer, text[first:last]) for first, last in pairwise([0, *places])]
     if unended:
-        ids, labels = [*ids, _eos(tokenizer)], [*labels, _eos(tokenizer)]
-    return Encoded(ids, labels)
-
-
-def _alike(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+        pieces[-1] = [*pieces[-1], _eos(tokenizer)]
+    input_ids, labels = [], []
+    for number, piece in enumerate(pieces):
+        input_ids += piece
+        labels += piece if number % 2 else [IGNORED] * len(piece)
+    return Encoded(input_ids, labels)
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 import pytest
-from transformers import AddedToken, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from lightning_modules.data.chat import date_told, end_of_turn, set_template_options, written_before_answers
 from lightning_modules.data.examples import answered, as_example
@@ -157,20 +157,6 @@ def test_a_refusal_of_the_template_is_said_with_the_roles() -> None:
     assert said(byte_level(families.CHATML), encode(byte_level(families.CHATML), system, ANSWER)) == [
         f"{ANSWER}<|im_end|>"
     ]
-
-
-@pytest.mark.parametrize("last", ["In 1999.", "\n\nIn 1999."])
-@pytest.mark.parametrize("first", [ANSWER, f"\n\n{ANSWER}"])
-def test_no_answer_parts_the_tokens_of_the_prompt_after_it(first: str, last: str) -> None:
-    tokenizer = byte_level(families.CHATML)
-    tokenizer.add_tokens([AddedToken("\n\n\n", normalized=False)])  # across the start of an answer of two line breaks
-    turns: list[Any] = [TURNS[0], {"role": "assistant", "content": first}, TURNS[2]]
-    encoded, prompt = encode(tokenizer, turns, last), prompt_ids(tokenizer, turns)
-    assert encoded.input_ids[: len(prompt)] == prompt
-    assert encoded.input_ids == encode(tokenizer, turns, last, every_turn=False).input_ids
-    theirs: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-    assert prompt == theirs
-    assert said(tokenizer, encoded) == [f"{ANSWER}<|im_end|>", f"{last}<|im_end|>"]
 
 
 class Later:
