@@ -69,7 +69,7 @@ class Window:
         candidates: The next averages by objective, made of rows that `EMA.fold` took out of their slots.
         combined: What ``combine`` hands to ``step``.
         record: Of the latest ``combine``; it outlives the window.
-        number: How often everything was forgotten: a step's own, by which what outlives it is told.
+        number: Of the step: it grows whenever the rows are forgotten.
     """
 
     def __init__(self) -> None:

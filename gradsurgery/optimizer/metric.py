@@ -111,12 +111,16 @@ def optimizer_metric(base: torch.optim.Optimizer, parameters: Sequence[Tensor]) 
             step = step.double() if isinstance(step, Tensor) else step
             unbiased = 1.0 - group["betas"][1] ** step
             moment = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
+
+            def adam(v: Tensor) -> Tensor:
+                return 1.0 / ((v / unbiased).sqrt() + eps)
+
             if not isinstance(base, torch.optim.RAdam):
-                return moment, lambda v: 1.0 / ((v / unbiased).sqrt() + eps)
+                return moment, adam
             rectified = _rectified(step + 1, group["betas"][1])
-            if not isinstance(rectified, Tensor) or rectified.device.type == "cpu":
-                return (moment, lambda v: 1.0 / ((v / unbiased).sqrt() + eps)) if rectified else None
-            return moment, lambda v: torch.where(rectified, 1.0 / ((v / unbiased).sqrt() + eps), 1.0)
+            if isinstance(rectified, Tensor) and rectified.device.type != "cpu":  # the host does not wait for it
+                return moment, lambda v: torch.where(rectified, adam(v), 1.0)
+            return (moment, adam) if rectified else None
         if "exp_inf" in state:
             return state["exp_inf"], lambda v: 1.0 / v.clamp_min(eps)
         if "square_avg" in state:
@@ -136,6 +140,9 @@ def optimizer_metric(base: torch.optim.Optimizer, parameters: Sequence[Tensor]) 
 
 
 def _rectified(step: Any, beta2: float) -> Any:
-    """Whether RAdam's step of this number divides by its second moment: not in the first few, where rho <= 5."""
+    r"""Whether RAdam's step t divides by its second moment (1908.03265, algorithm 2, but 5 as in torch, not 4).
+
+    $$\rho_t = \rho_\infty - 2 t \beta_2^t / (1 - \beta_2^t) > 5, \quad \rho_\infty = 2 / (1 - \beta_2) - 1$$
+    """
     power = beta2**step
     return 2.0 / (1.0 - beta2) - 1.0 - 2.0 * step * power / (1.0 - power) > 5.0

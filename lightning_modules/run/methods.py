@@ -173,16 +173,17 @@ def ended(
     """
     if not training.stop_below or not curve.points:
         return None
-    found, steps = curve.points[-1]["forget"], trainer.global_step
+    trained, steps = curve.points[-1]["forget"], trainer.global_step
+    found, option = trained, ""
+    callbacks: list[Callback] = vars(trainer)["callbacks"]  # which Lightning's types do not know
+    for callback in callbacks:
+        if isinstance(callback, BestTradeoff) and callback.best is not None and callback.restored:
+            found, option = callback.best["forget"], "--best-below"
+    if finished is not None:
+        found, option = _forget_probability(finished, curve), "--finish-steps"
     further: dict[str, Any] = {"above": list(curve.above)} if curve.above else {}
-    better = next((callback.best for callback in trainer.callbacks if isinstance(callback, BestTradeoff)), None)  # type: ignore[attr-defined]
-    for option, value in (
-        ("--best-below", None if better is None else better["forget"]),
-        ("--finish-steps", None if finished is None else _forget_probability(finished, curve)),
-    ):
-        if value is not None and value != found:
-            further |= {"trained": curve.points[-1]["forget"], "changed_by": option}
-            found = value
+    if found != trained:
+        further |= {"trained": trained, "changed_by": option}
     return {
         "forget_probability": training.stop_below,
         "found": found,

@@ -70,6 +70,7 @@ class BestTradeoff(Callback):
 
     Attributes:
         best: The best point so far, or None.
+        restored: Whether the module has its weights.
 
     Raises:
         ValueError: If the target is not in (0, 1], or the curve does not score both splits; when training starts, if
@@ -95,6 +96,7 @@ class BestTradeoff(Callback):
         self.curve, self.target, self.path, self.restore = curve, target, Path(path), restore
         self.folder = None if folder is None else Path(folder)
         self.best: dict[str, float] | None = None
+        self.restored = False
         self._seen = -1.0
         self._ended = False
 
@@ -139,11 +141,11 @@ class BestTradeoff(Callback):
             )
             return
         last = self.curve.points[-1]["step"]
-        restored = self.restore
+        self.restored = self.restore
         if self.restore and self.best["step"] != last:
             checkpoint = trainer.strategy.load_checkpoint(self.path, weights_only=True)
-            restored = checkpoint["global_step"] == self.best["step"]
-            if restored:
+            self.restored = checkpoint["global_step"] == self.best["step"]
+            if self.restored:
                 pl_module.load_state_dict(checkpoint["state_dict"])
             else:
                 rank_zero_warn(
@@ -152,7 +154,7 @@ class BestTradeoff(Callback):
                 )
         if not trainer.is_global_zero:
             return
-        said = {**self.best, "target": self.target, "last_step": last, "restored": restored}
+        said = {**self.best, "target": self.target, "last_step": last, "restored": self.restored}
         if self.folder is not None:
             note(self.folder / TRAINING, "best", said)
         rank_zero_info(f"BestTradeoff: best is step {self.best['step']:.0f} of {last:.0f}: {said}")

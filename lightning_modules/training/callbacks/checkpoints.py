@@ -43,20 +43,17 @@ class Checkpoints(Checkpoint):
             raise ValueError(f"Checkpoints: expected every_n_steps to be at least 1, or None, found {every_n_steps}")
         self.path, self.every_n_steps, self.run = Path(path), every_n_steps, None if run is None else dict(run)
         self.step = 0
-        self.earlier, self._started = 0.0, time.perf_counter()
+        self.earlier = 0.0
+        self._started: float | None = None
 
     @property
     def seconds(self) -> float:
-        """Seconds since `fit` was called, and those of the training that it goes on with."""
-        return self.earlier + time.perf_counter() - self._started
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002 (Lightning's signature)
-        """Count the seconds from here."""
-        self._started = time.perf_counter()
+        """Seconds since the training started, and those of the training that it goes on with."""
+        return self.earlier + (0.0 if self._started is None else time.perf_counter() - self._started)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
-        """Count from where a resumed run was."""
-        self.step = trainer.global_step
+        """Count the steps from where a resumed run was, and the seconds from now."""
+        self.step, self._started = trainer.global_step, time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Save if this batch ended with a step whose turn it is. The end of an epoch is saved anyway."""

@@ -305,7 +305,7 @@ def test_what_looks_like_an_option_and_is_none_cannot_be_assigned() -> None:
     optimizer = surgeon(mlp(), add={"retain": 1.0})
     for option in (optimizer.add, optimizer.ema_decay):
         with pytest.raises(TypeError, match="does not support item assignment"):
-            option["retain"] = 0.5  # type: ignore[index]
+            option["retain"] = 0.5
     constructed = {"scope": "tensor", "accumulate": True, "ema_dtype": torch.float64, "objectives": ("a", "b")}
     for name, value in constructed.items():
         before = getattr(optimizer, name)

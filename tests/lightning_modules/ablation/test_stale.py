@@ -58,7 +58,7 @@ def test_training_sees_stale_answers_and_everything_else_of_the_grid(tmp_path: P
     assert stale != right.splits["retain"]
     pairs: Any = data.dataset
     assert list(pairs.retain) == [encode_example(tokenizer, row, 512) for row in stale]
-    assert list(pairs.forget) == list(right.dataset.forget)  # type: ignore[union-attr]
+    assert list(pairs.forget) == list(right.dataset.forget)
     assert pairs.substitutes is not None
     assert (data.batch_size, data.seed, data.max_length) == (3, 7, 512)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -265,13 +266,25 @@ def test_checkpoints_by_steps_and_by_epochs(
         Checkpoints(tmp_path / "last.ckpt", every_n_steps=0)
 
 
-def test_a_training_that_goes_on_has_the_seconds_of_what_it_goes_on_with(tmp_path: Path) -> None:
-    path = tmp_path / "last.ckpt"
+class Half(L.Callback):
+    """Keeps the checkpoint of the first epoch."""
+
+    def __init__(self, path: Path, half: Path) -> None:
+        self.path, self.half = path, half
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.current_epoch == 1:
+            shutil.copy(self.path, self.half)
+
+
+@pytest.mark.parametrize("part", ["half", "last"])
+def test_a_training_that_goes_on_has_the_seconds_of_what_it_goes_on_with(part: str, tmp_path: Path) -> None:
+    path, taken = tmp_path / "last.ckpt", tmp_path / f"{part}.ckpt"
     first, second = Checkpoints(path), Checkpoints(path)
-    fit(2, tmp_path, watch=[first])
-    checkpoint = torch.load(path, weights_only=True)
+    fit(2, tmp_path, watch=[first, Half(path, tmp_path / "half.ckpt")])
+    checkpoint = torch.load(taken, weights_only=True)
     assert 0 < checkpoint["callbacks"]["Checkpoints"]["seconds"] <= first.seconds
     checkpoint["callbacks"]["Checkpoints"]["seconds"] = 1000.0
-    torch.save(checkpoint, path)
-    fit(2, tmp_path, path, watch=[second])
-    assert second.seconds > 1000
+    torch.save(checkpoint, taken)
+    fit(2, tmp_path, taken, watch=[second])
+    assert second.seconds > 1000 if part == "half" else second.seconds == 1000
