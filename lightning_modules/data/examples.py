@@ -18,8 +18,9 @@ _ACCEPTED = "question and answer, prompt and response, messages, or text"
 _PAIRS = (("question", "answer"), ("prompt", "response"))
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHOWN = 12  # columns in a message: a table can have thousands
-# Of a turn; a chat template may render them.
+# A chat template may render them: of a turn, and of a whole conversation.
 _UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
+_UNREAD_BESIDE = ("tools", "functions", "documents", "chat_template_kwargs")
 
 
 def read_examples(path: str | Path) -> list[Example]:
@@ -52,7 +53,7 @@ def read_examples(path: str | Path) -> list[Example]:
     places: dict[tuple[str, str], list[str]] = {}
     for where, row in read_rows(path):
         example = as_example(row, f"{path}, {where}")
-        if not example["question"] and not (isinstance(row, Mapping) and "text" in row):
+        if not example["question"] and not _is_text(row):
             raise ValueError(
                 f'{path}, {where}: the question is empty: expected one, or plain text as {{"text": ...}} without a question'
             )
@@ -109,6 +110,11 @@ def as_example(row: object, where: str = "this example") -> Example:
         )
     example: Example = {"question": question, "answer": answer}
     turns = _turns(row.get("messages"))
+    if turns and (unread := [name for name in _UNREAD_BESIDE if row.get(name)]):
+        raise ValueError(
+            f"{where}: expected messages alone, found {unread[0]} beside them, which is not read: write what the model saw of it into a "
+            "turn, and leave the column out"
+        )
     plain = [turn["role"] for turn in turns] in ([], ["user", "assistant"])  # question and answer say it all
     if turns and _joined(turns) != (question, answer):
         raise ValueError(
@@ -173,6 +179,11 @@ def numbered(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, int]]:
         keys.append((*pair, seen[pair]))
         seen[pair] += 1
     return keys
+
+
+def _is_text(row: Any) -> bool:
+    """Whether an example is read from the column text, which question and answer, and messages, come before."""
+    return "messages" not in row and not any(question in row and answer in row for question, answer in _PAIRS)
 
 
 def _question_and_answer(row: Mapping[str, Any], where: str) -> tuple[str, str]:

@@ -118,6 +118,7 @@ EXAMPLES = [
     row("an empty answer", GOOD | {"answer": ""}, "the answer is empty"),
     row("a blank answer", GOOD | {"answer": " \n"}, "the answer is empty"),
     row("an empty question", GOOD | {"question": ""}, "the question is empty", '{"text": ...}'),
+    row("an empty question beside a text", GOOD | {"question": "", "text": "He was."}, "the question is empty"),
     row("a blank question", GOOD | {"question": "\t "}, "the question is only white space"),
     row("a null answer", GOOD | {"answer": None}, "expected answer to be text, found NoneType"),
     row("a number", GOOD | {"answer": 3}, "expected answer to be text, found int"),
@@ -133,6 +134,7 @@ EXAMPLES = [
     chat("nobody answers", [{"role": "user", "content": "Who?"}], "assistant", "['user']"),
     chat("an unknown role", [{"role": "human", "content": "Who?"}], "found 'human'"),
     chat("parts", [{"role": "user", "content": [{"type": "text", "text": "Who?"}]}], "found {'role': 'user'"),
+    row("tools", {"messages": SYSTEM, "tools": [{"type": "function"}]}, "found tools beside them", "not read"),
     row("nobody asks", {"messages": [{"role": "assistant", "content": "He."}]}, "the question is empty"),
 ]
 OTHERS = [
