@@ -192,4 +192,5 @@ def read_taught(taught: TaughtOptions) -> list[Example]:
         raise ValueError(
             f"--authors: expected at most {len(rows) // ROWS_PER_AUTHOR}, which {taught.tofu} has, found {taught.authors}"
         )
-    return rows[:wanted]
+    last = (taught.forget_authors or 0) * ROWS_PER_AUTHOR
+    return rows[: wanted - last] + rows[len(rows) - last :]

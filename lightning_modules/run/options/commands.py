@@ -293,7 +293,7 @@ class UnlearnOptions(Options):
     @property
     def chooses_authors(self) -> bool:
         """As in `Options`; a model that is taught first learns of so many, too."""
-        return self.model.scratch or self.first.finetune_first
+        return super().chooses_authors or self.first.finetune_first
 
     def resolved(self) -> UnlearnOptions:
         """A copy in which no value depends on another option or on the machine any more: what config.yaml holds."""

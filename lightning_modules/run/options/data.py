@@ -44,7 +44,7 @@ class DataOptions:
 
     Attributes:
         authors: authors that the model from scratch learns, or with --finetune-first and --tofu any other; 200 are all,
-            10 the default; evaluate --tofu scores the rows that unlearn has with these two options, all if not given
+            10 the default; with --tofu and a ready model, those that it was taught, all if not given
         forget_authors: so many of them, the last ones, are to be forgotten; a fifth if not given
         forget: examples to forget: JSON, JSON lines, CSV or Parquet (question/answer, prompt/response, messages, text)
         retain: examples to keep
@@ -174,13 +174,13 @@ class DataOptions:
             return
         if self.forget_authors is not None:
             raise ValueError(
-                "--forget-authors: expected a model from scratch, or --finetune-first, or --authors with evaluate --tofu, and no --forget, "
-                "which says what is to be forgotten; leave it out"
+                "--forget-authors: expected a model from scratch, or --finetune-first, or --authors with --tofu, and no --forget, which "
+                "says what is to be forgotten; leave it out"
             )
         if self.authors is not None and (typed or self.authors != AUTHORS):
             raise ValueError(
-                "--authors: expected a model from scratch, or --finetune-first with --tofu, or evaluate --tofu, whose examples it chooses, "
-                f"found {self.authors} with none of them; leave it out"
+                f"--authors: expected a model from scratch, or --tofu, whose examples it chooses, found {self.authors} with none of them; "
+                "leave it out"
             )
 
     def _check_requests(self) -> None:

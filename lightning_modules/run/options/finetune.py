@@ -26,7 +26,9 @@ class TaughtOptions:
         data: examples to teach: JSON, JSON lines, CSV or Parquet (question/answer, prompt/response, messages, text)
         tofu: teach this file of TOFU: full makes the model that is to forget, retain90 the reference of forget10
         tofu_dir: folder with TOFU's files; from the hub if not given
-        authors: teach the first so many authors of the file only, 20 questions each
+        authors: teach so many authors of the file only, 20 questions each: the first ones
+        forget_authors: so many of them are the file's last ones instead: then a model that was taught --tofu full
+            forgets them by unlearn --tofu with the same two options
         max_length: tokens an example; longer ones lose their end
         chat_template_kwargs: variables of the tokenizer's chat template, for example {enable_thinking: false}
         prompt_format: how questions and answers are written: auto (the tokenizer's chat template, or Q: and A:), as
@@ -39,6 +41,7 @@ class TaughtOptions:
     tofu: TOFUFile | None = None
     tofu_dir: str | None = None
     authors: int | None = None
+    forget_authors: int | None = None
     max_length: int = 512
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     prompt_format: str = AUTO
@@ -52,10 +55,13 @@ class TaughtOptions:
         if (self.data is None) == (self.tofu is None):
             found = "neither" if self.data is None else "both"
             raise ValueError(f"expected either --data or --tofu, found {found}: what is the model to learn?")
-        for name in ("tofu_dir", "authors"):
+        for name in ("tofu_dir", "authors", "forget_authors"):
             if getattr(self, name) is not None and self.tofu is None:
                 raise ValueError(f"expected --tofu with {flag(name)}, for example --tofu full, found none")
         at_least_one(self, "authors", "max_length")
+        if self.forget_authors is not None and not 1 <= self.forget_authors < (self.authors or 0):
+            found = "no --authors" if self.authors is None else f"{self.forget_authors} of {self.authors}"
+            raise ValueError(f"expected 1 <= --forget-authors < --authors, found {found}")
         format_by_name(self.prompt_format)
 
 

@@ -34,12 +34,14 @@ def counts(options: Options) -> dict[str, int]:
     return {split: len(found) for split, found in read_splits(options).items()}
 
 
-def test_a_model_that_was_taught_some_authors_is_evaluated_on_the_rows_that_it_learned(world: Path) -> None:
+def test_a_model_that_was_taught_some_authors_forgets_and_is_evaluated_on_the_rows_that_it_learned(world: Path) -> None:
     taught = UnlearnOptions.of(model="m", finetune_first=True, **TOFU, **FEW)
     scored = EvaluateOptions.of(model="m", **TOFU, **FEW)
     scored.check()
     assert counts(scored) == counts(taught) == {"forget": 20, "retain": 40, "real_authors": 2}
-    assert read_splits(scored) == read_splits(taught)
+    ready = UnlearnOptions.of(model="m", **TOFU, **FEW)
+    ready.check()
+    assert read_splits(scored) == read_splits(taught) == read_splits(ready)
 
 
 def test_without_authors_a_ready_model_is_evaluated_on_all_of_them(world: Path) -> None:
@@ -60,7 +62,6 @@ def test_ten_authors_are_the_default_where_a_model_learns_them() -> None:
         UnlearnOptions.of(**FILES, authors=12),
         UnlearnOptions.of(**FILES, authors=12, finetune_first=True),
         UnlearnOptions.of(**FILES | {"model": "scratch"}, authors=12),
-        UnlearnOptions.of(model="m", **TOFU, authors=12),
         UnlearnOptions.of(model="m", muse="news", authors=12),
         EvaluateOptions.of(**FILES, authors=12),
         EvaluateOptions.of(model="m", wmdp="cyber", authors=12),
@@ -72,12 +73,12 @@ def test_authors_without_effect_are_refused(options: Options) -> None:
 
 
 def test_authors_to_forget_of_a_ready_model_need_to_know_of_how_many() -> None:
-    with pytest.raises(ValueError, match=r"^--forget-authors: expected .* or --authors with evaluate --tofu"):
+    with pytest.raises(ValueError, match=r"^--forget-authors: expected .* or --authors with --tofu"):
         EvaluateOptions.of(model="m", **TOFU, forget_authors=1).check()
 
 
 def test_the_ten_authors_in_the_configuration_of_an_earlier_run_are_not_refused() -> None:
-    for given in (FILES, FILES | {"finetune_first": True}, {"model": "m", **TOFU}):
+    for given in (FILES, FILES | {"finetune_first": True}):
         options = UnlearnOptions.of(**given, authors=10)
         options.check()
         assert options.resolved().data.authors == 10  # its checkpoints say so

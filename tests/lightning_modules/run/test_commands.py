@@ -426,7 +426,7 @@ def test_the_scores_of_a_diverged_model_are_nan_and_written() -> None:
         ({"forget_authors": 1, "forget": "a.json", "retain": "b.json"}, "no --forget"),
         (
             {"forget_authors": 1, "model": "somewhere", "tofu": "forget10"},
-            "expected a model from scratch, or .* evaluate --tofu",
+            "expected a model from scratch, or .* --authors with --tofu",
         ),
     ],
 )

@@ -19,11 +19,13 @@ from lightning_modules.evaluation.likelihood import answer_nll
 from lightning_modules.folder import CHECKPOINTS
 from lightning_modules.run import assembly, finetune
 from lightning_modules.run.finetune import read_taught
+from lightning_modules.run.loading import read_splits
 from lightning_modules.run.options import FinetuneOptions, TaughtOptions, UnlearnOptions
 from lightning_modules.training.finetuning import FinetuningModule
 from lightning_modules.training.scratch import ScratchSettings, scratch_model
 from tests.tolerances import STEPPED_FLOAT32, close
 
+TOFU = Path(__file__).parents[4] / "shared" / "tofu"
 ROWS = fictional_authors(1)[:11]
 STEPS = ["--epochs", "3", "--batch-size", "1", "--accumulate", "2", "--lr", "1e-2", "--precision", "32-true"]
 
@@ -193,6 +195,16 @@ def test_the_first_authors_of_a_file_of_tofu(tmp_path: Path) -> None:
         read_taught(TaughtOptions(tofu="full", tofu_dir=str(tmp_path), authors=4))
 
 
+@pytest.mark.skipif(not TOFU.is_dir(), reason="needs TOFU's files in ../shared/tofu")
+@pytest.mark.parametrize("split", ["forget01", "forget05", "forget10"])
+def test_what_was_taught_with_authors_to_forget_is_what_unlearn_has(split: str) -> None:
+    few = {"tofu_dir": str(TOFU), "authors": 5, "forget_authors": 2}
+    taught = read_taught(TaughtOptions(tofu="full", **few))
+    splits = read_splits(UnlearnOptions.of(model="m", tofu=split, **few))
+    asked = [(row["question"], row["answer"]) for row in taught]
+    assert asked == [(row["question"], row["answer"]) for name in ("retain", "forget") for row in splits[name]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -200,6 +212,8 @@ def test_the_first_authors_of_a_file_of_tofu(tmp_path: Path) -> None:
         (["--model", "m"], "expected either --data or --tofu, found neither"),
         (["--model", "m", "--data", "d.json", "--tofu", "full"], "expected either --data or --tofu, found both"),
         (["--model", "m", "--data", "d.json", "--authors", "2"], "expected --tofu with --authors"),
+        (["--model", "m", "--tofu", "full", "--forget-authors", "2"], "1 <= --forget-authors < --authors, found no --authors"),
+        (["--model", "m", "--tofu", "full", "--authors", "2", "--forget-authors", "2"], "--forget-authors < --authors, found 2 of 2"),
         (["--model", "m", "--data", "d.json", "--max-norm", "0"], "expected --max-norm > 0"),
         (["--model", "m", "--data", "d.json", "--lr", "0"], "expected --lr > 0"),
         (["--model", "m", "--data", "d.json", "--epochs", "0"], "expected --epochs >= 1"),
