@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,27 @@ from lightning_modules.report.finished import read
 from lightning_modules.report.target import nothing_to_forget
 from lightning_modules.report.terminal import sentences, tables
 from lightning_modules.run.options import UnlearnOptions
+from lightning_modules.run.options.flat import flag
+from lightning_modules.run.options.recipes import unasked
 from lightning_modules.run.run import Run
 
 
 def say(sentence: str) -> None:
     """Write a sentence to standard error, as it is."""
     Console(stderr=True, soft_wrap=True).print(sentence, markup=False, highlight=False, emoji=False)
+
+
+def show_recipe(options: UnlearnOptions, stated: Collection[str]) -> None:
+    """Say to standard error what a recipe that nobody named has set, which is the case with --model.
+
+    Args:
+        options: Of the run.
+        stated: Names of the options that were given.
+    """
+    values = options.flat()
+    if brought := unasked({name: values[name] for name in stated if name in values}):
+        flags = " ".join(f"{flag(name)} {value}" for name, value in brought.items())
+        say(f"Recipe {options.recipe.recipe}, as no --recipe was given: {flags}; --recipe paper leaves them out")
 
 
 def show_example(run: Run[UnlearnOptions]) -> None:

@@ -44,7 +44,7 @@ from lightning_modules.run.run import Run, Splits
 from lightning_modules.run.saving import write_model
 from lightning_modules.run.scoring import ScoredSplits, contents_of_metrics, examples_by_model, score
 from lightning_modules.run.sharded import by_shards
-from lightning_modules.run.show import say, show, show_example, show_probes, show_warnings
+from lightning_modules.run.show import say, show, show_example, show_probes, show_recipe, show_warnings
 from lightning_modules.run.teaching import teach_first
 from lightning_modules.training.scratch import one_thread
 
@@ -70,6 +70,8 @@ def unlearn(options: UnlearnOptions, stated: Collection[str] = ()) -> Path:
     options.check_effect()
     check_hardware(options.resolved().training)
     check_plugins(options.training)
+    if will_be_first() and not options.training.resume:
+        show_recipe(options, stated)
     with one_thread() if options.model.scratch else nullcontext():
         return _unlearn(options)
 

@@ -111,3 +111,17 @@ def expanded(values: Mapping[str, Any]) -> dict[str, Any]:
     if values.get("epochs") is not None:
         own.pop("steps", None)
     return own | ({} if recipe == "paper" else {"recipe": recipe}) | dict(values)
+
+
+def unasked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe that nobody named sets besides these options.
+
+    Example:
+        >>> unasked({"model": "m", "retain_weight": 5.0})
+        {'ema_decay': 0.7, 'guard': 'update'}
+        >>> unasked({"model": "m", "recipe": "balanced"}), unasked({"lr": 1e-4})
+        ({}, {})
+    """
+    if "recipe" in values:
+        return {}
+    return {name: value for name, value in expanded(values).items() if name != "recipe" and name not in values}

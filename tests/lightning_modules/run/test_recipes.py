@@ -17,6 +17,7 @@ from lightning_modules.run import methods
 from lightning_modules.run.finish import substitute_answers
 from lightning_modules.run.options import RECIPES, UnlearnOptions
 from lightning_modules.run.options.method import MethodOptions
+from lightning_modules.run.show import show_recipe
 from lightning_modules.training.perturb import PerturbSettings
 from tests.lightning_modules.run.small_runs import small_run
 
@@ -43,6 +44,19 @@ def test_a_model_that_is_given_learns_other_answers_inside_or_those_of_a_teacher
     assert found() == (1.0, 0, 36, "auto", 20.0)
     assert found(teacher="base") == (0.0, 16, 32, "auto", 20.0)
     assert found(teacher="base", finish_steps=4) == (0.0, 4, 32, "auto", 20.0)
+
+
+def test_what_a_recipe_sets_that_nobody_named_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    def said(**given: Any) -> str:
+        show_recipe(UnlearnOptions.of(**given), given)
+        return capsys.readouterr().err
+
+    model = {"model": "m", "tofu": "forget10"}
+    expected = (
+        "Recipe balanced, as no --recipe was given: --ema-decay 0.7 --guard update; --recipe paper leaves them out\n"
+    )
+    assert said(**model, retain_weight=5.0) == expected
+    assert not said() + said(**model, recipe="balanced") + said(**model, method="uld")
 
 
 def test_a_radius_that_does_not_grow_is_a_number() -> None:
