@@ -21,6 +21,7 @@ from lightning_modules.evaluation.likelihood import on_gpu
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import (
     CHECKPOINTS,
+    CURVE,
     LAST_CHECKPOINT,
     METRICS,
     MODEL,
@@ -40,7 +41,7 @@ from lightning_modules.run.resume import only_report_is_missing, resumed, taught
 from lightning_modules.run.saving import whole, write_model
 from lightning_modules.run.show import show_format, show_row
 from lightning_modules.training.adapters import adapt
-from lightning_modules.training.callbacks import Checkpoints, seconds_of
+from lightning_modules.training.callbacks import Checkpoints, LossCurve, seconds_of
 from lightning_modules.training.finetuning import FinetuningDataModule, FinetuningModule
 from lightning_modules.training.merging import check_mergeable
 from lightning_modules.training.probability import mean_probabilities
@@ -145,8 +146,9 @@ def _trainer(options: FinetuneOptions, rows: list[Example]) -> L.Trainer:
         folder / LAST_CHECKPOINT, every_n_steps=training.checkpoint_every, run=recorded | taught_by(options, rows)
     )
     console = Console(stderr=True)
+    callbacks = [LossCurve(folder / CURVE), checkpoints]  # a checkpoint knows the row of its step
     trainer = make_trainer(
-        folder, training.as_unlearning(), [checkpoints], console, what="Teaching", max_norm=training.max_norm
+        folder, training.as_unlearning(), callbacks, console, what="Teaching", max_norm=training.max_norm
     )
     for logger in trainer.loggers:
         logger.log_hyperparams(recorded)

@@ -46,6 +46,9 @@ class FinetuningModule(ResumableModule):
             trained.
         settings: The learning rate and weight decay.
 
+    Attributes:
+        loss: Of the last batch; NaN before the first.
+
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -57,6 +60,7 @@ class FinetuningModule(ResumableModule):
         self.model = model
         self.settings = settings
         self.head = AnswerHead(model)
+        self.loss = torch.tensor(float("nan"))
 
     def training_step(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The mean cross-entropy of the batch's answer tokens, in nats."""
@@ -67,8 +71,9 @@ class FinetuningModule(ResumableModule):
         else:
             losses, _ = answer_values(gs.losses.cross_entropy, states, batch["labels"])
         loss = losses.sum() / mean_token_count(len(labels), self._trainer, losses.device)
+        self.loss = loss.detach()
         if self._trainer is not None:
-            self.log("loss", loss.detach(), prog_bar=True)
+            self.log("loss", self.loss, prog_bar=True)
         return loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:  # noqa: ARG002 (Lightning's signature)

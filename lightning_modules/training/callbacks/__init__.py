@@ -5,6 +5,7 @@
 | `surgery_logger` | `SurgeryLogger`: the record of every step, `surgery.csv` |
 | `g_effect` | `GEffectLogger`: where in the model the objectives conflict, `g_effect.csv` |
 | `tradeoff_curve` | `TradeoffCurve`: forget and retain probability while training, `curve.csv` |
+| `loss_curve` | `LossCurve`: loss and learning rate of `finetune`, `curve.csv` |
 | `checkpoints` | `Checkpoints`: from where an interrupted run goes on, `checkpoints/last.ckpt` |
 | `best_tradeoff` | `BestTradeoff`: the weights of the best point of the curve |
 | `collapse_alarm` | `CollapseAlarm`: a stop when retention collapses |
@@ -13,7 +14,7 @@
 | `progress_lines` | `ProgressLines`: where training stands, in a log |
 | `probe` | what the two probes share |
 | `notes` | what callbacks tell the report |
-| `rows` | rows of a CSV file that grows |
+| `rows` | rows of a CSV file that grows, and `StepRows`, which has one for every step |
 
 A callback of your own is a subclass of Lightning's `Callback` in a file of its own here, added to `__all__`: it reads
 `pl_module.surgery.record` (one step), `pl_module.losses`, or the points of a `TradeoffCurve` that comes before it. What
@@ -26,6 +27,7 @@ from lightning_modules.training.callbacks.best_tradeoff import BestTradeoff, is_
 from lightning_modules.training.callbacks.checkpoints import Checkpoints, seconds_of
 from lightning_modules.training.callbacks.collapse_alarm import CollapseAlarm, collapse
 from lightning_modules.training.callbacks.g_effect import GEffectLogger
+from lightning_modules.training.callbacks.loss_curve import LossCurve
 from lightning_modules.training.callbacks.progress_lines import ProgressLines
 from lightning_modules.training.callbacks.quantization_probe import (
     QuantizationProbe,
@@ -43,6 +45,7 @@ __all__ = [
     "Checkpoints",
     "CollapseAlarm",
     "GEffectLogger",
+    "LossCurve",
     "ProgressLines",
     "QuantizationProbe",
     "RelearnProbe",

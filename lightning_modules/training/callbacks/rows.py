@@ -5,8 +5,13 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 from lightning_modules.files import append_text, write_text
 
@@ -57,3 +62,81 @@ class GrowingRows:
         else:
             write_text(self.path, text.getvalue())
         self.written += len(rows)
+
+
+class StepRows(Callback):
+    """A callback that keeps a row of numbers for every optimizer step, and writes them to a file that grows.
+
+    A run that is resumed goes on with the rows of its checkpoint.
+
+    Args:
+        path: Of the file. Training starts it anew, and it grows every `flush_every` steps. None writes no file.
+        flush_every: Steps between writes.
+
+    Attributes:
+        rows: So far; each has `step`, counted from 1.
+    """
+
+    def __init__(self, path: str | Path | None = None, flush_every: int = 1) -> None:
+        self.path, self.flush_every = None if path is None else Path(path), flush_every
+        self.rows: list[dict[str, float]] = []
+        self._file = None if path is None else GrowingRows(path)
+
+    def add(self, trainer: L.Trainer, row: dict[str, float]) -> None:
+        """Keep the row of the step that was just taken."""
+        self.rows.append(row)
+        if len(self.rows) % self.flush_every == 0:
+            self._write(trainer)
+
+    def counted(self, step: int) -> bool:
+        """Whether there is a row of this step already, or no step was taken yet."""
+        return step == 0 or bool(self.rows and self.rows[-1]["step"] >= step)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Start the file anew, with the rows of the checkpoint that is resumed."""
+        if trainer.is_global_zero and self._file is not None:
+            self._file.restart()
+            self._write(trainer)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Drop the rows of an earlier fit by another trainer: this one's steps begin at 0 again."""
+        kept = [row for row in self.rows if row["step"] <= trainer.global_step]
+        if len(kept) == len(self.rows):
+            return
+        self.rows = kept
+        if self._file is not None and trainer.is_global_zero:
+            self._file.restart()
+            self._write(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Write what is left."""
+        self._write(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+        """Write the steps that led to the exception."""
+        with suppress(OSError):  # a full disk would hide the exception
+            if self._file is not None and self._file.begun:
+                self._write(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Write the rows of a run that is resumed after its last step: there is no `on_train_end` then."""
+        self._write(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows so far, so that a resumed run goes on with them."""
+        return {"rows": list(self.rows)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the rows."""
+        self.rows = list(state_dict["rows"])
+
+    def _write(self, trainer: L.Trainer) -> None:
+        if self._file is not None and trainer.is_global_zero and self.rows:
+            self._file.write(list(self.rows[0]), self.rows[self._file.written :])
+
+
+def of_all(loss: Tensor, trainer: L.Trainer) -> float:
+    """The mean over the processes: each divides by the mean count of tokens, so it is that over all tokens."""
+    if trainer.world_size > 1:
+        loss = cast("Tensor", trainer.strategy.reduce(loss.clone(), reduce_op="mean"))  # in place: others read it too
+    return float(loss)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
-from lightning_modules.training.callbacks.rows import GrowingRows
+from lightning_modules.training.callbacks.rows import StepRows, of_all
 from lightning_modules.training.module import UnlearningModule
 
 
-class SurgeryLogger(Callback):
+class SurgeryLogger(StepRows):
     """One row of a CSV file for every optimizer step, from its `gradsurgery.Record`.
 
     | column | content |
@@ -39,31 +35,10 @@ class SurgeryLogger(Callback):
         flush_every: Steps between writes.
     """
 
-    def __init__(self, path: str | Path | None = None, flush_every: int = 1) -> None:
-        self.path, self.flush_every = None if path is None else Path(path), flush_every
-        self.rows: list[dict[str, float]] = []
-        self._file = None if path is None else GrowingRows(path)
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
-        """Start the file anew, with the rows of the checkpoint that is resumed."""
-        if trainer.is_global_zero and self._file is not None:
-            self._file.restart()
-            self._write(trainer)
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
-        """Drop the rows of an earlier fit by another trainer: this one's steps begin at 0 again."""
-        kept = [row for row in self.rows if row["step"] <= trainer.global_step]
-        if len(kept) == len(self.rows):
-            return
-        self.rows = kept
-        if self._file is not None and trainer.is_global_zero:
-            self._file.restart()
-            self._write(trainer)
-
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Add a row if this batch ended with a step."""
         step = trainer.global_step
-        if not isinstance(pl_module, UnlearningModule) or (self.rows and self.rows[-1]["step"] >= step) or step == 0:
+        if not isinstance(pl_module, UnlearningModule) or self.counted(step):
             return
         record = pl_module.surgery.record
         if record is None or not record.applied:
@@ -73,7 +48,7 @@ class SurgeryLogger(Callback):
         if coefficients is not None and record.blocks is not None:
             coefficients = coefficients.mean(0)
         row: dict[str, float] = {"step": step}
-        row |= {f"loss_{name}": _of_all(pl_module.losses[name], trainer) for name in names}
+        row |= {f"loss_{name}": of_all(pl_module.losses[name], trainer) for name in names}
         row |= {f"norm_{name}": value for name, value in zip(names, gram.diagonal().sqrt().tolist(), strict=True)}
         row |= {"update_norm": float(record.update_norm), "cosine": float(record.cosines[..., 0, 1].mean())}
         if coefficients is not None:
@@ -82,41 +57,6 @@ class SurgeryLogger(Callback):
         row |= {f"predicted_change_{n}": v for n, v in zip(names, record.predicted_change.tolist(), strict=True)}
         if record.actual_change is not None:
             row |= {f"actual_change_{n}": v for n, v in zip(names[1:], record.actual_change.tolist(), strict=True)}
-        self.rows.append(row)
         told = {f"surgery/{name}": value for name, value in row.items() if name != "step"}
         pl_module.log_dict(told, on_step=True, on_epoch=False)
-        if len(self.rows) % self.flush_every == 0:
-            self._write(trainer)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
-        """Write what is left."""
-        self._write(trainer)
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:  # noqa: ARG002
-        """Write the steps that led to the exception."""
-        with suppress(OSError):  # a full disk would hide the exception
-            if self._file is not None and self._file.begun:
-                self._write(trainer)
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
-        """Write the rows of a run that is resumed after its last step: there is no `on_train_end` then."""
-        self._write(trainer)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The rows so far, so that a resumed run goes on with them."""
-        return {"rows": list(self.rows)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the rows."""
-        self.rows = list(state_dict["rows"])
-
-    def _write(self, trainer: L.Trainer) -> None:
-        if self._file is not None and trainer.is_global_zero and self.rows:
-            self._file.write(list(self.rows[0]), self.rows[self._file.written :])
-
-
-def _of_all(loss: Tensor, trainer: L.Trainer) -> float:
-    """The mean over the processes: each divides by the mean count of tokens, so it is that over all tokens."""
-    if trainer.world_size > 1:
-        loss = cast("Tensor", trainer.strategy.reduce(loss.clone(), reduce_op="mean"))  # in place: others read it too
-    return float(loss)
+        self.add(trainer, row)

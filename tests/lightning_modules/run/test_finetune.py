@@ -84,7 +84,7 @@ def test_what_is_taught_is_memorised_measured_and_taken_by_unlearn(
     said = capsys.readouterr()
     assert "not memorised" not in said.out
     assert "The first example, its answer between [[ and ]]: " in said.err
-    assert {path.name for path in run.iterdir()} == {"config.yaml", "metrics.json", "model"}
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "curve.csv", "metrics.json", "model"}
     for name, rows in (("forget", ROWS[:5]), ("retain", ROWS[5:])):
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     data = [text for name in ("forget", "retain") for text in (f"--{name}", str(tmp_path / f"{name}.json"))]
@@ -130,6 +130,9 @@ def test_a_run_that_dies_and_is_resumed_is_the_undisturbed_one_bit_for_bit(
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     metrics = [json.loads((tmp_path / name / "metrics.json").read_text())["taught"] for name in ("whole", "cut")]
     assert metrics[0] == metrics[1]
+    curve = (tmp_path / "whole" / "curve.csv").read_bytes()
+    assert (tmp_path / "cut" / "curve.csv").read_bytes() == curve
+    assert curve.count(b"\n") == 1 + 18
 
 
 def test_no_other_process_waits_for_a_first_one_that_has_nothing_left_to_train(
