@@ -17,6 +17,7 @@ Example:
 
 from gradsurgery import gram, logit_difference, lora, losses, rules, task_vectors
 from gradsurgery.optimizer import scope
+from gradsurgery.optimizer.anchor import LayerAnchor
 from gradsurgery.optimizer.dual import DualOptimizer
 from gradsurgery.optimizer.gru import GRU
 from gradsurgery.optimizer.perturbation import Perturbed
@@ -29,6 +30,7 @@ __all__ = [
     "GRU",
     "DualOptimizer",
     "GradientSurgery",
+    "LayerAnchor",
     "Perturbed",
     "Record",
     "__version__",

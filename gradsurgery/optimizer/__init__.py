@@ -19,5 +19,5 @@ reads).
 holds what may be chosen, and set between steps; `gru` has the paper's defaults. `clipping` and `scaler` notice whoever
 clips or unscales before `combine`. Around a step: `wrapper` delegates to the base what is the base's own, `checkpoint`
 keeps averages and rule states in the base's state_dict, `ranks` checks that all processes do the same, and `dual` is
-another optimizer, whose objectives take turns.
+another optimizer, whose objectives take turns, and `anchor` holds layers after the step of any optimizer.
 """

@@ -89,6 +89,7 @@ class Run:
                 ema_decay=method.ema_decay,
                 retain_weight=method.retain_weight,
                 retain_noise=method.retain_noise,
+                retain_anchor=method.retain_anchor,
                 guard=method.guard,
                 radius=method.radius,
                 radius_scale=method.radius_scale,
@@ -267,6 +268,7 @@ _LATER = {
         *("steps", "max_norm", "lr_schedule", "stop_below", "radius", "radius_scale", "adversary"),
         *("retain_rows", "row_examples", "undo", "finish_steps", "finish_lr"),
         *("retain_noise", "optimizer_options", "keep_asked_words", "substitute_weight", "batch_size"),
+        "retain_anchor",
     )
 }
 _LATER_SECTIONS = {

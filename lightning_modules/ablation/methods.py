@@ -69,6 +69,7 @@ class Method:
     guard: Literal["none", "measure", "update"] = "measure"
     retain_weight: float = 0.0
     retain_noise: float = 0.0
+    retain_anchor: float = 0.0
     retain_inside: float = 0.0
     placebo: bool = False
     keep_asked_words: bool = False
@@ -148,6 +149,10 @@ class Method:
             raise ValueError(f"expected steps or epochs, found both, {self.steps} and {self.epochs}")
         if self.stop_below is not None and not 0.0 < self.stop_below < 1.0:
             raise ValueError(f"expected stop_below between 0 and 1, found {self.stop_below}")
+        if self.retain_anchor and self.lora_rank and self.finish_steps:
+            raise ValueError(
+                "retain_anchor: expected all weights, or no finish_steps, found adapters, merged before them"
+            )
         if self.undo and self.finish_steps:
             raise ValueError("expected undo or finish_steps, found both: each is what ends a method")
         try:

@@ -28,7 +28,7 @@ from lightning_modules.run import assembly
 from lightning_modules.run.options import AUTO
 from lightning_modules.run.radius import measure, search_settings
 from lightning_modules.training.adversary import AdversarialModule, AdversarySettings
-from lightning_modules.training.callbacks import ProgressLines
+from lightning_modules.training.callbacks import AnchorPull, ProgressLines
 from lightning_modules.training.merging import merged
 from lightning_modules.training.module import UnlearningModule
 from lightning_modules.training.objectives import by_name, needs_reference
@@ -56,6 +56,8 @@ def train(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: S
         radius = measure(options, adapted, tokenizer, forget)
         extra += search_settings(options).count(len(forget))
         run = replace(run, method=replace(run.method, radius=radius))
+    anchor = assembly.make_anchor(options, adapted, data)
+    held: list[Callback] = [] if anchor is None else [AnchorPull(anchor)]
     spent = time.perf_counter() - started
     tally = Tally()
     matching = MatchTargets(
@@ -69,7 +71,7 @@ def train(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: S
         stop_below=run.method.stop_below if run.grid.targets.end else None,
         until_end=bool(run.grid.targets.end),
     )
-    callbacks: list[Callback] = [tally, matching]
+    callbacks: list[Callback] = [*held, tally, matching]
     if run.method.placebo:
         callbacks.append(Placebo(run.method.bound_rule(), seed=run.data_seed))
     rows = run.method.retain_rows
@@ -81,7 +83,7 @@ def train(run: Run, model: nn.Module, tokenizer: Any, scorer: Scorer, targets: S
         whole = merged(adapted)
         if run.grid.targets.end:
             tally.start_watching()
-            cost = ended(run, whole, before, tokenizer, lambda steps: on_this_device(run, [], steps))
+            cost = ended(run, whole, before, tokenizer, lambda steps: on_this_device(run, held, steps))
             tally.stop_watching()
     except FloatingPointError as error:
         diverged = f"diverged: {error}"

@@ -31,6 +31,7 @@ from lightning_modules.run.plugins import make_callbacks, make_loggers
 from lightning_modules.run.run import Run
 from lightning_modules.training import objectives
 from lightning_modules.training.adapters import adapt
+from lightning_modules.training.anchoring import anchored
 from lightning_modules.training.callbacks import ProgressLines
 from lightning_modules.training.checkpoint_file import CheckpointFile
 from lightning_modules.training.merging import check_mergeable
@@ -188,14 +189,33 @@ def make_trainer(
     )
 
 
-def make_finishing_trainer(training: TrainingOptions, steps: int, console: Console) -> L.Trainer:
+def make_anchor(options: UnlearnOptions, model: nn.Module, data: ForgetRetainDataModule) -> gs.LayerAnchor | None:
+    """What holds the layers of the model as it is now and has read the retain examples; None without --retain-anchor.
+
+    Args:
+        options: Of the run.
+        model: With its adapters, before any step.
+        data: With the retain examples.
+    """
+    if not options.method.retain_anchor:
+        return None
+    data.setup()
+    if data.dataset is None:
+        raise TypeError("expected the data of an unlearning run, found none")
+    pad, size = padding_id(data.tokenizer), options.training.batch_size
+    return anchored(model, options.method.retain_anchor, data.dataset.retain, pad_token_id=pad, batch_size=size)
+
+
+def make_finishing_trainer(
+    training: TrainingOptions, steps: int, console: Console, callbacks: Sequence[Callback] = ()
+) -> L.Trainer:
     """The Trainer of the finish, which leaves no files and starts anew where a run is resumed."""
     return L.Trainer(
         **trainer_options(
             **_hardware(training),
             max_epochs=-1,
             max_steps=steps,
-            callbacks=[RichProgressBar() if console.is_terminal else ProgressLines("Finishing")],
+            callbacks=[*callbacks, RichProgressBar() if console.is_terminal else ProgressLines("Finishing")],
             enable_progress_bar=console.is_terminal,
         )
     )

@@ -10,6 +10,7 @@ import lightning as L
 from rich.console import Console
 from torch import nn
 
+import gradsurgery as gs
 from lightning_modules.data.examples import Example, read_examples
 from lightning_modules.data.pairs import ForgetRetainDataModule
 from lightning_modules.data.substitutes import other_answers
@@ -17,6 +18,7 @@ from lightning_modules.evaluation import processes
 from lightning_modules.run.assembly import make_finishing_trainer, teacher
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.run import Run, Splits
+from lightning_modules.training.callbacks import AnchorPull
 from lightning_modules.training.finish import FinishSettings, finishing_module
 from lightning_modules.training.module import UnlearningModule
 from lightning_modules.training.noise import NoiseSettings
@@ -47,18 +49,21 @@ def kept_start(model: nn.Module, options: UnlearnOptions) -> Reference:
     return start
 
 
-def finish(run: Run[UnlearnOptions], model: nn.Module, start: Reference) -> None:
+def finish(run: Run[UnlearnOptions], model: nn.Module, start: Reference, anchor: gs.LayerAnchor | None = None) -> None:
     """Train the model in place. The random numbers start anew, so that a resumed run finishes as any other.
 
     Args:
         run: With the options of the finish.
         model: That has forgotten.
         start: From `kept_start`.
+        anchor: That held the layers in the forgetting, and does so here.
     """
     options = run.options
+    callbacks = [] if anchor is None else [AnchorPull(anchor)]
     L.seed_everything(options.output.seed, verbose=False)
     module, data = finishing(options, run.splits, run.tokenizer, model, start)
-    make_finishing_trainer(options.training, options.finish.finish_steps, Console(stderr=True)).fit(module, data)
+    console = Console(stderr=True)
+    make_finishing_trainer(options.training, options.finish.finish_steps, console, callbacks).fit(module, data)
 
 
 def finishing(

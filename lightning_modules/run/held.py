@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+import gradsurgery as gs
 from lightning_modules.ledger.request import ROW, row_counts
 from lightning_modules.run.assembly import kind_of_start_model
 from lightning_modules.run.memory import bytes_of, free, gigabytes
@@ -50,6 +51,8 @@ def held_by_unlearning(model: nn.Module, options: UnlearnOptions) -> list[Held]:
         parts.append(Held(f"{sketches} sketches of earlier requests, as dense gradients", sketches * _bytes(trained)))
     if method.radius:
         parts.append(Held("weights before they are moved for the forget row", _bytes(trained)))
+    if method.retain_anchor:
+        parts.append(Held("the anchor, at most", gs.LayerAnchor(model, method.retain_anchor).memory_estimate()))
     for needed, what in (
         (kind_of_start_model(options) == "copy", "the losses compare"),
         (options.finish.finish_steps and not training.adapters_start_at_zero, "the finish compares"),

@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+import gradsurgery as gs
 from lightning_modules.data.examples import evenly_spaced
 from lightning_modules.data.pairs import VALIDATION_EXAMPLES, VALIDATION_SPLITS
 from lightning_modules.data.tokenization import encode_example, padding_id
@@ -24,7 +25,7 @@ from lightning_modules.evaluation.evaluate import Evaluation
 from lightning_modules.evaluation.likelihood import on_gpu
 from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import CHECKPOINTS, CURVE, G_EFFECT, LAST_CHECKPOINT, SURGERY
-from lightning_modules.run.assembly import adapted, make_module, make_trainer, start_model
+from lightning_modules.run.assembly import adapted, make_anchor, make_module, make_trainer, start_model
 from lightning_modules.run.batch import held_down
 from lightning_modules.run.deletion import begin, protecting
 from lightning_modules.run.finish import finish, kept_start
@@ -43,6 +44,7 @@ from lightning_modules.run.show import show_start
 from lightning_modules.training.adapters import checked_targets
 from lightning_modules.training.auto_radius import SameRadius
 from lightning_modules.training.callbacks import (
+    AnchorPull,
     BestTradeoff,
     Checkpoints,
     CollapseAlarm,
@@ -110,8 +112,9 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module, log: ScoredSplits | N
     started_as, run = run, with_radius(run, model)
     options = run.options
     start = kept_start(model, options) if options.finish.finish_steps else None
+    anchor = make_anchor(options, model, data)
     curve = make_curve(run)
-    trainer = watched_trainer(run, curve)
+    trainer = watched_trainer(run, curve, anchor)
     started = time.perf_counter()
     before = scores_before(run, model) if first else None
     if first and not training.resume:
@@ -140,7 +143,7 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module, log: ScoredSplits | N
     seconds["train"] += fit(run, trainer, module, batches)
     if start is not None:
         started = time.perf_counter()
-        finish(run, module.model, start)
+        finish(run, module.model, start, anchor)
         seconds["train"] += time.perf_counter() - started
     together = processes.several()  # Lightning's processes live on after training, with the same weights
     if not (trainer.is_global_zero or together):
@@ -200,11 +203,12 @@ def _forget_probability(model: nn.Module, curve: TradeoffCurve) -> float:
         return mean_probabilities(model, scored, pad_token_id=curve.pad_token_id, batch_size=curve.batch_size)["forget"]
 
 
-def watched_trainer(run: Run[UnlearnOptions], curve: TradeoffCurve) -> L.Trainer:
+def watched_trainer(run: Run[UnlearnOptions], curve: TradeoffCurve, anchor: gs.LayerAnchor | None = None) -> L.Trainer:
     """The Trainer of a run with surgery, with every callback that writes into its folder or may stop it."""
     folder, training = run.folder, run.options.training
     logs = [SurgeryLogger(folder / SURGERY), GEffectLogger(folder / G_EFFECT)]
-    callbacks = [SameRadius(), *logs, curve, *watching(training, folder, curve), _checkpoints(run)]
+    held = [] if anchor is None else [AnchorPull(anchor)]  # before what scores and saves
+    callbacks = [SameRadius(), *held, *logs, curve, *watching(training, folder, curve), _checkpoints(run)]
     return make_trainer(folder, training, callbacks, Console(stderr=True))
 
 

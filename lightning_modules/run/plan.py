@@ -153,6 +153,7 @@ def _objectives(options: UnlearnOptions) -> list[str]:
         "--metric": None if method.metric == "euclidean" else method.metric,
         "--radius": method.radius or None,
         "--retain-noise": method.retain_noise or None,
+        "--retain-anchor": method.retain_anchor or None,
         "--substitute-weight": method.substitute_weight or None,
     }
     further = "".join(f", {name} {value}" for name, value in extra.items() if value is not None)

@@ -22,6 +22,7 @@ from lightning_modules.run.options.loading import LoadingOptions
 from lightning_modules.run.options.machine import by_machine
 from lightning_modules.run.options.method import MethodOptions
 from lightning_modules.run.options.recipes import RecipeOptions, expanded
+from lightning_modules.run.options.sharded import check_whole
 from lightning_modules.run.options.shared import FSDP2
 from lightning_modules.run.options.training import TrainingOptions, uld_numbers
 from lightning_modules.training.uld_settings import ULDSettings
@@ -238,11 +239,8 @@ class UnlearnOptions(Options):
                 f"--lr auto: expected a loss that brings the forget probability below any target, found --forget-loss "
                 f"{self.method.forget_loss}, which ends at a teacher's; give --lr, for example 5e-5"
             )
-        if self.method.teacher is not None and self.training.sharded:
-            raise ValueError(
-                f"--teacher: expected a teacher that each device can hold beside the model, found --strategy {FSDP2}; train on one device, "
-                "or by ddp"
-            )
+        if self.training.sharded:
+            check_whole(self.method, self.finish)
         taught = self.finish.finish_steps or self.method.substitute_weight
         if self.finish.substitutes is not None and not taught:
             raise ValueError(
@@ -256,16 +254,6 @@ class UnlearnOptions(Options):
         if self.method.teacher is not None and self.finish.substitutes is not None:
             raise ValueError(
                 "--substitutes: expected no --teacher with it, found both: whose answers is the finish to teach?"
-            )
-        if self.training.sharded and self.method.radius == AUTO:
-            raise ValueError(
-                f"--radius auto: expected numbers with --strategy {FSDP2}, found auto, which needs the whole model on one device; measure "
-                "it there, and give what config.yaml then has, such as '{start: 0.03, end: 0.15}'"
-            )
-        if self.training.sharded and self.finish.finish_steps:
-            raise ValueError(
-                f"--finish-steps: expected 0 with --strategy {FSDP2}, found {self.finish.finish_steps}: the finish needs the whole model "
-                "before unlearning beside the trained one; leave it out, or train on one device"
             )
 
     def _check_adapters(self) -> None:

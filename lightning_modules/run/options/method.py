@@ -50,6 +50,8 @@ class MethodOptions:
         retain_noise: multiple, added to the retain loss, of the divergence from the model before unlearning on the
             retain examples with 30 % of their tokens replaced: keeps what no retain example shows; in the finish it has
             the weight 1
+        retain_anchor: after every step, pull each layer back as far as its inputs on the retain examples would feel the
+            change, with this strength: keeps what no retain example shows, for a copy of the weights; 0 for none
         retain_inside: multiple of the retain loss inside the forget objective, before the rule
         dual: PDU: weigh the retain loss by a dual variable, for example {limit: 0.3, step_size: 5, initial: 100}
         guard: look at the parameter change itself: measure it, or project it; with --model the default is that of
@@ -78,6 +80,7 @@ class MethodOptions:
     ema_decay: float | None = 0.2
     retain_weight: float = 0.0
     retain_noise: float = 0.0
+    retain_anchor: float = 0.0
     retain_inside: float = 0.0
     dual: dict[str, float] = field(default_factory=dict)
     guard: Literal["none", "measure", "update"] = "none"
@@ -88,7 +91,7 @@ class MethodOptions:
 
     def check(self) -> None:
         """Raise ValueError on numbers outside their domain; `check_functions` has what needs torch."""
-        not_negative(self, "retain_weight", "retain_noise", "retain_inside", "substitute_weight")
+        not_negative(self, "retain_weight", "retain_noise", "retain_anchor", "retain_inside", "substitute_weight")
 
     def check_functions(self) -> None:
         """Raise ValueError on a name, number or option that the losses, the rule or the dual variable do not have."""

@@ -6,6 +6,7 @@
 | `g_effect` | `GEffectLogger`: where in the model the objectives conflict, `g_effect.csv` |
 | `tradeoff_curve` | `TradeoffCurve`: forget and retain probability while training, `curve.csv` |
 | `loss_curve` | `LossCurve`: loss and learning rate of `finetune`, `curve.csv` |
+| `anchor_pull` | `AnchorPull`: pulls layers back to a `gradsurgery.LayerAnchor` after every step |
 | `checkpoints` | `Checkpoints`: from where an interrupted run goes on, `checkpoints/last.ckpt` |
 | `best_tradeoff` | `BestTradeoff`: the weights of the best point of the curve |
 | `collapse_alarm` | `CollapseAlarm`: a stop when retention collapses |
@@ -23,6 +24,7 @@ the report should say goes through `notes.note`; what has to survive a resumed r
 
 from __future__ import annotations
 
+from lightning_modules.training.callbacks.anchor_pull import AnchorPull
 from lightning_modules.training.callbacks.best_tradeoff import BestTradeoff, is_better
 from lightning_modules.training.callbacks.checkpoints import Checkpoints, seconds_of
 from lightning_modules.training.callbacks.collapse_alarm import CollapseAlarm, collapse
@@ -41,6 +43,7 @@ from lightning_modules.training.callbacks.tradeoff_curve import TradeoffCurve
 from lightning_modules.training.probability import mean_probabilities
 
 __all__ = [
+    "AnchorPull",
     "BestTradeoff",
     "Checkpoints",
     "CollapseAlarm",

@@ -68,6 +68,7 @@ NAMES = [
         said=("--keep-asked-words: expected",),
     ),
     value("retain-noise", "-1", "expected --retain-noise"),
+    value("retain-anchor", "-1", "expected --retain-anchor"),
     value("learning-rate", "1", "--learning-rate"),
     Row("a word too many", lambda _: [*changed(), "surplus"], ("surplus",)),
     Row("no value", lambda _: [*changed(), "--lr"], ("--lr",)),

@@ -122,6 +122,7 @@ def deep_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(folder: Path, *further: str) -> list[str]:
     own = ["--recipe", "deep", "--radius", "{start: 0.1, end: 0.3}", "--finish-steps", "3", "--steps", "4"]
+    own += ["--retain-anchor", "0.1"]
     given = small_run(folder, *own, *further)
     epochs = given.index("--epochs")
     return given[:epochs] + given[epochs + 2 :]
@@ -144,8 +145,8 @@ def test_it_is_repeated_bit_for_bit_by_its_config_and_by_resuming_after_or_in_th
     assert cli.main([*again, str(tmp_path / "again")]) == 0
     finish = methods.finish
 
-    def interrupted(run: Any, model: torch.nn.Module, start: Any) -> None:
-        finish(run, model, start)
+    def interrupted(*arguments: Any) -> None:
+        finish(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -216,6 +217,7 @@ REFUSED = [
     (["--finish-steps", "-1"], "expected --finish-steps >= 0, found -1"),
     (["--finish-lr", "1"], "expected --finish-steps with --finish-lr"),
     (["--finish-steps", "3", "--finish-lr", "0"], "expected --finish-lr > 0, found 0"),
+    (["--retain-anchor", "1", "--strategy", "fsdp2"], "--retain-anchor: expected 0 with --strategy fsdp2, found 1.0"),
     (["--finish-steps", "3", "--strategy", "fsdp2"], "--finish-steps: expected 0 with --strategy fsdp2, found 3"),
     (["--finish-steps", "3", "--substitutes", "none.json"], "none.json"),
     (["--substitutes", "forget.json"], "--substitutes: expected --finish-steps or --substitute-weight"),

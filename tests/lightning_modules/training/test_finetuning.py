@@ -38,7 +38,7 @@ def plain_loop(
             for places in batches[first : first + accumulate]:
                 losses.append(net(**collate([encoded[place] for place in places], 0)).loss / accumulate)
                 losses[-1].backward()
-            curve.append((float(sum(losses)), optimizer.param_groups[0]["lr"]))
+            curve.append((float(sum(losses).detach()), optimizer.param_groups[0]["lr"]))
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
             schedule.step()

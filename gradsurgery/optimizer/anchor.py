@@ -1,0 +1,232 @@
+"""Anchors: what holds the layers of a model where examples to keep would feel that they change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from gradsurgery.gram.rows import dtensor_type
+from gradsurgery.optimizer.ranks import active
+
+_TRANSPOSED = "Conv1D"  # GPT-2's linear layer, in transformers: its weight is [in, out]
+
+
+class LayerAnchor:
+    r"""Pulls a model's weights back to where they were, as far as the inputs of its layers on kept examples reach.
+
+    A retain loss holds what the retain examples show. What they do not show is answered by the same layers, from inputs
+    of the same kind: an anchor holds the layers' outputs on such inputs, whatever the answers are. With $W_0$ the
+    weight of a layer $y = W x$ at the start, and $C = \mathrm{E}[x x^T]$ over the tokens of the kept examples, `pull`
+    replaces
+
+    $$W \leftarrow W_0 + (W - W_0) \left(I + \lambda C / \bar c\right)^{-1}, \qquad \bar c = \mathrm{tr}(C) / n,$$
+
+    which minimises $|V - W|^2 + (\lambda / \bar c)\, \mathrm{E}\,|(V - W_0) x|^2$ over $V$: a proximal step. Directions
+    that no kept input has are left alone, and there the forgetting goes on. Of an embedding the inputs are one-hot, so
+    that each row is divided by $1 + \lambda c_v / \bar c$, $c_v$ the share of its token; a weight that is an embedding
+    and the head at once meets both terms. Vectors (biases, the weights of norms) are multiplied by one number for a
+    channel, and pulled back by $1 / (1 + \lambda)$.
+
+    Source: ours. Related: the null spaces of layer inputs in continual learning (2103.09762) and in model editing
+    (2410.02355), which forbid all change on kept inputs; here $\lambda$ says how much of it a step may leave.
+
+    Args:
+        model: Whose weights are held; those that require a gradient when the anchor is made, from where they are then.
+        strength: $\lambda > 0$, in each pull. The scale of the inputs is divided out, so that it is a pure number.
+
+    Raises:
+        ValueError: If the strength is not a positive number, or nothing is trained.
+        TypeError: If a weight that is trained is neither a vector nor that of a linear layer or an embedding, or is
+            sharded.
+
+    Cost: a copy of the trained weights and, for a layer with n inputs, n x n float32 numbers, which layers with the
+    same input share; a pull takes `out * n * n` multiplications a layer. In a process group the inputs of all processes
+    count, and each pulls alike.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> before = layer.weight.detach().clone()
+        >>> anchor = LayerAnchor(layer, strength=1.0)
+        >>> with anchor.watch():
+        ...     _ = layer(torch.tensor([[1.0, 0.0]]))  # the kept examples have the first input only
+        >>> _ = layer.weight.data.add_(torch.tensor([[0.3, 0.3]]))
+        >>> anchor.pull()
+        >>> (layer.weight - before).detach().round(decimals=4)  # C / c = diag(2, 0)
+        tensor([[0.1000, 0.3000]])
+    """
+
+    def __init__(self, model: nn.Module, strength: float) -> None:
+        if not 0.0 < strength < math.inf:
+            raise ValueError(f"strength: expected a number > 0, found {strength}")
+        named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        if not named:
+            raise ValueError("model: expected weights that require a gradient, found none")
+        sharded = dtensor_type()
+        if sharded is not None and any(isinstance(weight, sharded) for weight in named.values()):
+            raise TypeError("model: expected whole weights, found DTensors: an anchor does not know shards; use DDP")
+        self.strength = strength
+        self._weights = list(named.values())
+        self._start = [weight.detach().clone() for weight in self._weights]
+        self._layers: dict[int, list[nn.Module]] = {}  # id of a matrix -> the layers that have it
+        for layer in model.modules():
+            weight = getattr(layer, "weight", None)
+            if _is_known(layer) and isinstance(weight, Tensor) and weight.requires_grad:
+                self._layers.setdefault(id(weight), []).append(layer)
+        unknown = [name for name, weight in named.items() if weight.dim() != 1 and id(weight) not in self._layers]
+        if unknown:
+            raise TypeError(
+                f"model: expected linear layers, embeddings and vectors, whose inputs are known, found {', '.join(unknown[:3])}: freeze "
+                "such weights, or train LoRA adapters on linear layers"
+            )
+        self._seen: dict[nn.Module, Tensor] = {}
+        self._pulls: list[partial[Tensor]] | None = None
+
+    @contextmanager
+    def watch(self, mask: Tensor | None = None) -> Generator[None]:
+        """Forward passes of the model inside are of kept examples: the inputs of its layers are counted.
+
+        Args:
+            mask: `[B, T]`, not 0 at the tokens that count; by default all do. `attention_mask` leaves out padding. A
+                layer whose input does not begin with `[B, T]` counts all of it.
+        """
+        last: list[tuple[Tensor, Tensor]] = []
+        found: dict[nn.Module, Tensor] = {}
+
+        def count(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if not last or last[-1][0] is not inputs[0]:  # layers that follow each other may share their input
+                last[:] = [(inputs[0], _moment(layer, inputs[0], mask))]
+            moment = last[-1][1]
+            found[layer] = found[layer] + moment if layer in found else moment
+
+        hooks = [layer.register_forward_pre_hook(count) for layers in self._layers.values() for layer in layers]
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        # Only now: a forward pass that fails has counted nothing.
+        for layer, moment in found.items():
+            self._seen[layer] = self._seen[layer] + moment if layer in self._seen else moment
+        self._pulls = None
+
+    @torch.no_grad()
+    def pull(self) -> None:
+        """Pull the weights back, after a step of any optimizer.
+
+        Raises:
+            RuntimeError: If no forward pass was watched.
+        """
+        if not self._seen:
+            raise RuntimeError("pull: expected forward passes of kept examples inside `watch()` before, found none")
+        if self._pulls is None:
+            self._pulls = self._prepared()
+            self._start = [start.to(weight) for start, weight in zip(self._start, self._weights, strict=True)]
+        for weight, start, pulled in zip(self._weights, self._start, self._pulls, strict=True):
+            weight.copy_(start + pulled(weight - start))  # rounded once, where it has fewer digits
+
+    def memory_estimate(self) -> int:
+        """Bytes that the anchor holds, at most: layers that turn out to share their input hold less."""
+        widths = (_width(layers[0]) for layers in self._layers.values())
+        return sum(start.nbytes for start in self._start) + 4 * sum(width**2 for width in widths)
+
+    def _prepared(self) -> list[partial[Tensor]]:
+        """What pulls back the change of each weight."""
+        made: list[tuple[Tensor, Tensor]] = []  # moments and what was made of them: layers may share their input
+
+        def inverse(moment: Tensor) -> Tensor:
+            for seen, found in made:
+                if torch.equal(seen, moment):
+                    return found
+            made.append((moment, torch.linalg.inv(torch.eye(len(moment)).to(moment) + moment)))
+            return made[-1][1]
+
+        found: list[partial[Tensor]] = []
+        for weight in self._weights:
+            layers = self._layers.get(id(weight), [])
+            rows = [self._scaled(layer) for layer in layers if isinstance(layer, nn.Embedding)]
+            columns = [self._scaled(layer) for layer in layers if not isinstance(layer, nn.Embedding)]
+            kind = _working(weight)
+            if not layers:
+                found.append(partial(_times, torch.tensor(1.0 / (1.0 + self.strength), dtype=torch.float64)))
+            elif rows and columns:
+                values, basis = torch.linalg.eigh(_sum(columns))
+                divisor = 1.0 + _sum(rows)[:, None] + values.clamp_min(0.0)
+                found.append(partial(_in_basis, basis.to(kind), divisor.to(kind)))
+            elif rows:
+                found.append(partial(_times, 1.0 / (1.0 + _sum(rows)[:, None])))
+            else:
+                side = _from_left if type(layers[0]).__name__ == _TRANSPOSED else _from_right
+                found.append(partial(side, inverse(_sum(columns)).to(kind)))
+        return found
+
+    def _scaled(self, layer: nn.Module) -> Tensor:
+        """The strength times the layer's moments over their mean, in float64; 0 where no kept example came."""
+        weight = _weight(layer)
+        if layer in self._seen:
+            moment = self._seen[layer].to(weight.device, torch.float64, copy=True)
+        else:
+            size = (len(weight),) if isinstance(layer, nn.Embedding) else (_width(layer),) * 2
+            moment = weight.new_zeros(size, dtype=torch.float64)
+        if active():
+            distributed.all_reduce(moment)
+        mean = moment.mean() if moment.dim() == 1 else moment.diagonal().mean()
+        return self.strength * moment / (mean if mean else 1.0)
+
+
+def _is_known(layer: nn.Module) -> bool:
+    """Whether it is known what the layer's weight is multiplied with."""
+    return isinstance(layer, (nn.Linear, nn.Embedding)) or type(layer).__name__ == _TRANSPOSED
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight: Any = layer.weight
+    return weight
+
+
+def _width(layer: nn.Module) -> int:
+    """Inputs of a linear layer; 0 of an embedding, which needs one number a token."""
+    if isinstance(layer, nn.Embedding):
+        return 0
+    return _weight(layer).shape[0 if type(layer).__name__ == _TRANSPOSED else 1]
+
+
+def _working(like: Tensor) -> torch.dtype:
+    """In which type sums and products are computed: float32 at least."""
+    return torch.promote_types(like.dtype, torch.float32)
+
+
+def _sum(moments: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(moments)).sum(0)
+
+
+def _moment(layer: nn.Module, inputs: Tensor, mask: Tensor | None) -> Tensor:
+    """Sum of x x^T over the tokens, `[n, n]`; of an embedding how often each token is there, `[V]`."""
+    if mask is not None and inputs.shape[: mask.dim()] == mask.shape:
+        inputs = inputs[mask.to(inputs.device) != 0]
+    if isinstance(layer, nn.Embedding):
+        return torch.bincount(inputs.flatten(), minlength=layer.num_embeddings).float()
+    rows = inputs.reshape(-1, inputs.shape[-1]).to(_working(inputs))
+    return rows.T @ rows
+
+
+def _times(factor: Tensor, change: Tensor) -> Tensor:
+    return change * factor.to(change)
+
+
+def _from_right(matrix: Tensor, change: Tensor) -> Tensor:
+    return change.to(matrix) @ matrix
+
+
+def _from_left(matrix: Tensor, change: Tensor) -> Tensor:
+    return matrix @ change.to(matrix)
+
+
+def _in_basis(basis: Tensor, divisor: Tensor, change: Tensor) -> Tensor:
+    return (change.to(basis) @ basis / divisor) @ basis.T

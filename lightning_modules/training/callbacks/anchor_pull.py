@@ -1,0 +1,36 @@
+"""Pulling weights back to an anchor after every step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+import gradsurgery as gs
+from lightning_modules.training.module import UnlearningModule
+
+
+class AnchorPull(Callback):
+    """Pulls the weights of a training back after every optimizer step that was taken.
+
+    Put it before callbacks that score or save the weights.
+
+    Args:
+        anchor: That has watched forward passes of examples to keep, as from `anchoring.anchored`.
+    """
+
+    def __init__(self, anchor: gs.LayerAnchor) -> None:
+        self.anchor, self._step = anchor, 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
+        """A training that is resumed has pulled for the steps before."""
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Pull if this batch ended with a step."""
+        step, self._step = self._step, trainer.global_step
+        record = pl_module.surgery.record if isinstance(pl_module, UnlearningModule) else None
+        skipped = record is not None and not record.applied  # by a GradScaler
+        if self._step > step and not skipped:
+            self.anchor.pull()
