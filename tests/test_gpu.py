@@ -79,6 +79,23 @@ def test_training_on_the_gpu_is_training_on_the_cpu(name: str) -> None:
         close(second.detach().cpu(), first.detach(), STEPPED_FLOAT32)
 
 
+def test_an_anchor_pulls_as_on_the_cpu_wherever_it_was_prepared() -> None:
+    inputs, found = torch.randn(9, 64), []
+    for watched, moved in (("cpu", "cpu"), ("cuda", "cuda"), ("cpu", "cuda")):
+        model = network(watched)
+        anchor = gs.LayerAnchor(model, 0.5)
+        with anchor.watch():
+            model(inputs.to(watched))
+        anchor.prepare()
+        model.to(moved)
+        for step, weight in enumerate(model.parameters()):
+            weight.data.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(step)).to(moved))
+        anchor.pull()
+        found.append(torch.cat([weight.detach().cpu().flatten() for weight in model.parameters()]))
+    for pulled in found[1:]:
+        close(pulled, found[0], STEPPED_FLOAT32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gram_is_that_of_float64(dtype: torch.dtype) -> None:
     rows = [

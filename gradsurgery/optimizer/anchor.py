@@ -117,8 +117,10 @@ class LayerAnchor:
         self._pulls = None
 
     @torch.no_grad()
-    def pull(self) -> None:
-        """Pull the weights back, after a step of any optimizer.
+    def prepare(self) -> None:
+        """Make what pulls the weights of what was watched. The first `pull` does it, unless it was done before.
+
+        In a process group every process has to call it: they add up what they have watched.
 
         Raises:
             RuntimeError: If no forward pass was watched.
@@ -127,9 +129,22 @@ class LayerAnchor:
             raise RuntimeError("pull: expected forward passes of kept examples inside `watch()` before, found none")
         if self._pulls is None:
             self._pulls = self._prepared()
-            self._start = [start.to(weight) for start, weight in zip(self._start, self._weights, strict=True)]
-        for weight, start, pulled in zip(self._weights, self._start, self._pulls, strict=True):
-            weight.copy_(start + pulled(weight - start))  # rounded once, where it has fewer digits
+
+    @torch.no_grad()
+    def pull(self) -> None:
+        """Pull the weights back, after a step of any optimizer.
+
+        Raises:
+            RuntimeError: If no forward pass was watched.
+        """
+        self.prepare()
+        pulls = self._pulls or []
+        for place, weight in enumerate(self._weights):
+            if self._start[place].device != weight.device:  # the model has moved
+                self._start[place] = self._start[place].to(weight.device)
+                pulls[place] = partial(pulls[place].func, *(tensor.to(weight.device) for tensor in pulls[place].args))
+            start = self._start[place]
+            weight.copy_(start + pulls[place](weight - start))  # rounded once, where it has fewer digits
 
     def memory_estimate(self) -> int:
         """Bytes that the anchor holds, at most: layers that turn out to share their input hold less."""
@@ -154,7 +169,7 @@ class LayerAnchor:
             columns = [self._scaled(layer) for layer in layers if not isinstance(layer, nn.Embedding)]
             kind = _working(weight)
             if not layers:
-                found.append(partial(_times, torch.tensor(1.0 / (1.0 + self.strength), dtype=torch.float64)))
+                found.append(partial(_times, weight.new_tensor(1.0 / (1.0 + self.strength), dtype=torch.float64)))
             elif rows and columns:
                 values, basis = torch.linalg.eigh(_sum(columns))
                 divisor = 1.0 + _sum(rows)[:, None] + values.clamp_min(0.0)

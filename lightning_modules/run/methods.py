@@ -132,7 +132,7 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module, log: ScoredSplits | N
     started = time.perf_counter()
     reference = start_model(run, model, data)
     if first:
-        run = settle_rate(run, model, reference, curve)
+        run = settle_rate(run, model, reference, curve, anchor)
         if run.options != options:
             write_options(run)
     seconds["train"] = time.perf_counter() - started

@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+import gradsurgery as gs
 from lightning_modules.data.examples import evenly_spaced
 from lightning_modules.evaluation.evaluate import Evaluation
 from lightning_modules.evaluation.processes import is_first
@@ -21,7 +22,7 @@ from lightning_modules.run.reference_log import reference_rows
 from lightning_modules.run.run import Run
 from lightning_modules.run.scoring import ScoredSplits
 from lightning_modules.run.show import say, show_start
-from lightning_modules.training.callbacks import TradeoffCurve
+from lightning_modules.training.callbacks import AnchorPull, TradeoffCurve
 from lightning_modules.training.callbacks.notes import note
 from lightning_modules.training.learning_rate import SCORED, Trial, rate_for, same_random_numbers, trial
 from lightning_modules.training.references import Reference
@@ -90,7 +91,11 @@ def settle_target(
 
 
 def settle_rate(
-    run: Run[UnlearnOptions], model: nn.Module, reference: Reference | None, curve: TradeoffCurve
+    run: Run[UnlearnOptions],
+    model: nn.Module,
+    reference: Reference | None,
+    curve: TradeoffCurve,
+    anchor: gs.LayerAnchor | None = None,
 ) -> Run[UnlearnOptions]:
     """Find the learning rate where it is "auto"; it prints to standard error what it found, and how long it took.
 
@@ -105,6 +110,7 @@ def settle_rate(
         model: Adapted already; it is left as it is.
         reference: How the losses know the model before unlearning.
         curve: Knows the examples that are scored.
+        anchor: That pulls after the trial steps too.
     """
     options = run.options
     if options.training.lr != AUTO:
@@ -120,6 +126,7 @@ def settle_rate(
         evenly_spaced(best_known(run, curve), SCORED),
         level=level,
         pad_token_id=curve.pad_token_id,
+        callbacks=[] if anchor is None else [AnchorPull(anchor)],
         precision=training.precision,
         accumulate_grad_batches=batches,
     )

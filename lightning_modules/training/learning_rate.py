@@ -82,6 +82,7 @@ def trial(
     *,
     level: float,
     pad_token_id: int,
+    callbacks: Sequence[Callback] = (),
     **trainer: Any,
 ) -> Trial:
     """Train for a few steps with a learning rate that grows, and put everything back.
@@ -96,6 +97,7 @@ def trial(
             any of the run.
         level: The trial ends once the mean forget probability is below this.
         pad_token_id: Of the tokenizer.
+        callbacks: What acts on the weights after a step.
         trainer: Further arguments of the Trainer: precision, accumulation.
 
     Cost: about ten optimizer steps and as many scores of up to 16 examples, and a copy of the trained weights in the
@@ -109,7 +111,7 @@ def trial(
                 devices=1,
                 max_epochs=-1,
                 max_steps=MOST,
-                callbacks=[rising],
+                callbacks=[*callbacks, rising],
                 plugins=[LightningEnvironment()],  # srun would want as many devices as it has tasks
                 **trainer,
             )
