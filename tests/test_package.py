@@ -101,7 +101,7 @@ class TinyModel(torch.nn.Module):
 
 def test_the_readme_code_runs_block_after_block() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     model, labels = TinyModel(), torch.tensor([1, 2, 3])
     names: dict[str, Any] = {
         "torch": torch,
