@@ -85,11 +85,13 @@ class LayerAnchor:
                 "such weights, or train LoRA adapters on linear layers"
             )
         self._seen: dict[nn.Module, Tensor] = {}
-        self._pulls: list[partial[Tensor]] | None = None
+        self._pulls: list[partial[Tensor]] = []
 
     @contextmanager
     def watch(self, mask: Tensor | None = None) -> Generator[None]:
         """Forward passes of the model inside are of kept examples: the inputs of its layers are counted.
+
+        It can be entered several times before the first pull. After it the count begins anew.
 
         Args:
             mask: `[B, T]`, not 0 at the tokens that count; by default all do. `attention_mask` leaves out padding. A
@@ -114,21 +116,20 @@ class LayerAnchor:
         # Only now: a forward pass that fails has counted nothing.
         for layer, moment in found.items():
             self._seen[layer] = self._seen[layer] + moment if layer in self._seen else moment
-        self._pulls = None
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Make what pulls the weights of what was watched. The first `pull` does it, unless it was done before.
+        """Make what pulls the weights of what was watched. `pull` does it too, where something new was watched.
 
         In a process group every process has to call it: they add up what they have watched.
 
         Raises:
             RuntimeError: If no forward pass was watched.
         """
-        if not self._seen:
-            raise RuntimeError("pull: expected forward passes of kept examples inside `watch()` before, found none")
-        if self._pulls is None:
+        if self._seen:
             self._pulls = self._prepared()
+        elif not self._pulls:
+            raise RuntimeError("pull: expected forward passes of kept examples inside `watch()` before, found none")
 
     @torch.no_grad()
     def pull(self) -> None:
@@ -138,13 +139,13 @@ class LayerAnchor:
             RuntimeError: If no forward pass was watched.
         """
         self.prepare()
-        pulls = self._pulls or []
         for place, weight in enumerate(self._weights):
             if self._start[place].device != weight.device:  # the model has moved
                 self._start[place] = self._start[place].to(weight.device)
-                pulls[place] = partial(pulls[place].func, *(tensor.to(weight.device) for tensor in pulls[place].args))
+                moved = (tensor.to(weight.device) for tensor in self._pulls[place].args)
+                self._pulls[place] = partial(self._pulls[place].func, *moved)
             start = self._start[place]
-            weight.copy_(start + pulls[place](weight - start))  # rounded once, where it has fewer digits
+            weight.copy_(start + self._pulls[place](weight - start))  # rounded once, where it has fewer digits
 
     def memory_estimate(self) -> int:
         """Bytes that the anchor holds, at most: layers that turn out to share their input hold less."""
@@ -153,14 +154,13 @@ class LayerAnchor:
 
     def _prepared(self) -> list[partial[Tensor]]:
         """What pulls back the change of each weight."""
-        made: list[tuple[Tensor, Tensor]] = []  # moments and what was made of them: layers may share their input
+        last: list[tuple[Tensor, Tensor]] = []  # layers that follow each other may share their input, and then this
 
-        def inverse(moment: Tensor) -> Tensor:
-            for seen, found in made:
-                if torch.equal(seen, moment):
-                    return found
-            made.append((moment, torch.linalg.inv(torch.eye(len(moment)).to(moment) + moment)))
-            return made[-1][1]
+        def inverse(moment: Tensor, kind: torch.dtype) -> Tensor:
+            if not (last and torch.equal(last[-1][0], moment) and last[-1][1].dtype == kind):
+                eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+                last[:] = [(moment, torch.linalg.inv(eye + moment).to(kind))]
+            return last[-1][1]
 
         found: list[partial[Tensor]] = []
         for weight in self._weights:
@@ -178,14 +178,15 @@ class LayerAnchor:
                 found.append(partial(_times, 1.0 / (1.0 + _sum(rows)[:, None])))
             else:
                 side = _from_left if type(layers[0]).__name__ == _TRANSPOSED else _from_right
-                found.append(partial(side, inverse(_sum(columns)).to(kind)))
+                found.append(partial(side, inverse(_sum(columns), kind)))
+        self._seen.clear()
         return found
 
     def _scaled(self, layer: nn.Module) -> Tensor:
         """The strength times the layer's moments over their mean, in float64; 0 where no kept example came."""
         weight = _weight(layer)
         if layer in self._seen:
-            moment = self._seen[layer].to(weight.device, torch.float64, copy=True)
+            moment = self._seen.pop(layer).to(weight.device, torch.float64, copy=True)
         else:
             size = (len(weight),) if isinstance(layer, nn.Embedding) else (_width(layer),) * 2
             moment = weight.new_zeros(size, dtype=torch.float64)
