@@ -25,7 +25,8 @@ class LayerAnchor:
     weight of a layer $y = W x$ at the start, and $C = \mathrm{E}[x x^T]$ over the tokens of the kept examples, `pull`
     replaces
 
-    $$W \leftarrow W_0 + (W - W_0) \left(I + \lambda C / \bar c\right)^{-1}, \qquad \bar c = \mathrm{tr}(C) / n,$$
+    $$W \leftarrow W_0 + (W - W_0) \left(I + \lambda C / \bar c\right)^{-1},
+    \qquad \bar c = \mathrm{tr}(C) / n, \quad \lambda = s\, \eta,$$
 
     which minimises $|V - W|^2 + (\lambda / \bar c)\, \mathrm{E}\,|(V - W_0) x|^2$ over $V$: a proximal step. Directions
     that no kept input has are left alone, and there the forgetting goes on. Of an embedding the inputs are one-hot, so
@@ -33,12 +34,15 @@ class LayerAnchor:
     and the head at once meets both terms. Vectors (biases, the weights of norms) are multiplied by one number for a
     channel, and pulled back by $1 / (1 + \lambda)$.
 
+    As AdamW's weight decay, the pull goes with the learning rate $\eta$ of the step: where it is lowered, or rises in a
+    warm-up, steps and pulls keep their balance, which is what decides how far the weights go.
+
     Source: ours. Related: the null spaces of layer inputs in continual learning (2103.09762) and in model editing
     (2410.02355), which forbid all change on kept inputs; here $\lambda$ says how much of it a step may leave.
 
     Args:
         model: Whose weights are held; those that require a gradient when the anchor is made, from where they are then.
-        strength: $\lambda > 0$, in each pull. The scale of the inputs is divided out, so that it is a pure number.
+        strength: $s > 0$. The scale of the inputs is divided out. 600 holds nearly everything in a small Llama.
 
     Raises:
         ValueError: If the strength is not a positive number, or nothing is trained.
@@ -46,17 +50,17 @@ class LayerAnchor:
             sharded.
 
     Cost: a copy of the trained weights and, for a layer with n inputs, n x n float32 numbers, which layers with the
-    same input share; a pull takes `out * n * n` multiplications a layer. In a process group the inputs of all processes
-    count, and each pulls alike.
+    same input share; a pull takes `2 * out * n * n` multiplications a layer. In a process group the inputs of all
+    processes count, and each pulls alike.
 
     Example:
         >>> layer = torch.nn.Linear(2, 1, bias=False)
         >>> before = layer.weight.detach().clone()
-        >>> anchor = LayerAnchor(layer, strength=1.0)
+        >>> anchor = LayerAnchor(layer, strength=100.0)
         >>> with anchor.watch():
         ...     _ = layer(torch.tensor([[1.0, 0.0]]))  # the kept examples have the first input only
         >>> _ = layer.weight.data.add_(torch.tensor([[0.3, 0.3]]))
-        >>> anchor.pull()
+        >>> anchor.pull(lr=0.01)
         >>> (layer.weight - before).detach().round(decimals=4)  # C / c = diag(2, 0)
         tensor([[0.1000, 0.3000]])
     """
@@ -132,8 +136,11 @@ class LayerAnchor:
             raise RuntimeError("pull: expected forward passes of kept examples inside `watch()` before, found none")
 
     @torch.no_grad()
-    def pull(self) -> None:
+    def pull(self, lr: float = 1.0) -> None:
         """Pull the weights back, after a step of any optimizer.
+
+        Args:
+            lr: The learning rate of that step.
 
         Raises:
             RuntimeError: If no forward pass was watched.
@@ -145,7 +152,8 @@ class LayerAnchor:
                 moved = (tensor.to(weight.device) for tensor in self._pulls[place].args)
                 self._pulls[place] = partial(self._pulls[place].func, *moved)
             start = self._start[place]
-            weight.copy_(start + self._pulls[place](weight - start))  # rounded once, where it has fewer digits
+            left = self._pulls[place](change=weight - start, strength=self.strength * lr)
+            weight.copy_(start + left)  # rounded once, where it has fewer digits
 
     def memory_estimate(self) -> int:
         """Bytes that the anchor holds, at most: layers that turn out to share their input hold less."""
@@ -154,12 +162,12 @@ class LayerAnchor:
 
     def _prepared(self) -> list[partial[Tensor]]:
         """What pulls back the change of each weight."""
-        last: list[tuple[Tensor, Tensor]] = []  # layers that follow each other may share their input, and then this
+        last: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []  # layers that follow each other may share their input
 
-        def inverse(moment: Tensor, kind: torch.dtype) -> Tensor:
-            if not (last and torch.equal(last[-1][0], moment) and last[-1][1].dtype == kind):
-                eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-                last[:] = [(moment, torch.linalg.inv(eye + moment).to(kind))]
+        def directions(moment: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+            if not (last and torch.equal(last[-1][0], moment) and last[-1][1][0].dtype == kind):
+                values, basis = torch.linalg.eigh(moment)
+                last[:] = [(moment, (values.clamp_min(0.0).to(kind), basis.to(kind)))]
             return last[-1][1]
 
         found: list[partial[Tensor]] = []
@@ -168,22 +176,21 @@ class LayerAnchor:
             rows = [self._scaled(layer) for layer in layers if isinstance(layer, nn.Embedding)]
             columns = [self._scaled(layer) for layer in layers if not isinstance(layer, nn.Embedding)]
             kind = _working(weight)
-            if not layers:
-                found.append(partial(_times, weight.new_tensor(1.0 / (1.0 + self.strength), dtype=torch.float64)))
-            elif rows and columns:
-                values, basis = torch.linalg.eigh(_sum(columns))
-                divisor = 1.0 + _sum(rows)[:, None] + values.clamp_min(0.0)
-                found.append(partial(_in_basis, basis.to(kind), divisor.to(kind)))
-            elif rows:
-                found.append(partial(_times, 1.0 / (1.0 + _sum(rows)[:, None])))
+            if not columns:
+                terms = _sum(rows)[:, None] if rows else weight.new_ones((), dtype=torch.float64)
+                found.append(partial(_shrunk, terms))
+                continue
+            values, basis = directions(_sum(columns), kind)
+            if type(layers[0]).__name__ == _TRANSPOSED:
+                found.append(partial(_shrunk_from_left, values, basis))
             else:
-                side = _from_left if type(layers[0]).__name__ == _TRANSPOSED else _from_right
-                found.append(partial(side, inverse(_sum(columns), kind)))
+                terms = values + _sum(rows)[:, None].to(kind) if rows else values
+                found.append(partial(_shrunk_from_right, terms, basis))
         self._seen.clear()
         return found
 
     def _scaled(self, layer: nn.Module) -> Tensor:
-        """The strength times the layer's moments over their mean, in float64; 0 where no kept example came."""
+        """The layer's moments over their mean, in float64; 0 where no kept example came."""
         weight = _weight(layer)
         if layer in self._seen:
             moment = self._seen.pop(layer).to(weight.device, torch.float64, copy=True)
@@ -193,7 +200,7 @@ class LayerAnchor:
         if active():
             distributed.all_reduce(moment)
         mean = moment.mean() if moment.dim() == 1 else moment.diagonal().mean()
-        return self.strength * moment / (mean if mean else 1.0)
+        return moment / (mean if mean else 1.0)
 
 
 def _is_known(layer: nn.Module) -> bool:
@@ -232,17 +239,13 @@ def _moment(layer: nn.Module, inputs: Tensor, mask: Tensor | None) -> Tensor:
     return rows.T @ rows
 
 
-def _times(factor: Tensor, change: Tensor) -> Tensor:
-    return change * factor.to(change)
+def _shrunk(terms: Tensor, *, change: Tensor, strength: float) -> Tensor:
+    return change / (1.0 + strength * terms).to(change)
 
 
-def _from_right(matrix: Tensor, change: Tensor) -> Tensor:
-    return change.to(matrix) @ matrix
+def _shrunk_from_right(terms: Tensor, basis: Tensor, *, change: Tensor, strength: float) -> Tensor:
+    return (change.to(basis) @ basis / (1.0 + strength * terms)) @ basis.T
 
 
-def _from_left(matrix: Tensor, change: Tensor) -> Tensor:
-    return matrix @ change.to(matrix)
-
-
-def _in_basis(basis: Tensor, divisor: Tensor, change: Tensor) -> Tensor:
-    return (change.to(basis) @ basis / divisor) @ basis.T
+def _shrunk_from_left(values: Tensor, basis: Tensor, *, change: Tensor, strength: float) -> Tensor:
+    return _shrunk_from_right(values, basis, change=change.T, strength=strength).T

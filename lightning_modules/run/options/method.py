@@ -51,7 +51,8 @@ class MethodOptions:
             retain examples with 30 % of their tokens replaced: keeps what no retain example shows; in the finish it has
             the weight 1
         retain_anchor: after every step, pull each layer back as far as its inputs on the retain examples would feel the
-            change, with this strength: keeps what no retain example shows, for a copy of the weights; 0 for none
+            change, with this strength times the learning rate, such as 600: keeps what no retain example shows, for a
+            copy of the weights; 0 for none
         retain_inside: multiple of the retain loss inside the forget objective, before the rule
         dual: PDU: weigh the retain loss by a dual variable, for example {limit: 0.3, step_size: 5, initial: 100}
         guard: look at the parameter change itself: measure it, or project it; with --model the default is that of

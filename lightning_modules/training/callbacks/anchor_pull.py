@@ -12,20 +12,24 @@ from lightning_modules.training.module import UnlearningModule
 
 
 class AnchorPull(Callback):
-    """Pulls the weights of a training back after every optimizer step that was taken.
+    """Pulls the weights of a training back after every optimizer step that was taken, with the step's learning rate.
 
-    Put it before callbacks that score or save the weights.
+    That is the first parameter group's. Put it before callbacks that score or save the weights.
 
     Args:
         anchor: That has watched forward passes of examples to keep, as from `anchoring.anchored`.
     """
 
     def __init__(self, anchor: gs.LayerAnchor) -> None:
-        self.anchor, self._step = anchor, 0
+        self.anchor, self._step, self._lr = anchor, 0, 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
         """A training that is resumed has pulled for the steps before."""
         self._step = trainer.global_step
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Read the learning rate, which a schedule changes right after the step."""
+        self._lr = float(optimizer.param_groups[0]["lr"])
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Pull if this batch ended with a step."""
@@ -33,4 +37,4 @@ class AnchorPull(Callback):
         record = pl_module.surgery.record if isinstance(pl_module, UnlearningModule) else None
         skipped = record is not None and not record.applied  # by a GradScaler
         if self._step > step and not skipped:
-            self.anchor.pull()
+            self.anchor.pull(self._lr)

@@ -64,6 +64,20 @@ def test_a_linear_layer_is_pulled_to_the_least_squares_solution(strength: float,
     close(layer.bias.detach(), start + (bias - start) / (1.0 + strength), TOLERANCE[dtype])
 
 
+def test_the_strength_goes_with_the_learning_rate() -> None:
+    found = []
+    for strength, rates in ((2.0, (0.5, 0.25)), (0.5, (2.0, 1.0)), (1.0, (1.0, 0.5))):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 4)).double()
+        anchor = anchored(model, strength, torch.tensor([[1, 1, 4]]))
+        moved(model)
+        for lr in rates:
+            anchor.pull(lr)
+        found.append(torch.cat([weight.detach().flatten() for weight in model.parameters()]))
+    close(found[0], found[1], SAME)
+    close(found[0], found[2], SAME)
+
+
 @pytest.mark.parametrize("strength", STRENGTHS)
 def test_gpt2s_layer_whose_weight_is_transposed_is_pulled_alike(strength: float) -> None:
     torch.manual_seed(0)

@@ -37,7 +37,7 @@ METHODS = [
     {"name": "auto", "steps": 3, "radius": "auto"},
     {"name": "instead", "steps": 3, "radius": {"start": 0.1}, "substitute_weight": 1.0},
     {"name": "noise", "steps": 3, "retain_noise": 0.1, "finish_steps": 2},
-    {"name": "anchor", "steps": 3, "retain_anchor": 0.1, "finish_steps": 2},
+    {"name": "anchor", "steps": 3, "retain_anchor": 100, "finish_steps": 2},
     {"name": "rows", "retain_rows": 4, "row_examples": 2, "ema_decay": 0.9, "guard": "update", "steps": 2},
     {"name": "UNDO", "steps": 2, "undo": {"steps": 3, "alpha": 0.3}},
     {"name": "adversary", "steps": 3, "adversary": {"lr": 0.1, "every": 2}},

@@ -24,7 +24,7 @@ from tests.reference.pretend_cuda import PretendedCuda, pretended_cuda
 SHORT = ("--epochs", "1", "--stop-below", "0")
 RUNS: dict[str, tuple[str, ...]] = {
     "deep, its radius measured": (
-        *("--recipe", "deep", "--epochs", "1", "--radius", "auto", "--finish-steps", "1", "--retain-anchor", "0.1"),
+        *("--recipe", "deep", "--epochs", "1", "--radius", "auto", "--finish-steps", "1", "--retain-anchor", "100"),
     ),
     "a teacher and noise": ("--recipe", "imitate", "--teacher", "@/reference", *SHORT, "--retain-noise", "0.1"),
     "ULD": ("--method", "uld", "--epochs", "1", "--uld", "{num_layers: 1}"),
@@ -44,7 +44,7 @@ SLOW: dict[str, tuple[str, ...]] = {
 }
 TRAINED: dict[str, dict[str, Any]] = {
     "deep": {"radius": {"start": 0.2}, "substitute_weight": 1, "finish_steps": 1, "guard": "update", "steps": 1}
-    | {"retain_anchor": 0.1},
+    | {"retain_anchor": 100},
     "UNDO": {"undo": {"alpha": 0.5, "beta": 0.1, "steps": 1, "lr": 7e-4}, "steps": 1},
     "adversary": {"adversary": {"lr": 0.1, "every": 20}, "rule": "sign_agreement", "ema_decay": 0.7, "steps": 1},
     "many rows": {"retain_rows": 3, "ema_decay": 0.9, "steps": 1},

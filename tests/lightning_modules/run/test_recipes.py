@@ -122,7 +122,7 @@ def deep_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(folder: Path, *further: str) -> list[str]:
     own = ["--recipe", "deep", "--radius", "{start: 0.1, end: 0.3}", "--finish-steps", "3", "--steps", "4"]
-    own += ["--retain-anchor", "0.1"]
+    own += ["--retain-anchor", "100"]
     given = small_run(folder, *own, *further)
     epochs = given.index("--epochs")
     return given[:epochs] + given[epochs + 2 :]

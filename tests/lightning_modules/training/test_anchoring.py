@@ -59,17 +59,17 @@ def test_of_many_examples_it_reads_some(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_it_pulls_after_every_step_and_not_after_every_batch(accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
     found, expected = model(), model()
-    anchor = anchored(found, 0.1, examples(), pad_token_id=0)
+    anchor = anchored(found, 50.0, examples(), pad_token_id=0)
     options = {"max_epochs": SETTINGS.epochs, "accelerator": "cpu", "devices": 1, "gradient_clip_val": 1.0}
     trainer = L.Trainer(
         **trainer_options(**options, callbacks=[AnchorPull(anchor)], accumulate_grad_batches=accumulate)
     )
     trainer.fit(FinetuningModule(found, SETTINGS), FinetuningDataModule(examples(), 0, SETTINGS))
-    other, step = anchored(expected, 0.1, examples(), pad_token_id=0), torch.optim.AdamW.step
+    other, step = anchored(expected, 50.0, examples(), pad_token_id=0), torch.optim.AdamW.step
 
     def pulled(self: torch.optim.AdamW, *arguments: Any) -> None:
         step(self, *arguments)
-        other.pull()
+        other.pull(self.param_groups[0]["lr"])
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", pulled)
