@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -51,7 +51,8 @@ class LayerAnchor:
 
     Cost: a copy of the trained weights and, for a layer with n inputs, n x n float32 numbers, which layers with the
     same input share; a pull takes `2 * out * n * n` multiplications a layer. In a process group the inputs of all
-    processes count, and each pulls alike.
+    processes count, and each pulls alike. A trained weight of 16 bits loses pulls that are smaller than its last digit,
+    as it loses such steps.
 
     Example:
         >>> layer = torch.nn.Linear(2, 1, bias=False)
@@ -101,13 +102,15 @@ class LayerAnchor:
             mask: `[B, T]`, not 0 at the tokens that count; by default all do. `attention_mask` leaves out padding. A
                 layer whose input does not begin with `[B, T]` counts all of it.
         """
-        last: list[tuple[Tensor, Tensor]] = []
+        last: list[tuple[Tensor, int, Tensor]] = []
         found: dict[nn.Module, Tensor] = {}
 
         def count(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if not last or last[-1][0] is not inputs[0]:  # layers that follow each other may share their input
-                last[:] = [(inputs[0], _moment(layer, inputs[0], mask))]
-            moment = last[-1][1]
+            given, version = inputs[0], inputs[0]._version
+            moment = last[-1][2] if last and last[-1][0] is given and last[-1][1] == version else None
+            if moment is None or len(moment) != _size(layer):  # layers that follow each other may share their input
+                moment = _moment(layer, given, mask)
+                last[:] = [(given, version, moment)]
             found[layer] = found[layer] + moment if layer in found else moment
 
         hooks = [layer.register_forward_pre_hook(count) for layers in self._layers.values() for layer in layers]
@@ -130,9 +133,10 @@ class LayerAnchor:
         Raises:
             RuntimeError: If no forward pass was watched.
         """
-        if self._seen:
+        # The first time a process that has watched nothing adds nothing, and the others do not wait for it in vain.
+        if self._seen or (not self._pulls and active()):
             self._pulls = self._prepared()
-        elif not self._pulls:
+        if not self._pulls:
             raise RuntimeError("pull: expected forward passes of kept examples inside `watch()` before, found none")
 
     @torch.no_grad()
@@ -147,18 +151,24 @@ class LayerAnchor:
         """
         self.prepare()
         for place, weight in enumerate(self._weights):
-            if self._start[place].device != weight.device:  # the model has moved
-                self._start[place] = self._start[place].to(weight.device)
-                moved = (tensor.to(weight.device) for tensor in self._pulls[place].args)
+            held = (self._start[place], *self._pulls[place].args)
+            if any(tensor.device != weight.device for tensor in held):  # the model has moved
+                self._start[place], *moved = (tensor.to(weight.device) for tensor in held)
                 self._pulls[place] = partial(self._pulls[place].func, *moved)
             start = self._start[place]
             left = self._pulls[place](change=weight - start, strength=self.strength * lr)
             weight.copy_(start + left)  # rounded once, where it has fewer digits
 
+    def holds(self, weights: Iterable[Tensor]) -> bool:
+        """Whether all that it pulls is among these weights."""
+        there = set(map(id, weights))
+        return all(id(weight) in there for weight in self._weights)
+
     def memory_estimate(self) -> int:
         """Bytes that the anchor holds, at most: layers that turn out to share their input hold less."""
-        widths = (_width(layers[0]) for layers in self._layers.values())
-        return sum(start.nbytes for start in self._start) + 4 * sum(width**2 for width in widths)
+        every = [layer for layers in self._layers.values() for layer in layers]
+        numbers = sum(_size(layer) + _width(layer) ** 2 for layer in every)
+        return sum(start.nbytes for start in self._start) + 4 * (numbers + len(self._weights))
 
     def _prepared(self) -> list[partial[Tensor]]:
         """What pulls back the change of each weight."""
@@ -178,14 +188,14 @@ class LayerAnchor:
             kind = _working(weight)
             if not columns:
                 terms = _sum(rows)[:, None] if rows else weight.new_ones((), dtype=torch.float64)
-                found.append(partial(_shrunk, terms))
+                found.append(partial(_shrunk, terms.to(kind)))
                 continue
             values, basis = directions(_sum(columns), kind)
             if type(layers[0]).__name__ == _TRANSPOSED:
                 found.append(partial(_shrunk_from_left, values, basis))
             else:
-                terms = values + _sum(rows)[:, None].to(kind) if rows else values
-                found.append(partial(_shrunk_from_right, terms, basis))
+                further = [_sum(rows)[:, None].to(kind)] if rows else []
+                found.append(partial(_shrunk_from_right, values, basis, *further))
         self._seen.clear()
         return found
 
@@ -195,7 +205,7 @@ class LayerAnchor:
         if layer in self._seen:
             moment = self._seen.pop(layer).to(weight.device, torch.float64, copy=True)
         else:
-            size = (len(weight),) if isinstance(layer, nn.Embedding) else (_width(layer),) * 2
+            size = (_size(layer),) if isinstance(layer, nn.Embedding) else (_size(layer),) * 2
             moment = weight.new_zeros(size, dtype=torch.float64)
         if active():
             distributed.all_reduce(moment)
@@ -220,6 +230,11 @@ def _width(layer: nn.Module) -> int:
     return _weight(layer).shape[0 if type(layer).__name__ == _TRANSPOSED else 1]
 
 
+def _size(layer: nn.Module) -> int:
+    """The length of the layer's moments: its inputs, or the tokens of an embedding."""
+    return len(_weight(layer)) if isinstance(layer, nn.Embedding) else _width(layer)
+
+
 def _working(like: Tensor) -> torch.dtype:
     """In which type sums and products are computed: float32 at least."""
     return torch.promote_types(like.dtype, torch.float32)
@@ -236,14 +251,16 @@ def _moment(layer: nn.Module, inputs: Tensor, mask: Tensor | None) -> Tensor:
     if isinstance(layer, nn.Embedding):
         return torch.bincount(inputs.flatten(), minlength=layer.num_embeddings).float()
     rows = inputs.reshape(-1, inputs.shape[-1]).to(_working(inputs))
-    return rows.T @ rows
+    with torch.autocast(rows.device.type, enabled=False):  # squares overflow float16
+        return rows.T @ rows
 
 
 def _shrunk(terms: Tensor, *, change: Tensor, strength: float) -> Tensor:
-    return change / (1.0 + strength * terms).to(change)
+    return change.to(terms) / (1.0 + strength * terms)
 
 
-def _shrunk_from_right(terms: Tensor, basis: Tensor, *, change: Tensor, strength: float) -> Tensor:
+def _shrunk_from_right(values: Tensor, basis: Tensor, *rows: Tensor, change: Tensor, strength: float) -> Tensor:
+    terms = values + rows[0] if rows else values
     return (change.to(basis) @ basis / (1.0 + strength * terms)) @ basis.T
 
 

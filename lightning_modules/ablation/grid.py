@@ -24,6 +24,7 @@ from lightning_modules.run.options import (
     TrainingOptions,
     UnlearnOptions,
 )
+from lightning_modules.run.options.data import AUTHORS
 from lightning_modules.training.scratch import ScratchSettings
 
 
@@ -65,6 +66,8 @@ class Run:
         """The options with which `unlearn` would do the same run."""
         grid, method = self.grid, self.method
         data = {name: value for name, value in vars(grid.data).items() if name not in ("reference", "stale_share")}
+        if isinstance(grid.model, str) and not grid.first.finetune_first and grid.data.authors == AUTHORS:
+            data["authors"] = None  # the default of a grid is for a model that learns so many
         alone = method.rule == "none"
         epochs = grid.train.max_epochs if method.epochs is None else method.epochs
         return UnlearnOptions(

@@ -153,6 +153,8 @@ class Method:
             raise ValueError(
                 "retain_anchor: expected all weights, or no finish_steps, found adapters, merged before them"
             )
+        if self.retain_anchor and self.undo:
+            raise ValueError("retain_anchor: expected no undo, whose noise an anchor would take back, found both")
         if self.undo and self.finish_steps:
             raise ValueError("expected undo or finish_steps, found both: each is what ends a method")
         try:

@@ -8,7 +8,8 @@
 | `padding_free`, `packing`, `recomputing` | fewer tokens, 4-bit weights, and less memory on the way through the model |
 | `references`, `switching` | where the outputs of the start model come from |
 | `adapters`, `merging` | low-rank adapters, at random or by FILA, and how they become weights again |
-| `perturb`, `auto_radius`, `noise`, `anchoring`, `finish` | what `--recipe deep` adds |
+| `perturb`, `auto_radius`, `noise`, `finish` | what `--recipe deep` adds |
+| `anchoring` | reading what is to be kept into an anchor, `--retain-anchor` |
 | `adversary`, `undo` | two other methods for forgetting that lasts |
 | `protecting` | earlier requests of a ledger that stay forgotten |
 | `uld` | `ULDModule`, `train_assistant`: unlearning by an assistant's logits |

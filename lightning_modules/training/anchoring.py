@@ -38,5 +38,5 @@ def anchored(
             with anchor.watch(mask):
                 model(input_ids=batch["input_ids"].to(device_of(model)), attention_mask=mask.to(device_of(model)))
             stage.advance(len(mask))
-    anchor.prepare()  # here, where all processes are: trial steps are the first one's alone
+        anchor.prepare()  # on the GPU, and where all processes are: trial steps are the first one's alone
     return anchor

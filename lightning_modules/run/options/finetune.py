@@ -62,6 +62,11 @@ class TaughtOptions:
         if self.forget_authors is not None and not 1 <= self.forget_authors < (self.authors or 0):
             found = "no --authors" if self.authors is None else f"{self.forget_authors} of {self.authors}"
             raise ValueError(f"expected 1 <= --forget-authors < --authors, found {found}")
+        if self.forget_authors is not None and self.tofu != "full":
+            raise ValueError(
+                f"--forget-authors: expected --tofu full, whose last authors are those to forget, found {self.tofu}; a reference is taught "
+                "the kept ones alone, by --authors"
+            )
         format_by_name(self.prompt_format)
 
 

@@ -52,7 +52,7 @@ class MethodOptions:
             the weight 1
         retain_anchor: after every step, pull each layer back as far as its inputs on the retain examples would feel the
             change, with this strength times the learning rate, such as 600: keeps what no retain example shows, for a
-            copy of the weights; 0 for none
+            copy of the weights and n x n numbers for a layer with n inputs; 0 for none
         retain_inside: multiple of the retain loss inside the forget objective, before the rule
         dual: PDU: weigh the retain loss by a dual variable, for example {limit: 0.3, step_size: 5, initial: 100}
         guard: look at the parameter change itself: measure it, or project it; with --model the default is that of

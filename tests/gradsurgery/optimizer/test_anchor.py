@@ -181,8 +181,46 @@ def test_bfloat16_weights_are_rounded_once() -> None:
 
 
 def test_it_holds_a_copy_and_at_most_a_square_for_each_layer() -> None:
-    model = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 3))
-    assert gs.LayerAnchor(model, 1.0).memory_estimate() == 4 * (7 * 5 + 5 * 3 + 3 + 5 * 5)
+    for model in (nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 3)), Tied()):
+        anchor = anchored(model, 1.0, torch.tensor([[1, 1, 4]]))
+        anchor.pull()
+        held = {
+            tensor.data_ptr(): tensor.nbytes
+            for tensor in (*anchor._start, *(tensor for pulled in anchor._pulls for tensor in pulled.args))
+        }
+        assert sum(held.values()) <= anchor.memory_estimate() <= 1.5 * sum(held.values())
+
+
+def test_autocast_and_an_input_that_is_changed_in_place_are_seen_as_they_are() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            inputs = inputs.clone()
+            inputs += self.first(inputs)
+            return self.second(inputs)
+
+    torch.manual_seed(0)
+    model, batch = Twice(), torch.randn(9, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        anchor = anchored(model, 1.0, batch)
+        inputs = batch + model.first(batch).detach()
+    places = moved(model)
+    anchor.pull()
+    for layer, seen in (("first", batch), ("second", inputs.float())):
+        start, weight = places[f"{layer}.weight"]
+        close(getattr(model, layer).weight.detach(), pulled(start, weight, seen, 1.0), STEPPED_FLOAT32)
+
+
+def test_small_pulls_of_16_bit_weights_are_computed_in_float32() -> None:
+    layer = nn.Embedding(2, 1, dtype=torch.bfloat16)
+    nn.init.zeros_(layer.weight)
+    anchor = anchored(layer, 0.003, torch.tensor([0, 1]))
+    layer.weight.data.fill_(1.0)
+    anchor.pull()
+    assert layer.weight.flatten().tolist() == [float(torch.tensor(1 / 1.003).bfloat16())] * 2
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")

@@ -216,6 +216,7 @@ def test_what_was_taught_with_authors_to_forget_is_what_unlearn_has(split: str) 
         (["--model", "m", "--data", "d.json", "--tofu", "full"], "expected either --data or --tofu, found both"),
         (["--model", "m", "--data", "d.json", "--authors", "2"], "expected --tofu with --authors"),
         (["--model", "m", "--tofu", "full", "--forget-authors", "2"], "1 <= --forget-authors < --authors, found no --authors"),
+        (["--model", "m", "--tofu", "retain90", "--authors", "3", "--forget-authors", "2"], "--forget-authors: expected --tofu full"),
         (["--model", "m", "--tofu", "full", "--authors", "2", "--forget-authors", "2"], "--forget-authors < --authors, found 2 of 2"),
         (["--model", "m", "--data", "d.json", "--max-norm", "0"], "expected --max-norm > 0"),
         (["--model", "m", "--data", "d.json", "--lr", "0"], "expected --lr > 0"),

@@ -159,6 +159,25 @@ def test_it_is_repeated_bit_for_bit_by_its_config_and_by_resuming_after_or_in_th
         assert all(torch.equal(found[key], value) for key, value in weights.items()), name
 
 
+@pytest.mark.parametrize(
+    "stage",
+    [
+        ("--steps", "4", "--lr", "1e-3", "--finish-steps", "0"),
+        ("--steps", "1", "--lr", "1e-9", "--finish-steps", "4", "--finish-lr", "1e-3"),
+    ],
+    ids=["training", "finish"],
+)
+def test_an_anchor_holds_the_weights_in_every_stage(tmp_path: Path, stage: tuple[str, ...]) -> None:
+    moved = []
+    for strength in ("0", "1e9"):
+        folder = tmp_path / strength
+        folder.mkdir()
+        assert cli.main(arguments(folder, "--retain-anchor", strength, "--radius", "{}", *stage)) == 0
+        start, found = (load_file(folder / name / "model.safetensors") for name in ("model", "run/model"))
+        moved.append(max(float((found[name] - value).abs().max()) for name, value in start.items() if "norm" in name))
+    assert moved[1] < 1e-3 * moved[0]
+
+
 def test_the_finish_teaches_the_substitutes(tmp_path: Path) -> None:
     """Measured by their probability, which is that of a holdout, with and without it."""
     folder = tmp_path
