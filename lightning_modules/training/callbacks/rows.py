@@ -92,13 +92,13 @@ class StepRows(Callback):
         """Whether there is a row of this step already, or no step was taken yet."""
         return step == 0 or bool(self.rows and self.rows[-1]["step"] >= step)
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
+    def on_fit_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Start the file anew, with the rows of the checkpoint that is resumed."""
         if trainer.is_global_zero and self._file is not None:
             self._file.restart()
             self._write(trainer)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Drop the rows of an earlier fit by another trainer: this one's steps begin at 0 again."""
         kept = [row for row in self.rows if row["step"] <= trainer.global_step]
         if len(kept) == len(self.rows):
@@ -108,17 +108,17 @@ class StepRows(Callback):
             self._file.restart()
             self._write(trainer)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
+    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Write what is left."""
         self._write(trainer)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+    def on_exception(self, trainer: L.Trainer, *_: Any) -> None:
         """Write the steps that led to the exception."""
         with suppress(OSError):  # a full disk would hide the exception
             if self._file is not None and self._file.begun:
                 self._write(trainer)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
+    def on_fit_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Write the rows of a run that is resumed after its last step: there is no `on_train_end` then."""
         self._write(trainer)
 
