@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -79,6 +80,7 @@ class LayerAnchor:
         self._weights = list(named.values())
         self._start = [weight.detach().clone() for weight in self._weights]
         self._layers: dict[int, list[nn.Module]] = {}  # id of a matrix -> the layers that have it
+        self._names = {layer: name or type(layer).__name__ for name, layer in model.named_modules()}
         for layer in model.modules():
             weight = getattr(layer, "weight", None)
             if _is_known(layer) and isinstance(weight, Tensor) and weight.requires_grad:
@@ -129,6 +131,9 @@ class LayerAnchor:
         """Make what pulls the weights of what was watched. `pull` does it too, where something new was watched.
 
         In a process group every process has to call it: they add up what they have watched.
+
+        Warns:
+            UserWarning: If no kept example came to a layer, such as an expert: its matrix is then not held.
 
         Raises:
             RuntimeError: If no forward pass was watched.
@@ -181,10 +186,13 @@ class LayerAnchor:
             return last[-1][1]
 
         found: list[partial[Tensor]] = []
+        unreached: list[str] = []
         for weight in self._weights:
             layers = self._layers.get(id(weight), [])
-            rows = [self._scaled(layer) for layer in layers if isinstance(layer, nn.Embedding)]
-            columns = [self._scaled(layer) for layer in layers if not isinstance(layer, nn.Embedding)]
+            scaled = {layer: self._scaled(layer) for layer in layers}
+            unreached += [self._names[layer] for layer, moment in scaled.items() if not moment.any()]
+            rows = [moment for layer, moment in scaled.items() if isinstance(layer, nn.Embedding)]
+            columns = [moment for layer, moment in scaled.items() if not isinstance(layer, nn.Embedding)]
             kind = _working(weight)
             if not columns:
                 terms = _sum(rows)[:, None] if rows else weight.new_ones((), dtype=torch.float64)
@@ -197,6 +205,12 @@ class LayerAnchor:
                 further = [_sum(rows)[:, None].to(kind)] if rows else []
                 found.append(partial(_shrunk_from_right, values, basis, *further))
         self._seen.clear()
+        if unreached:
+            warnings.warn(
+                f"no kept example came to {', '.join(unreached[:3])}{', ...' if len(unreached) > 3 else ''} ({len(unreached)} of "
+                f"{sum(map(len, self._layers.values()))} layers), whose weights are not held: watch more examples, or freeze them",
+                stacklevel=3,
+            )
         return found
 
     def _scaled(self, layer: nn.Module) -> Tensor:

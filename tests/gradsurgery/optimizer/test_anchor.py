@@ -245,3 +245,16 @@ def test_what_cannot_be_held_is_refused(model: nn.Module, strength: float, error
 def test_a_pull_before_anything_was_watched_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"pull: expected forward passes of kept examples inside `watch\(\)`"):
         gs.LayerAnchor(nn.Linear(2, 2), 1.0).pull()
+
+
+def test_layers_that_no_kept_example_came_to_are_told_and_not_held() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"used": nn.Linear(3, 3), "unused": nn.Linear(3, 2, bias=False)})
+    anchor = gs.LayerAnchor(model, 1e6)
+    with anchor.watch():
+        model["used"](torch.randn(20, 3))
+    places = moved(model)
+    with pytest.warns(UserWarning, match=r"no kept example came to unused \(1 of 2 layers\), whose weights are not held"):
+        anchor.pull()
+    assert torch.equal(model["unused"].weight, places["unused.weight"][1])
+    assert not torch.equal(model["used"].weight, places["used.weight"][1])
