@@ -5,7 +5,8 @@ Run it: python -m tests.benchmarks.losses [--rows] [--threads 1] [--device cuda]
 The obvious way is what the papers' code does: logits of all tokens, a clone with the label at minus infinity, its softmax, cross-entropy
 against that. The products alone are those that nobody can avoid: logits, and the gradients of the hidden states and (with a trainable head)
 of the weight, of the answer tokens in one piece, without any loss. Times are the best of interleaved rounds in one process; only ratios
-mean something. Memory is the largest sum of live allocations above the inputs, the gradients included.
+mean something. Memory is the largest sum of live allocations above the inputs, the gradients included. On a GPU, Liger's head and Cut
+Cross-Entropy's stand beside ours where they are installed (tests/benchmarks/fused_heads.py).
 
 With --rows: losses of bare logits beside plain PyTorch. `kl_divergence`, `uniform` and `undial` are measured with a head too. The model is once
 far from what it is compared with, and once near: a small divergence is summed in another way than a large one.
@@ -26,6 +27,7 @@ from torch.nn import functional
 
 import gradsurgery as gs
 from tests.benchmarks import telling
+from tests.benchmarks.fused_heads import fused_heads
 from tests.benchmarks.limit import keep_heap
 from tests.benchmarks.memory import peaks
 from tests.benchmarks.plain_losses import ON_LOGITS, ROWS
@@ -181,6 +183,11 @@ def step(function: Callable[..., Tensor], hidden: Tensor, weight: Tensor, labels
     hidden.grad = weight.grad = None
 
 
+def gradient(function: Callable[..., Tensor], hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Of the hidden states, in float64."""
+    return torch.autograd.grad(function(hidden, weight, labels), hidden)[0].double()
+
+
 def products(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
     with torch.no_grad():
         chosen = hidden[labels != -100]
@@ -216,6 +223,8 @@ def compare(device: str, repeats: int, *shape: object) -> Told:
     }  # fmt: skip
     if not hasattr(functional, "linear_cross_entropy"):
         del functions[torch_ce]
+    others = fused_heads(hidden, weight, labels)
+    functions |= others
     actions: dict[str, Callable[[], None]] = {
         name: lambda function=function: step(function, hidden, weight, labels) for name, function in functions.items()
     }
@@ -227,12 +236,18 @@ def compare(device: str, repeats: int, *shape: object) -> Told:
             if repeat:
                 times[name].append(seconds)
     best = {name: min(values) for name, values in times.items()}
-    memory = {name: peak(actions[name], device) for name in (usual, after, before, own, usual_ce, own_ce)}
+    memory = {name: peak(actions[name], device) for name in (usual, after, before, own, usual_ce, own_ce, *others)}
     middle = {name: median(values) for name, values in times.items()}
     over = {name: f"{best[name] / best[alone]:.2f} (medians {middle[name] / middle[alone]:.2f})" for name in functions}
+    exact = gradient(plain_cross_entropy, hidden.double(), weight.double(), labels)
+    wrong = {
+        name: float((gradient(functions[name], hidden, weight, labels) - exact).norm() / exact.norm())
+        for name in (usual_ce, own_ce, *others)
+    }
     return {
         "times the products": {alone: f"{best[alone] * 1e3:.0f} ms"} | over,
         "peak in MiB": {name: f"{bytes_:.1f}" for name, bytes_ in memory.items()},
+        "relative error of the hidden states' gradient": {name: f"{error:.1e}" for name, error in wrong.items()},
         "usual / ours": {
             f"{loss}, {what}": f"{found[of] / found[by]:.2f}"
             for loss, of, by in (("CE-U", usual, own), ("cross-entropy", usual_ce, own_ce))

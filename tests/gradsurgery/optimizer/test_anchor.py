@@ -254,7 +254,9 @@ def test_layers_that_no_kept_example_came_to_are_told_and_not_held() -> None:
     with anchor.watch():
         model["used"](torch.randn(20, 3))
     places = moved(model)
-    with pytest.warns(UserWarning, match=r"no kept example came to unused \(1 of 2 layers\), whose weights are not held"):
+    with pytest.warns(
+        UserWarning, match=r"no kept example came to unused \(1 of 2 layers\), whose weights are not held"
+    ):
         anchor.pull()
     assert torch.equal(model["unused"].weight, places["unused.weight"][1])
     assert not torch.equal(model["used"].weight, places["used.weight"][1])
