@@ -65,7 +65,7 @@ class GrowingRows:
 
 
 class StepRows(Callback):
-    """A callback that keeps a row of numbers for every optimizer step, and writes them to a file that grows.
+    """A callback that keeps rows of numbers, one for a step, and writes them to a file that grows.
 
     A run that is resumed goes on with the rows of its checkpoint.
 
@@ -74,7 +74,7 @@ class StepRows(Callback):
         flush_every: Steps between writes.
 
     Attributes:
-        rows: So far; each has `step`, counted from 1.
+        rows: So far; each has its `step`: 1 after the first, 0 before it.
     """
 
     def __init__(self, path: str | Path | None = None, flush_every: int = 1) -> None:
@@ -100,7 +100,8 @@ class StepRows(Callback):
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Drop the rows of an earlier fit by another trainer: this one's steps begin at 0 again."""
-        kept = [row for row in self.rows if row["step"] <= trainer.global_step]
+        step = trainer.global_step
+        kept = [row for row in self.rows if row["step"] <= step] if step else []
         if len(kept) == len(self.rows):
             return
         self.rows = kept

@@ -10,13 +10,13 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lightning_modules.data.tokenization import Encoded
-from lightning_modules.training.callbacks.rows import GrowingRows
+from lightning_modules.training.callbacks.rows import StepRows
 from lightning_modules.training.probability import mean_probabilities
 
 _POINTS = 25  # enough for a smooth curve, few enough to cost little
 
 
-class TradeoffCurve(Callback):
+class TradeoffCurve(StepRows):
     """Mean answer probability on forget and retain examples while training, and a stop once enough is forgotten.
 
     The numbers are those of `UnlearningModule`'s validation, of examples and at steps of your choice. The trainer's
@@ -36,7 +36,7 @@ class TradeoffCurve(Callback):
         path: A CSV file with a row for each point, which grows while the run goes on; None writes none.
 
     Attributes:
-        points: A point for each score, `{"step": ..., split: mean probability, ...}`.
+        rows: A point for each score, `{"step": ..., split: mean probability, ...}`; the start's step is 0.
         above: Names of `at_most` that were above when they were scored last.
     """
 
@@ -51,23 +51,21 @@ class TradeoffCurve(Callback):
         batch_size: int = 32,
         path: str | Path | None = None,
     ) -> None:
+        super().__init__(path)
         self.encoded = dict(encoded)
         self.pad_token_id, self.every_n_steps = pad_token_id, every_n_steps
         self.stop_below, self.batch_size = stop_below, batch_size
         self.at_most = {} if at_most is None else dict(at_most)
-        self.points: list[dict[str, float]] = []
         self.above: list[str] = []
-        self._file = None if path is None else GrowingRows(path)
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
-        """Start the file anew, with the points of the checkpoint that is resumed."""
-        if self._file is not None and trainer.is_global_zero:
-            self._file.restart()
-            self._write(trainer)
+    @property
+    def points(self) -> list[dict[str, float]]:
+        """The rows, which are the points of a curve."""
+        return self.rows
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Score the start, and stop if enough is forgotten already, as in a run that was resumed."""
-        self._forget_other_fits(trainer)
+        super().on_train_start(trainer)
         if self.every_n_steps is None:
             steps = trainer.estimated_stepping_batches
             self.every_n_steps = max(1, int(steps) // _POINTS) if 0 < steps < float("inf") else 1
@@ -84,39 +82,15 @@ class TradeoffCurve(Callback):
         """Score the end."""
         self._score(trainer, pl_module)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
-        """Write the rows of a run that is resumed after its last step: there is no `on_train_end` then."""
-        self._write(trainer)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The points so far, so that a resumed run goes on with them."""
-        return {"points": list(self.points)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the points."""
-        self.points = list(state_dict["points"])
-
-    def _forget_other_fits(self, trainer: L.Trainer) -> None:
-        """Drop the points of an earlier fit by another trainer: this one's steps begin at 0 again."""
-        step = trainer.global_step
-        kept = [point for point in self.points if point["step"] <= step] if step else []
-        if len(kept) == len(self.points):
-            return
-        self.points = kept
-        if self._file is not None and trainer.is_global_zero:
-            self._file.restart()
-            self._write(trainer)
-
     def _score(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
         """Whether there was no score of this step yet."""
         step = trainer.global_step
-        if self.points and self.points[-1]["step"] >= step:
+        if self.rows and self.rows[-1]["step"] >= step:
             return False
         scores = self._probabilities(trainer, pl_module, self.encoded)
-        self.points.append({"step": step, **scores})
+        self.add(trainer, {"step": step, **scores})
         for logger in trainer.loggers:
             logger.log_metrics({f"curve/{split}": value for split, value in scores.items()}, step)
-        self._write(trainer)
         self._stop(trainer, pl_module)
         return True
 
@@ -129,13 +103,9 @@ class TradeoffCurve(Callback):
         # processes alike. Each has its own last digits, and one that stops alone leaves the others waiting.
         return trainer.strategy.broadcast(scores)
 
-    def _write(self, trainer: L.Trainer) -> None:
-        if self._file is not None and self.points and trainer.is_global_zero:
-            self._file.write(list(self.points[0]), self.points[self._file.written :])
-
     def _stop(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         below = self.stop_below
-        if below is None or trainer.should_stop or not self.points[-1].get("forget", 1.0) < below:
+        if below is None or trainer.should_stop or not self.rows[-1].get("forget", 1.0) < below:
             return
         encoded = {name: rows for name, (rows, _) in self.at_most.items()}
         found = self._probabilities(trainer, pl_module, encoded) if encoded else {}
