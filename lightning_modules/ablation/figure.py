@@ -10,6 +10,7 @@ from lightning_modules.ablation.grid import Grid
 from lightning_modules.ablation.methods import Method
 from lightning_modules.ablation.statistics import spread
 from lightning_modules.files import write_picture
+from lightning_modules.run.options.names import NO_RULE
 
 _LEAST = 1e-4  # forget probability at the right edge: smaller ones are not compared
 _COLOURS = (0, 1, 2, 3, 4, 5, 6, 8, 9)  # of tab10; its grey is the baseline
@@ -44,7 +45,7 @@ def draw_tradeoff(grid: Grid, results: Sequence[Mapping[str, Any]], path: Path) 
         if grid.baseline is not None and grid.baseline not in [method.name for method in methods]:
             _draw(axes, grid.baseline, results, "0.6", "-")
         for number, method in enumerate(methods):
-            style = "--" if method.placebo or method.rule == "none" else "-"
+            style = "--" if method.placebo or method.rule == NO_RULE else "-"
             _draw(axes, method.name, results, colormaps["tab10"](_COLOURS[number % len(_COLOURS)]), style)
         axes.set(xscale="log", xlim=(1.1, _LEAST), ylim=(-0.02, 1.02), title=name)
         axes.spines[["top", "right"]].set_visible(False)

@@ -25,6 +25,7 @@ from lightning_modules.run.options import (
     UnlearnOptions,
 )
 from lightning_modules.run.options.data import AUTHORS
+from lightning_modules.run.options.names import NO_RULE
 from lightning_modules.training.scratch import ScratchSettings
 
 
@@ -68,7 +69,6 @@ class Run:
         data = {name: value for name, value in vars(grid.data).items() if name not in ("reference", "stale_share")}
         if isinstance(grid.model, str) and not grid.first.finetune_first and grid.data.authors == AUTHORS:
             data["authors"] = None  # the default of a grid is for a model that learns so many
-        alone = method.rule == "none"
         epochs = grid.train.max_epochs if method.epochs is None else method.epochs
         return UnlearnOptions(
             model=ModelOptions(grid.model if isinstance(grid.model, str) else "scratch"),
@@ -87,8 +87,8 @@ class Run:
                 retain_inside=method.retain_inside,
                 keep_asked_words=method.keep_asked_words,
                 substitute_weight=method.substitute_weight,
-                rule="gradient_difference" if alone else method.rule,
-                rule_options={"alpha": 0.0} if alone else method.rule_options,
+                rule=method.rule,
+                rule_options=method.rule_options,
                 ema_decay=method.ema_decay,
                 retain_weight=method.retain_weight,
                 retain_noise=method.retain_noise,
@@ -234,7 +234,7 @@ class Grid:
             by_coordinates = method.rule in gs.elementwise.ELEMENTWISE
             max_norm = self.train.max_norm if method.max_norm is None else method.max_norm
             plain_length = (method.scope, method.metric, max_norm) == ("global", "euclidean", None)
-            if method.placebo and (method.rule == "none" or by_coordinates or not plain_length):
+            if method.placebo and (method.rule == NO_RULE or by_coordinates or not plain_length):
                 raise ValueError(
                     "methods: expected a rule of the Gram matrix to take the length from, scope: global, metric: euclidean and no max_norm "
                     f"for the placebo {method.name!r}, found rule: {method.rule}, scope: {method.scope}, metric: {method.metric}, "

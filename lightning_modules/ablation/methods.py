@@ -9,8 +9,8 @@ from typing import Literal
 
 import torch
 
-import gradsurgery as gs
 from lightning_modules.run.options import MethodOptions
+from lightning_modules.run.options.names import NO_RULE
 from lightning_modules.training.adversary import AdversarySettings
 from lightning_modules.training.undo import undo_settings
 
@@ -105,15 +105,14 @@ class Method:
         """
         if self.kind != "surgery":
             return 2 if self.kind == "uld" else 1
-        surgery = self.rule != "none" or self.retain_weight != 0.0 or self.guard == "update"
+        surgery = self.rule != NO_RULE or self.retain_weight != 0.0 or self.guard == "update"
         moved = int(bool(self.radius)) + int(bool(self.adversary))
         retained = int(self.retain_inside != 0.0) + int(self.retain_noise != 0.0)
         return 1 + int(self.substitute_weight != 0.0) + retained + (self.retain_rows or int(surgery)) + moved
 
     def bound_rule(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The rule with its options: Gram matrix -> coefficients."""
-        options = MethodOptions(rule=self.rule, rule_options=self.rule_options)
-        return forget_alone if self.rule == "none" else options.bound_rule()
+        return MethodOptions(rule=self.rule, rule_options=self.rule_options).bound_rule()
 
     @property
     def note(self) -> str:
@@ -186,8 +185,3 @@ def _used(kind: Kind) -> set[str]:
     if kind == "surgery":
         return {entry.name for entry in fields(Method)} - {"name", "baseline", "kind", "uld", "max_weight"}
     return {"lr", "epochs", "max_weight"} | ({"uld", "lora_rank"} if kind == "uld" else {"optimizer"})
-
-
-def forget_alone(gram: torch.Tensor) -> torch.Tensor:
-    """Coefficients of no surgery: 1 for the first row and 0 for the others, NaN where the Gram matrix is not finite."""
-    return gs.rules.gradient_difference(gram, alpha=0.0)

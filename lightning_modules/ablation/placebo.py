@@ -21,9 +21,8 @@ class Placebo(Callback):
     A rule turns the first row $g_0$ into $\sum_k c_k g_k$. With $d = c - e_0$, its correction is
     $\sum_k d_k g_k$, of length $\sqrt{d^\top G d}$.
 
-    The optimizer itself has to take the forget gradient alone (`ablation.methods.forget_alone`) and to keep the
-    averages that the rule would see. Its scope has to be the whole model, its metric Euclidean, and its `max_norm`
-    None.
+    The optimizer itself has to take the forget gradient alone (the rule `none`) and to keep the averages that the
+    rule would see. Its scope has to be the whole model, its metric Euclidean, and its `max_norm` None.
 
     Args:
         rule: Gram matrix -> coefficients; the length of its correction is taken.

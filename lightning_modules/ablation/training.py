@@ -26,6 +26,7 @@ from lightning_modules.ablation.stale import training_data
 from lightning_modules.evaluation.likelihood import device_of
 from lightning_modules.run import assembly
 from lightning_modules.run.options import AUTO
+from lightning_modules.run.options.names import NO_RULE
 from lightning_modules.run.radius import measure, search_settings
 from lightning_modules.training.adversary import AdversarialModule, AdversarySettings
 from lightning_modules.training.callbacks import AnchorPull, ProgressLines
@@ -109,7 +110,7 @@ def build_module(model: nn.Module, run: Run) -> UnlearningModule:
     options = run.options()
     method = options.method
     if run.method.placebo:
-        method = replace(method, rule="gradient_difference", rule_options={"alpha": 0.0})
+        method = replace(method, rule=NO_RULE, rule_options={})
     losses = by_name(method.forget_loss), by_name(method.retain_loss)
     compared = method.retain_noise or any(needs_reference(loss) for loss in losses)
     reference = SecondModel() if compared else None

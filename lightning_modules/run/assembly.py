@@ -46,7 +46,7 @@ def make_module(
     method: MethodOptions,
     training: TrainingOptions,
     reference: Reference | None,
-    kind: Callable[..., UnlearningModule] = UnlearningModule,
+    kind: Callable[..., UnlearningModule] | None = None,
     loading: LoadingOptions = USUAL,
 ) -> UnlearningModule:
     """The module that trains a model by a method.
@@ -56,7 +56,8 @@ def make_module(
         method: Losses, rule and surgery. Its teacher is loaded.
         training: The base optimizer, its warm-up, clipping and accumulation.
         reference: From `start_model`.
-        kind: The class, or what makes it, with the arguments of `UnlearningModule`.
+        kind: The class, or what makes it, with the arguments of `UnlearningModule`; None for that itself, without a
+            retain loss where the method takes the forget gradient alone.
         loading: How the teacher is loaded.
     """
     forget_loss = method.bound_loss()
@@ -64,10 +65,11 @@ def make_module(
         forget_loss = objectives.distillation(teacher(method, loading), forget_loss)
     if method.substitute_weight:
         forget_loss = objectives.with_substitutes(forget_loss, method.substitute_weight)
-    module = kind(
+    retain_loss = None if kind is None and method.alone else objectives.by_name(method.retain_loss)
+    module = (UnlearningModule if kind is None else kind)(
         model,
         forget_loss=forget_loss,
-        retain_loss=objectives.by_name(method.retain_loss),
+        retain_loss=retain_loss,
         optimizer=_base_optimizer(training),
         surgery=method.surgery(max_norm=training.max_norm, accumulate=training.accumulates),
         warmup_steps=training.warmup_steps if training.lr_schedule == "constant" else 0,
@@ -140,7 +142,8 @@ def _precompute(model: nn.Module, data: ForgetRetainDataModule, path: Path) -> N
 def kind_of_start_model(options: UnlearnOptions) -> str | None:
     """What --start-model says, with "auto" settled; None if neither loss compares with the model before unlearning."""
     method, training = options.method, options.training
-    names = [method.retain_loss] if method.imitates else [method.forget_loss, method.retain_loss]
+    names = [] if method.imitates else [method.forget_loss]
+    names += [] if method.alone and options.ledger.ledger is None else [method.retain_loss]
     losses = [objectives.by_name(name) for name in names]
     losses += [gs.losses.kl_divergence] if method.retain_noise else []
     if not any(objectives.needs_reference(loss) for loss in losses):

@@ -224,13 +224,18 @@ def begin(run: Run[UnlearnOptions]) -> None:
     write_json(run.folder / REQUEST, said)
 
 
+def protects(run: Run[UnlearnOptions]) -> bool:
+    """Whether there are earlier requests of a ledger that no step may bring back."""
+    return run.request is not None and bool(run.request.texts or run.request.sketches)
+
+
 def protecting(
     run: Run[UnlearnOptions], data: ForgetRetainDataModule
-) -> tuple[Callable[..., UnlearningModule], L.LightningDataModule]:
-    """What makes the module, and its batches: with earlier requests of a ledger, those that protect them too."""
+) -> tuple[Callable[..., UnlearningModule] | None, L.LightningDataModule]:
+    """What makes the module, None for the usual one, and its batches: with those of earlier requests, if any."""
     request = run.request
-    if request is None or not (request.texts or request.sketches):
-        return UnlearningModule, data
+    if request is None or not protects(run):
+        return None, data
     longest, weight = run.options.data.max_length, run.options.ledger.ledger_weight
     rows = {
         name: [encoded_rows(run.tokenizer, "earlier", found, longest) for found in requests]

@@ -24,7 +24,13 @@ from lightning_modules.training.probability import add_answers, uncollated
 from lightning_modules.training.references import Reference
 from lightning_modules.training.resuming import ResumableModule
 from lightning_modules.training.sharding import parts
-from lightning_modules.training.soundness import check_batches, check_model, check_numbers, naming_the_batch
+from lightning_modules.training.soundness import (
+    check_alone,
+    check_batches,
+    check_model,
+    check_numbers,
+    naming_the_batch,
+)
 from lightning_modules.training.token_count import mean_token_count
 from lightning_modules.training.trainer import number_of_steps
 from lightning_modules.training.warmup import Schedule, Scheduled, with_warmup
@@ -53,7 +59,8 @@ class UnlearningModule(ResumableModule):
         forget_loss: What is minimised on the forget batch: a loss of `gradsurgery.losses`, a `functools.partial` of
             one, any function of logits `[N, V]` and labels `[N]` with a value per token, or an objective
             (`objectives.idk`, `objectives.rmu`). See `objectives.objective`.
-        retain_loss: The same for the retain batch.
+        retain_loss: The same for the retain batch. None leaves it out, as where an anchor holds what is to be kept
+            (`callbacks.AnchorPull`): a step takes one backward pass, and there is no surgery.
         skip_first: Answer tokens that the forget loss leaves out at the start of each answer. None means 1 for CE-U,
             as in its paper, and 0 for any other loss.
         optimizer: Trainable parameters, by name -> a base optimizer.
@@ -73,10 +80,11 @@ class UnlearningModule(ResumableModule):
             loss of all processes, and saved with the module.
 
     Raises:
-        ValueError: If a number is negative, if `retain_loss` teaches refusals, if a loss compares with a start model
-            and there is no `reference`, if `skip_first` is given to a loss that chooses its own tokens, if gradients
-            cannot pass the model's 4-bit weights (`packing.keep_differentiable`), or if `perturb` is given with
-            `retain_inside`, or `schedule` with `warmup_steps`.
+        ValueError: If a number is negative, if `retain_loss` teaches refusals, or is None beside `noise`,
+            `retain_inside` or `dual`, if a loss compares with a start model and there is no `reference`, if
+            `skip_first` is given to a loss that chooses its own tokens, if gradients cannot pass the model's 4-bit
+            weights (`packing.keep_differentiable`), or if `perturb` is given with `retain_inside`, or `schedule` with
+            `warmup_steps`.
         TypeError: If a loss is not a function, or the model gives no logits.
 
     Example:
@@ -91,7 +99,7 @@ class UnlearningModule(ResumableModule):
         model: nn.Module,
         *,
         forget_loss: Any = gs.losses.ceu,
-        retain_loss: Any = gs.losses.cross_entropy,
+        retain_loss: Any | None = gs.losses.cross_entropy,
         skip_first: int | None = None,
         optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer] = partial(
             torch.optim.AdamW, lr=1e-5, weight_decay=0.01
@@ -111,7 +119,12 @@ class UnlearningModule(ResumableModule):
         keep_differentiable(model)
         self.model = model
         self._answer_head = AnswerHead(model)
-        self.objectives = {"forget": objective(forget_loss, skip_first), "retain": objective(retain_loss, 0)}
+        self.objectives = {"forget": objective(forget_loss, skip_first)}
+        if retain_loss is None:
+            check_alone(noise=noise, retain_inside=retain_inside, dual=dual)
+            surgery = _of_one(surgery)
+        else:
+            self.objectives["retain"] = objective(retain_loss, 0)
         self.make_optimizer, self.make_surgery = optimizer, surgery
         self.warmup_steps, self.schedule, self.perturb = warmup_steps, schedule, perturb
         self.noise = noise
@@ -126,7 +139,7 @@ class UnlearningModule(ResumableModule):
         # A dictionary, so that the metrics are no submodules: Lightning would move their float64 states along, also to
         # a device that has no float64.
         self._probabilities: dict[str, AnswerProbability] = {}
-        if needs_refusals(retain_loss):
+        if retain_loss is not None and needs_refusals(retain_loss):
             raise ValueError(
                 f"retain_loss: expected a loss that keeps answers, found {name_of(retain_loss)}, which teaches refusals"
             )
@@ -140,7 +153,7 @@ class UnlearningModule(ResumableModule):
                 f"warmup_steps: expected 0 with a schedule, which says every learning rate, found {warmup_steps}"
             )
         self._direction = None if perturb is None else objective(perturb.direction, 0)
-        compared = [forget_loss, retain_loss]
+        compared = [forget_loss] if retain_loss is None else [forget_loss, retain_loss]
         compared += [] if perturb is None else [perturb.direction]
         compared += [] if noise is None else [gs.losses.kl_divergence]
         if reference is None:
@@ -322,3 +335,8 @@ class UnlearningModule(ResumableModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self._scheduled.scheduler, "interval": "step"},
         }
+
+
+def _of_one(surgery: Any) -> Any:
+    """Base optimizer -> surgery of the forget gradient alone."""
+    return partial(surgery, objectives=("forget",))

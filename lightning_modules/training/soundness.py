@@ -41,6 +41,17 @@ def check_numbers(**numbers: float | None) -> None:
             raise ValueError(f"{name}: expected a number >= 0, found {number}")
 
 
+def check_alone(**options: object) -> None:
+    """Refuse options of a retain loss where there is none.
+
+    Raises:
+        ValueError: If one is given.
+    """
+    for name, value in options.items():
+        if value:
+            raise ValueError(f"{name}: expected a retain_loss, on which it acts, found retain_loss=None; leave it out")
+
+
 def check_batches(batches: object, names: Iterable[str]) -> None:
     """Refuse a batch that is not one of pairs.
 

@@ -41,7 +41,9 @@ class MethodOptions:
         substitute_weight: multiple, inside the forget objective, of the cross-entropy of another answer to the forget
             question, one of --substitutes or of similar retain questions: with --radius it is learned where the true
             one is remembered best
-        rule: how the two gradients are combined: {names}
+        rule: how the two gradients are combined: {names}; none takes the forget gradient as it is, and computes a
+            retain gradient only for --retain-weight or --guard: a control, or, with --retain-anchor, a step in half the
+            time
         rule_options: options of the rule, for example {alpha: 5}
         ema_decay: weight of the old value in the retain gradient's moving average; null for none; with --model the
             default is that of --recipe balanced
@@ -76,7 +78,7 @@ class MethodOptions:
     refusals: str | None = None
     keep_asked_words: bool = False
     substitute_weight: float = 0.0
-    rule: str = one_of(names.RULES, "gru")
+    rule: str = one_of([*names.RULES, names.NO_RULE], "gru")
     rule_options: dict[str, float] = field(default_factory=dict)
     ema_decay: float | None = 0.2
     retain_weight: float = 0.0
@@ -93,13 +95,26 @@ class MethodOptions:
     def check(self) -> None:
         """Raise ValueError on numbers outside their domain; `check_functions` has what needs torch."""
         not_negative(self, "retain_weight", "retain_noise", "retain_anchor", "retain_inside", "substitute_weight")
+        if self.rule == names.NO_RULE and self.rule_options:
+            raise ValueError(
+                f"--rule-options: expected none with --rule none, which takes the forget gradient as it is, found {self.rule_options}; "
+                "leave one of them out"
+            )
+        if self.alone:
+            for name, value in (("noise", self.retain_noise), ("inside", self.retain_inside), ("--dual", self.dual)):
+                if value:
+                    option = name if name.startswith("--") else f"--retain-{name}"
+                    raise ValueError(
+                        f"{option}: expected a retain gradient, on which it acts, found --rule none without --retain-weight and --guard; "
+                        "leave one of them out"
+                    )
 
     def check_functions(self) -> None:
         """Raise ValueError on a name, number or option that the losses, the rule or the dual variable do not have."""
         import gradsurgery as gs
         from lightning_modules.training import objectives
 
-        gs.rules.by_name(self.rule)
+        self.bound_rule()
         if (self.radius == AUTO or self.perturb() is not None) and self.retain_inside:
             raise ValueError(
                 f"--retain-inside: expected 0 with --radius, found {self.retain_inside}: the two losses are computed at different weights; "
@@ -139,6 +154,11 @@ class MethodOptions:
                 f"--start-model precomputed: expected losses that compare log-likelihoods, found {objectives.name_of(rows[0])}, which "
                 "compares all logits; choose copy or adapters_off"
             )
+
+    @property
+    def alone(self) -> bool:
+        """Whether the forget gradient is all there is: nothing reads a retain gradient."""
+        return self.rule == names.NO_RULE and self.retain_weight == 0.0 and self.guard == "none"
 
     @property
     def imitates(self) -> bool:
@@ -191,6 +211,8 @@ class MethodOptions:
         """The rule with its options."""
         import gradsurgery as gs
 
+        if self.rule == names.NO_RULE:
+            return partial(gs.rules.gradient_difference, alpha=0.0)
         return partial(gs.rules.by_name(self.rule), **self.rule_options)
 
     def surgery(

@@ -12,6 +12,9 @@ RULES = (
     *("sago", "sign_agreement", "cglearn", "graddrop", "saliency_mask"),
 )
 
+NO_RULE = "none"
+"""The forget gradient as it is."""
+
 LOSSES = (
     *("cross_entropy", "gradient_ascent", "ceu", "inverted_hinge", "weighted_gradient_ascent", "satimp"),
     *("unlikelihood", "jensen_shannon_label"),

@@ -9,6 +9,7 @@ from typing import Any
 from lightning_modules.run.options.data import ModelOptions
 from lightning_modules.run.options.flat import one_of
 from lightning_modules.run.options.method import MethodOptions
+from lightning_modules.run.options.names import NO_RULE
 
 _BALANCED: dict[str, Any] = {"ema_decay": 0.7, "retain_weight": 200.0, "guard": "update"}
 _BALANCED_OTHER: dict[str, Any] = {"retain_weight": 50.0}
@@ -62,10 +63,10 @@ class RecipeOptions:
         recipe: values for the options below, which those that are given replace: {names}. paper is the defaults, CE-U
             and GRU as published; balanced keeps most at equal forgetting (--ema-decay 0.7 --guard update, and
             --retain-weight 200 for the model from scratch, 50 for another) and is the default with --model, whatever
-            this help shows; deep lasts when the answers are taught again: it forgets at weights that remember
-            better, over a growing --radius, and learns other answers there (for another model than scratch, --radius
-            auto; with --teacher its answers, in a finish); imitate brings the forget answers to what a model says that
-            never learned them, --teacher, by default the --model of --finetune-first
+            this help shows, but not with --rule none; deep lasts when the answers are taught again: it forgets at
+            weights that remember better, over a growing --radius, and learns other answers there (for another model
+            than scratch, --radius auto; with --teacher its answers, in a finish); imitate brings the forget answers to
+            what a model says that never learned them, --teacher, by default the --model of --finetune-first
     """
 
     recipe: str = one_of(list(RECIPES), "paper")
@@ -98,7 +99,8 @@ def expanded(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     model = values.get("model", ModelOptions.model)
     scratch = ModelOptions(model).scratch
-    by_default = "paper" if scratch or values.get("method") == "uld" else "balanced"
+    bare = values.get("method") == "uld" or values.get("rule") == NO_RULE
+    by_default = "paper" if scratch or bare else "balanced"
     recipe = values.get("recipe", by_default)
     own = dict(RECIPES.get(recipe, {}))
     if recipe == "imitate" and values.get("finetune_first") and values.get("revision") is None:

@@ -19,9 +19,9 @@ class SurgeryLogger(StepRows):
     | `loss_<objective>` | loss of the step's last batch, of all processes |
     | `norm_<objective>` | of the objective's row, over all blocks |
     | `update_norm` | of the combined gradient |
-    | `cosine` | between the first two rows; with several blocks the mean over them |
+    | `cosine` | between the first two rows; with several blocks the mean over them; not with one objective |
     | `coefficient_<objective>` | the rule's answer; with several blocks the mean; not for elementwise rules |
-    | `conflict` | 1 if a protected row conflicts with the first, otherwise 0 |
+    | `conflict` | 1 if a protected row conflicts with the first, otherwise 0; not with one objective |
     | `predicted_change_<objective>` | of the loss, to first order, per unit of learning rate |
     | `actual_change_<protected objective>` | of the loss, to first order, by the parameter change; only with a guard |
 
@@ -50,10 +50,13 @@ class SurgeryLogger(StepRows):
         row: dict[str, float] = {"step": step}
         row |= {f"loss_{name}": of_all(pl_module.losses[name], trainer) for name in names}
         row |= {f"norm_{name}": value for name, value in zip(names, gram.diagonal().sqrt().tolist(), strict=True)}
-        row |= {"update_norm": float(record.update_norm), "cosine": float(record.cosines[..., 0, 1].mean())}
+        row["update_norm"] = float(record.update_norm)
+        if len(names) > 1:
+            row["cosine"] = float(record.cosines[..., 0, 1].mean())
         if coefficients is not None:
             row |= {f"coefficient_{name}": value for name, value in zip(names, coefficients.tolist(), strict=True)}
-        row["conflict"] = float(record.conflict)
+        if len(names) > 1:
+            row["conflict"] = float(record.conflict)
         row |= {f"predicted_change_{n}": v for n, v in zip(names, record.predicted_change.tolist(), strict=True)}
         if record.actual_change is not None:
             row |= {f"actual_change_{n}": v for n, v in zip(names[1:], record.actual_change.tolist(), strict=True)}

@@ -24,7 +24,7 @@ from lightning_modules import cli
 from lightning_modules.ablation import sweep
 from lightning_modules.ablation.grid import Grid, Run
 from lightning_modules.ablation.matching import Target, between, match
-from lightning_modules.ablation.methods import Method, forget_alone
+from lightning_modules.ablation.methods import Method
 from lightning_modules.ablation.options import AblateOptions
 from lightning_modules.ablation.placebo import Placebo
 from lightning_modules.ablation.reading import expanded, read_grid
@@ -165,12 +165,11 @@ def test_options_are_those_that_unlearn_would_get(tmp_path: Path) -> None:
 
 def test_no_rule_is_the_forget_gradient_alone() -> None:
     gram = torch.tensor([[2.0, -1.0], [-1.0, 3.0]], dtype=torch.float64)
-    assert forget_alone(gram).tolist() == [1.0, 0.0]
-    assert not forget_alone(gram * torch.nan).isfinite().all()
     method = Method("x", rule="none")
-    assert torch.equal(method.bound_rule()(gram), forget_alone(gram))
     grid = Grid((method,), Targets((0.5,)))
-    assert torch.equal(Run(grid, method, 0, 0).options().method.bound_rule()(gram), forget_alone(gram))
+    for rule in (method.bound_rule(), Run(grid, method, 0, 0).options().method.bound_rule()):
+        assert rule(gram).tolist() == [1.0, 0.0]
+        assert not rule(gram * torch.nan).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -403,6 +402,10 @@ def test_training_stops_when_every_target_is_met_or_cannot_be(config: str) -> No
 # The placebo ---------------------------------------------------------------------------------------------------------------------
 
 
+NONE = Method("x", rule="none").bound_rule()
+"""The forget gradient as it is."""
+
+
 def one_step(rule: Any, callbacks: list[Any]) -> torch.Tensor:
     """The change of the weights in one step of plain gradient descent."""
     module = lm.UnlearningModule(
@@ -420,8 +423,8 @@ def one_step(rule: Any, callbacks: list[Any]) -> torch.Tensor:
 
 @pytest.mark.parametrize("rule", [gs.rules.gru, gs.rules.gu, gs.rules.ngdiff])
 def test_a_placebo_is_as_long_as_the_correction_and_points_elsewhere(rule: Any) -> None:
-    alone, corrected = one_step(forget_alone, []), one_step(rule, [])
-    placebo, other = (one_step(forget_alone, [Placebo(rule, seed=seed)]) for seed in (0, 1))
+    alone, corrected = one_step(NONE, []), one_step(rule, [])
+    placebo, other = (one_step(NONE, [Placebo(rule, seed=seed)]) for seed in (0, 1))
     correction, noise = corrected - alone, placebo - alone
     assert correction.norm() > 1e-3
     assert noise.norm().item() == pytest.approx(correction.norm().item(), rel=1e-5)
@@ -429,16 +432,16 @@ def test_a_placebo_is_as_long_as_the_correction_and_points_elsewhere(rule: Any) 
         abs(torch.cosine_similarity(noise.flatten(), correction.flatten(), dim=0)) < 0.5
     )  # 121 dimensions: 0.09 on average
     assert not torch.equal(placebo, other)
-    assert torch.equal(placebo, one_step(forget_alone, [Placebo(rule, seed=0)]))
+    assert torch.equal(placebo, one_step(NONE, [Placebo(rule, seed=0)]))
 
 
 def test_a_placebo_has_no_direction_of_its_own() -> None:
-    noise = one_step(forget_alone, [Placebo(gs.rules.gru)]) - one_step(forget_alone, [])
+    noise = one_step(NONE, [Placebo(gs.rules.gru)]) - one_step(NONE, [])
     assert abs(noise.mean() / noise.std()) < 0.4  # 121 numbers: 0.09 on average
 
 
 def test_a_placebo_of_a_rule_without_a_correction_changes_nothing() -> None:
-    assert torch.equal(one_step(forget_alone, [Placebo(forget_alone)]), one_step(forget_alone, []))
+    assert torch.equal(one_step(NONE, [Placebo(NONE)]), one_step(NONE, []))
 
 
 def test_a_placebo_run_takes_the_forget_gradient_alone(config: str) -> None:
