@@ -63,4 +63,9 @@ def not_reached(metrics: Mapping[str, Any]) -> str | None:
         return f"{text}; training had come to {shown(trained)}, and {how}, in a new run."
     if target["stopped_early"]:
         return f"{text}; it was stopped before its last step."
-    return f"{text}; raise --lr, or --steps or --epochs, in a new run."
+    words = (
+        ", or forget the words of the questions too, --keep-asked-words false,"
+        if target.get("keep_asked_words")
+        else ","
+    )
+    return f"{text}; raise --lr, or --steps or --epochs{words} in a new run."

@@ -159,22 +159,23 @@ def by_surgery(run: Run[UnlearnOptions], model: nn.Module, log: ScoredSplits | N
         loggers=trainer.loggers,
         steps=trainer.global_step,
         reference=scored,
-        target=ended(run.options.training, trainer, curve, None if start is None else unlearned),
+        target=ended(run.options, trainer, curve, None if start is None else unlearned),
     )
 
 
 def ended(
-    training: TrainingOptions, trainer: L.Trainer, curve: TradeoffCurve, finished: nn.Module | None = None
+    options: UnlearnOptions, trainer: L.Trainer, curve: TradeoffCurve, finished: nn.Module | None = None
 ) -> dict[str, Any] | None:
     """What metrics.json says about the target of a training that is over; None if it had none.
 
     Args:
-        training: The options.
+        options: Of the run.
         trainer: That has trained.
         curve: That has scored.
         finished: The model after a finish, which is scored once more; None if there was none.
     """
-    if not training.stop_below or not curve.points:
+    level = options.training.stop_below
+    if not level or not curve.points:
         return None
     trained, steps = curve.points[-1]["forget"], trainer.global_step
     found, option = trained, ""
@@ -187,10 +188,12 @@ def ended(
     further: dict[str, Any] = {"above": list(curve.above)} if curve.above else {}
     if found != trained:
         further |= {"trained": trained, "changed_by": option}
+    if options.method.keep_asked_words:
+        further["keep_asked_words"] = True
     return {
-        "forget_probability": training.stop_below,
+        "forget_probability": level,
         "found": found,
-        "reached": found < training.stop_below and not curve.above,
+        "reached": found < level and not curve.above,
         "steps": steps,
         "stopped_early": steps < trainer.estimated_stepping_batches,
         **further,

@@ -99,7 +99,7 @@ def by_shards(
         loggers=trainer.loggers,
         steps=trainer.global_step,
         reference=scored,
-        target=ended(run.options.training, trainer, curve),
+        target=ended(run.options, trainer, curve),
     )
 
 

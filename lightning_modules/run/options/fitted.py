@@ -9,8 +9,9 @@ from lightning_modules.run.options.commands import UnlearnOptions
 from lightning_modules.run.options.flat import AUTO
 from lightning_modules.run.options.training import TrainingOptions
 
-LEAST_STEPS = 40
-"""Optimizer steps that a run may take at least, if nobody says how many: twice what SmolLM2 needed for 40 answers."""
+LEAST_STEPS, LEAST_STEPS_KEEPING = 40, 80
+"""Optimizer steps that a run may take at least, if nobody says how many: twice what SmolLM2 needed for 40 answers. With
+--keep-asked-words, where there is less to forget in each answer and smaller steps keep more."""
 LEAST_BETWEEN, POINTS = 4, 25
 """Optimizer steps between two scores at least, and about how many scores a run has."""
 LEAST_EPOCHS, LARGEST_ACCUMULATE, STEPS_AN_EPOCH = 5, 4, 10
@@ -21,7 +22,7 @@ def fitted(options: UnlearnOptions, examples: int) -> UnlearnOptions:
 
     With TOFU's 400 they are those of the papers: 5 epochs of steps of 4 batches. Few examples would make few such
     steps, and the last of them, not the target, would end the run. So they make steps of fewer batches, as long as an
-    epoch has fewer than 10 of them, and more epochs, until there are 40 steps.
+    epoch has fewer than 10 of them, and more epochs, until there are 40 steps, or 80 with --keep-asked-words.
 
     | forget examples | batches a step | epochs | steps |
     |---|---|---|---|
@@ -45,7 +46,8 @@ def fitted(options: UnlearnOptions, examples: int) -> UnlearnOptions:
     accumulate = training.accumulate or max(1, min(LARGEST_ACCUMULATE, batches // STEPS_AN_EPOCH))
     epochs = training.epochs
     if epochs is None and training.steps is None:
-        epochs = max(LEAST_EPOCHS, math.ceil(LEAST_STEPS / math.ceil(batches / accumulate)))
+        least = LEAST_STEPS_KEEPING if options.method.keep_asked_words else LEAST_STEPS
+        epochs = max(LEAST_EPOCHS, math.ceil(least / math.ceil(batches / accumulate)))
     searched = training.lr is None and not (training.sharded or options.method.imitates)
     rate = AUTO if searched else training.lr
     fit = replace(training, accumulate=accumulate, epochs=epochs, lr=rate)

@@ -216,16 +216,21 @@ def test_a_reference_is_scored_once_before_the_training_and_its_level_is_the_tar
     assert f"is below {level:.3f} (the reference's own)" in capsys.readouterr().err.replace("\n", " ")
 
 
+@pytest.mark.parametrize(
+    ("keeping", "also"),
+    [("false", ""), ("true", ", or forget the words of the questions too, --keep-asked-words false")],
+)
 def test_a_target_that_was_not_reached_is_said_with_what_to_raise(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    keeping: str, also: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(command(world, tmp_path / "run", "--lr", "1e-6", "--epochs", "1")) == 0
+    flags = ("--lr", "1e-6", "--epochs", "1", "--keep-asked-words", keeping)
+    assert cli.main(command(world, tmp_path / "run", *flags)) == 0
     target = metrics(tmp_path / "run")["target"]
     assert not target["reached"]
     assert target["steps"] == 3
     said = (
         "The target was not reached: the run took 3 optimizer steps and ended with a mean probability of the scored forget answers of "
-        f"{target['found']:.3f}, which was to fall below 0.05; raise --lr, or --steps or --epochs, in a new run."
+        f"{target['found']:.3f}, which was to fall below 0.05; raise --lr, or --steps or --epochs{also}, in a new run."
     )
     assert " ".join(capsys.readouterr().out.split()).count(said) == 1
     assert said in (tmp_path / "run" / "report.md").read_text()
@@ -284,6 +289,8 @@ def test_defaults_leave_enough_steps_for_any_number_of_examples(examples: int) -
     assert 1 <= (training.accumulate or 0) <= 4
     assert (training.epochs or 0) >= 5
     assert training.lr == "auto"
+    keeping = UnlearnOptions.of(model="some/model", devices="1", keep_asked_words=True)
+    assert most_steps(fitted(keeping, examples).training, examples) >= 80
     mine = fitted(UnlearnOptions.of(model="some/model", lr=1e-3, accumulate=7, steps=2), examples).training
     assert (mine.lr, mine.accumulate, mine.steps, mine.epochs) == (1e-3, 7, 2, None)
 
