@@ -74,7 +74,7 @@ class StepRows(Callback):
         flush_every: Steps between writes.
 
     Attributes:
-        rows: So far; each has its `step`: 1 after the first, 0 before it.
+        rows: So far; each has its `step`, the number of optimizer steps that came before it.
     """
 
     def __init__(self, path: str | Path | None = None, flush_every: int = 1) -> None:

@@ -36,7 +36,7 @@ class TradeoffCurve(StepRows):
         path: A CSV file with a row for each point, which grows while the run goes on; None writes none.
 
     Attributes:
-        rows: A point for each score, `{"step": ..., split: mean probability, ...}`; the start's step is 0.
+        points: One for each score, `{"step": ..., split: mean probability, ...}`; the start's step is 0.
         above: Names of `at_most` that were above when they were scored last.
     """
 
@@ -64,14 +64,21 @@ class TradeoffCurve(StepRows):
         return self.rows
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Score the start, and stop if enough is forgotten already, as in a run that was resumed."""
+        """Score the start, and stop if enough is forgotten already.
+
+        A run that is resumed scores the steps that it would have scored, and no other: it ends where it would have
+        ended.
+        """
         super().on_train_start(trainer)
         if self.every_n_steps is None:
             steps = trainer.estimated_stepping_batches
             self.every_n_steps = max(1, int(steps) // _POINTS) if 0 < steps < float("inf") else 1
         self.stop_below = trainer.strategy.broadcast(self.stop_below)  # the first process may have found it alone
-        if not self._score(trainer, pl_module):
+        step = trainer.global_step
+        if self.rows and self.rows[-1]["step"] == step:
             self._stop(trainer, pl_module)
+        elif not self.rows or step % self.every_n_steps == 0:
+            self._score(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Score every so many steps, and the last one, so that its checkpoint knows the score."""
@@ -82,17 +89,19 @@ class TradeoffCurve(StepRows):
         """Score the end."""
         self._score(trainer, pl_module)
 
-    def _score(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
-        """Whether there was no score of this step yet."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the points, also those of a checkpoint of an earlier version."""
+        super().load_state_dict({"rows": state_dict["points"]} if "points" in state_dict else state_dict)
+
+    def _score(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step = trainer.global_step
         if self.rows and self.rows[-1]["step"] >= step:
-            return False
+            return
         scores = self._probabilities(trainer, pl_module, self.encoded)
         self.add(trainer, {"step": step, **scores})
         for logger in trainer.loggers:
             logger.log_metrics({f"curve/{split}": value for split, value in scores.items()}, step)
         self._stop(trainer, pl_module)
-        return True
 
     def _probabilities(
         self, trainer: L.Trainer, pl_module: L.LightningModule, encoded: Mapping[str, Sequence[Encoded]]

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
 
 from lightning_modules.training.callbacks import BestTradeoff, CollapseAlarm, SurgeryLogger, TradeoffCurve
 from tests.lightning_modules.training.test_callbacks import examples, fit
@@ -43,3 +46,34 @@ def test_a_fit_by_another_trainer_starts_anew_and_a_resumed_one_goes_on(again: b
         assert len((tmp_path / f"{name}.csv").read_text().splitlines()) == rows + 1
     assert best.best != {"step": 4.0, "forget": 0.0, "retain": 1.0}
     assert alarm.reason is None
+
+
+class SavedAt(Callback):
+    """A checkpoint of one step, as a killed run leaves it."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("stop_below", [None, 2.0])
+@pytest.mark.parametrize("key", ["rows", "points"], ids=["today's checkpoint", "an earlier version's"])
+def test_a_resumed_run_scores_and_stops_where_it_would_have(key: str, stop_below: float | None, tmp_path: Path) -> None:
+    """Also where the checkpoint is of a step between two scores, at which the undisturbed run does not look."""
+    encoded = {"forget": examples(4, 1), "retain": examples(4, 2)}
+
+    def curve() -> TradeoffCurve:
+        return TradeoffCurve(encoded, pad_token_id=0, every_n_steps=4)
+
+    whole, resumed, path = curve(), curve(), tmp_path / "last.ckpt"
+    fit([whole, SavedAt(6, path)], 10)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["callbacks"][resumed.state_key] = {key: checkpoint["callbacks"][resumed.state_key]["rows"]}
+    torch.save(checkpoint, path)
+    resumed.stop_below = stop_below
+    fit([resumed], 10, ckpt_path=path)
+    assert [point["step"] for point in whole.points] == [0, 4, 8, 10]
+    assert resumed.points == whole.points[: None if stop_below is None else 3]
