@@ -126,7 +126,6 @@ class LayerAnchor:
         for layer, moment in found.items():
             self._seen[layer] = self._seen[layer] + moment if layer in self._seen else moment
 
-    @torch.no_grad()
     def prepare(self) -> None:
         """Make what pulls the weights of what was watched. `pull` does it too, where something new was watched.
 
@@ -138,13 +137,8 @@ class LayerAnchor:
         Raises:
             RuntimeError: If no forward pass was watched.
         """
-        # The first time a process that has watched nothing adds nothing, and the others do not wait for it in vain.
-        if self._seen or (not self._pulls and active()):
-            self._pulls = self._prepared()
-        if not self._pulls:
-            raise RuntimeError("pull: expected forward passes of kept examples inside `watch()` before, found none")
+        self._refresh()
 
-    @torch.no_grad()
     def pull(self, lr: float = 1.0) -> None:
         """Pull the weights back, after a step of any optimizer.
 
@@ -154,15 +148,16 @@ class LayerAnchor:
         Raises:
             RuntimeError: If no forward pass was watched.
         """
-        self.prepare()
-        for place, weight in enumerate(self._weights):
-            held = (self._start[place], *self._pulls[place].args)
-            if any(tensor.device != weight.device for tensor in held):  # the model has moved
-                self._start[place], *moved = (tensor.to(weight.device) for tensor in held)
-                self._pulls[place] = partial(self._pulls[place].func, *moved)
-            start = self._start[place]
-            left = self._pulls[place](change=weight - start, strength=self.strength * lr)
-            weight.copy_(start + left)  # rounded once, where it has fewer digits
+        self._refresh()
+        with torch.no_grad():
+            for place, weight in enumerate(self._weights):
+                held = (self._start[place], *self._pulls[place].args)
+                if any(tensor.device != weight.device for tensor in held):  # the model has moved
+                    self._start[place], *moved = (tensor.to(weight.device) for tensor in held)
+                    self._pulls[place] = partial(self._pulls[place].func, *moved)
+                start = self._start[place]
+                left = self._pulls[place](change=weight - start, strength=self.strength * lr)
+                weight.copy_(start + left)  # rounded once, where it has fewer digits
 
     def holds(self, weights: Iterable[Tensor]) -> bool:
         """Whether all that it pulls is among these weights."""
@@ -175,8 +170,24 @@ class LayerAnchor:
         numbers = sum(_size(layer) + _width(layer) ** 2 for layer in every)
         return sum(start.nbytes for start in self._start) + 4 * (numbers + len(self._weights))
 
-    def _prepared(self) -> list[partial[Tensor]]:
-        """What pulls back the change of each weight."""
+    def _refresh(self) -> None:
+        # The first time a process that has watched nothing adds nothing, and the others do not wait for it in vain.
+        unreached: list[str] = []
+        if self._seen or (not self._pulls and active()):
+            with torch.no_grad():
+                self._pulls, unreached = self._prepared()
+        if not self._pulls:
+            raise RuntimeError("pull: expected forward passes of kept examples inside `watch()` before, found none")
+        if unreached:
+            warnings.warn(
+                f"no kept example came to {', '.join(unreached[:3])}{', ...' if len(unreached) > 3 else ''} ({len(unreached)} of "
+                f"{sum(map(len, self._layers.values()))} layers) with an input other than 0: their matrices are not held; watch more "
+                "examples, or freeze them",
+                stacklevel=3,  # where `pull` or `prepare` is called
+            )
+
+    def _prepared(self) -> tuple[list[partial[Tensor]], list[str]]:
+        """What pulls back the change of each weight; the names of the layers of weights that it does not hold."""
         last: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []  # layers that follow each other may share their input
 
         def directions(moment: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -190,7 +201,8 @@ class LayerAnchor:
         for weight in self._weights:
             layers = self._layers.get(id(weight), [])
             scaled = {layer: self._scaled(layer) for layer in layers}
-            unreached += [self._names[layer] for layer, moment in scaled.items() if not moment.any()]
+            if not any(moment.any() for moment in scaled.values()):  # tied ones hold each other's weight
+                unreached += [self._names[layer] for layer in layers]
             rows = [moment for layer, moment in scaled.items() if isinstance(layer, nn.Embedding)]
             columns = [moment for layer, moment in scaled.items() if not isinstance(layer, nn.Embedding)]
             kind = _working(weight)
@@ -205,13 +217,7 @@ class LayerAnchor:
                 further = [_sum(rows)[:, None].to(kind)] if rows else []
                 found.append(partial(_shrunk_from_right, values, basis, *further))
         self._seen.clear()
-        if unreached:
-            warnings.warn(
-                f"no kept example came to {', '.join(unreached[:3])}{', ...' if len(unreached) > 3 else ''} ({len(unreached)} of "
-                f"{sum(map(len, self._layers.values()))} layers), whose weights are not held: watch more examples, or freeze them",
-                stacklevel=3,
-            )
-        return found
+        return found, unreached
 
     def _scaled(self, layer: nn.Module) -> Tensor:
         """The layer's moments over their mean, in float64; 0 where no kept example came."""

@@ -14,14 +14,16 @@ from gradsurgery.gram import Write, block_gram, combine_blocks_, local_tensor, n
 from gradsurgery.optimizer.rows import Rows, sum_over
 
 
-def check_guard(guard: str | None, parameters: Sequence[Tensor]) -> None:
+def check_guard(guard: str | None, parameters: Sequence[Tensor], objectives: Sequence[str]) -> None:
     """Check the option, and warn where the parameters' type is too coarse for the guard's correction.
 
     Raises:
-        ValueError: If there is no such guard.
+        ValueError: If there is no such guard, or nothing that it could protect.
     """
     if guard not in (None, "update", "measure"):
         raise ValueError(f"guard: expected None, 'update' or 'measure', found {guard!r}")
+    if guard is not None and len(objectives) == 1:
+        raise ValueError(f"guard: expected None with one objective, which leaves nothing to protect, found {guard!r}")
     low = {p.dtype for p in parameters if p.requires_grad} & {torch.bfloat16, torch.float16}
     if guard == "update" and low:
         warnings.warn(

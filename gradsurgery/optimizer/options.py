@@ -161,7 +161,7 @@ class Adjustable(Wrapper):
     @guard.setter
     def guard(self, value: Guard) -> None:
         self._window.refuse_change("guard", self._parameters())
-        check_guard(value, self._parameters())
+        check_guard(value, self._parameters(), self.objectives)
         self._options.guard = value
 
     @property

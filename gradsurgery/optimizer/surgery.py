@@ -115,7 +115,7 @@ class GradientSurgery(FrontEnds):
         self._objectives = check_objectives(objectives)
         rule = resolve_rule(rule, len(self.objectives), scope=scope, metric=metric)
         check_metric(metric, base)
-        check_guard(guard, self._parameters())
+        check_guard(guard, self._parameters(), self.objectives)
         norm = check_norm(max_norm)
         self._ema = EMA(ema_decay, self.objectives, ema_dtype)
         added = multiples(add or {}, self.objectives)

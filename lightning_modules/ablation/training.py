@@ -121,7 +121,7 @@ def build_module(model: nn.Module, run: Run) -> UnlearningModule:
     elif run.method.adversary:
         kind = partial(AdversarialModule, adversary=AdversarySettings(**run.method.adversary))
     else:
-        kind = UnlearningModule
+        kind = UnlearningModule if run.method.placebo else None  # a placebo reads the retain row
     return assembly.make_module(model, method, options.training, reference, kind, options.loading)
 
 

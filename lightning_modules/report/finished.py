@@ -79,12 +79,13 @@ def read(folder: Path) -> FinishedRun:
     metrics = read_json(folder / METRICS, f"the {METRICS} of a run")
     check_metrics(metrics, folder)
     run = FinishedRun(metrics)
-    run.surgery = _read(run, folder / SURGERY, _surgery, "the conflict of the gradients")
     run.curve = _read(
         run, folder / CURVE, _table("step", "forget", "retain"), "forgetting and retention over the steps"
     )
     run.examples = _read(run, folder / EVALUATION, _examples, "generations and confidence intervals") or {}
     run.config = _read(run, folder / CONFIG, _mapping(yaml.safe_load), "what was run") or {}
+    if run.config.get("method") != "uld":  # which combines no gradients
+        run.surgery = _read(run, folder / SURGERY, _surgery, "the conflict of the gradients")
     for name in (TRAINING, PROBES):  # not every run has them, so nothing is missing without
         if (folder / name).exists():
             entries = _read(run, folder / name, _notes, "what it holds") or {}
@@ -142,6 +143,9 @@ def _table(*columns: str) -> Callable[[str], list[dict[str, float]]]:
 
 
 def _surgery(text: str) -> list[dict[str, float]]:
+    rows = _table("step")(text)
+    if sum(name.startswith("norm_") for name in rows[0]) == 1:
+        return []  # of a run of the forget gradient alone, which has nothing to conflict with
     rows = _table("step", "cosine", "conflict")(text)
     names = {name.removeprefix("coefficient_") for name in rows[0] if name.startswith("coefficient_")}
     lacking = [f"norm_{name}" for name in sorted(names) if f"norm_{name}" not in rows[0]]

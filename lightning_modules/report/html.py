@@ -128,7 +128,8 @@ def _title(run: FinishedRun) -> str:
     known = run.config
     if not known:
         return "Unlearning report"
-    how = "ULD" if known.get("method") == "uld" else f"{known.get('forget_loss')} with {known.get('rule')}"
+    rule = "no rule" if known.get("rule") == "none" else known.get("rule")
+    how = "ULD" if known.get("method") == "uld" else f"{known.get('forget_loss')} with {rule}"
     model = str(known.get("model"))
     return f"{'A small model from scratch' if model == 'scratch' else Path(model).name} unlearns: {how}"
 

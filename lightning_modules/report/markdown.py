@@ -41,7 +41,8 @@ def page(run: FinishedRun, *, pictured: bool, by_layer: Path | None = None) -> s
     lines += _benchmarks(run)
     lines += _membership(run)
     if pictured:
-        lines += ["", "![Forgetting against retention, and the conflict over the steps](curves.png)"]
+        shown = "Forgetting against retention" + (", and the conflict over the steps" if run.surgery else "")
+        lines += ["", f"![{shown}](curves.png)"]
         lines += [line for text in filter(None, [over_seeds.curves(run)]) for line in ("", text)]
     if by_layer is not None:
         lines += ["", f"![Cosine of the forget and the retain row by layer and step]({by_layer.name})"]

@@ -143,7 +143,7 @@ def kind_of_start_model(options: UnlearnOptions) -> str | None:
     """What --start-model says, with "auto" settled; None if neither loss compares with the model before unlearning."""
     method, training = options.method, options.training
     names = [] if method.imitates else [method.forget_loss]
-    names += [] if method.alone and options.ledger.ledger is None else [method.retain_loss]
+    names += [] if method.alone else [method.retain_loss]
     losses = [objectives.by_name(name) for name in names]
     losses += [gs.losses.kl_divergence] if method.retain_noise else []
     if not any(objectives.needs_reference(loss) for loss in losses):

@@ -35,6 +35,7 @@ from lightning_modules.run.batch import batch_of, check_requests, check_same_bat
 from lightning_modules.run.loading import load_model, read_splits, start_name
 from lightning_modules.run.measured import check_measured
 from lightning_modules.run.options import UnlearnOptions
+from lightning_modules.run.options.names import NO_RULE
 from lightning_modules.run.run import Run, Splits
 from lightning_modules.run.saved import read_options
 from lightning_modules.run.saving import save_model
@@ -86,6 +87,11 @@ def check_deletion(options: UnlearnOptions, splits: Splits) -> None:
         raise ValueError(
             "--lora-rank: expected 0 with a ledger that keeps sketches, found "
             f"{options.training.lora_rank}: a sketch is a gradient of all weights, and protects no adapter; train all weights"
+        )
+    if options.method.rule == NO_RULE and (texts or sketches):
+        raise ValueError(
+            "--rule: expected one that protects rows, such as gru, with a ledger that has earlier requests, found none, which protects "
+            "nothing"
         )
     rule: Any = options.method.bound_rule()
     count = 2 + len(texts) + len(sketches)
@@ -224,17 +230,12 @@ def begin(run: Run[UnlearnOptions]) -> None:
     write_json(run.folder / REQUEST, said)
 
 
-def protects(run: Run[UnlearnOptions]) -> bool:
-    """Whether there are earlier requests of a ledger that no step may bring back."""
-    return run.request is not None and bool(run.request.texts or run.request.sketches)
-
-
 def protecting(
     run: Run[UnlearnOptions], data: ForgetRetainDataModule
 ) -> tuple[Callable[..., UnlearningModule] | None, L.LightningDataModule]:
     """What makes the module, None for the usual one, and its batches: with those of earlier requests, if any."""
     request = run.request
-    if request is None or not protects(run):
+    if request is None or not (request.texts or request.sketches):
         return None, data
     longest, weight = run.options.data.max_length, run.options.ledger.ledger_weight
     rows = {

@@ -40,8 +40,7 @@ def held_by_unlearning(model: nn.Module, options: UnlearnOptions) -> list[Held]:
     trained = _shapes(model)
     base = training.base_optimizer(1.0)(trained)  # a learning rate takes no memory, and may not be known yet
     rows, sketches = row_counts(options.ledger.ledger, options.ledger.ledger_rows)
-    alone = method.alone and not (rows or sketches)
-    names = ("forget",) if alone else ("forget", "retain", *map(ROW.format, range(rows)))
+    names = ("forget",) if method.alone else ("forget", "retain", *map(ROW.format, range(rows)))
     make: Any = method.surgery(max_norm=training.max_norm, accumulate=training.accumulates)
     surgery = partial(make, objectives=names)(base)
     parts = _of_training(model, trained, base, training.optimizer)

@@ -27,7 +27,7 @@ from lightning_modules.evaluation.processes import will_be_first
 from lightning_modules.folder import CHECKPOINTS, CURVE, G_EFFECT, LAST_CHECKPOINT, SURGERY
 from lightning_modules.run.assembly import adapted, make_anchor, make_module, make_trainer, start_model
 from lightning_modules.run.batch import held_down
-from lightning_modules.run.deletion import begin, protecting, protects
+from lightning_modules.run.deletion import begin, protecting
 from lightning_modules.run.finish import finish, kept_start
 from lightning_modules.run.kept_scores import scores_before
 from lightning_modules.run.loading import make_data
@@ -209,8 +209,12 @@ def _forget_probability(model: nn.Module, curve: TradeoffCurve) -> float:
 def watched_trainer(run: Run[UnlearnOptions], curve: TradeoffCurve, anchor: gs.LayerAnchor | None = None) -> L.Trainer:
     """The Trainer of a run with surgery, with every callback that writes into its folder or may stop it."""
     folder, training = run.folder, run.options.training
-    alone = run.options.method.alone and not protects(run)  # one gradient: there is no conflict to log
-    logs = [] if alone else [SurgeryLogger(folder / SURGERY), GEffectLogger(folder / G_EFFECT)]
+    alone = run.options.method.alone  # one gradient: there is no conflict to log
+    logs = (
+        [SurgeryLogger(folder / SURGERY)]
+        if alone
+        else [SurgeryLogger(folder / SURGERY), GEffectLogger(folder / G_EFFECT)]
+    )
     held = [] if anchor is None else [AnchorPull(anchor)]  # before what scores and saves
     callbacks = [SameRadius(), *held, *logs, curve, *watching(training, folder, curve), _checkpoints(run)]
     return make_trainer(folder, training, callbacks, Console(stderr=True))

@@ -51,9 +51,10 @@ def show_plan(options: UnlearnOptions, splits: Mapping[str, Sequence[Example]], 
     else:
         said += _objectives(options)
         steps = most_steps(training, len(splits["forget"]))
+        shown = "examples" if method.alone else "and as many retain examples"
         said.append(
             f"Steps: {'' if training.stop_below == 0.0 else 'at most '}{steps}, each of {training.accumulate or 1} x "
-            f"{training.batch_size} forget and as many retain examples on each of {training.processes} devices; {training.optimizer}, "
+            f"{training.batch_size} forget {shown} on each of {training.processes} devices; {training.optimizer}, "
             f"{_rate(training.lr)}"
         )
         if options.finish.finish_steps:
@@ -147,7 +148,7 @@ def _objectives(options: UnlearnOptions) -> list[str]:
     method = options.method
     extra = {
         "--retain-weight": method.retain_weight or None,
-        "--ema-decay": method.ema_decay,
+        "--ema-decay": None if method.alone else method.ema_decay,
         "--guard": None if method.guard == "none" else method.guard,
         "--scope": None if method.scope == "global" else method.scope,
         "--metric": None if method.metric == "euclidean" else method.metric,

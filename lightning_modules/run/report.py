@@ -42,7 +42,7 @@ def defaults(folder: Path | None = None) -> Defaults:
 
 def _usual(config: Mapping[str, Any], settled: Sequence[str]) -> dict[str, Any]:
     plain = UnlearnOptions().flat()
-    kinds: dict[str, Any] = {name: config[name] for name in ("model", "method") if name in config}
+    kinds: dict[str, Any] = {name: config[name] for name in ("model", "method", "rule") if name in config}
     usual = UnlearnOptions.of(**kinds).resolved().flat() | {name: plain[name] for name in kinds}
     usual |= {name: config[name] for name in settled if name in config}
     if isinstance(config.get("probes"), bool):  # as earlier versions wrote it

@@ -60,12 +60,12 @@ class UnlearningModule(ResumableModule):
             one, any function of logits `[N, V]` and labels `[N]` with a value per token, or an objective
             (`objectives.idk`, `objectives.rmu`). See `objectives.objective`.
         retain_loss: The same for the retain batch. None leaves it out, as where an anchor holds what is to be kept
-            (`callbacks.AnchorPull`): a step takes one backward pass, and there is no surgery.
+            (`callbacks.AnchorPull`): a step takes one backward pass, and the rule has one row.
         skip_first: Answer tokens that the forget loss leaves out at the start of each answer. None means 1 for CE-U,
             as in its paper, and 0 for any other loss.
         optimizer: Trainable parameters, by name -> a base optimizer.
-        surgery: Base optimizer -> `GradientSurgery` with the objectives "forget" and "retain". To accumulate several
-            batches it must have `accumulate=True`.
+        surgery: Base optimizer -> `GradientSurgery` with the objectives "forget" and "retain"; without a retain loss it
+            is told `objectives=("forget",)`. To accumulate several batches it must have `accumulate=True`.
         warmup_steps: Steps over which the learning rate rises linearly; then it stays.
         schedule: Instead of `warmup_steps`: the share of the learning rate at a step, counted from 0, of so many steps
             of the whole training, such as `lightning_modules.training.warmup.falling_late`.
@@ -122,7 +122,8 @@ class UnlearningModule(ResumableModule):
         self.objectives = {"forget": objective(forget_loss, skip_first)}
         if retain_loss is None:
             check_alone(noise=noise, retain_inside=retain_inside, dual=dual)
-            surgery = _of_one(surgery)
+            told: Any = surgery
+            surgery = partial(told, objectives=("forget",))
         else:
             self.objectives["retain"] = objective(retain_loss, 0)
         self.make_optimizer, self.make_surgery = optimizer, surgery
@@ -205,7 +206,7 @@ class UnlearningModule(ResumableModule):
             fully_shard(part, mesh=mesh["data_parallel"], reshard_after_forward=True)
 
     def training_step(self, batch: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
-        """Both losses, joined into one scalar whose backward pass does the surgery."""
+        """The losses, joined into one scalar whose backward pass does the surgery."""
         check_batches(batch, self.objectives)
         if self._scheduled is not None and not self._scheduled.begun:
             raise RuntimeError(
@@ -335,8 +336,3 @@ class UnlearningModule(ResumableModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self._scheduled.scheduler, "interval": "step"},
         }
-
-
-def _of_one(surgery: Any) -> Any:
-    """Base optimizer -> surgery of the forget gradient alone."""
-    return partial(surgery, objectives=("forget",))

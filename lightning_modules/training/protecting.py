@@ -12,6 +12,7 @@ from torch import Tensor
 import gradsurgery as gs
 from lightning_modules.training.module import UnlearningModule
 from lightning_modules.training.objectives import Batches, Context, Objective, objective
+from lightning_modules.training.soundness import refuse_none
 
 Sketch = Mapping[str, Tensor]
 """The gradient of a request by the name of each weight, as dense tensors."""
@@ -38,7 +39,7 @@ class ProtectingModule(UnlearningModule):
         options: Of `UnlearningModule`.
 
     Raises:
-        ValueError: If a sketch is of other weights than those that are trained.
+        ValueError: If a sketch is of other weights than those that are trained, or `retain_loss` is None.
 
     Cost: a backward pass and a row for each protected row with a text, a row for each with sketches, and with a moving
     average as many averages.
@@ -53,6 +54,7 @@ class ProtectingModule(UnlearningModule):
         surgery: Any,
         **options: Any,
     ) -> None:
+        refuse_none(options.get("retain_loss", gs.losses.cross_entropy))
         kept = {} if sketches is None else dict(sketches)
         names = (*texts, *kept)
         surgery = partial(surgery, objectives=("forget", "retain", *names))

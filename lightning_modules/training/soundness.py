@@ -52,6 +52,16 @@ def check_alone(**options: object) -> None:
             raise ValueError(f"{name}: expected a retain_loss, on which it acts, found retain_loss=None; leave it out")
 
 
+def refuse_none(retain_loss: object) -> None:
+    """Refuse no retain loss where further rows stand beside it.
+
+    Raises:
+        ValueError: If it is None.
+    """
+    if retain_loss is None:
+        raise ValueError("retain_loss: expected a loss beside further protected rows, found None; leave it out")
+
+
 def check_batches(batches: object, names: Iterable[str]) -> None:
     """Refuse a batch that is not one of pairs.
 

@@ -41,9 +41,9 @@ class MethodOptions:
         substitute_weight: multiple, inside the forget objective, of the cross-entropy of another answer to the forget
             question, one of --substitutes or of similar retain questions: with --radius it is learned where the true
             one is remembered best
-        rule: how the two gradients are combined: {names}; none takes the forget gradient as it is, and computes a
-            retain gradient only for --retain-weight or --guard: a control, or, with --retain-anchor, a step in half the
-            time
+        rule: how the two gradients are combined: {names}; none takes the forget gradient as it is, and reads retain
+            examples only for --retain-weight, --retain-inside or --guard: a control, or, with --retain-anchor, a step
+            in half the time
         rule_options: options of the rule, for example {alpha: 5}
         ema_decay: weight of the old value in the retain gradient's moving average; null for none; with --model the
             default is that of --recipe balanced
@@ -95,19 +95,24 @@ class MethodOptions:
     def check(self) -> None:
         """Raise ValueError on numbers outside their domain; `check_functions` has what needs torch."""
         not_negative(self, "retain_weight", "retain_noise", "retain_anchor", "retain_inside", "substitute_weight")
-        if self.rule == names.NO_RULE and self.rule_options:
-            raise ValueError(
-                f"--rule-options: expected none with --rule none, which takes the forget gradient as it is, found {self.rule_options}; "
-                "leave one of them out"
-            )
+        if self.rule == names.NO_RULE:
+            self._check_no_rule()
+
+    def _check_no_rule(self) -> None:
+        """Refuse what --rule none leaves without an effect."""
+        idle: dict[str, Any] = {"--rule-options": self.rule_options}
+        if self.guard == "none":
+            idle["--scope"] = self.scope if self.scope != "global" else None
+            idle["--metric"] = self.metric if self.metric != "euclidean" else None
+        if not self.retain_weight and self.guard != "update":  # nothing else reads the retain gradient
+            idle |= {"--retain-noise": self.retain_noise, "--dual": self.dual}
         if self.alone:
-            for name, value in (("noise", self.retain_noise), ("inside", self.retain_inside), ("--dual", self.dual)):
-                if value:
-                    option = name if name.startswith("--") else f"--retain-{name}"
-                    raise ValueError(
-                        f"{option}: expected a retain gradient, on which it acts, found --rule none without --retain-weight and --guard; "
-                        "leave one of them out"
-                    )
+            idle["--retain-loss"] = self.retain_loss if self.retain_loss != type(self).retain_loss else None
+        if found := [f"{option} {value}" for option, value in idle.items() if value]:
+            raise ValueError(
+                f"--rule none: expected no option that needs a rule or a retain gradient, found {', '.join(found)}; leave it out, or "
+                "choose a rule, --retain-weight or --guard update"
+            )
 
     def check_functions(self) -> None:
         """Raise ValueError on a name, number or option that the losses, the rule or the dual variable do not have."""
@@ -157,8 +162,9 @@ class MethodOptions:
 
     @property
     def alone(self) -> bool:
-        """Whether the forget gradient is all there is: nothing reads a retain gradient."""
-        return self.rule == names.NO_RULE and self.retain_weight == 0.0 and self.guard == "none"
+        """Whether the forget gradient is all there is: nothing reads the retain loss or its gradient."""
+        reads = self.retain_weight or self.retain_inside or self.guard != "none"
+        return self.rule == names.NO_RULE and not reads
 
     @property
     def imitates(self) -> bool:

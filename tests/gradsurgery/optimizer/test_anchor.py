@@ -247,6 +247,21 @@ def test_a_pull_before_anything_was_watched_is_refused() -> None:
         gs.LayerAnchor(nn.Linear(2, 2), 1.0).pull()
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("reached", ["read", "written"])
+def test_a_tied_weight_is_held_where_one_of_its_layers_was_reached(reached: str) -> None:
+    model = nn.ModuleDict({"read": nn.Embedding(5, 3), "written": nn.Linear(3, 5, bias=False)})
+    model["written"].weight = model["read"].weight
+    anchor = gs.LayerAnchor(model, 1e6)
+    with anchor.watch():
+        model[reached](torch.arange(5) if reached == "read" else torch.eye(3))
+    before = model["read"].weight.detach().clone()
+    with torch.no_grad():
+        model["read"].weight += 1.0
+    anchor.pull()
+    torch.testing.assert_close(model["read"].weight, before, atol=1e-4, rtol=0)
+
+
 def test_layers_that_no_kept_example_came_to_are_told_and_not_held() -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"used": nn.Linear(3, 3), "unused": nn.Linear(3, 2, bias=False)})
@@ -254,9 +269,9 @@ def test_layers_that_no_kept_example_came_to_are_told_and_not_held() -> None:
     with anchor.watch():
         model["used"](torch.randn(20, 3))
     places = moved(model)
-    with pytest.warns(
-        UserWarning, match=r"no kept example came to unused \(1 of 2 layers\), whose weights are not held"
-    ):
+    said = r"no kept example came to unused \(1 of 2 layers\) with an input other than 0: their matrices are not held"
+    with pytest.warns(UserWarning, match=said) as told:
         anchor.pull()
+    assert told[0].filename == __file__
     assert torch.equal(model["unused"].weight, places["unused.weight"][1])
     assert not torch.equal(model["used"].weight, places["used.weight"][1])

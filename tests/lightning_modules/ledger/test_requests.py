@@ -111,6 +111,18 @@ def test_a_request_is_refused_before_a_model_is_loaded(
     assert not (ledger / "run_3").exists()
 
 
+@pytest.mark.parametrize("further", [[], ["--dry-run", "true"]], ids=["run", "plan"])
+def test_no_rule_protects_no_earlier_request(
+    further: list[str], ledger: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(ledger, 3, "--recipe", "paper", "--rule", "none", *further) == 1
+    assert (
+        "--rule: expected one that protects rows, such as gru, with a ledger that has earlier requests"
+        in capsys.readouterr().err
+    )
+    assert not (ledger / "run_3").exists()
+
+
 def test_a_model_that_is_not_the_last_one_and_a_name_twice_are_refused(
     ledger: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

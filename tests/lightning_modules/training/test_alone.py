@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,10 @@ from torch import Tensor
 import gradsurgery as gs
 import lightning_modules as lm
 from lightning_modules import cli
+from lightning_modules.ablation.grid import Grid, Run
+from lightning_modules.ablation.methods import Method
+from lightning_modules.ablation.sections import Targets
+from lightning_modules.ablation.training import build_module
 from lightning_modules.run.held import held_by_unlearning
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.options.method import MethodOptions
@@ -64,7 +67,13 @@ def test_what_acts_on_a_retain_loss_is_refused_without_one(option: dict[str, Any
 
 @pytest.mark.parametrize(
     ("given", "alone"),
-    [({}, True), ({"retain_weight": 2.0}, False), ({"guard": "update"}, False), ({"guard": "measure"}, False)],
+    [
+        ({}, True),
+        ({"retain_weight": 2.0}, False),
+        ({"retain_inside": 2.0}, False),
+        ({"guard": "update"}, False),
+        ({"guard": "measure"}, False),
+    ],
 )
 def test_no_rule_needs_a_retain_gradient_only_where_something_reads_it(given: dict[str, Any], alone: bool) -> None:
     method = MethodOptions(rule="none", **given)
@@ -91,27 +100,76 @@ def test_the_command_takes_the_steps_of_a_rule_that_leaves_the_retain_gradient_o
         found[name] = load_file(folder / "run" / "model" / "model.safetensors")
     for key, value in found["control"].items():
         close(found["none"][key], value, STEPPED_FLOAT32)
-    left = {path.name for path in (tmp_path / "none" / "run").iterdir()}
-    assert {"report.html", "curve.csv"} <= left
-    assert not {"surgery.csv", "g_effect.csv"} & left
-    assert json.loads((tmp_path / "none" / "run" / "metrics.json").read_text())["after"]["forget"]["n"]
+    run = tmp_path / "none" / "run"
+    assert not (run / "g_effect.csv").exists()
+    assert (run / "surgery.csv").read_text().splitlines()[
+        0
+    ] == "step,loss_forget,norm_forget,update_norm,coefficient_forget,predicted_change_forget"
+    report = (run / "report.md").read_text()
+    assert "is not in the folder" not in report
+    assert "conflict" not in report
+    assert "unlearns: ceu with no rule" in (run / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "found"),
     [
-        (["--retain-noise", "1"], "--retain-noise: expected a retain gradient, on which it acts, found --rule none"),
-        (["--retain-inside", "1"], "--retain-inside: expected a retain gradient"),
-        (["--dual", "{limit: 1, step_size: 1}"], "--dual: expected a retain gradient"),
-        (["--rule-options", "{alpha: 1}"], "--rule-options: expected none with --rule none"),
+        (["--retain-noise", "1"], "--retain-noise 1.0"),
+        (["--retain-noise", "1", "--guard", "measure", "--scope", "tensor"], "--retain-noise 1.0"),
+        (["--dual", "{limit: 1, step_size: 1}"], "--dual {'limit': 1.0, 'step_size': 1.0}"),
+        (["--rule-options", "{alpha: 1}"], "--rule-options {'alpha': 1.0}"),
+        (["--metric", "optimizer", "--scope", "tensor"], "--scope tensor, --metric optimizer"),
+        (["--retain-loss", "kl_divergence"], "--retain-loss kl_divergence"),
     ],
 )
 def test_options_that_would_have_no_effect_are_refused(
-    tmp_path: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, options: list[str], found: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(small_run(tmp_path, "--recipe", "paper", "--rule", "none", *options)) == 1
+    said = f"--rule none: expected no option that needs a rule or a retain gradient, found {found}; leave it out"
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_resumed_ends_in_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[dict[str, Tensor]] = []
+    own = ("--recipe", "paper", "--rule", "none", "--retain-anchor", "100", "--stop-below", "0", "--score-every", "2")
+    for name in ("whole", "interrupted"):
+        (tmp_path / name).mkdir()
+        arguments = small_run(tmp_path / name, *own, "--checkpoint-every", "1")
+        if name == "interrupted":
+            step = lm.UnlearningModule.on_train_batch_start
+
+            def stop(module: Any, *rest: Any, step: Any = step) -> None:
+                if module.trainer.global_step == 3:
+                    raise KeyboardInterrupt
+                step(module, *rest)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(lm.UnlearningModule, "on_train_batch_start", stop)
+                assert cli.main(arguments) == 130
+            arguments = ["unlearn", "--resume", "--output", str(tmp_path / name / "run")]
+        assert cli.main(arguments) == 0
+        found.append(load_file(tmp_path / name / "run" / "model" / "model.safetensors"))
+    whole, resumed = found
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    tables = [(tmp_path / name / "run" / "curve.csv").read_text() for name in ("whole", "interrupted")]
+    assert tables[0] == tables[1]
+
+
+def test_a_guard_without_anything_to_protect_is_refused() -> None:
+    base = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    with pytest.raises(ValueError, match="guard: expected None with one objective, which leaves nothing to protect"):
+        gs.GradientSurgery(base, objectives=("forget",), guard="update")
+
+
+@pytest.mark.parametrize(("guard", "objectives"), [("none", ["forget"]), ("measure", ["forget", "retain"])])
+def test_a_row_of_a_grid_takes_one_backward_pass_where_nothing_reads_another(guard: Any, objectives: list[str]) -> None:
+    method = Method("alone", rule="none", guard=guard)
+    run = Run(Grid((method,), Targets((0.5,))), method, 0, 0)
+    model, _ = model_and_tokenizer()
+    assert list(build_module(model, run).objectives) == objectives
+    assert method.backward_passes == 1
 
 
 def test_its_memory_has_no_second_row() -> None:
