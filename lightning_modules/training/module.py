@@ -42,7 +42,7 @@ class UnlearningModule(ResumableModule):
     """Forget one set of answers, keep the others, with gradient surgery between the two.
 
     Every training step takes the batch `{"forget": ..., "retain": ...}` (`ForgetRetainDataModule` makes them), computes
-    both losses on the answer tokens, and hands them to `GradientSurgery.join`. Accumulation, clipping, precision
+    the losses on the answer tokens, and hands them to `GradientSurgery.join`. Accumulation, clipping, precision
     plugins, schedulers, DDP and resuming are Lightning's own.
 
     A loss is the mean over the answer tokens of all processes, so that two processes with half the batch each do what
