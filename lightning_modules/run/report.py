@@ -16,6 +16,9 @@ from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.options.data import AUTHORS
 from lightning_modules.run.resume import settled
 
+_KINDS = ("model", "method", "rule", "forget_loss", "muse", "wmdp", "ledger")
+"""Options on which the defaults of others depend."""
+
 
 def draw(folder: Path, others: Sequence[Path] = ()) -> None:
     """Draw the report of a run of `unlearn`, which names the options that are not the default; see `report.draw`."""
@@ -42,7 +45,7 @@ def defaults(folder: Path | None = None) -> Defaults:
 
 def _usual(config: Mapping[str, Any], settled: Sequence[str]) -> dict[str, Any]:
     plain = UnlearnOptions().flat()
-    kinds: dict[str, Any] = {name: config[name] for name in ("model", "method", "rule") if name in config}
+    kinds: dict[str, Any] = {name: config[name] for name in _KINDS if name in config}
     usual = UnlearnOptions.of(**kinds).resolved().flat() | {name: plain[name] for name in kinds}
     usual |= {name: config[name] for name in settled if name in config}
     if isinstance(config.get("probes"), bool):  # as earlier versions wrote it

@@ -35,8 +35,9 @@ ROOM = 0.6
 """The share of a ledger's criterion at which a run ends: later requests raise what was forgotten a little."""
 USUAL_RATE = 1e-5
 """The learning rate where none can be found: that of the papers, for models of 7 billion weights."""
-WHOLE_WAY = 0.75
-"""The share of the steps in which the way of the trial steps is to be gone."""
+WHOLE_WAY = 0.5
+"""The share of the steps in which the way of the trial steps is to be gone. A run, which feels what holds the kept
+answers for longer than the trial, went up to 1.8 times as far on SmolLM2."""
 
 
 def settle_target(

@@ -41,7 +41,7 @@ def show_recipe(options: UnlearnOptions, stated: Collection[str]) -> None:
     """
     values = options.flat()
     if brought := unasked({name: values[name] for name in stated if name in values}):
-        flags = " ".join(f"{flag(name)} {value}" for name, value in brought.items())
+        flags = " ".join(f"{flag(name)} {str(value).lower()}" for name, value in brought.items())
         say(f"Recipe {options.recipe.recipe}, as no --recipe was given: {flags}; --recipe paper leaves them out")
 
 

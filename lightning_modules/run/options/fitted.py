@@ -20,16 +20,17 @@ LEAST_EPOCHS, LARGEST_ACCUMULATE, STEPS_AN_EPOCH = 5, 4, 10
 def fitted(options: UnlearnOptions, examples: int) -> UnlearnOptions:
     """A copy in which the options that nobody gave suit this number of forget examples.
 
-    With TOFU's 400 they are those of the papers: 5 epochs of steps of 4 batches. Few examples would make few such
-    steps, and the last of them, not the target, would end the run. So they make steps of fewer batches, as long as an
-    epoch has fewer than 10 of them, and more epochs, until there are 40 steps, or 80 with --keep-asked-words.
+    With TOFU's 400 and --recipe paper they are those of the papers: 5 epochs of steps of 4 batches. Few examples would
+    make few such steps, and the last of them, not the target, would end the run. So they make steps of fewer batches,
+    as long as an epoch has fewer than 10 of them, and more epochs, until there are 40 steps, or 80 with
+    --keep-asked-words.
 
-    | forget examples | batches a step | epochs | steps |
-    |---|---|---|---|
-    | 20 | 1 | 14 | 42 |
-    | 40 | 1 | 8 | 40 |
-    | 200 | 2 | 5 | 65 |
-    | 400 | 4 | 5 | 65 |
+    | forget examples | batches a step | epochs | steps | with --keep-asked-words: epochs | steps |
+    |---|---|---|---|---|---|
+    | 20 | 1 | 14 | 42 | 27 | 81 |
+    | 40 | 1 | 8 | 40 | 16 | 80 |
+    | 200 | 2 | 5 | 65 | 7 | 91 |
+    | 400 | 4 | 5 | 65 | 7 | 91 |
 
     The learning rate becomes "auto", except where the model is sharded (trial steps need the whole of it) or imitates a
     teacher, which leads to no lower probability than the teacher's: then such a run has no target of 0.05. The model

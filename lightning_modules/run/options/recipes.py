@@ -13,6 +13,8 @@ from lightning_modules.run.options.names import NO_RULE
 
 _BALANCED: dict[str, Any] = {"ema_decay": 0.7, "retain_weight": 200.0, "guard": "update"}
 _BALANCED_OTHER: dict[str, Any] = {"retain_weight": 50.0}
+_BALANCED_ANSWERS: dict[str, Any] = {"retain_weight": 15.0, "keep_asked_words": True}
+"""Where questions ask for the answers: with their words left alone the model goes on speaking of whom it is asked."""
 _DEEP: dict[str, Any] = {
     "ema_decay": 0.7,
     "guard": "update",
@@ -62,7 +64,8 @@ class RecipeOptions:
     Attributes:
         recipe: values for the options below, which those that are given replace: {names}. paper is the defaults, CE-U
             and GRU as published; balanced keeps most at equal forgetting (--ema-decay 0.7 --guard update, and
-            --retain-weight 200 for the model from scratch, 50 for another) and is the default with --model, whatever
+            --retain-weight 200 for the model from scratch; for another --retain-weight 15 --keep-asked-words true, or
+            50 for texts, refusals and a ledger, which asks for whole answers) and is the default with --model, whatever
             this help shows, but not with --rule none; deep lasts when the answers are taught again: it forgets at
             weights that remember better, over a growing --radius, and learns other answers there (for another model
             than scratch, --radius auto; with --teacher its answers, in a finish); imitate brings the forget answers to
@@ -92,8 +95,8 @@ def expanded(values: Mapping[str, Any]) -> dict[str, Any]:
     Example:
         >>> expanded({"recipe": "balanced", "retain_weight": 5.0})
         {'ema_decay': 0.7, 'retain_weight': 5.0, 'guard': 'update', 'recipe': 'balanced'}
-        >>> expanded({"model": "m"})
-        {'ema_decay': 0.7, 'retain_weight': 50.0, 'guard': 'update', 'recipe': 'balanced', 'model': 'm'}
+        >>> expanded({"model": "m"})["retain_weight"], expanded({"model": "m", "muse": "news"})["retain_weight"]
+        (15.0, 50.0)
         >>> expanded({"model": "m", "finetune_first": True, "recipe": "imitate"})["teacher"]
         'm'
     """
@@ -106,7 +109,7 @@ def expanded(values: Mapping[str, Any]) -> dict[str, Any]:
     if recipe == "imitate" and values.get("finetune_first") and values.get("revision") is None:
         own["teacher"] = model  # which is loaded as a reference is: not at a revision
     if recipe == "balanced" and not scratch:
-        own |= _BALANCED_OTHER
+        own |= _BALANCED_ANSWERS if _of_answers(values) else _BALANCED_OTHER
     if recipe == "deep":
         own |= _DEEP_SCRATCH if scratch else _DEEP_OTHER
         own |= {} if values.get("teacher") is None else _DEEP_TAUGHT
@@ -115,12 +118,18 @@ def expanded(values: Mapping[str, Any]) -> dict[str, Any]:
     return own | ({} if recipe == "paper" else {"recipe": recipe}) | dict(values)
 
 
+def _of_answers(values: Mapping[str, Any]) -> bool:
+    """Whether answers to questions are to be forgotten, and what the questions say themselves may stay."""
+    other = [values.get(name) is not None for name in ("muse", "wmdp", "ledger")]
+    return not any(other) and values.get("forget_loss") != "idk" and values.get("keep_asked_words", True)
+
+
 def unasked(values: Mapping[str, Any]) -> dict[str, Any]:
     """What a recipe that nobody named sets besides these options.
 
     Example:
         >>> unasked({"model": "m", "retain_weight": 5.0})
-        {'ema_decay': 0.7, 'guard': 'update'}
+        {'ema_decay': 0.7, 'guard': 'update', 'keep_asked_words': True}
         >>> unasked({"model": "m", "recipe": "balanced"}), unasked({"lr": 1e-4})
         ({}, {})
     """

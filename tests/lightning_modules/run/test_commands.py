@@ -519,8 +519,8 @@ def test_a_wrong_option_is_one_sentence_and_leaves_no_run(
 @pytest.mark.parametrize(
     ("option", "wrong", "known", "near"),
     [
-        ("rule", "gruu", [*gs.rules.RULES, *gs.elementwise.ELEMENTWISE], "; did you mean gru or gu?"),
-        ("rule", "projection", [*gs.rules.RULES, *gs.elementwise.ELEMENTWISE], ""),
+        ("rule", "gruu", [*gs.rules.RULES, *gs.elementwise.ELEMENTWISE, "none"], "; did you mean gru or gu?"),
+        ("rule", "projection", [*gs.rules.RULES, *gs.elementwise.ELEMENTWISE, "none"], ""),
         ("forget_loss", "simpno", lm.objectives.NAMES, "; did you mean simnpo or satimp?"),
         ("retain_loss", "kl_divergense", lm.objectives.NAMES, "; did you mean kl_divergence?"),
     ],

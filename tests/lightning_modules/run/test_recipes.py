@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from lightning_modules import cli
 from lightning_modules.data.examples import as_example
-from lightning_modules.run import methods
+from lightning_modules.run import methods, report
 from lightning_modules.run.finish import substitute_answers
 from lightning_modules.run.options import RECIPES, UnlearnOptions
 from lightning_modules.run.options.method import MethodOptions
@@ -53,10 +53,37 @@ def test_what_a_recipe_sets_that_nobody_named_is_said(capsys: pytest.CaptureFixt
 
     model = {"model": "m", "tofu": "forget10"}
     expected = (
-        "Recipe balanced, as no --recipe was given: --ema-decay 0.7 --guard update; --recipe paper leaves them out\n"
+        "Recipe balanced, as no --recipe was given: --ema-decay 0.7 --guard update --keep-asked-words true; --recipe paper leaves them "
+        "out\n"
     )
     assert said(**model, retain_weight=5.0) == expected
     assert not said() + said(**model, recipe="balanced") + said(**model, method="uld")
+
+
+@pytest.mark.parametrize(
+    ("given", "weight", "keeps"),
+    [
+        ({"tofu": "forget10"}, 15.0, True),
+        ({"forget": "f.json", "retain": "r.json", "forget_loss": "npo"}, 15.0, True),
+        ({"tofu": "forget10", "keep_asked_words": False}, 50.0, False),
+        ({"tofu": "forget10", "forget_loss": "idk"}, 50.0, False),
+        ({"muse": "news"}, 50.0, False),
+        ({"wmdp": "cyber"}, 50.0, False),
+        ({"forget": "f.json", "retain": "r.json", "ledger": "l"}, 50.0, False),
+    ],
+)
+def test_balanced_leaves_the_words_of_questions_alone_where_answers_to_them_are_forgotten(
+    given: dict[str, Any], weight: float, keeps: bool
+) -> None:
+    options = UnlearnOptions.of(model="m", **given)
+    options.check()
+    assert (options.recipe.recipe, options.method.retain_weight) == ("balanced", weight)
+    assert options.method.keep_asked_words is keeps
+    recorded = options.resolved().recorded()
+    usual = report.defaults().usual(recorded)
+    assert {"recipe", "retain_weight", "keep_asked_words"} & {n for n in recorded if usual[n] != recorded[n]} <= set(
+        given
+    )
 
 
 def test_a_radius_that_does_not_grow_is_a_number() -> None:

@@ -123,6 +123,7 @@ def test_the_report_names_as_not_the_default_what_was_given_and_nothing_that_the
         "--ema-decay",
         "--retain-weight",
         "--guard",
+        "--keep-asked-words",
     }  # of the recipe that was given, not of the usual one
     assert listed == {"--model", "--forget", "--retain", "--batch-size", "--max-new-tokens", "--devices"} | paper
 
@@ -296,7 +297,7 @@ def test_defaults_leave_enough_steps_for_any_number_of_examples(examples: int) -
 
 
 def test_defaults_for_all_of_tofu_are_the_papers_and_those_from_scratch_and_of_uld_stay() -> None:
-    plain = UnlearnOptions.of(model="some/model", devices="1")
+    plain = UnlearnOptions.of(model="some/model", devices="1", recipe="paper")
     usual, found = plain.resolved().training, fitted(plain, 400).resolved().training
     assert (found.accumulate, found.epochs) == (usual.accumulate, usual.epochs) == (4, 5)
     for options in (UnlearnOptions(), UnlearnOptions.of(model="some/model", method="uld")):
