@@ -156,6 +156,7 @@ def _objectives(options: UnlearnOptions) -> list[str]:
         "--retain-noise": method.retain_noise or None,
         "--retain-anchor": method.retain_anchor or None,
         "--substitute-weight": method.substitute_weight or None,
+        "--keep-asked-words": "true" if method.keep_asked_words else None,
     }
     further = "".join(f", {name} {value}" for name, value in extra.items() if value is not None)
     kind = kind_of_start_model(options) or ("for the finish" if options.finish.finish_steps else "not needed")
