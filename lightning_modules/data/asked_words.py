@@ -27,10 +27,11 @@ def without_asked_words(tokenizer: PreTrainedTokenizerBase, example: Encoded, qu
     Args:
         tokenizer: that made the example.
         example: of one question and answer.
-        question: the question, or the turns before the answer, of which the assistant's own are no question.
+        question: the question, or the turns before the answer, of which the assistant's own are no question. Each
+            answer of a conversation is compared with the turns before it.
 
     Returns:
-        The example; unchanged where nothing of the answer would be left.
+        The example. An answer of which no word would be left, as of a question that says it, keeps all its labels.
 
     Cost: the answer is decoded once for each of its tokens.
 
@@ -42,16 +43,28 @@ def without_asked_words(tokenizer: PreTrainedTokenizerBase, example: Encoded, qu
         >>> without_asked_words(words, Encoded([1, 1, 2, 3], [-100, 1, 2, 3]), "What does ada do?").labels
         [-100, -100, 2, 3]
     """
-    said = [question] if isinstance(question, str) else [t["content"] for t in question if t["role"] != "assistant"]
-    asked = {word.casefold() for text in said for word in _WORD.findall(str(text))}
     special = set(tokenizer.all_special_ids)
     labels = list(example.labels)
-    for places in _runs([label not in (IGNORED, *special) for label in labels]):
+    answers = _runs([label not in (IGNORED, *special) for label in labels])
+    for places, asked in zip(answers, _asked_before(question, len(answers)), strict=True):
         for place in _repeated(tokenizer, [example.input_ids[place] for place in places], asked):
             labels[places[place]] = IGNORED
-    if all(label in (IGNORED, *special) for label in labels):
-        return example
     return example._replace(labels=labels)
+
+
+def _asked_before(question: Question, answers: int) -> list[set[str]]:
+    """The words that are asked before each of so many answers."""
+    turns = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    words: set[str] = set()
+    before: list[set[str]] = []
+    for turn in turns:
+        if turn["role"] != "assistant":
+            words = words | {word.casefold() for word in _WORD.findall(str(turn["content"]))}
+        elif str(turn["content"]).strip():
+            before.append(words)
+    before.append(words)
+    # Where earlier answers have no labels, or the end is cut off, it is not known which ones are left.
+    return before if len(before) == answers else [words] * answers
 
 
 def _runs(wanted: list[bool]) -> list[range]:
@@ -74,6 +87,8 @@ def _repeated(tokenizer: PreTrainedTokenizerBase, ids: list[int], asked: set[str
     ends = [letters + (len(text) > letters) for letters, text in zip(whole, texts, strict=True)]
     words = list(_WORD.finditer(_decoded(tokenizer, ids)))
     repeated = [word.group().casefold() in asked for word in words]
+    if all(repeated):
+        return []
     known = {place for word, mine in zip(words, repeated, strict=True) if mine for place in range(*word.span())}
     for (word, next_word), both in zip(pairwise(words), pairwise(repeated), strict=True):
         if all(both):  # the hyphen of a name, the space in it

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from lightning_modules.data.examples import Example
-from lightning_modules.data.tokenization import encode_example, marked
+from lightning_modules.data.tokenization import encode_example
 from lightning_modules.folder import check_free
 from lightning_modules.ledger.request import row_counts
 from lightning_modules.run.assembly import kind_of_start_model
@@ -22,7 +22,7 @@ from lightning_modules.run.held import held_by_teaching, held_by_unlearning, lin
 from lightning_modules.run.models import Pretrained
 from lightning_modules.run.options import FinetuneOptions, TrainingOptions, UnlearnOptions
 from lightning_modules.run.options.fitted import most_steps
-from lightning_modules.run.show import format_said
+from lightning_modules.run.show import format_said, row_said
 from lightning_modules.training.adapters import adapt
 from lightning_modules.training.scratch import ScratchSettings
 
@@ -44,7 +44,7 @@ def show_plan(options: UnlearnOptions, splits: Mapping[str, Sequence[Example]], 
     said += [_count(split, rows, options.evaluation.evaluation_examples) for split, rows in splits.items()]
     said.append(f"Scores: computed with --evaluation-precision {options.evaluation.evaluation_precision}")
     if known is not None:
-        said += _example(known.tokenizer, splits["forget"][0], options.data.max_length)
+        said += _example(known.tokenizer, splits["forget"][0], options.data.max_length, method.keep_asked_words)
     said += _first(options, splits)
     if method.method == "uld":
         said.append(f"Method: ULD, whose assistant is trained by AdamW with adapters of rank {training.lora_rank}")
@@ -199,11 +199,10 @@ def _count(split: str, rows: Sequence[Example], scored: int | None) -> str:
     return f"Split {split}: {len(rows)} examples{part}"
 
 
-def _example(tokenizer: Any, row: Example, max_length: int) -> list[str]:
-    encoded = encode_example(tokenizer, row, max_length)
-    text = marked(tokenizer, encoded)
+def _example(tokenizer: Any, row: Example, max_length: int, keeps: bool = False) -> list[str]:
+    tokens = len(encode_example(tokenizer, row, max_length).input_ids)
     return [
-        f"The first example, {len(encoded.input_ids)} tokens, its answer between [[ and ]]: {text}",
+        f"The first example, {tokens} tokens, {row_said(tokenizer, row, max_length, keeps)}",
         *format_said(tokenizer),
     ]
 

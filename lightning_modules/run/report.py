@@ -16,7 +16,7 @@ from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.options.data import AUTHORS
 from lightning_modules.run.resume import settled
 
-_KINDS = ("model", "method", "rule", "forget_loss", "muse", "wmdp", "ledger")
+_KINDS = ("model", "method", "rule", "forget_loss", "muse", "wmdp", "ledger", "teacher")
 """Options on which the defaults of others depend."""
 
 

@@ -101,8 +101,8 @@ def settle_rate(
     """Find the learning rate where it is "auto"; it prints to standard error what it found, and how long it took.
 
     The trial steps go until the forget probability is below the target, with rates that double. The sum of the rates is
-    about the way that every weight goes. The run is given a rate with which it goes this way in three quarters of its
-    steps; it is usually done earlier, because small steps follow the gradients more closely.
+    about the way that every weight goes. The run is given a rate with which it goes this way in half of its
+    steps (`WHOLE_WAY` says why).
 
     Cost: a trial step takes the batches of all processes in the first one, while the others wait for it.
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
+from lightning_modules.data.asked_words import without_asked_words
 from lightning_modules.data.chat import date_told, has_template, written_before_answers
-from lightning_modules.data.examples import Example
+from lightning_modules.data.examples import Example, asked
 from lightning_modules.data.formats import format_of
 from lightning_modules.data.tasks import apart
 from lightning_modules.data.tokenization import encode_example, marked
@@ -45,12 +46,29 @@ def show_recipe(options: UnlearnOptions, stated: Collection[str]) -> None:
         say(f"Recipe {options.recipe.recipe}, as no --recipe was given: {flags}; --recipe paper leaves them out")
 
 
+def row_said(tokenizer: Any, row: Example, max_length: int, keeps: bool) -> str:
+    """An example as the model reads it, and what of it is trained on.
+
+    Args:
+        tokenizer: Of the model.
+        row: The example.
+        max_length: In tokens.
+        keeps: Whether the words of its question are left alone.
+    """
+    example = encode_example(tokenizer, row, max_length)
+    if not keeps:
+        return f"its answer between [[ and ]]: {marked(tokenizer, example)}"
+    example = without_asked_words(tokenizer, example, asked(row))
+    return f"what is to be forgotten of its answer between [[ and ]]: {marked(tokenizer, example)}"
+
+
 def show_example(run: Run[UnlearnOptions]) -> None:
     """Print one example to standard error as the model reads it, with the tokens of the answer marked.
 
     A wrong chat template is seen there, and nowhere else before the scores are odd.
     """
-    show_row(run.tokenizer, run.splits["forget"][0], run.options.data.max_length, "The first forget example")
+    keeps = run.options.method.keep_asked_words
+    show_row(run.tokenizer, run.splits["forget"][0], run.options.data.max_length, "The first forget example", keeps)
     if not run.options.model.scratch:
         show_format(run.tokenizer)
 
@@ -61,10 +79,9 @@ def show_format(tokenizer: Any) -> None:
         say(sentence)
 
 
-def show_row(tokenizer: Any, row: Example, max_length: int, what: str) -> None:
+def show_row(tokenizer: Any, row: Example, max_length: int, what: str, keeps: bool = False) -> None:
     """Print an example as `show_example` does, by the name `what`."""
-    text = marked(tokenizer, encode_example(tokenizer, row, max_length))
-    say(f"{what}, its answer between [[ and ]]: {text}")
+    say(f"{what}, {row_said(tokenizer, row, max_length, keeps)}")
     day = date_told(tokenizer)
     if day is not None:
         say(

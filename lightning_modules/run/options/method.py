@@ -37,7 +37,8 @@ class MethodOptions:
             them, and so does the finish; --forget-loss undial lowers the true tokens' logits there by its beta first
         refusals: text file with a refusal a line, for dpo and idk; some of our own if not given
         keep_asked_words: forget only what the question does not say itself: a word of the answer that is in the
-            question, such as the name of who is asked about, is left alone
+            question, such as the name of who is asked about, is left alone; with --model the default is that of
+            --recipe balanced
         substitute_weight: multiple, inside the forget objective, of the cross-entropy of another answer to the forget
             question, one of --substitutes or of similar retain questions: with --radius it is learned where the true
             one is remembered best

@@ -65,11 +65,12 @@ class RecipeOptions:
         recipe: values for the options below, which those that are given replace: {names}. paper is the defaults, CE-U
             and GRU as published; balanced keeps most at equal forgetting (--ema-decay 0.7 --guard update, and
             --retain-weight 200 for the model from scratch; for another --retain-weight 15 --keep-asked-words true, or
-            50 for texts, refusals and a ledger, which asks for whole answers) and is the default with --model, whatever
-            this help shows, but not with --rule none; deep lasts when the answers are taught again: it forgets at
-            weights that remember better, over a growing --radius, and learns other answers there (for another model
-            than scratch, --radius auto; with --teacher its answers, in a finish); imitate brings the forget answers to
-            what a model says that never learned them, --teacher, by default the --model of --finetune-first
+            50 and false with --keep-asked-words false, --muse, --wmdp, --teacher, --ledger and losses that teach
+            refusals) and is the default with --model, whatever this help shows, but not with --rule none; deep lasts
+            when the answers are taught again: it forgets at weights that remember better, over a growing --radius, and
+            learns other answers there (for another model than scratch, --radius auto; with --teacher its answers, in a
+            finish); imitate brings the forget answers to what a model says that never learned them, --teacher, by
+            default the --model of --finetune-first
     """
 
     recipe: str = one_of(list(RECIPES), "paper")
@@ -119,9 +120,10 @@ def expanded(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_answers(values: Mapping[str, Any]) -> bool:
-    """Whether answers to questions are to be forgotten, and what the questions say themselves may stay."""
-    other = [values.get(name) is not None for name in ("muse", "wmdp", "ledger")]
-    return not any(other) and values.get("forget_loss") != "idk" and values.get("keep_asked_words", True)
+    """Whether answers to questions are to be forgotten, no others are taught, and the questions' words may stay."""
+    whole = any(values.get(name) is not None for name in ("muse", "wmdp", "ledger", "teacher"))
+    refuses = values.get("forget_loss") in ("idk", "jensun", "dpo")
+    return not (whole or refuses) and values.get("keep_asked_words", True)
 
 
 def unasked(values: Mapping[str, Any]) -> dict[str, Any]:

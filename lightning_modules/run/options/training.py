@@ -39,8 +39,8 @@ class StepOptions:
         lr_schedule: after the warm-up the learning rate stays (constant), or falls over the last two thirds of the
             steps to a twentieth (linear)
         epochs: passes over the forget set, if the target is not reached before; by default 5, or as many as make 40
-            steps, with --keep-asked-words 80, or 20 for the model from scratch; with --method uld 10, or 30 for the
-            model from scratch
+            steps (80 with --keep-asked-words, which --model has by default), or 20 for the model from scratch; with
+            --method uld 10, or 30 for the model from scratch
         steps: optimizer steps, instead of epochs
         stop_below: the target: stop training once the mean probability of the forget answers is below this; 0 means
             never; by default the reference's own mean probability of them, at most 0.1, if there is a reference, or

@@ -193,3 +193,30 @@ def test_two_answers_of_a_conversation_are_no_one_word() -> None:
     assert "Iron" in kept
     assert "wrote" in kept
     assert "Mira" not in kept
+
+
+@pytest.mark.parametrize("answer", ["house 7.", "House 7", "...", "house 7!"])
+def test_an_answer_of_which_no_word_would_be_left_is_forgotten_whole(answer: str) -> None:
+    """Only a full stop and the end would be left: the model would go on saying the answer, and not stop."""
+    tokenizer = byte_level(**ALL)
+    question = "Was it house 7?"
+    example = encode(tokenizer, question, answer)
+    assert without_asked_words(tokenizer, example, question) == example
+
+
+@pytest.mark.parametrize("every_turn", [True, False])
+def test_an_answer_is_compared_with_what_was_asked_before_it(every_turn: bool) -> None:
+    tokenizer = byte_level(**ALL)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    turns = [
+        {"role": "user", "content": "Where does Mira live?"},
+        {"role": "assistant", "content": "Mira sits by the canal"},
+        {"role": "user", "content": "Who else is by the canal?"},
+    ]
+    example = encode(tokenizer, turns, "Nobody else by Mira", every_turn=every_turn)
+    found = without_asked_words(tokenizer, example, turns)
+    kept = tokenizer.decode([token for token, label in zip(*found, strict=True) if label != IGNORED])
+    assert ("sits by the canal" in kept) == every_turn
+    assert "Nobody" in kept
+    assert "else" not in kept
+    assert "Mira" not in kept

@@ -67,6 +67,8 @@ def test_what_a_recipe_sets_that_nobody_named_is_said(capsys: pytest.CaptureFixt
         ({"forget": "f.json", "retain": "r.json", "forget_loss": "npo"}, 15.0, True),
         ({"tofu": "forget10", "keep_asked_words": False}, 50.0, False),
         ({"tofu": "forget10", "forget_loss": "idk"}, 50.0, False),
+        ({"tofu": "forget10", "forget_loss": "dpo"}, 50.0, False),
+        ({"tofu": "forget10", "forget_loss": "kl_divergence", "teacher": "base"}, 50.0, False),
         ({"muse": "news"}, 50.0, False),
         ({"wmdp": "cyber"}, 50.0, False),
         ({"forget": "f.json", "retain": "r.json", "ledger": "l"}, 50.0, False),
