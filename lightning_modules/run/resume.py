@@ -110,8 +110,8 @@ def resumed(given: OptionsT, stated: Collection[str] = ()) -> OptionsT:
     check_links(folder)
     values = read_options(config, kind)
     names = set(kind.names())
-    if "padding_free" in names:  # as versions did that do not say it
-        values = {"padding_free": False, "keep_asked_words": False} | values
+    # As versions did that do not say it.
+    values = {name: False for name in ("padding_free", "keep_asked_words") if name in names} | values
     place = {"output": given.output.output}
     saved = kind.of(**values | place)
     usual = kind.of(**place | ({"model": given.model.model} if isinstance(given, UnlearnOptions) else {}))
