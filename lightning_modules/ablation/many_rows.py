@@ -11,13 +11,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
-import gradsurgery as gs
 from lightning_modules.data.loader import PairLoader
 from lightning_modules.data.order import permutation
 from lightning_modules.data.pairs import ForgetRetainDataModule
 from lightning_modules.data.tokenization import Encoded, collate, padding_id
 from lightning_modules.training.module import UnlearningModule
-from lightning_modules.training.soundness import refuse_none
+from lightning_modules.training.soundness import check_retained
 
 Batch = dict[str, Tensor]
 
@@ -40,6 +39,9 @@ class ManyRows(UnlearningModule):
         surgery: Base optimizer -> `GradientSurgery`; it is told the objectives.
         options: Of `UnlearningModule`.
 
+    Raises:
+        ValueError: If `retain_loss` is None.
+
     Cost: K + 1 backward passes and rows, and with an average K averages.
     """
 
@@ -51,7 +53,7 @@ class ManyRows(UnlearningModule):
         retain_weight: float = 0.0,
         **options: Any,
     ) -> None:
-        refuse_none(options.get("retain_loss", gs.losses.cross_entropy))
+        check_retained(**options)
         names = row_names(rows)
         add = dict.fromkeys(names, retain_weight / rows) if retain_weight else None
         super().__init__(*arguments, surgery=partial(surgery, objectives=("forget", *names), add=add), **options)

@@ -209,12 +209,9 @@ def _forget_probability(model: nn.Module, curve: TradeoffCurve) -> float:
 def watched_trainer(run: Run[UnlearnOptions], curve: TradeoffCurve, anchor: gs.LayerAnchor | None = None) -> L.Trainer:
     """The Trainer of a run with surgery, with every callback that writes into its folder or may stop it."""
     folder, training = run.folder, run.options.training
-    alone = run.options.method.alone  # one gradient: there is no conflict to log
-    logs = (
-        [SurgeryLogger(folder / SURGERY)]
-        if alone
-        else [SurgeryLogger(folder / SURGERY), GEffectLogger(folder / G_EFFECT)]
-    )
+    logs: list[Callback] = [SurgeryLogger(folder / SURGERY)]
+    if not run.options.method.alone:  # with one gradient there is no conflict by layer
+        logs.append(GEffectLogger(folder / G_EFFECT))
     held = [] if anchor is None else [AnchorPull(anchor)]  # before what scores and saves
     callbacks = [SameRadius(), *held, *logs, curve, *watching(training, folder, curve), _checkpoints(run)]
     return make_trainer(folder, training, callbacks, Console(stderr=True))

@@ -200,9 +200,9 @@ def _count(split: str, rows: Sequence[Example], scored: int | None) -> str:
 
 
 def _example(tokenizer: Any, row: Example, max_length: int, keeps: bool = False) -> list[str]:
-    tokens = len(encode_example(tokenizer, row, max_length).input_ids)
+    example = encode_example(tokenizer, row, max_length)
     return [
-        f"The first example, {tokens} tokens, {row_said(tokenizer, row, max_length, keeps)}",
+        f"The first example, {len(example.input_ids)} tokens, {row_said(tokenizer, row, example, keeps)}",
         *format_said(tokenizer),
     ]
 

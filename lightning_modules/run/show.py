@@ -13,7 +13,7 @@ from lightning_modules.data.chat import date_told, has_template, written_before_
 from lightning_modules.data.examples import Example, asked
 from lightning_modules.data.formats import format_of
 from lightning_modules.data.tasks import apart
-from lightning_modules.data.tokenization import encode_example, marked
+from lightning_modules.data.tokenization import Encoded, encode_example, marked
 from lightning_modules.evaluation.evaluate import Evaluation
 from lightning_modules.ledger.batch import PARTS
 from lightning_modules.report.attacks import attack_table
@@ -46,16 +46,15 @@ def show_recipe(options: UnlearnOptions, stated: Collection[str]) -> None:
         say(f"Recipe {options.recipe.recipe}, as no --recipe was given: {flags}; --recipe paper leaves them out")
 
 
-def row_said(tokenizer: Any, row: Example, max_length: int, keeps: bool) -> str:
+def row_said(tokenizer: Any, row: Example, example: Encoded, keeps: bool) -> str:
     """An example as the model reads it, and what of it is trained on.
 
     Args:
         tokenizer: Of the model.
         row: The example.
-        max_length: In tokens.
+        example: The same, tokenized.
         keeps: Whether the words of its question are left alone.
     """
-    example = encode_example(tokenizer, row, max_length)
     if not keeps:
         return f"its answer between [[ and ]]: {marked(tokenizer, example)}"
     example = without_asked_words(tokenizer, example, asked(row))
@@ -81,7 +80,7 @@ def show_format(tokenizer: Any) -> None:
 
 def show_row(tokenizer: Any, row: Example, max_length: int, what: str, keeps: bool = False) -> None:
     """Print an example as `show_example` does, by the name `what`."""
-    say(f"{what}, {row_said(tokenizer, row, max_length, keeps)}")
+    say(f"{what}, {row_said(tokenizer, row, encode_example(tokenizer, row, max_length), keeps)}")
     day = date_told(tokenizer)
     if day is not None:
         say(

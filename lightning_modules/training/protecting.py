@@ -12,7 +12,7 @@ from torch import Tensor
 import gradsurgery as gs
 from lightning_modules.training.module import UnlearningModule
 from lightning_modules.training.objectives import Batches, Context, Objective, objective
-from lightning_modules.training.soundness import refuse_none
+from lightning_modules.training.soundness import check_retained
 
 Sketch = Mapping[str, Tensor]
 """The gradient of a request by the name of each weight, as dense tensors."""
@@ -54,7 +54,7 @@ class ProtectingModule(UnlearningModule):
         surgery: Any,
         **options: Any,
     ) -> None:
-        refuse_none(options.get("retain_loss", gs.losses.cross_entropy))
+        check_retained(**options)
         kept = {} if sketches is None else dict(sketches)
         names = (*texts, *kept)
         surgery = partial(surgery, objectives=("forget", "retain", *names))

@@ -52,13 +52,13 @@ def check_alone(**options: object) -> None:
             raise ValueError(f"{name}: expected a retain_loss, on which it acts, found retain_loss=None; leave it out")
 
 
-def refuse_none(retain_loss: object) -> None:
-    """Refuse no retain loss where further rows stand beside it.
+def check_retained(**options: object) -> None:
+    """Refuse `retain_loss=None` among a module's options where further rows stand beside the retain loss.
 
     Raises:
-        ValueError: If it is None.
+        ValueError: If it is among them.
     """
-    if retain_loss is None:
+    if options.get("retain_loss", True) is None:
         raise ValueError("retain_loss: expected a loss beside further protected rows, found None; leave it out")
 
 

@@ -107,6 +107,9 @@ def test_the_names_of_the_command_line_are_those_of_the_tables() -> None:
     assert list(names.RULES) == [*gs.rules.RULES, *gs.elementwise.ELEMENTWISE]
     assert names.LOSSES == objectives.NAMES
     assert names.IMITATING == objectives.IMITATING
+    losses = {name: objectives.by_name(name) for name in names.LOSSES}
+    teaching = {n for n, loss in losses.items() if objectives.needs_refusals(loss) or objectives.needs_target(loss)}
+    assert set(names.REFUSING) == teaching
 
 
 def test_half_a_flag_is_refused_with_the_whole_ones_that_it_may_mean(answers: dict[str, Any]) -> None:

@@ -23,5 +23,8 @@ LOSSES = (
     *("idk", "jensun"),
 )
 
+REFUSING = ("dpo", "idk", "jensun")
+"""Losses that teach a refusal or another answer instead."""
+
 IMITATING = ("kl_divergence", "undial")
 """Losses that compare with a teacher where there is one, `objectives.distillation`."""

@@ -9,7 +9,7 @@ from typing import Any
 from lightning_modules.run.options.data import ModelOptions
 from lightning_modules.run.options.flat import one_of
 from lightning_modules.run.options.method import MethodOptions
-from lightning_modules.run.options.names import NO_RULE
+from lightning_modules.run.options.names import NO_RULE, REFUSING
 
 _BALANCED: dict[str, Any] = {"ema_decay": 0.7, "retain_weight": 200.0, "guard": "update"}
 _BALANCED_OTHER: dict[str, Any] = {"retain_weight": 50.0}
@@ -122,8 +122,7 @@ def expanded(values: Mapping[str, Any]) -> dict[str, Any]:
 def _of_answers(values: Mapping[str, Any]) -> bool:
     """Whether answers to questions are to be forgotten, no others are taught, and the questions' words may stay."""
     whole = any(values.get(name) is not None for name in ("muse", "wmdp", "ledger", "teacher"))
-    refuses = values.get("forget_loss") in ("idk", "jensun", "dpo")
-    return not (whole or refuses) and values.get("keep_asked_words", True)
+    return not whole and values.get("forget_loss") not in REFUSING and values.get("keep_asked_words", True)
 
 
 def unasked(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -147,6 +147,11 @@ def test_an_answer_that_says_nothing_new_is_forgotten_whole() -> None:
     assert without_asked_words(tokenizer, spoken, "Mira, or Mira?") == spoken
 
 
+def labelled(tokenizer: Any, example: Encoded) -> str:
+    """The text of the tokens that have a label."""
+    return str(tokenizer.decode([token for token, label in zip(*example, strict=True) if label != IGNORED]))
+
+
 def test_an_earlier_answer_of_a_conversation_is_no_question() -> None:
     tokenizer = byte_level(**ALL)
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -157,11 +162,10 @@ def test_an_earlier_answer_of_a_conversation_is_no_question() -> None:
     ]
     example = encode(tokenizer, turns, "Mira in Who")
     found = without_asked_words(tokenizer, example, turns)
-    kept = [token for token, label in zip(*found, strict=True) if label != IGNORED]
-    whole = [token for token, label in zip(*example, strict=True) if label != IGNORED]
-    assert tokenizer.decode(whole).count("Mira") == tokenizer.decode(kept).count("Mira") == 2
-    assert "Who" in tokenizer.decode(whole)
-    assert "Who" not in tokenizer.decode(kept)
+    kept, whole = labelled(tokenizer, found), labelled(tokenizer, example)
+    assert whole.count("Mira") == kept.count("Mira") == 2
+    assert "Who" in whole
+    assert "Who" not in kept
 
 
 def test_training_sees_the_shorter_labels_and_validation_the_whole_answer() -> None:
@@ -189,7 +193,7 @@ def test_two_answers_of_a_conversation_are_no_one_word() -> None:
         {"role": "user", "content": "And Mira?"},
     ]
     found = without_asked_words(tokenizer, encode(tokenizer, turns, "Mira wrote"), turns)
-    kept = tokenizer.decode([token for token, label in zip(*found, strict=True) if label != IGNORED])
+    kept = labelled(tokenizer, found)
     assert "Iron" in kept
     assert "wrote" in kept
     assert "Mira" not in kept
@@ -215,7 +219,7 @@ def test_an_answer_is_compared_with_what_was_asked_before_it(every_turn: bool) -
     ]
     example = encode(tokenizer, turns, "Nobody else by Mira", every_turn=every_turn)
     found = without_asked_words(tokenizer, example, turns)
-    kept = tokenizer.decode([token for token, label in zip(*found, strict=True) if label != IGNORED])
+    kept = labelled(tokenizer, found)
     assert ("sits by the canal" in kept) == every_turn
     assert "Nobody" in kept
     assert "else" not in kept

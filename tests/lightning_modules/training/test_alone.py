@@ -15,12 +15,14 @@ import gradsurgery as gs
 import lightning_modules as lm
 from lightning_modules import cli
 from lightning_modules.ablation.grid import Grid, Run
+from lightning_modules.ablation.many_rows import ManyRows
 from lightning_modules.ablation.methods import Method
 from lightning_modules.ablation.sections import Targets
 from lightning_modules.ablation.training import build_module
 from lightning_modules.run.held import held_by_unlearning
 from lightning_modules.run.options import UnlearnOptions
 from lightning_modules.run.options.method import MethodOptions
+from lightning_modules.training.protecting import ProtectingModule
 from tests.lightning_modules.evaluation.evaluation_workers import model_and_tokenizer
 from tests.lightning_modules.run.small_runs import small_run
 from tests.lightning_modules.training.test_module import Bigram, batches, fit
@@ -155,6 +157,14 @@ def test_a_run_that_is_resumed_ends_in_the_same_weights(tmp_path: Path, monkeypa
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     tables = [(tmp_path / name / "run" / "curve.csv").read_text() for name in ("whole", "interrupted")]
     assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize(
+    "kind", [partial(ManyRows, rows=2), partial(ProtectingModule, texts=["earlier"])], ids=["many rows", "earlier"]
+)
+def test_further_protected_rows_need_a_retain_loss_beside_them(kind: Any) -> None:
+    with pytest.raises(ValueError, match="retain_loss: expected a loss beside further protected rows, found None"):
+        kind(Bigram(), retain_loss=None, surgery=gs.GRU)
 
 
 def test_a_guard_without_anything_to_protect_is_refused() -> None:
