@@ -103,6 +103,7 @@ class MethodOptions:
         """Refuse what --rule none leaves without an effect."""
         idle: dict[str, Any] = {"--rule-options": self.rule_options}
         if self.guard == "none":
+            idle["--ema-decay"] = self.ema_decay if self.ema_decay != type(self).ema_decay else None
             idle["--scope"] = self.scope if self.scope != "global" else None
             idle["--metric"] = self.metric if self.metric != "euclidean" else None
         if not self.retain_weight and self.guard != "update":  # nothing else reads the retain gradient

@@ -117,6 +117,7 @@ def test_the_command_takes_the_steps_of_a_rule_that_leaves_the_retain_gradient_o
     ("options", "found"),
     [
         (["--retain-noise", "1"], "--retain-noise 1.0"),
+        (["--ema-decay", "0.7", "--retain-weight", "5"], "--ema-decay 0.7"),
         (["--retain-noise", "1", "--guard", "measure", "--scope", "tensor"], "--retain-noise 1.0"),
         (["--dual", "{limit: 1, step_size: 1}"], "--dual {'limit': 1.0, 'step_size': 1.0}"),
         (["--rule-options", "{alpha: 1}"], "--rule-options {'alpha': 1.0}"),
