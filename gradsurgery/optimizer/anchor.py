@@ -102,14 +102,24 @@ class LayerAnchor:
 
         Args:
             mask: `[B, T]`, not 0 at the tokens that count; by default all do. `attention_mask` leaves out padding. A
-                layer whose input does not begin with `[B, T]` counts all of it.
+                layer whose input does not begin with `[B, T]`, as of an expert, counts all of it.
+
+        Raises:
+            ValueError: If the mask is no `[B, T]`, fits no layer's input, or fits that of a layer once and then not:
+                each batch needs a `watch` with its own mask. Nothing is counted then.
         """
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(f"mask: expected [B, T], as attention_mask is, found {list(mask.shape)}")
         last: list[tuple[Tensor, int, Tensor]] = []
         found: dict[nn.Module, Tensor] = {}
+        masked: dict[nn.Module, set[bool]] = {}
 
         def count(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-            given, version = inputs[0], inputs[0]._version
-            moment = last[-1][2] if last and last[-1][0] is given and last[-1][1] == version else None
+            given = inputs[0]
+            masked.setdefault(layer, set()).add(mask is not None and _fits(mask, layer, given))
+            version = -1 if given.is_inference() else given._version  # nobody counts what is written to those
+            seen = version >= 0 and last and last[-1][0] is given and last[-1][1] == version
+            moment = last[-1][2] if seen else None
             if moment is None or len(moment) != _size(layer):  # layers that follow each other may share their input
                 moment = _moment(layer, given, mask)
                 last[:] = [(given, version, moment)]
@@ -122,6 +132,12 @@ class LayerAnchor:
         finally:
             for hook in hooks:
                 hook.remove()
+        fitted = list(masked.values())
+        if mask is not None and fitted and (not any(map(any, fitted)) or any(len(each) == 2 for each in fitted)):
+            raise ValueError(
+                f"mask: expected the first two dimensions of every batch that is watched with it, found {list(mask.shape)}, which do "
+                "not fit: enter watch(attention_mask) once for each batch"
+            )
         # Only now: a forward pass that fails has counted nothing.
         for layer, moment in found.items():
             self._seen[layer] = self._seen[layer] + moment if layer in self._seen else moment
@@ -264,9 +280,14 @@ def _sum(moments: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(moments)).sum(0)
 
 
+def _fits(mask: Tensor, layer: nn.Module, inputs: Tensor) -> bool:
+    """Whether these inputs are `[B, T]` tokens, or `[B, T, n]`; an expert's are `[tokens, n]`."""
+    return inputs.shape[:2] == mask.shape and (isinstance(layer, nn.Embedding) or inputs.dim() > 2)
+
+
 def _moment(layer: nn.Module, inputs: Tensor, mask: Tensor | None) -> Tensor:
     """Sum of x x^T over the tokens, `[n, n]`; of an embedding how often each token is there, `[V]`."""
-    if mask is not None and inputs.shape[: mask.dim()] == mask.shape:
+    if mask is not None and _fits(mask, layer, inputs):
         inputs = inputs[mask.to(inputs.device) != 0]
     if isinstance(layer, nn.Embedding):
         return torch.bincount(inputs.flatten(), minlength=layer.num_embeddings).float()

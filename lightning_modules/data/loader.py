@@ -100,7 +100,10 @@ class PairLoader(ResumableLoader[Pair]):
 
     def _order(self) -> PairSampler:
         if not isinstance(self.sampler, PairSampler):
-            raise TypeError(f"PairLoader: expected a PairSampler, found {type(self.sampler).__name__}")
+            raise TypeError(
+                f"PairLoader: expected a PairSampler, found {type(self.sampler).__name__}; Lightning puts one in its place for "
+                "overfit_batches: give ForgetRetainDataModule a few examples instead"
+            )
         return self.sampler
 
 

@@ -50,11 +50,50 @@ def gives_logits(
         head: From hidden states ``[T, H]`` to logits ``[T, V]``.
         inputs: ``input_ids`` and, if there is padding, ``attention_mask``, ``[B, T]``.
     """
-    trial = {name: tensor[:1, :_TRIAL_TOKENS] for name, tensor in inputs.items()}
+    trial = _trial(inputs)
     expected = model(**trial).logits[0]
     hidden = backbone(**trial, use_cache=False).last_hidden_state[0]
     found = head(hidden)
     return agree(found, expected, exact=expected.dtype in EXACT and hidden.dtype == expected.dtype)
+
+
+def beside_the_parts(
+    model: nn.Module, backbone: nn.Module, head: nn.Module, inputs: Mapping[str, Tensor]
+) -> str | None:
+    """What a model does besides its backbone and its head, though a trial may not show it yet; None if nothing.
+
+    What starts at zero changes no logit before it is trained, and dropout none in evaluation mode.
+
+    Args:
+        model: The model.
+        backbone: Its backbone, see `backbone_and_head`.
+        head: Its output embeddings.
+        inputs: As `gives_logits` takes them.
+    """
+    core: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore[reportCallIssue]
+    parts: tuple[Any, ...] = (core, head)
+    if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
+        return "it or its head has forward hooks"
+    inside = {*backbone.modules(), *head.modules()}
+    drops = (nn.Dropout, nn.Dropout1d, nn.AlphaDropout)
+    for name, part in core.named_modules():
+        if part not in inside and isinstance(part, drops) and part.p > 0.0:
+            return f"{name} drops numbers outside of backbone and head"
+    reached = {id(weight) for part in inside for weight in part.parameters(recurse=False)}
+    others = {name: each for name, each in core.named_parameters() if each.requires_grad and id(each) not in reached}
+    if not others:
+        return None
+    with torch.enable_grad():
+        logits = model(**_trial(inputs)).logits
+    if not logits.requires_grad:
+        return None
+    found: Any = torch.autograd.grad(logits.float().sum(), list(others.values()), allow_unused=True)
+    used = [name for name, gradient in zip(others, found, strict=True) if gradient is not None]
+    return f"its weight {used[0]} is in neither backbone nor head" if used else None
+
+
+def _trial(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor[:1, :_TRIAL_TOKENS] for name, tensor in inputs.items()}
 
 
 def agree(found: Tensor, expected: Tensor, *, exact: bool) -> bool:

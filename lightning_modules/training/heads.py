@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import gradsurgery as gs
-from lightning_modules.evaluation.heads import EXACT, agree, backbone_and_head, gives_logits
+from lightning_modules.evaluation.heads import EXACT, agree, backbone_and_head, beside_the_parts, gives_logits
 from lightning_modules.evaluation.likelihood import evaluation_mode, exactly
 from lightning_modules.training.padding_free import Rows, has_dropout, rows_without_padding, two_texts
 
@@ -186,6 +186,8 @@ class AnswerHead:
             reason = "it is compiled as a whole; compile its backbone instead, by head.compile()"
         elif parts is not None and type(parts[1]) is not nn.Linear:
             reason = f"its head is a {type(parts[1]).__name__} and not a plain Linear"
+        elif parts is not None and (beside := beside_the_parts(self.model, *parts, inputs)):
+            reason = beside
         elif parts is not None:
             with evaluation_mode(self.model), exactly(self.model):
                 if gives_logits(self.model, parts[0], lambda hidden: logits_of(hidden, self._head()), inputs):

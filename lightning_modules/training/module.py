@@ -58,7 +58,8 @@ class UnlearningModule(ResumableModule):
         model: Anything that maps `input_ids` and `attention_mask` to an output with `logits [B, T, V]`.
         forget_loss: What is minimised on the forget batch: a loss of `gradsurgery.losses`, a `functools.partial` of
             one, any function of logits `[N, V]` and labels `[N]` with a value per token, or an objective
-            (`objectives.idk`, `objectives.rmu`). See `objectives.objective`.
+            (`objectives.idk`, `objectives.rmu`). See `objectives.objective`. The value of a token must not depend on
+            other tokens, as by weights that are normalised over the batch: the function sees some rows at a time.
         retain_loss: The same for the retain batch. None leaves it out, as where an anchor holds what is to be kept
             (`callbacks.AnchorPull`): a step takes one backward pass, and the rule has one row.
         skip_first: Answer tokens that the forget loss leaves out at the start of each answer. None means 1 for CE-U,

@@ -69,8 +69,8 @@ class Resuming:
         checkpoint[_ENTRY] = {"random": every_process(lambda: state), "inside_epoch": inside}
 
     def load(self, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the checkpoint's random state until training starts."""
-        self._saved = checkpoint.get(_ENTRY)
+        """Keep the checkpoint's random state until training starts; `load_from_checkpoint` goes on with no training."""
+        self._saved = None if module._trainer is None else checkpoint.get(_ENTRY)
         if self._saved is not None and len(self._saved["random"]) != module.trainer.world_size:
             rank_zero_warn(
                 f"the checkpoint was saved by {len(self._saved['random'])} processes and is resumed by {module.trainer.world_size}: "

@@ -78,7 +78,9 @@ def check_batches(batches: object, names: Iterable[str]) -> None:
     for name in names:
         batch = batches[name] if isinstance(batches, Mapping) and name in batches else None
         if not isinstance(batch, Mapping):
-            found = ", ".join(map(str, batches)) if isinstance(batches, Mapping) else type(batches).__name__
+            found = type(batches).__name__
+            if isinstance(batches, Mapping):
+                found = ", ".join(f"{key}: None" if each is None else str(key) for key, each in batches.items())
             raise ValueError(
                 f'batch: expected {{"forget": ..., "retain": ...}}, each with {", ".join(_TENSORS)}, found {found}; {advice}'
             )

@@ -275,3 +275,40 @@ def test_layers_that_no_kept_example_came_to_are_told_and_not_held() -> None:
     assert told[0].filename == __file__
     assert torch.equal(model["unused"].weight, places["unused.weight"][1])
     assert not torch.equal(model["used"].weight, places["used.weight"][1])
+
+
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        (torch.ones(4), r"mask: expected \[B, T\], as attention_mask is, found \[4\]"),
+        (torch.ones(2, 1, 1, 4), r"mask: expected \[B, T\], as attention_mask is, found \[2, 1, 1, 4\]"),
+        (torch.ones(2, 3), r"found \[2, 3\], which do not fit: enter watch\(attention_mask\) once for each batch"),
+    ],
+)
+def test_a_mask_that_fits_no_input_is_refused_and_nothing_is_counted(mask: Tensor, said: str) -> None:
+    model = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 3))
+    anchor = gs.LayerAnchor(model, 1.0)
+    with pytest.raises(ValueError, match=said), anchor.watch(mask):
+        model(torch.tensor([[1, 2, 3, 0], [4, 0, 0, 0]]))
+    with pytest.raises(RuntimeError, match="found none"):
+        anchor.pull()
+
+
+def test_a_mask_of_one_batch_around_another_one_is_refused() -> None:
+    model = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 3))
+    first, second = torch.tensor([[1, 2, 3, 0]]), torch.tensor([[4, 0, 0]])
+    with pytest.raises(ValueError, match="which do not fit"), gs.LayerAnchor(model, 1.0).watch(first != 0):
+        _ = model(first), model(second)
+
+
+def test_it_watches_in_inference_mode_too() -> None:
+    tokens, found = torch.tensor([[1, 2, 3, 0], [4, 0, 0, 0]]), []
+    for mode in (torch.no_grad, torch.inference_mode):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 3)).double()
+        with mode():
+            anchor = anchored(model, 1.0, tokens, mask=tokens != 0)
+        moved(model)
+        anchor.pull()
+        found.append(torch.cat([weight.detach().flatten() for weight in model.parameters()]))
+    assert torch.equal(found[0], found[1])

@@ -200,6 +200,67 @@ def test_other_models_compute_their_logits_and_say_so_once(kind: str, name: str)
     close(one, other, LINEAR[torch.float32], scale=float(other.norm()))
 
 
+class Offset(LlamaForCausalLM):
+    """Adds a trained number to each logit; it starts at 0."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.offset = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, **inputs: Any) -> Any:
+        out = super().forward(**inputs)
+        out.logits = out.logits + self.offset
+        return out
+
+
+class Dropping(LlamaForCausalLM):
+    """Drops numbers between backbone and head."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.dropped = nn.Dropout(0.5)
+
+
+def hooked(kind: str) -> nn.Module:
+    model: Any = llama()
+    beside = nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=False)
+    nn.init.zeros_(beside.weight)
+    if kind == "a hook on the head":
+        model.lm_head.register_forward_hook(lambda head, inputs, logits: logits + beside(inputs[0]))
+    else:
+        model.register_forward_pre_hook(lambda model, inputs: None)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("a weight beside", "its weight offset is in neither backbone nor head"),
+        ("dropout between", "dropped drops numbers outside of backbone and head"),
+        ("a hook on the head", "it or its head has forward hooks"),
+        ("a hook on the model", "it or its head has forward hooks"),
+    ],
+)
+def test_what_stands_beside_the_parts_counts_though_it_changes_no_logit_yet(kind: str, reason: str) -> None:
+    config = LlamaConfig(**SIZES)
+    model = {"a weight beside": Offset, "dropout between": Dropping}.get(kind, lambda _: hooked(kind))(config)
+    module = lm.UnlearningModule(model)
+    with pytest.warns(UserWarning, match=reason):
+        loss = module.objectives["forget"](module, batches(), "forget")
+    assert not module.head.splits()
+    if kind == "a weight beside":
+        (gradient,) = torch.autograd.grad(loss, [model.offset])
+        assert gradient.abs().max() > 1e-3
+
+
+def test_a_weight_that_no_logit_reads_does_not_keep_a_model_whole() -> None:
+    model: Any = llama()
+    model.value_head = nn.Linear(model.config.hidden_size, 1)
+    module = lm.UnlearningModule(model)
+    module.objectives["forget"](module, batches(), "forget")
+    assert module.head.splits()
+
+
 def test_only_one_of_model_and_reference_splits() -> None:
     model, before, data = make("Llama"), Plain(make("Llama", 1)), batches()
     module = lm.UnlearningModule(model, forget_loss=gs.losses.undial, reference=lm.references.SecondModel(before))

@@ -162,6 +162,14 @@ def test_a_checkpoint_after_any_batch_goes_on_to_the_uninterrupted_weights(
             assert len(seen) == len(batches) - done + into_epoch % accumulate, path.name
 
 
+def test_the_model_of_a_checkpoint_is_loaded_without_a_trainer(tmp_path: Path) -> None:
+    weights, _ = fit(1, tmp_path, watch=[Everywhere(tmp_path)])
+    last = tmp_path / f"epoch{EPOCHS - 1}.ckpt"
+    own = {"model": Dropped(), "dual": gs.losses.DualVariable(limit=1.0)}
+    found = lm.UnlearningModule.load_from_checkpoint(last, weights_only=True, **own)
+    assert torch.equal(found.model.table, weights)
+
+
 def test_the_middle_of_an_epoch_of_other_batches_is_refused(tmp_path: Path) -> None:
     fit(1, tmp_path, watch=[Everywhere(tmp_path)])
     with pytest.raises(
