@@ -54,7 +54,9 @@ def mean(loss: Any, skip: int, reference: Reference | None, context: Context, ba
         context: Of the training.
         batch: Of this process.
     """
-    return mean_over(loss, skip, *states_of(reference, context, batch), context, batch)
+    states, others = states_of(reference, context, batch)
+    values, tokens = answer_values(loss, states, batch["labels"], skip_first=skip, reference=others)
+    return values.sum() / context.mean_count(len(tokens))
 
 
 def states_of(reference: Reference | None, context: Context, batch: Batch) -> tuple[States, States | None]:
@@ -66,12 +68,6 @@ def states_of(reference: Reference | None, context: Context, batch: Batch) -> tu
     if (others.head is None) == (states.head is None):
         return states, others
     return context.head.states(batch, split=False), reference.states(context.head, batch, split=False)
-
-
-def mean_over(loss: Any, skip: int, states: States, others: States | None, context: Context, batch: Batch) -> Tensor:
-    """As `mean`, of states that are there: two losses of one batch share its forward pass."""
-    values, tokens = answer_values(loss, states, batch["labels"], skip_first=skip, reference=others)
-    return values.sum() / context.mean_count(len(tokens))
 
 
 def needs_reference(loss: Any) -> bool:

@@ -70,7 +70,7 @@ class Resuming:
 
     def load(self, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the checkpoint's random state until training starts; `load_from_checkpoint` goes on with no training."""
-        self._saved = None if module._trainer is None else checkpoint.get(_ENTRY)
+        self._saved = None if getattr(module, "_trainer", None) is None else checkpoint.get(_ENTRY)
         if self._saved is not None and len(self._saved["random"]) != module.trainer.world_size:
             rank_zero_warn(
                 f"the checkpoint was saved by {len(self._saved['random'])} processes and is resumed by {module.trainer.world_size}: "

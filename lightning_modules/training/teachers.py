@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import gradsurgery as gs
+from lightning_modules.training.heads import answer_values
 from lightning_modules.training.means import (
     Batches,
     Context,
     Objective,
     as_objective,
     mean,
-    mean_over,
     name_of,
     of_tokens,
     states_of,
@@ -64,30 +66,34 @@ def distillation(teacher: SecondModel, loss: Any = gs.losses.kl_divergence) -> O
     return distil
 
 
-def with_alternatives(loss: Any, teacher: SecondModel, weight: float = 0.3, beta: float = 10.0) -> Objective:
+def with_alternatives(loss: Any, teacher: SecondModel, weight: float = 1.0, beta: float = 10.0) -> Objective:
     r"""A forget loss, and beside it what a teacher would say in the answer's place, so that something fluent takes it.
 
-    $$(1 - w) \, L_f + w \, \mathrm{CE}(q, p), \qquad q = \mathrm{softmax}(z_\mathrm{teacher} - \beta e_y)$$
+    $$L_f + w \, p_y \, \mathrm{CE}(q, p), \qquad q = \mathrm{softmax}(z_\mathrm{teacher} - \beta e_y)$$
 
-    each a mean over the answer tokens of all processes; the second is `gs.losses.undial`. A loss such as CE-U lowers
-    the true token and leaves open which other ones rise: those that the model happens to prefer, more with every step,
-    which ends in letters that are no words. With a large $\beta$ the second term is
-    $-\log(1 - p_y) + \mathrm{CE}(q, p_{\neq y})$: CE-U's own gradient, and the cross-entropy among the other
-    tokens. So $w$ says how much they count, from 0, CE-U, to 1, UNDIAL from a teacher.
+    at each token, with its probability $p_y$ a constant; both are means over the answer tokens of all processes. The
+    second is `gs.losses.undial` from the teacher, as far as the true token is still known: it ends where that is
+    forgotten, and does not hold the model to the teacher beyond. A loss such as CE-U lowers the true token and leaves
+    open which other ones rise: those that the model happens to prefer, more with every step, until they are letters
+    that make no word. With a large $\beta$ the gradient of the logits is, for CE-U and a small $p_y$,
+
+    $$p_y (e_y + (w - 1) p - w q)$$
+
+    so that with $w = 1$ what the true token loses goes to the tokens that the teacher prefers.
 
     The combination is ours; `examples/ablation/README.md`, "The command on SmolLM2", measures it.
 
     Args:
         loss: A loss per token, or a `functools.partial` of one.
         teacher: As of `distillation`: a model that never learned the forget answers.
-        weight: w, above 0 and below 1.
+        weight: w > 0.
         beta: How much the teacher's logit of each true token is lowered, >= 0.
 
     Raises:
-        ValueError: If the weight is not between 0 and 1, beta is negative, the teacher has no model, or the loss is
+        ValueError: If the weight is not positive and finite, beta is negative, the teacher has no model, or the loss is
             none of single tokens.
 
-    Cost: the teacher's weights, a forward pass of it, and a second pass of the trained model's last layer.
+    Cost: the teacher's weights, a forward pass of it, and two further passes of the trained model's last layer.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -95,8 +101,8 @@ def with_alternatives(loss: Any, teacher: SecondModel, weight: float = 0.3, beta
         >>> before = LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes))
         >>> forget_loss = with_alternatives(gs.losses.ceu, SecondModel(before))
     """
-    if not 0.0 < weight < 1.0:
-        raise ValueError(f"with_alternatives: expected a weight between 0 and 1, found {weight}")
+    if not 0.0 < weight < math.inf:
+        raise ValueError(f"with_alternatives: expected a weight > 0, found {weight}")
     if not beta >= 0.0:
         raise ValueError(f"with_alternatives: expected beta >= 0, found {beta}")
     if not of_tokens(loss):
@@ -106,10 +112,14 @@ def with_alternatives(loss: Any, teacher: SecondModel, weight: float = 0.3, beta
 
     @as_objective
     def instead(context: Context, batches: Batches, name: str) -> Tensor:
-        batch = batches[name]
-        states, others = states_of(teacher, context, batch)
-        own = mean_over(loss, skip, states, None, context, batch)
-        return (1.0 - weight) * own + weight * mean_over(lowered, 0, states, others, context, batch)
+        labels = batches[name]["labels"]
+        states, others = states_of(teacher, context, batches[name])
+        values = partial(answer_values, states=states, labels=labels, skip_first=skip)
+        with torch.no_grad():
+            known = (-values(gs.losses.cross_entropy)[0]).exp()
+        own, tokens = values(loss)
+        theirs, _ = values(lowered, reference=others, again=True)
+        return (own + weight * known * theirs).sum() / context.mean_count(len(tokens))
 
     return instead
 

@@ -36,9 +36,9 @@ class MethodOptions:
             fine-tuning; --forget-loss kl_divergence brings these answers to the probabilities that the teacher gives
             them, and so does the finish; --forget-loss undial lowers the true tokens' logits there by its beta first;
             beside another loss it says what takes the answers' place, see --teacher-weight
-        teacher_weight: with --teacher, share of the forget loss that is undial from the teacher, so that what is said
-            in the answers' place is fluent; the rest is --forget-loss, which leaves that open; with --finetune-first
-            and CE-U the default is that of --recipe balanced
+        teacher_weight: with --teacher, multiple of undial from the teacher beside the forget loss, weighted by how
+            probable the true token still is: the loss leaves open what is said in an answer's place, and the teacher
+            says something fluent; with --finetune-first and CE-U the default is that of --recipe balanced
         refusals: text file with a refusal a line, for dpo and idk; some of our own if not given
         keep_asked_words: forget only what the question does not say itself: a word of the answer that is in the
             question, such as the name of who is asked about, is left alone; with --model the default is that of
@@ -100,17 +100,14 @@ class MethodOptions:
 
     def check(self) -> None:
         """Raise ValueError on numbers outside their domain; `check_functions` has what needs torch."""
-        not_negative(self, "retain_weight", "retain_noise", "retain_anchor", "retain_inside", "substitute_weight")
+        weights = ("retain_weight", "retain_noise", "retain_anchor", "retain_inside", "substitute_weight")
+        not_negative(self, *weights, "teacher_weight")
         self._check_teacher_weight()
         if self.rule == names.NO_RULE:
             self._check_no_rule()
 
     def _check_teacher_weight(self) -> None:
         weight = self.teacher_weight
-        if not 0.0 <= weight < 1.0:
-            raise ValueError(
-                f"--teacher-weight: expected a share >= 0 and below 1, found {weight}; --forget-loss undial --teacher is all of it"
-            )
         if weight and self.teacher is None:
             raise ValueError(
                 f"--teacher-weight: expected --teacher, a model that never learned the forget answers, found none; leave {weight} out"

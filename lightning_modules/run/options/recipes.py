@@ -16,7 +16,7 @@ _BALANCED: dict[str, Any] = {"ema_decay": 0.7, "retain_weight": 200.0, "guard": 
 _BALANCED_OTHER: dict[str, Any] = {"retain_weight": 50.0}
 _BALANCED_ANSWERS: dict[str, Any] = {"retain_weight": 15.0, "keep_asked_words": True}
 """Where questions ask for the answers: with their words left alone the model goes on speaking of whom it is asked."""
-_BALANCED_GUIDED: dict[str, Any] = {"teacher_weight": 0.3}
+_BALANCED_GUIDED: dict[str, Any] = {"teacher_weight": 1.0}
 """Where a model is known that never learned the answers: what it would say takes their place, which is fluent."""
 _DEEP: dict[str, Any] = {
     "ema_decay": 0.7,
@@ -70,7 +70,7 @@ class RecipeOptions:
             --retain-weight 200 for the model from scratch; for another --retain-weight 15 --keep-asked-words true, or
             50 and false with --keep-asked-words false, --muse, --wmdp, --ledger and losses that teach refusals or
             imitate a --teacher; with CE-U and a model that never learned the answers, --teacher or the --model of
-            --finetune-first, --teacher-weight 0.3) and is the default with --model, whatever this help shows, but not
+            --finetune-first, --teacher-weight 1) and is the default with --model, whatever this help shows, but not
             with --rule none; deep lasts
             when the answers are taught again: it forgets at weights that remember better, over a growing --radius, and
             learns other answers there (for another model than scratch, --radius auto; with --teacher its answers, in a

@@ -128,7 +128,7 @@ FIRST: dict[str, Any] = {"model": "base", "tofu": "forget10", "finetune_first": 
         (FIRST | {"recipe": "imitate"}, "imitate", "base"),
         (FIRST | {"recipe": "imitate", "teacher": "mine"}, "imitate", "mine"),
         (FIRST | {"recipe": "imitate", "forget_loss": "undial", "loss_options": {"beta": 1.0}}, "imitate", "base"),
-        (FIRST, "balanced", None),
+        (FIRST, "balanced", "base"),
         (FIRST | {"recipe": "deep"}, "deep", None),
     ],
 )
