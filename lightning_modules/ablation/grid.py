@@ -86,8 +86,6 @@ class Run:
                 retain_loss=method.retain_loss,
                 retain_inside=method.retain_inside,
                 keep_asked_words=method.keep_asked_words,
-                teacher=str(grid.model) if method.teacher_weight and grid.first.finetune_first else None,
-                teacher_weight=method.teacher_weight,
                 substitute_weight=method.substitute_weight,
                 rule=method.rule,
                 rule_options=method.rule_options,
@@ -273,7 +271,7 @@ _LATER = {
         *("steps", "max_norm", "lr_schedule", "stop_below", "radius", "radius_scale", "adversary"),
         *("retain_rows", "row_examples", "undo", "finish_steps", "finish_lr"),
         *("retain_noise", "optimizer_options", "keep_asked_words", "substitute_weight", "batch_size"),
-        *("retain_anchor", "teacher_weight"),
+        "retain_anchor",
     )
 }
 _LATER_SECTIONS = {

@@ -31,7 +31,6 @@ class Method:
             "rectified_task_vector" does so with both halves of the forget set, TRU-style (unverified), see
             `gradsurgery.task_vectors.rectified`.
         rule: Can also be "none": the forget gradient alone.
-        teacher_weight: The teacher is the grid's model as it was before `first: {finetune_first: true}` taught it.
         placebo: Replace the rule's correction by one of the same length in a random direction.
         guard: By default "measure", which changes nothing and counts the steps that raise the retain loss to first
             order.
@@ -74,7 +73,6 @@ class Method:
     retain_inside: float = 0.0
     placebo: bool = False
     keep_asked_words: bool = False
-    teacher_weight: float = 0.0
     substitute_weight: float = 0.0
     lr: float | None = None
     batch_size: int | None = None

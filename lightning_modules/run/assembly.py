@@ -63,8 +63,6 @@ def make_module(
     forget_loss = method.bound_loss()
     if method.imitates:
         forget_loss = objectives.distillation(teacher(method, loading), forget_loss)
-    elif method.teacher_weight:
-        forget_loss = objectives.with_alternatives(forget_loss, teacher(method, loading), method.teacher_weight)
     if method.substitute_weight:
         forget_loss = objectives.with_substitutes(forget_loss, method.substitute_weight)
     retain_loss = None if kind is None and method.alone else objectives.by_name(method.retain_loss)

@@ -160,8 +160,7 @@ def _objectives(options: UnlearnOptions) -> list[str]:
     }
     further = "".join(f", {name} {value}" for name, value in extra.items() if value is not None)
     kind = kind_of_start_model(options) or ("for the finish" if options.finish.finish_steps else "not needed")
-    beside = f" and {method.teacher_weight:g} x undial" if method.teacher_weight else ""
-    teacher = f"{beside} from the teacher {method.teacher}" if method.imitates or beside else ""
+    teacher = "" if not method.imitates else f" from the teacher {method.teacher}"
     retain = " alone" if method.alone else f", retain by {method.retain_loss}"
     return [
         f"Objectives: forget by {method.forget_loss}{teacher}{retain}; the model before unlearning: {kind}",

@@ -111,8 +111,7 @@ def resumed(given: OptionsT, stated: Collection[str] = ()) -> OptionsT:
     values = read_options(config, kind)
     names = set(kind.names())
     # As versions did that do not say it.
-    before_it = {"padding_free": False, "keep_asked_words": False, "teacher_weight": 0.0}
-    values = {name: value for name, value in before_it.items() if name in names} | values
+    values = {name: False for name in ("padding_free", "keep_asked_words") if name in names} | values
     place = {"output": given.output.output}
     saved = kind.of(**values | place)
     usual = kind.of(**place | ({"model": given.model.model} if isinstance(given, UnlearnOptions) else {}))

@@ -3,7 +3,7 @@
 | file | content |
 |---|---|
 | `module` | `UnlearningModule`: two losses, one optimizer, validation |
-| `objectives`, `teachers`, `means` | from a loss of `gradsurgery.losses` and a batch to one number |
+| `objectives` | from a loss of `gradsurgery.losses` and a batch to one number |
 | `heads` | the model as backbone and head, so that only answer tokens cost logits |
 | `padding_free`, `packing`, `recomputing` | fewer tokens, 4-bit weights, and less memory on the way through the model |
 | `references`, `switching` | where the outputs of the start model come from |

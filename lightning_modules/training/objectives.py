@@ -7,28 +7,43 @@ Some losses compare with the start model, the model before unlearning. Where its
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 from torch import Tensor
 
 import gradsurgery as gs
-from lightning_modules.training.means import (
-    Batches,
-    Context,
-    Objective,
-    as_objective,
-    mean,
-    name_of,
-    needs_logits,
-    needs_reference,
-    unbound,
-    usual_skip,
-)
+from lightning_modules.training.heads import AnswerHead, Batch, answer_values
 from lightning_modules.training.references import Reference, SecondModel, sequence_nll
-from lightning_modules.training.teachers import IMITATING as IMITATING
-from lightning_modules.training.teachers import distillation as distillation
-from lightning_modules.training.teachers import with_alternatives as with_alternatives
+
+IMITATING: tuple[str, ...] = ("kl_divergence", "undial")
+"""Losses that can compare with a teacher, `distillation`."""
+
+Batches: TypeAlias = Mapping[str, Mapping[str, Tensor]]
+
+
+class Context(Protocol):
+    """What an objective may use of the module that it trains; `UnlearningModule` has all of it.
+
+    Attributes:
+        reference: Gives the start model's outputs, for losses that compare with it.
+    """
+
+    reference: Reference | None
+
+    @property
+    def head(self) -> AnswerHead:
+        """The trained model in two parts."""
+        ...
+
+    def mean_count(self, count: int) -> Tensor:
+        """The mean of a count of tokens over all processes."""
+        ...
+
+
+Objective: TypeAlias = Callable[[Context, Batches, str], Tensor]
+"""A function of the module, the batches by name, and the name of its own batch. It returns a scalar to be minimised."""
 
 NAMES: tuple[str, ...] = (*gs.losses.LOSSES, *gs.losses.SEQUENCE_LOSSES, *gs.losses.ROW_LOSSES, "idk", "jensun")
 """The names that the command line knows. `dpo` and `idk` need refusals in the data, `jensun` its target."""
@@ -67,8 +82,8 @@ def objective(loss: Any, skip_first: int | None = None) -> Objective:
     """
     if not callable(loss):
         raise TypeError(f"loss: expected a function, found {loss!r}; lm.objectives.by_name finds one by its name")
-    plain = unbound(loss)
-    skip = usual_skip(loss) if skip_first is None else skip_first
+    plain = _unbound(loss)
+    skip = int(plain is gs.losses.ceu) if skip_first is None else skip_first
     if getattr(plain, "is_objective", False):
         if skip:
             raise ValueError(
@@ -79,6 +94,12 @@ def objective(loss: Any, skip_first: int | None = None) -> Objective:
     if kind is not None:
         return partial(_sequence_mean, loss, kind, skip)
     return partial(_token_mean, loss, skip, needs_logits(loss))
+
+
+def as_objective(function: Any) -> Any:
+    """A decorator for `Objective`s: tells a function of (module, batches, name) from a loss per token."""
+    function.is_objective = True
+    return function
 
 
 @as_objective
@@ -125,6 +146,47 @@ def rmu(layer: int, direction: Tensor | None = None) -> Objective:
     return steer
 
 
+def distillation(teacher: SecondModel, loss: Any = gs.losses.kl_divergence) -> Objective:
+    r"""Distillation: the answers get the probabilities that a model gives them which never learned them.
+
+    $$\mathrm{KL}(q \,\|\, p) = \sum_v q_v \log(q_v / p_v)$$
+
+    with the teacher's distribution $q$ and the model's $p$ at each answer token, as a mean over the answer tokens of
+    all processes, in nats. It is bounded from below by 0, where nothing distinguishes the two on these texts, so that
+    nothing is forgotten further than the teacher would have it: neither fluency nor names, only what was learned since.
+    `gs.losses.undial` lowers the teacher's logit of each true token by `beta` first, and so forgets further.
+
+    Args:
+        teacher: `references.SecondModel(model)` with the trained model's vocabulary, such as the model before it was
+            fine-tuned on what is to be forgotten. It is no copy of the trained model.
+        loss: `gs.losses.kl_divergence` or `gs.losses.undial`, or a `functools.partial` of one.
+
+    Raises:
+        ValueError: If the loss is another one, the teacher has no model, or, when it is computed, another vocabulary.
+
+    Cost: the teacher's weights, and a forward pass of it.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> before = LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes))
+        >>> forget_loss = distillation(SecondModel(before))
+    """
+    if teacher.model is None:
+        raise ValueError(
+            "distillation: expected a teacher that never learned the forget set, found SecondModel() without a model"
+        )
+
+    if _unbound(loss) not in map(by_name, IMITATING):
+        raise ValueError(f"distillation: expected {' or '.join(IMITATING)}, found {name_of(loss)}")
+
+    @as_objective
+    def distil(context: Context, batches: Batches, name: str) -> Tensor:
+        return _mean(loss, 0, teacher, context, batches[name])
+
+    return distil
+
+
 def with_substitutes(loss: Any, weight: float = 1.0) -> Objective:
     r"""A forget loss, and beside it the cross-entropy of another answer, which is learned in the place of the true one.
 
@@ -169,7 +231,19 @@ def with_substitutes(loss: Any, weight: float = 1.0) -> Objective:
 
 
 def _token_mean(loss: Any, skip: int, with_reference: bool, context: Context, batches: Batches, name: str) -> Tensor:
-    return mean(loss, skip, _reference(context, loss) if with_reference else None, context, batches[name])
+    return _mean(loss, skip, _reference(context, loss) if with_reference else None, context, batches[name])
+
+
+def _mean(loss: Any, skip: int, reference: Reference | None, context: Context, batch: Batch) -> Tensor:
+    states = context.head.states(batch)
+    others = None
+    if reference is not None:
+        others = reference.states(context.head, batch, split=states.head is not None)
+        if (others.head is None) != (states.head is None):
+            states = context.head.states(batch, split=False)
+            others = reference.states(context.head, batch, split=False)
+    values, tokens = answer_values(loss, states, batch["labels"], skip_first=skip, reference=others)
+    return values.sum() / context.mean_count(len(tokens))
 
 
 def _sequence_mean(loss: Any, kind: str, skip: int, context: Context, batches: Batches, name: str) -> Tensor:
@@ -206,12 +280,40 @@ def _reference(context: Context, loss: Any) -> Reference:
     return context.reference
 
 
+def _unbound(loss: Any) -> Any:
+    while isinstance(loss, partial):
+        loss = loss.func
+    return loss
+
+
+def name_of(loss: Any) -> str:
+    """The loss's own name, for messages."""
+    return getattr(_unbound(loss), "__name__", type(loss).__name__)
+
+
+def needs_reference(loss: Any) -> bool:
+    """Whether a loss compares with the start model."""
+    plain = _unbound(loss)
+    return (
+        needs_logits(loss)
+        or plain is gs.losses.npo
+        or plain is gs.losses.dpo
+        or getattr(plain, "needs_reference", False)
+    )
+
+
+def needs_logits(loss: Any) -> bool:
+    """Whether that comparison takes whole rows of logits, which `references.Precomputed` does not hold."""
+    plain = _unbound(loss)
+    return any(plain is loss for loss in (gs.losses.undial, gs.losses.kl_divergence, gs.losses.jensen_shannon))
+
+
 def needs_refusals(loss: Any) -> bool:
     """Whether a loss teaches refusals, so that the data needs them: `ForgetRetainDataModule(refusals=...)`."""
-    plain = unbound(loss)
+    plain = _unbound(loss)
     return plain is gs.losses.dpo or plain is idk
 
 
 def needs_target(loss: Any) -> bool:
     """Whether a loss teaches a target instead, so that the data needs it: `ForgetRetainDataModule(target=...)`."""
-    return unbound(loss) is jensun
+    return _unbound(loss) is jensun

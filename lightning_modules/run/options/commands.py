@@ -225,11 +225,10 @@ class UnlearnOptions(Options):
             if unused := [flag(name) for name, value in given.items() if value]:
                 raise ValueError(f"{', '.join(unused)}: expected a run with surgery, found --method uld")
         self.recipe.check_teacher(self.model, self.method)
-        taken = self.method.imitates or self.method.teacher_weight or self.finish.finish_steps
-        if self.method.teacher is not None and not taken:
+        if self.method.teacher is not None and not (self.method.imitates or self.finish.finish_steps):
             raise ValueError(
-                f"--teacher: expected --forget-loss kl_divergence or undial, --teacher-weight or --finish-steps, which bring the answers "
-                f"to the teacher's probabilities, found --forget-loss {self.method.forget_loss} and neither"
+                f"--teacher: expected --forget-loss kl_divergence or undial, or --finish-steps, which bring the answers to the teacher's "
+                f"probabilities, found --forget-loss {self.method.forget_loss} and no finish"
             )
         if self.method.teacher is not None and self.model.scratch:
             raise ValueError(

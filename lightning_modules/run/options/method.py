@@ -34,11 +34,7 @@ class MethodOptions:
             and dpo, which need no more)
         teacher: folder or hub name of a model that never learned the forget answers, such as the one before
             fine-tuning; --forget-loss kl_divergence brings these answers to the probabilities that the teacher gives
-            them, and so does the finish; --forget-loss undial lowers the true tokens' logits there by its beta first;
-            beside another loss it says what takes the answers' place, see --teacher-weight
-        teacher_weight: with --teacher, multiple of undial from the teacher beside the forget loss, weighted by how
-            probable the true token still is: the loss leaves open what is said in an answer's place, and the teacher
-            says something fluent; with --finetune-first and CE-U the default is that of --recipe balanced
+            them, and so does the finish; --forget-loss undial lowers the true tokens' logits there by its beta first
         refusals: text file with a refusal a line, for dpo and idk; some of our own if not given
         keep_asked_words: forget only what the question does not say itself: a word of the answer that is in the
             question, such as the name of who is asked about, is left alone; with --model the default is that of
@@ -80,7 +76,6 @@ class MethodOptions:
     retain_loss: str = one_of(names.LOSSES, "cross_entropy")
     start_model: Literal["auto", "copy", "adapters_off", "precomputed"] = "auto"
     teacher: str | None = None
-    teacher_weight: float = 0.0
     refusals: str | None = None
     keep_asked_words: bool = False
     substitute_weight: float = 0.0
@@ -100,23 +95,9 @@ class MethodOptions:
 
     def check(self) -> None:
         """Raise ValueError on numbers outside their domain; `check_functions` has what needs torch."""
-        weights = ("retain_weight", "retain_noise", "retain_anchor", "retain_inside", "substitute_weight")
-        not_negative(self, *weights, "teacher_weight")
-        self._check_teacher_weight()
+        not_negative(self, "retain_weight", "retain_noise", "retain_anchor", "retain_inside", "substitute_weight")
         if self.rule == names.NO_RULE:
             self._check_no_rule()
-
-    def _check_teacher_weight(self) -> None:
-        weight = self.teacher_weight
-        if weight and self.teacher is None:
-            raise ValueError(
-                f"--teacher-weight: expected --teacher, a model that never learned the forget answers, found none; leave {weight} out"
-            )
-        if weight and self.forget_loss not in names.OF_TOKENS:
-            raise ValueError(
-                f"--teacher-weight: expected a --forget-loss of single tokens, {', '.join(names.OF_TOKENS)}, found {self.forget_loss}; "
-                "give 0, or another loss"
-            )
 
     def _check_no_rule(self) -> None:
         """Refuse what --rule none leaves without an effect."""

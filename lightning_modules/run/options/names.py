@@ -23,14 +23,8 @@ LOSSES = (
     *("idk", "jensun"),
 )
 
-OF_TOKENS = (
-    *("cross_entropy", "gradient_ascent", "ceu", "inverted_hinge", "weighted_gradient_ascent", "satimp"),
-    *("unlikelihood", "jensen_shannon_label", "uniform", "logit_margin"),
-)
-"""Losses that look at single tokens of the model alone, `means.of_tokens`: a teacher can say what takes their place."""
-
 REFUSING = ("dpo", "idk", "jensun")
 """Losses that teach a refusal or another answer instead."""
 
 IMITATING = ("kl_divergence", "undial")
-"""Losses that compare with a teacher where there is one, `teachers.distillation`."""
+"""Losses that compare with a teacher where there is one, `objectives.distillation`."""

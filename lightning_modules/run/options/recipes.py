@@ -10,14 +10,11 @@ from lightning_modules.run.options.data import ModelOptions
 from lightning_modules.run.options.flat import one_of
 from lightning_modules.run.options.method import MethodOptions
 from lightning_modules.run.options.names import NO_RULE, REFUSING
-from lightning_modules.run.options.shared import FSDP2
 
 _BALANCED: dict[str, Any] = {"ema_decay": 0.7, "retain_weight": 200.0, "guard": "update"}
 _BALANCED_OTHER: dict[str, Any] = {"retain_weight": 50.0}
 _BALANCED_ANSWERS: dict[str, Any] = {"retain_weight": 15.0, "keep_asked_words": True}
 """Where questions ask for the answers: with their words left alone the model goes on speaking of whom it is asked."""
-_BALANCED_GUIDED: dict[str, Any] = {"teacher_weight": 1.0}
-"""Where a model is known that never learned the answers: what it would say takes their place, which is fluent."""
 _DEEP: dict[str, Any] = {
     "ema_decay": 0.7,
     "guard": "update",
@@ -47,12 +44,12 @@ _DEEP_OTHER: dict[str, Any] = {
 _DEEP_TAUGHT: dict[str, Any] = {"steps": 32, "finish_steps": 16, "substitute_weight": 0.0}
 """Where a teacher says what is to be answered instead, which only a finish asks."""
 _IMITATE: dict[str, Any] = {
-    "forget_loss": "kl_divergence",
+    "forget_loss": "undial",  # the divergence itself leaves what the teacher knows or guesses, 0.30 on SmolLM2
     "ema_decay": 0.7,
-    "retain_weight": 10.0,
+    "retain_weight": 15.0,
     "guard": "update",
     "lr": 5e-5,
-    "steps": 56,
+    "steps": 80,
     "stop_below": 0.0,
 }
 
@@ -68,14 +65,13 @@ class RecipeOptions:
         recipe: values for the options below, which those that are given replace: {names}. paper is the defaults, CE-U
             and GRU as published; balanced keeps most at equal forgetting (--ema-decay 0.7 --guard update, and
             --retain-weight 200 for the model from scratch; for another --retain-weight 15 --keep-asked-words true, or
-            50 and false with --keep-asked-words false, --muse, --wmdp, --ledger and losses that teach refusals or
-            imitate a --teacher; with CE-U and a model that never learned the answers, --teacher or the --model of
-            --finetune-first, --teacher-weight 1) and is the default with --model, whatever this help shows, but not
-            with --rule none; deep lasts
+            50 and false with --keep-asked-words false, --muse, --wmdp, --teacher, --ledger and losses that teach
+            refusals) and is the default with --model, whatever this help shows, but not with --rule none; deep lasts
             when the answers are taught again: it forgets at weights that remember better, over a growing --radius, and
             learns other answers there (for another model than scratch, --radius auto; with --teacher its answers, in a
-            finish); imitate brings the forget answers to what a model says that never learned them, --teacher, by
-            default the --model of --finetune-first
+            finish); imitate puts in the forget answers' place what a model would say that never learned them,
+            --teacher, by default the --model of --finetune-first, and leaves the words of the questions alone: fluent,
+            and not as far as balanced
     """
 
     recipe: str = one_of(list(RECIPES), "paper")
@@ -112,13 +108,12 @@ def expanded(values: Mapping[str, Any]) -> dict[str, Any]:
     by_default = "paper" if scratch or bare else "balanced"
     recipe = values.get("recipe", by_default)
     own = dict(RECIPES.get(recipe, {}))
-    untaught = values.get("finetune_first") and values.get("revision") is None  # it is loaded as a reference is
-    if recipe == "imitate" and untaught:
-        own["teacher"] = model
+    if recipe == "imitate":
+        own["keep_asked_words"] = not _of_texts(values)
+        if values.get("finetune_first") and values.get("revision") is None:
+            own["teacher"] = model  # which is loaded as a reference is: not at a revision
     if recipe == "balanced" and not scratch:
         own |= _BALANCED_ANSWERS if _of_answers(values) else _BALANCED_OTHER
-        if _of_answers(values) and _open(values) and (untaught or values.get("teacher") is not None):
-            own |= {"teacher": model} | _BALANCED_GUIDED
     if recipe == "deep":
         own |= _DEEP_SCRATCH if scratch else _DEEP_OTHER
         own |= {} if values.get("teacher") is None else _DEEP_TAUGHT
@@ -129,17 +124,13 @@ def expanded(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _of_answers(values: Mapping[str, Any]) -> bool:
     """Whether answers to questions are to be forgotten, no others are taught, and the questions' words may stay."""
-    whole = any(values.get(name) is not None for name in ("muse", "wmdp", "ledger"))
-    taught = values.get("teacher") is not None and not _open(values)
-    refuses = values.get("forget_loss") in REFUSING
-    return not (whole or taught or refuses) and values.get("keep_asked_words", True)
+    whole = _of_texts(values) or values.get("teacher") is not None or values.get("forget_loss") in REFUSING
+    return not whole and values.get("keep_asked_words", True)
 
 
-def _open(values: Mapping[str, Any]) -> bool:
-    """Whether what takes the answers' place is left open: by CE-U, and by every option that could say it."""
-    said = any(values.get(name) for name in ("finish_steps", "substitutes", "substitute_weight", "radius"))
-    named = values.get("teacher_weight", 1.0) and values.get("teacher", "") is not None
-    return bool(named) and not said and values.get("forget_loss", "ceu") == "ceu" and values.get("strategy") != FSDP2
+def _of_texts(values: Mapping[str, Any]) -> bool:
+    """Whether whole texts are to be forgotten, or answers whose criteria a ledger holds."""
+    return any(values.get(name) is not None for name in ("muse", "wmdp", "ledger"))
 
 
 def unasked(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -128,7 +128,7 @@ FIRST: dict[str, Any] = {"model": "base", "tofu": "forget10", "finetune_first": 
         (FIRST | {"recipe": "imitate"}, "imitate", "base"),
         (FIRST | {"recipe": "imitate", "teacher": "mine"}, "imitate", "mine"),
         (FIRST | {"recipe": "imitate", "forget_loss": "undial", "loss_options": {"beta": 1.0}}, "imitate", "base"),
-        (FIRST, "balanced", "base"),
+        (FIRST, "balanced", None),
         (FIRST | {"recipe": "deep"}, "deep", None),
     ],
 )
@@ -139,6 +139,13 @@ def test_a_model_that_is_taught_first_imitates_itself_as_it_was(
     found.check()
     assert (found.recipe.recipe, found.method.teacher) == (recipe, teacher)
     assert found.method.imitates == (recipe == "imitate")
+
+
+@pytest.mark.parametrize(("beside", "kept"), [({}, True), ({"tofu": None, "muse": "news"}, False)])
+def test_who_imitates_leaves_the_words_of_questions_alone(beside: dict[str, Any], kept: bool) -> None:
+    found = UnlearnOptions.of(**FIRST | {"recipe": "imitate", "finetune_first": False, "teacher": "base"} | beside)
+    found.check()
+    assert (found.method.keep_asked_words, found.method.forget_loss) == (kept, "undial")
 
 
 @pytest.fixture(scope="module")

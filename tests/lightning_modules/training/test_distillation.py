@@ -99,7 +99,7 @@ def test_the_finish_brings_the_answers_to_the_teacher() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"recipe": "paper"}, "--teacher: expected --forget-loss kl_divergence or undial, --teacher-weight or --finish"),
+        ({"forget_loss": "ceu"}, "--teacher: expected --forget-loss kl_divergence or undial, or --finish-steps"),
         ({"recipe": "imitate", "teacher": None}, "--recipe imitate: expected --model, and a model that never learned"),
         ({"finish_steps": 2, "substitutes": "answers.json"}, "--substitutes: expected no --teacher"),
         ({"finish_steps": 2, "strategy": "fsdp2"}, "--teacher: expected a teacher that each device can hold"),
