@@ -11,7 +11,8 @@ from torch import Tensor
 Numbers = Tensor | Sequence[float]
 
 Ragged = Tensor | Sequence[float] | Sequence[Tensor] | Sequence[Sequence[float]]
-"""One example `[T]`, or n examples of different lengths `[T_i]`; a tensor `[n, T]` where all have one length."""
+"""One example `[T]`, or n examples of different lengths `[T_i]`; a tensor `[n, T]` where all have one length. An array
+of NumPy does in the place of a tensor."""
 
 
 def as_numbers(values: object, name: str, shape: str, dimensions: int) -> tuple[Tensor, torch.dtype]:
@@ -43,6 +44,7 @@ def answers_and_options(
 
 def as_examples(values: Ragged, name: str, dtype: torch.dtype) -> tuple[list[Tensor], bool]:
     """Returns one tensor `[T_i]` for each example, none of them empty, and whether a single example was given."""
+    values = torch.as_tensor(values) if _is_array(values) else values
     parts: Any = values.cpu() if isinstance(values, Tensor) else values if _is_sequence(values) else ()
     first = None if isinstance(parts, Tensor) and parts.ndim == 0 else next(iter(parts), None)
     if first is None:
@@ -70,4 +72,8 @@ def _example(values: object, name: str, dtype: torch.dtype) -> Tensor:
 
 
 def _is_sequence(values: object) -> bool:
-    return isinstance(values, Sequence) and not isinstance(values, str | bytes)
+    return _is_array(values) or (isinstance(values, Sequence) and not isinstance(values, str | bytes))
+
+
+def _is_array(values: object) -> bool:
+    return hasattr(values, "__array__") and not isinstance(values, Tensor) and getattr(values, "ndim", 0) > 0

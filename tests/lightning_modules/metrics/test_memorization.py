@@ -52,6 +52,15 @@ def test_bisection_finds_the_same_prefix() -> None:
         assert extraction_strength(predicted, labels) == 1 - low / len(labels)
 
 
+def test_arrays_of_numpy_are_tensors() -> None:
+    predicted, labels = torch.tensor([5, 2, 3, 4]), torch.tensor([1, 2, 3, 4])
+    for function in (exact_memorization, extraction_strength):
+        alone = function(predicted, labels)
+        assert function(predicted.numpy(), labels.numpy()) == alone
+        ragged = function([predicted.numpy(), predicted[1:].numpy()], [labels.numpy(), labels[1:].numpy()])
+        assert ragged.tolist() == [alone, function(predicted[1:], labels[1:])]
+
+
 def test_ignored_positions_are_left_out() -> None:
     padded_predicted = torch.tensor([[7, 7, 1, 2, 3, 9], [7, 1, 9, 9, 9, 9]])
     padded_labels = torch.tensor([[-100, -100, 1, 0, 3, -100], [-100, 1, -100, -100, -100, -100]])
