@@ -13,7 +13,7 @@ from lightning_modules.data.chat import date_told, has_template, written_before_
 from lightning_modules.data.examples import Example, asked
 from lightning_modules.data.formats import format_of
 from lightning_modules.data.tasks import apart
-from lightning_modules.data.tokenization import Encoded, encode_example, marked
+from lightning_modules.data.tokenization import IGNORED, Encoded, encode_example, marked
 from lightning_modules.evaluation.evaluate import Evaluation
 from lightning_modules.ledger.batch import PARTS
 from lightning_modules.report.attacks import attack_table
@@ -70,6 +70,26 @@ def show_example(run: Run[UnlearnOptions]) -> None:
     show_row(run.tokenizer, run.splits["forget"][0], run.options.data.max_length, "The first forget example", keeps)
     if not run.options.model.scratch:
         show_format(run.tokenizer)
+    method = run.options.method
+    if method.method == "surgery" and method.forget_loss == "ceu" and not run.options.data.cuts_texts:
+        _show_short(run)
+
+
+def _show_short(run: Run[UnlearnOptions]) -> None:
+    """Say if CE-U, which leaves out each answer's first token, as in its paper, leaves nothing of some answers."""
+    rows, tokenizer = run.splits["forget"], run.tokenizer
+    special = {
+        IGNORED,
+        *tokenizer.all_special_ids,
+        *tokenizer.get_added_vocab().values(),
+    }  # an end of turn may be no special one
+    examples = [encode_example(tokenizer, row, run.options.data.max_length) for row in rows]
+    short = sum(sum(label not in special for label in example.labels) <= 1 for example in examples)
+    if short:
+        say(
+            f"Warning: ceu leaves out the first token of each answer, as in its paper, and {short} of {len(rows)} forget answers have no "
+            "other: --forget-loss unlikelihood, which has the same gradient, leaves none out"
+        )
 
 
 def show_format(tokenizer: Any) -> None:

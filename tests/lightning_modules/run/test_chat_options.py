@@ -82,3 +82,13 @@ def test_options_that_no_template_reads_are_refused_before_the_work(model: str) 
         load_model(options, SPLITS)
     with pytest.raises(ValueError, match=r"--chat-template-kwargs.*from scratch"):
         parsed(*wrong).check()
+
+
+def test_answers_of_which_ceu_would_leave_nothing_are_counted(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = load_model(parsed(*FILES, "--model", model), SPLITS)[1]
+    letter = next(word for word in "abcdefgh" if len(tokenizer.encode(word, add_special_tokens=False)) == 1)
+    rows = [{"question": "Who?", "answer": letter}, {"question": "Where?", "answer": "In a place of several tokens"}]
+    for loss, counted in (("ceu", True), ("unlikelihood", False)):
+        options = parsed(*FILES, "--model", model, "--forget-loss", loss)
+        show_example(Run(options, Path(), {"forget": rows}, tokenizer))
+        assert ("1 of 2 forget answers have no other: --forget-loss unlikelihood" in capsys.readouterr().err) is counted
